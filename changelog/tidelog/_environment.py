@@ -1,0 +1,292 @@
+"""
+Environment: an LMDB environment as both the replica and the embedded store need it.
+
+What LMDB leaves to its caller is done here, once:
+
+- One environment per path and process. LMDB forbids a second one; opening a path
+  again shares the first.
+- The map is far larger than the data at open, which costs address space only. If
+  it fills all the same it is enlarged, which LMDB allows only while the process
+  has no transaction open: hence the gate that counts them. Processes take turns
+  at that under a file lock.
+- A transaction belongs to the thread that began it; a forked child inherits an
+  environment that only seems to work: it gets an error instead.
+- LMDB's errors become typed ones.
+
+Nobody may hold a transaction while waiting for a network or a user: a reader keeps
+every page it can see from being reused, and the file grows. Nobody may write inside
+their own `read` block: enlarging the map would wait for that block to end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import lmdb
+from filelock import FileLock
+
+from tidelog._errors import DiskFull, FormatUnsupported, InheritedEnvironment, ResourceClosed, StorageError
+
+MAP_BYTES_DEFAULT: Final = 1024**4
+DATABASES_MAX: Final = 32
+READERS_MAX: Final = 1024
+
+_FORMAT_FILE: Final = "FORMAT"
+_GROW_LOCK_FILE: Final = "grow.lock"
+
+T = TypeVar("T")
+
+
+class _Gate:
+    """Counts the open transactions of this process, and closes while the map changes size."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._open_count = 0
+        self._closed = False
+
+    def enter(self) -> None:
+        with self._condition:
+            while self._closed:
+                self._condition.wait()
+            self._open_count += 1
+
+    def leave(self) -> None:
+        with self._condition:
+            self._open_count -= 1
+            if self._closed:
+                self._condition.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        with self._condition:
+            while self._closed:
+                self._condition.wait()
+            self._closed = True
+            while self._open_count:
+                self._condition.wait()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._closed = False
+                self._condition.notify_all()
+
+
+class Environment:
+    """
+    An LMDB environment in a directory of its own.
+
+    Use `Environment.open`; close with `close`. Safe to use from many threads.
+    """
+
+    _shared: dict[str, Environment] = {}  # noqa: RUF012 - one per path and process, see the module
+    _shared_lock = threading.Lock()
+
+    def __init__(self, path: Path, *, format_name: str, relaxed: bool, map_bytes: int) -> None:
+        self.path = path
+        self._pid = os.getpid()
+        self._user_count = 1
+        self._relaxed = relaxed
+        self._gate = _Gate()
+        path.mkdir(parents=True, exist_ok=True)
+        _check_format(path, format_name)
+        with _typed_errors(path):
+            self._lmdb = lmdb.open(
+                str(path),
+                map_size=map_bytes,
+                max_dbs=DATABASES_MAX,
+                max_readers=READERS_MAX,
+                max_spare_txns=16,
+                sync=not relaxed,
+                # In relaxed durability a power cut may take the newest commits, never order or integrity;
+                # LMDB promises that much as long as the file system writes in order, hence no WRITEMAP.
+                metasync=not relaxed,
+            )
+            self._lmdb.reader_check()
+        self._databases: dict[str, lmdb._Database] = {}
+
+    @classmethod
+    def open(
+        cls, path: Path, *, format_name: str, relaxed: bool = False, map_bytes: int = MAP_BYTES_DEFAULT
+    ) -> Environment:
+        """
+        Open the environment at *path*, or share the one that this process has open there.
+
+        Raises:
+            FormatUnsupported: The directory holds something else, or another format.
+            StorageError: The directory cannot be opened.
+        """
+        name = os.path.realpath(path)
+        with cls._shared_lock:
+            environment = cls._shared.get(name)
+            if environment is not None and environment._pid == os.getpid():
+                environment._user_count += 1
+                return environment
+            environment = cls(Path(name), format_name=format_name, relaxed=relaxed, map_bytes=map_bytes)
+            cls._shared[name] = environment
+            return environment
+
+    def close(self) -> None:
+        """Close the environment once its last user in this process has."""
+        if self._pid != os.getpid():
+            return
+        with self._shared_lock:
+            self._user_count -= 1
+            if self._user_count == 0:
+                self._shared.pop(os.path.realpath(self.path), None)
+                with self._gate.closed():
+                    self._lmdb.close()
+
+    def database(self, name: str) -> lmdb._Database:
+        """Return the database of this name, creating it if need be."""
+        if name not in self._databases:
+            self._databases[name] = self._retried(lambda: self._lmdb.open_db(name.encode()))
+        return self._databases[name]
+
+    @contextmanager
+    def read(self) -> Iterator[lmdb.Transaction]:
+        """
+        Open a read transaction for the length of a `with` block.
+
+        Raises:
+            InheritedEnvironment: In a forked child.
+            StorageError: LMDB failed.
+        """
+        transaction = self._begin(write=False)
+        try:
+            with _typed_errors(self.path):
+                yield transaction
+        finally:
+            transaction.abort()
+            self._gate.leave()
+
+    def write(self, work: Callable[[lmdb.Transaction], T]) -> T:
+        """
+        Run *work* in a write transaction and commit it; what it raises aborts the transaction.
+
+        *work* runs again from the start if the map had to be enlarged, so it must
+        have no effects but those in the transaction.
+
+        Raises:
+            DiskFull: There is no room. Nothing was written.
+            InheritedEnvironment: In a forked child.
+            StorageError: LMDB failed. Nothing was written.
+        """
+        return self._retried(lambda: self._write_once(work))
+
+    def sync(self) -> None:
+        """Force everything that was committed to disk, in relaxed durability too."""
+        if self._relaxed:
+            with _typed_errors(self.path):
+                self._lmdb.sync(True)
+
+    @property
+    def last_transaction_id(self) -> int:
+        """Number of the newest committed transaction, of whatever process."""
+        self._check_usable()
+        return int(self._lmdb.info()["last_txnid"])
+
+    def _write_once(self, work: Callable[[lmdb.Transaction], T]) -> T:
+        transaction = self._begin(write=True)
+        try:
+            with _typed_errors(self.path):
+                result = work(transaction)
+                transaction.commit()
+                return result
+        finally:
+            transaction.abort()  # does nothing after a commit
+            self._gate.leave()
+
+    def _begin(self, *, write: bool) -> lmdb.Transaction:
+        self._check_usable()
+        while True:
+            self._gate.enter()
+            try:
+                with _typed_errors(self.path):
+                    return self._lmdb.begin(write=write, buffers=False)
+            except lmdb.MapResizedError:
+                self._gate.leave()
+                self._adopt_map_size()
+            except BaseException:
+                self._gate.leave()
+                raise
+
+    def _check_usable(self) -> None:
+        if self._pid != os.getpid():
+            raise InheritedEnvironment(
+                f"{self.path} was opened by the process this one was forked from: open it again after the fork"
+            )
+        if self._user_count == 0:
+            raise ResourceClosed(f"{self.path} is closed")
+
+    def _retried(self, attempt: Callable[[], T]) -> T:
+        while True:
+            try:
+                return attempt()
+            except lmdb.MapFullError:
+                self._grow()
+
+    def _adopt_map_size(self) -> None:
+        with self._gate.closed():
+            self._lmdb.set_mapsize(0)
+
+    def _grow(self) -> None:
+        with FileLock(self.path / _GROW_LOCK_FILE), self._gate.closed():
+            before = self._lmdb.info()["map_size"]
+            self._lmdb.set_mapsize(0)  # what another process made of it meanwhile
+            if self._lmdb.info()["map_size"] <= before:
+                self._lmdb.set_mapsize(before * 2)
+
+
+def put_many(transaction: lmdb.Transaction, database: lmdb._Database, items: list[tuple[bytes, bytes]]) -> None:
+    """Put entries in one call: each call gives up the interpreter lock and asks for it again among the others."""
+    if items:
+        cursor = transaction.cursor(database)
+        cursor.putmulti(items)
+        cursor.close()
+
+
+@contextmanager
+def _typed_errors(path: Path) -> Iterator[None]:
+    """Turn LMDB's errors into ours, but for the two that are mended and tried again."""
+    try:
+        yield
+    except (lmdb.MapFullError, lmdb.MapResizedError):
+        raise
+    except lmdb.Error as error:
+        if _is_disk_full(error):
+            raise DiskFull(f"no room left on the disk of {path}: nothing was written, make room and repeat") from error
+        raise StorageError(f"LMDB failed on {path}: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(f"no room left on the disk of {path}: nothing was written, make room and repeat") from error
+        raise
+
+
+def _is_disk_full(error: lmdb.Error) -> bool:
+    return isinstance(error, lmdb.DiskError) or any(
+        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    )
+
+
+def _check_format(path: Path, format_name: str) -> None:
+    """Compare the directory's format with *format_name*, or write it into a new directory."""
+    file = path / _FORMAT_FILE
+    try:
+        found = file.read_text().strip()
+    except FileNotFoundError:
+        if (path / "data.mdb").exists():
+            raise FormatUnsupported(str(path), found="data without a format mark", supported=format_name) from None
+        temporary = path / f"{_FORMAT_FILE}.{os.getpid()}"
+        temporary.write_text(format_name + "\n")
+        temporary.replace(file)
+        return
+    if found != format_name:
+        raise FormatUnsupported(str(path), found=found, supported=format_name)

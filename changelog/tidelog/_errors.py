@@ -1,0 +1,201 @@
+"""
+What tidelog raises.
+
+* TidelogError
+  + InvalidValue                 a value, name or id that cannot be stored; nothing was done
+    - LimitExceeded              it is over a limit
+  + InvalidConstraint            a constraint that makes no sense
+  + InvalidSchema                a schema that contradicts itself
+  + ObjectNotFound               the object to be changed is not there (or no longer)
+  + ObjectExists                 an object of this id is there already
+  + StorageError                 the directory on disk
+    - DiskFull                   nothing of this commit was written; make room, then repeat
+    - LogCorrupt                 an entry of the operation log fails its check
+    - FormatUnsupported          the directory was written in another format
+    - StoreInUse                 another server process has the store open
+    - InheritedEnvironment       opened before a fork, used after it; open again in the child
+  + ResourceClosed               you closed it
+  + SynchronizationError         synchronize_*() did not complete; nothing is lost, call again
+    - SynchronizationInProgress  another one of this replica is running
+    - ServerUnavailable          could not be reached, or broke off, until the deadline
+    - NotConfigured              the replica was opened without a server
+    - Unauthenticated            the server does not accept the credentials
+    - PermissionRefused          the server does not let this principal do that
+    - ProtocolUnsupported        client and server speak different versions
+    - ProtocolViolated           the other side sent what the protocol does not allow
+    - ReplicaForked              the server knows another log under this replica's id
+    - ForeignServer              the server is not the one that this replica belongs to
+
+Branch on the class and on attributes; the sentence is for people.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class TidelogError(Exception):
+    """Root of everything that tidelog raises on purpose."""
+
+
+class InvalidValue(TidelogError, ValueError):
+    """A value, a name or an id that cannot be stored. Nothing was done."""
+
+
+class LimitExceeded(InvalidValue):
+    """Something is larger than any server would take. Nothing was done."""
+
+
+class InvalidConstraint(TidelogError, ValueError):
+    """A constraint that cannot be evaluated."""
+
+
+class InvalidSchema(TidelogError, ValueError):
+    """A schema that contradicts itself."""
+
+
+class _ObjectError(TidelogError):
+    def __init__(self, message: str, *, entity: str, id: str) -> None:  # noqa: A002 - the glossary's word
+        super().__init__(message)
+        self.entity = entity
+        self.id = id
+
+
+class ObjectNotFound(_ObjectError):
+    """
+    The object to be read or changed is not there (or no longer).
+
+    Attributes:
+        entity: Type of the object.
+        id: Its id.
+        unsaved: The uncommitted changes of the live handle that found out, by
+            attribute; empty otherwise. They are not lost: the caller holds them.
+    """
+
+    def __init__(self, *, entity: str, id: str, unsaved: dict[str, Any] | None = None) -> None:  # noqa: A002
+        note = f"; it had uncommitted changes to {', '.join(sorted(unsaved))}" if unsaved else ""
+        super().__init__(f"{entity} {id!r} does not exist here (or no longer){note}", entity=entity, id=id)
+        self.unsaved: dict[str, Any] = unsaved or {}
+
+
+class ObjectExists(_ObjectError):
+    """An object of this id is there already. Nothing was done."""
+
+    def __init__(self, *, entity: str, id: str) -> None:  # noqa: A002
+        super().__init__(f"{entity} {id!r} exists already: update it, or choose another id", entity=entity, id=id)
+
+
+class StorageError(TidelogError):
+    """The directory on disk cannot be used as it should."""
+
+
+class DiskFull(StorageError):
+    """There is no room on the disk. Nothing of this commit was written: make room, then repeat it."""
+
+
+class LogCorrupt(StorageError):
+    """
+    An entry of the operation log fails its check.
+
+    Attributes:
+        seq: Position of the entry.
+    """
+
+    def __init__(self, message: str, *, seq: int) -> None:
+        super().__init__(message)
+        self.seq = seq
+
+
+class FormatUnsupported(StorageError):
+    """
+    The directory was written in a format that this version does not read.
+
+    Attributes:
+        found: Format of the directory.
+        supported: Format that this version reads and writes.
+    """
+
+    def __init__(self, path: str, *, found: str, supported: str) -> None:
+        super().__init__(
+            f"{path} holds {found}, this version of tidelog reads {supported}: "
+            "use the version of tidelog that wrote it, or another directory"
+        )
+        self.found = found
+        self.supported = supported
+
+
+class StoreInUse(StorageError):
+    """Another process serves from this store. An embedded store has one server."""
+
+
+class InheritedEnvironment(StorageError):
+    """A forked child used what its parent had opened. Open it again in the child."""
+
+
+class ResourceClosed(TidelogError):
+    """You closed this already."""
+
+
+class SynchronizationError(TidelogError):
+    """
+    A synchronization did not complete.
+
+    No visible local data changed because of the download, what was uploaded
+    stays on the server, pending operations stay pending: call again.
+    """
+
+
+class SynchronizationInProgress(SynchronizationError):
+    """Another synchronization of this replica is running, in this process or another."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Performing simultaneous synchronizations is not supported. "
+            "Please try again after the current synchronization is completed."
+        )
+
+
+class ServerUnavailable(SynchronizationError):
+    """The server could not be reached, or broke off, until the deadline. Already retried."""
+
+
+class NotConfigured(SynchronizationError):
+    """The replica was opened without the address of a server."""
+
+
+class Unauthenticated(SynchronizationError):
+    """The server does not accept the credentials."""
+
+
+class PermissionRefused(SynchronizationError):
+    """The server does not let this principal use this replica."""
+
+
+class ProtocolUnsupported(SynchronizationError):
+    """Client and server speak different versions of the protocol."""
+
+
+class ProtocolViolated(SynchronizationError):
+    """The other side sent what the protocol does not allow."""
+
+
+class ReplicaForked(SynchronizationError):
+    """The server knows other operations under this replica's id: one of the two logs is a copy."""
+
+
+class ForeignServer(SynchronizationError):
+    """
+    The server is not the one that this replica belongs to. Nothing was exchanged.
+
+    Attributes:
+        expected: Epoch of the store that the replica belongs to.
+        actual: Epoch of the store that answered.
+    """
+
+    def __init__(self, *, expected: str, actual: str) -> None:
+        super().__init__(
+            f"this replica belongs to the store {expected}, the server has the store {actual}: "
+            "connect to the right server, or use another replica directory"
+        )
+        self.expected = expected
+        self.actual = actual

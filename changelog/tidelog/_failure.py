@@ -1,0 +1,147 @@
+"""
+Synchronization failures: what the server refused, kept whole.
+
+The server's record and the replica's copy of it are the same message,
+`tidelog.v1.SynchronizationFailure`; this is how Python reads it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from tidelog._errors import InvalidValue
+from tidelog._operation import Operation, OperationKind, decode_operation
+from tidelog.v1 import failure_pb2, operation_pb2
+
+
+class FailureReason(enum.StrEnum):
+    """Why an operation was refused. The names are those of the protocol, without prefix."""
+
+    OBJECT_GONE = "OBJECT_GONE"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    ACCESS_DENIED = "ACCESS_DENIED"
+    ATTRIBUTE_DENIED = "ATTRIBUTE_DENIED"
+    VALIDATION_FAILED = "VALIDATION_FAILED"
+    UNIQUE_VIOLATED = "UNIQUE_VIOLATED"
+    DANGLING_REFERENCE = "DANGLING_REFERENCE"
+    REFERENCED = "REFERENCED"
+    CONFLICT = "CONFLICT"
+    HOOK_REJECTED = "HOOK_REJECTED"
+    HOOK_ERROR = "HOOK_ERROR"
+    SCHEMA_MISMATCH = "SCHEMA_MISMATCH"
+    GROUP_REJECTED = "GROUP_REJECTED"
+    DEPENDENCY_FAILED = "DEPENDENCY_FAILED"
+    SUPERSEDED = "SUPERSEDED"
+    MALFORMED = "MALFORMED"
+    TOO_LARGE = "TOO_LARGE"
+
+    @property
+    def number(self) -> operation_pb2.FailureReason.ValueType:
+        """The reason on the wire."""
+        return operation_pb2.FailureReason.Value(f"FAILURE_REASON_{self.value}")
+
+    @classmethod
+    def of_number(cls, number: int) -> FailureReason:
+        """Return the reason that stands for *number* on the wire; an unknown one reads as MALFORMED."""
+        return _REASONS.get(number, cls.MALFORMED)
+
+
+_REASONS = {int(reason.number): reason for reason in FailureReason}
+
+
+@dataclass(frozen=True, slots=True)
+class SynchronizationFailure:
+    """
+    The durable record of an operation that the server refused.
+
+    Attributes:
+        id: Its id.
+        entity: Type of the object. Empty if the operation could not be read.
+        object_id: Id of the object. Empty if the operation could not be read.
+        reason: Why it was refused.
+        message: The refusal in a sentence for people.
+        operation: The operation, or None if it cannot be read.
+        operation_bytes: The operation as it was sent.
+        group_operations: All operations of its commit group in order; empty without one.
+        replica_id: The replica that sent it.
+        version: The tenant's version when it was refused.
+        time: The recorder's clock then; None if it was not recorded.
+    """
+
+    id: str
+    entity: str
+    object_id: str
+    reason: FailureReason
+    message: str
+    operation: Operation | None
+    operation_bytes: bytes
+    group_operations: tuple[Operation, ...]
+    replica_id: str
+    version: int
+    time: datetime | None
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """
+        The attributes that the operation would have written: values set, amounts and members of intents.
+
+        Unset attributes are None. Empty for a deletion and for an operation that
+        cannot be read.
+        """
+        if self.operation is None:
+            return {}
+        try:
+            patch = self.operation.decoded_patch()
+        except InvalidValue:
+            return {}
+        return {**patch.set, **dict.fromkeys(patch.unset), **patch.increment, **patch.add, **patch.remove}
+
+    @classmethod
+    def from_message(cls, message: failure_pb2.SynchronizationFailure) -> SynchronizationFailure:
+        """Read the wire form."""
+        return cls(
+            id=message.id,
+            entity=message.entity,
+            object_id=message.object_id,
+            reason=FailureReason.of_number(message.reason),
+            message=message.message,
+            operation=_decoded(message.operation),
+            operation_bytes=message.operation,
+            group_operations=tuple(
+                operation for data in message.group_operations if (operation := _decoded(data)) is not None
+            ),
+            replica_id=message.replica_id,
+            version=message.version,
+            time=message.create_time.ToDatetime() if message.HasField("create_time") else None,
+        )
+
+
+def _decoded(data: bytes) -> Operation | None:
+    try:
+        return decode_operation(data)
+    except InvalidValue:
+        return None
+
+
+def operation_as_data(operation: Operation) -> dict[str, Any]:
+    """Return an operation as plain data for people and for JSON: kind, key and the patch decoded."""
+    data: dict[str, Any] = {
+        "seq": operation.seq,
+        "kind": OperationKind(operation.kind).name.lower(),
+        "entity": operation.entity,
+        "id": operation.id,
+        "base_version": operation.base_version,
+        "client_time": operation.client_time.isoformat(),
+    }
+    try:
+        patch = operation.decoded_patch()
+    except InvalidValue as error:
+        data["unreadable"] = str(error)
+    else:
+        data.update({name: value for name, value in patch._asdict().items() if value})
+    if operation.group is not None:
+        data["group"] = operation.group._asdict()
+    return data

@@ -1,0 +1,34 @@
+"""
+Every bound that both sides share, with its unit in its name.
+
+What a replica commits is held against the same numbers that the server takes,
+so that nothing is ever logged that no server would accept.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1
+
+ID_BYTES_MAX: Final = 128
+NAME_BYTES_MAX: Final = 64
+NESTING_DEPTH_MAX: Final = 32
+
+OPERATION_BYTES_MAX: Final = 1024 * 1024
+GROUP_OPERATIONS_MAX: Final = 1_000
+GROUP_BYTES_MAX: Final = 2 * 1024 * 1024
+
+# What an object may grow to by many operations: one snapshot must fit a message.
+OBJECT_BYTES_MAX: Final = 2 * 1024 * 1024
+
+BATCH_OPERATIONS_MAX: Final = 500
+BATCH_BYTES_MAX: Final = 1024 * 1024
+BATCHES_IN_FLIGHT_MAX: Final = 4
+
+PAGE_OBJECTS_MAX: Final = 1_000
+PAGE_BYTES_MAX: Final = 1024 * 1024
+
+# A commit group may exceed the batch target, and a page holds at least one
+# object: both stay below this, with room for the framing.
+MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024

@@ -1,0 +1,140 @@
+"""
+The operation log: a replica's append-only record of its operations.
+
+seq -> CRC-32 + the serialized `tidelog.v1.Operation`, byte for byte what the wire
+carries. The check sum stands in front so that the operation is one slice of the
+entry and goes into a batch without being decoded.
+
+The log knows nothing of what became of an operation; whoever trims it names the
+positions that must stay.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from tidelog._errors import InvalidValue, LogCorrupt
+from tidelog._keys import pack_position, unpack_position
+from tidelog._operation import Operation, decode_operation
+
+if TYPE_CHECKING:
+    import lmdb
+
+    from tidelog._environment import Environment
+
+_CRC_BYTES: Final = 4
+_SCAN_PAGE_ENTRIES: Final = 500
+_SCAN_PAGE_BYTES: Final = 4 * 1024 * 1024
+
+
+class OperationLog:
+    """
+    The log in an environment's database `log`.
+
+    What takes a transaction is part of the caller's; the others open their own.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._database = environment.database("log")
+
+    def append(self, transaction: lmdb.Transaction, entries: Iterable[tuple[int, bytes]]) -> None:
+        """
+        Append serialized operations at their seq, which must rise.
+
+        Raises:
+            LogCorrupt: The log holds an entry at or above one of the positions.
+        """
+        for seq, data in entries:
+            entry = zlib.crc32(data).to_bytes(_CRC_BYTES, "big") + data
+            # LMDB answers False to an append out of order and raises nothing.
+            if not transaction.put(pack_position(seq), entry, db=self._database, append=True):
+                raise LogCorrupt(f"the operation log has an entry above seq {seq}, which should be its end", seq=seq)
+
+    def get(self, transaction: lmdb.Transaction, seq: int) -> bytes | None:
+        """Return the serialized operation at *seq*, or None. Raises LogCorrupt."""
+        entry = transaction.get(pack_position(seq), db=self._database)
+        return None if entry is None else _checked(seq, entry)
+
+    def last_seq(self, transaction: lmdb.Transaction) -> int:
+        """Return the position of the newest entry that is kept, 0 if there is none."""
+        cursor = transaction.cursor(self._database)
+        return unpack_position(cursor.key()) if cursor.last() else 0
+
+    def scan(self, *, after: int = 0, until: int | None = None) -> Iterator[Operation]:
+        """
+        Iterate over the operations with *after* < seq <= *until*, oldest first.
+
+        Pages are read in transactions of their own, so a slow reader holds nothing;
+        what is appended meanwhile is seen.
+
+        Raises:
+            LogCorrupt: An entry fails its check.
+        """
+        position = after
+        while True:
+            page = self._page(position, until)
+            for seq, data in page:
+                try:
+                    yield decode_operation(data)
+                except InvalidValue as error:
+                    raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
+            if not page:
+                return
+            position = page[-1][0]
+
+    def entry_count(self, transaction: lmdb.Transaction) -> int:
+        """Return how many operations are kept."""
+        return int(transaction.stat(self._database)["entries"])
+
+    def size_bytes(self, transaction: lmdb.Transaction) -> int:
+        """Return how much of the file the log takes."""
+        stat = transaction.stat(self._database)
+        return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))
+
+    def trim(
+        self, transaction: lmdb.Transaction, *, may_go: Callable[[int, bytes], bool], count_max: int
+    ) -> list[int]:
+        """
+        Remove entries from the oldest on, at most *count_max*, and return their positions.
+
+        *may_go* is asked with seq and serialized operation; at its first refusal the
+        trimming ends.
+        """
+        trimmed: list[int] = []
+        cursor = transaction.cursor(self._database)
+        found = cursor.first()
+        while found and len(trimmed) < count_max:
+            seq = unpack_position(cursor.key())
+            if not may_go(seq, cursor.value()[_CRC_BYTES:]):
+                break
+            found = cursor.delete() and bool(cursor.key())
+            trimmed.append(seq)
+        return trimmed
+
+    def _page(self, after: int, until: int | None) -> list[tuple[int, bytes]]:
+        page: list[tuple[int, bytes]] = []
+        size_bytes = 0
+        with self._environment.read() as transaction:
+            cursor = transaction.cursor(self._database)
+            found = cursor.set_range(pack_position(after + 1))
+            while found and len(page) < _SCAN_PAGE_ENTRIES and size_bytes < _SCAN_PAGE_BYTES:
+                key, entry = cursor.item()
+                seq = unpack_position(key)
+                if until is not None and seq > until:
+                    break
+                page.append((seq, _checked(seq, entry)))
+                size_bytes += len(entry)
+                found = cursor.next()
+        return page
+
+
+def _checked(seq: int, entry: bytes) -> bytes:
+    data = entry[_CRC_BYTES:]
+    if zlib.crc32(data) != int.from_bytes(entry[:_CRC_BYTES], "big"):
+        raise LogCorrupt(
+            f"the operation at seq {seq} fails its check sum: the file was damaged outside tidelog", seq=seq
+        )
+    return data

@@ -1,0 +1,198 @@
+"""
+Patches: what an operation does to an object's attributes.
+
+A patch replaces and removes attributes (`set`, `unset`) and can say what is
+*meant* instead of what results: `increment` a number, `add` and `remove` members
+of a set-like list. Two intents of one kind merge whatever their order; against a
+`set` the order of arrival decides.
+
+`apply` is the one place where attributes change. The replica calls it to show a
+pending operation, the server to apply it, and both get the same result.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from tidelog._errors import InvalidValue
+from tidelog._values import INTEGER_MAX, INTEGER_MIN, Attributes, check, check_name, decode_map, encode, equal
+
+_SET_PREFIX = b"\x81\xa3set"  # a MessagePack map of one pair whose key is "set"
+_FIELDS = frozenset(("set", "unset", "increment", "add", "remove"))
+_NO_MAP: Attributes = {}
+
+# Names that passed `check_name`. Attribute names repeat with every operation and
+# the check costs more than the look-up; the bound keeps a hostile client's
+# inventions from staying.
+_KNOWN_NAMES: set[str] = set()
+_KNOWN_NAMES_MAX = 10_000
+
+
+class Patch(NamedTuple):
+    """
+    A change to attributes. An attribute stands in one field only.
+
+    Attributes:
+        set: Values that replace what is there, by attribute.
+        unset: Attributes to be removed.
+        increment: Numbers to be added, by attribute.
+        add: Members that a set-like list gets unless it holds them, by attribute.
+        remove: Members that it loses, by attribute.
+    """
+
+    set: Attributes = _NO_MAP
+    unset: tuple[str, ...] = ()
+    increment: Attributes = _NO_MAP
+    add: Attributes = _NO_MAP
+    remove: Attributes = _NO_MAP
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the attributes that the patch writes, each once."""
+        return [*self.set, *self.unset, *self.increment, *self.add, *self.remove]
+
+    @property
+    def has_intents(self) -> bool:
+        """Tell whether the result depends on what is there."""
+        return bool(self.increment or self.add or self.remove)
+
+    def apply(self, attributes: Attributes) -> Attributes:
+        """
+        Return *attributes* with the patch applied; the argument stays as it is.
+
+        Raises:
+            InvalidValue: An intent does not fit the value that is there.
+        """
+        result = {**attributes, **self.set}
+        for name in self.unset:
+            result.pop(name, None)
+        for name, amount in self.increment.items():
+            result[name] = _incremented(name, result.get(name), amount)
+        for name, members in self.add.items():
+            result[name] = _with_members(_members_of(name, result.get(name)), members)
+        for name, members in self.remove.items():
+            present = _members_of(name, result.get(name))
+            result[name] = [one for one in present if not any(equal(one, member) for member in members)]
+        return result
+
+    def encode(self) -> bytes:
+        """Return the MessagePack form that `decode_patch` reads. Raises InvalidValue."""
+        fields = {name: value for name, value in zip(self._fields, self, strict=True) if value}
+        if "unset" in fields:
+            fields["unset"] = list(self.unset)
+        return encode(fields or {"set": {}})
+
+    def check(self) -> None:
+        """Check a patch that a program handed over. Raises InvalidValue."""
+        for name, value in self.set.items():
+            check_attribute_name(name)
+            check(value, f"attribute {name!r}")
+        for members_by_name in (self.add, self.remove):
+            for name, members in members_by_name.items():
+                check(members, f"attribute {name!r}")
+        _check_shape(self)
+
+
+def decode_patch(data: bytes) -> Patch:
+    """
+    Decode the patch of an operation that came from outside.
+
+    Raises:
+        InvalidValue: The bytes are no patch.
+    """
+    fields = decode_map(data)
+    if len(fields) == 1 and "set" in fields:
+        attributes = fields["set"]
+        if type(attributes) is not dict:
+            raise InvalidValue('"set" of a patch is no map')
+        if not attributes.keys() <= _KNOWN_NAMES:
+            for name in attributes:
+                check_attribute_name(name)
+        return Patch(attributes)
+    if not fields.keys() <= _FIELDS:
+        raise InvalidValue(f"unknown key in a patch: {', '.join(sorted(fields.keys() - _FIELDS))}")
+    unset = fields.get("unset", [])
+    if type(unset) is not list:
+        raise InvalidValue('"unset" of a patch is no list')
+    for name in ("set", "increment", "add", "remove"):
+        if type(fields.get(name, _NO_MAP)) is not dict:
+            raise InvalidValue(f'"{name}" of a patch is no map')
+    patch = Patch(
+        fields.get("set", _NO_MAP),
+        tuple(unset),
+        fields.get("increment", _NO_MAP),
+        fields.get("add", _NO_MAP),
+        fields.get("remove", _NO_MAP),
+    )
+    _check_shape(patch)
+    return patch
+
+
+def encoded_attributes(data: bytes) -> bytes | None:
+    """
+    Return the encoded attributes inside an encoded patch that only sets, without decoding.
+
+    None if the patch is another, or is encoded in an unusual way: then decode it.
+    """
+    return data[len(_SET_PREFIX) :] if data.startswith(_SET_PREFIX) else None
+
+
+def patch_setting(attributes: bytes) -> bytes:
+    """Return the encoded patch that sets these encoded attributes."""
+    return _SET_PREFIX + attributes
+
+
+def check_attribute_name(name: str) -> None:
+    """Check the name of an attribute. Raises InvalidValue."""
+    if name not in _KNOWN_NAMES:
+        check_name(name, "an attribute name")
+        if len(_KNOWN_NAMES) < _KNOWN_NAMES_MAX:
+            _KNOWN_NAMES.add(name)
+
+
+def _check_shape(patch: Patch) -> None:
+    written = patch.written
+    for name in written:
+        check_attribute_name(name)
+    if len(set(written)) != len(written):
+        twice = next(name for name in written if written.count(name) > 1)
+        raise InvalidValue(f"attribute {twice!r} stands twice in one patch")
+    for name, amount in patch.increment.items():
+        if type(amount) not in (int, float, Decimal):
+            raise InvalidValue(f"attribute {name!r} is incremented by {amount!r}, which is no number")
+        check(amount, f"the increment of attribute {name!r}")
+    for members_by_name in (patch.add, patch.remove):
+        for name, members in members_by_name.items():
+            if type(members) is not list:
+                raise InvalidValue(f"members of attribute {name!r} must come as a list, got {members!r}")
+
+
+def _incremented(name: str, present: Any, amount: Any) -> Any:
+    if present is None:
+        return amount
+    kind = type(present)
+    # An integer fits into any kind of number; nothing else is converted, because
+    # the result would not be what either author meant.
+    if kind not in (int, float, Decimal) or type(amount) not in (kind, int):
+        raise InvalidValue(f"attribute {name!r} is {present!r}: {amount!r} cannot be added to it")
+    total = present + amount
+    if kind is int and not INTEGER_MIN <= total <= INTEGER_MAX:
+        raise InvalidValue(f"attribute {name!r} would exceed 64 bits")
+    return total
+
+
+def _members_of(name: str, present: Any) -> list[Any]:
+    if present is None:
+        return []
+    if type(present) is not list:
+        raise InvalidValue(f"attribute {name!r} is {present!r}: it has no members")
+    return present
+
+
+def _with_members(present: list[Any], members: list[Any]) -> list[Any]:
+    result = list(present)
+    for member in members:
+        if not any(equal(one, member) for one in result):
+            result.append(member)
+    return result

@@ -1,0 +1,288 @@
+"""
+Values: what an attribute can hold, and its MessagePack form.
+
+null, bool, 64-bit integer, float, string, bytes, timestamp, decimal, list, map.
+They travel and are stored in one encoding, MessagePack, so that bytes can pass
+from the log to the wire to the store without being rebuilt. Timestamps are the
+standard extension type -1; decimals are extension type 1 with ASCII text.
+
+Decoding never trusts its input. Whatever is wrong with the bytes becomes an
+`InvalidValue` with a sentence that says what, whoever sent them.
+
+Equality is type plus value: 1, 1.0 and True are three different values. Python
+thinks otherwise, hence `equal`.
+"""
+
+from __future__ import annotations
+
+import base64
+import decimal
+import json
+import math
+import threading
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final, TypeAlias
+
+import msgpack
+
+from tidelog._errors import InvalidValue, LimitExceeded
+from tidelog._limits import ID_BYTES_MAX, NAME_BYTES_MAX, NESTING_DEPTH_MAX
+
+Value: TypeAlias = (
+    None | bool | int | float | str | bytes | datetime | Decimal | list["Value"] | dict[str, "Value"]
+)
+Attributes: TypeAlias = dict[str, Any]
+
+DECIMAL_EXTENSION: Final = 1
+DECIMAL_BYTES_MAX: Final = 128
+INTEGER_MIN: Final = -(2**63)
+INTEGER_MAX: Final = 2**63 - 1
+EMPTY_MAP: Final = b"\x80"
+
+_SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes, datetime, Decimal))
+
+
+def encode(value: Any) -> bytes:
+    """
+    Encode a value that `check` has accepted, or that was decoded.
+
+    Raises:
+        InvalidValue: The value is none that tidelog can hold.
+    """
+    try:
+        return _PACKER.pack(value)
+    except (TypeError, ValueError, OverflowError, UnicodeEncodeError) as error:
+        _PACKER.reset()
+        raise InvalidValue(f"a value cannot be stored: {error}") from error
+
+
+def decode(data: bytes) -> Any:
+    """
+    Decode bytes that came from outside.
+
+    Raises:
+        InvalidValue: The bytes are not one well-formed value, or hold what no
+            value may hold: a duplicate key, a key that is no string, an unknown
+            extension type, an integer over 64 bits, nesting deeper than 32.
+    """
+    try:
+        value = msgpack.unpackb(
+            data,
+            object_pairs_hook=_map_without_duplicates,
+            ext_hook=_decode_extension,
+            timestamp=3,
+        )
+    except InvalidValue:
+        raise
+    except (ValueError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        what = str(error) or type(error).__name__
+        raise InvalidValue(f"not a MessagePack value that tidelog can hold: {what}") from error
+    _check_decoded(value, 0)
+    return value
+
+
+def decode_map(data: bytes) -> Attributes:
+    """Decode bytes that came from outside and must be a map. Raises InvalidValue."""
+    value = decode(data)
+    if type(value) is not dict:
+        raise InvalidValue(f"expected a MessagePack map, got {type(value).__name__}")
+    return value
+
+
+def decode_trusted(data: bytes) -> Any:
+    """Decode bytes that `decode` accepted before they were stored. Skips its checks."""
+    return msgpack.unpackb(data, ext_hook=_decode_extension, timestamp=3)
+
+
+def check(value: Any, what: str = "value", depth: int = 1) -> None:
+    """
+    Check a value that a program handed over.
+
+    Raises:
+        InvalidValue: It is none that tidelog can hold; the message starts with *what*.
+    """
+    kind = type(value)
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidValue(f"{what} holds a lone surrogate, which no encoding can carry") from None
+    elif kind is int:
+        if not INTEGER_MIN <= value <= INTEGER_MAX:
+            raise InvalidValue(f"{what} is an integer over 64 bits: use Decimal")
+    elif kind is list or kind is dict:
+        if depth > NESTING_DEPTH_MAX:
+            raise LimitExceeded(f"{what} is nested deeper than {NESTING_DEPTH_MAX} levels")
+        if kind is dict:
+            for key, member in value.items():
+                if type(key) is not str:
+                    raise InvalidValue(f"{what} has a map key that is no string: {key!r}")
+                check(key, what, depth + 1)
+                check(member, what, depth + 1)
+        else:
+            for member in value:
+                check(member, what, depth + 1)
+    elif kind is datetime:
+        if value.tzinfo is None:
+            raise InvalidValue(f"{what} is a datetime without a time zone: timestamps are UTC")
+    elif kind is Decimal:
+        if not value.is_finite() or len(str(value)) > DECIMAL_BYTES_MAX:
+            raise InvalidValue(f"{what} is a decimal that is not finite or longer than {DECIMAL_BYTES_MAX} digits")
+    elif kind not in _SCALARS:
+        raise InvalidValue(
+            f"{what} is a {kind.__name__}: use None, bool, int, float, str, bytes, datetime, Decimal, list or dict"
+        )
+
+
+def check_name(name: str, what: str) -> None:
+    """Check the name of an entity or attribute: 1 to 64 bytes, no NUL. Raises InvalidValue."""
+    _check_text(name, what, NAME_BYTES_MAX)
+
+
+def check_id(id_: str) -> None:
+    """Check an object's id: 1 to 128 bytes, no NUL. Raises InvalidValue."""
+    _check_text(id_, "an id", ID_BYTES_MAX)
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Tell whether two values have the same type and the same value. NaN equals NaN: it is one value."""
+    kind = type(left)
+    if kind is not type(right):
+        return False
+    if kind is dict:
+        return len(left) == len(right) and all(key in right and equal(left[key], right[key]) for key in left)
+    if kind is list:
+        return len(left) == len(right) and all(map(equal, left, right))
+    if kind is float and left != left:
+        return bool(right != right)
+    return bool(left == right)
+
+
+_TYPE_RANK: Final = {
+    type(None): 0, bool: 1, int: 2, float: 2, Decimal: 2, str: 3, bytes: 4, datetime: 5, list: 6, dict: 7,
+}  # fmt: skip
+
+
+def sort_key(value: Any) -> tuple[int, Any]:
+    """
+    Give a key that puts any values into one total order.
+
+    Null and missing first, then false and true, numbers by magnitude, strings by
+    code point, binaries, timestamps; lists and maps by their encoding.
+    """
+    rank = _TYPE_RANK[type(value)]
+    if rank == 0:
+        return (0, 0)
+    if rank == 2:  # noqa: PLR2004 - the rank of numbers, two lines up
+        return (2, -math.inf) if value != value else (2, value)
+    if rank >= 6:  # noqa: PLR2004 - the ranks of containers
+        return (rank, encode(value))
+    return (rank, value)
+
+
+def as_json(value: Any) -> str:
+    """
+    Return a value as JSON for people and scripts.
+
+    Binaries become base64 text, timestamps RFC 3339 text, decimals their digits as
+    text; floats that JSON cannot hold become text.
+    """
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind is dict:
+        return {key: _plain(member) for key, member in value.items()}
+    if kind is list or kind is tuple:
+        return [_plain(member) for member in value]
+    if kind is bytes:
+        return base64.b64encode(value).decode()
+    if kind is datetime:
+        return value.isoformat()
+    if kind is Decimal or (kind is float and not math.isfinite(value)):
+        return str(value)
+    return value
+
+
+def _check_text(text: str, what: str, bytes_max: int) -> None:
+    if type(text) is not str or not text:
+        raise InvalidValue(f"{what} must be a string that is not empty, got {text!r}")
+    if text.isascii():
+        size = len(text)
+    else:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise InvalidValue(f"{what} holds a lone surrogate: {text!r}") from None
+    if size > bytes_max:
+        raise LimitExceeded(f"{what} is longer than {bytes_max} bytes: {text[:40]!r}...")
+    if "\0" in text:
+        raise InvalidValue(f"{what} holds a NUL: {text!r}")
+
+
+def _check_decoded(value: Any, depth: int) -> None:
+    """Check what the decoder itself cannot: depth and the upper half of unsigned integers."""
+    kind = type(value)
+    if kind is dict or kind is list:
+        if depth >= NESTING_DEPTH_MAX:
+            raise LimitExceeded(f"nested deeper than {NESTING_DEPTH_MAX} levels")
+        for member in value.values() if kind is dict else value:
+            kind = type(member)
+            if kind is dict or kind is list or (kind is int and member > INTEGER_MAX):
+                _check_decoded(member, depth + 1)
+    elif kind is int and value > INTEGER_MAX:
+        raise InvalidValue("an integer over 64 bits with a sign")
+
+
+def _map_without_duplicates(pairs: list[tuple[Any, Any]]) -> Attributes:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise InvalidValue("a map has the same key twice")
+    try:
+        "".join(result)  # the quickest way to learn that every key is a string
+    except TypeError:
+        raise InvalidValue("a map key is no string") from None
+    return result
+
+
+def _decode_extension(code: int, data: bytes) -> Any:
+    if code == DECIMAL_EXTENSION:
+        if len(data) > DECIMAL_BYTES_MAX:
+            raise InvalidValue(f"a decimal is longer than {DECIMAL_BYTES_MAX} bytes")
+        try:
+            value = Decimal(data.decode("ascii"))
+        except (UnicodeDecodeError, decimal.InvalidOperation):
+            raise InvalidValue(f"not a decimal: {data!r}") from None
+        if not value.is_finite():
+            raise InvalidValue(f"a decimal is not finite: {data!r}")
+        return value
+    raise InvalidValue(f"unknown MessagePack extension type {code}")
+
+
+def _encode_extension(value: Any) -> Any:
+    if type(value) is Decimal:
+        return msgpack.ExtType(DECIMAL_EXTENSION, str(value).encode())
+    raise TypeError(f"{type(value).__name__} is no value type")
+
+
+class _Packer:
+    """msgpack.packb makes a Packer a call, a third of its cost; one per thread is enough."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def pack(self, value: Any) -> bytes:
+        try:
+            packer = self._local.packer
+        except AttributeError:
+            packer = self.reset()
+        return packer.pack(value)  # type: ignore[no-any-return]
+
+    def reset(self) -> Any:
+        packer = self._local.packer = msgpack.Packer(default=_encode_extension, strict_types=True, datetime=True)
+        return packer
+
+
+_PACKER: Final = _Packer()

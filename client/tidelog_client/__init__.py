@@ -1,0 +1,22 @@
+"""
+tidelog_client: a replica that can always be worked on, and synchronizes when it can.
+
+Open a `Replica`.
+"""
+
+from tidelog_client._commit import Transaction
+from tidelog_client._object import Object
+from tidelog_client._replica import LoggedOperation, Replica
+from tidelog_client._report import Phase, Progress, Report, Skipped, SkipReason
+
+__all__ = [
+    "LoggedOperation",
+    "Object",
+    "Phase",
+    "Progress",
+    "Replica",
+    "Report",
+    "SkipReason",
+    "Skipped",
+    "Transaction",
+]

@@ -1,0 +1,313 @@
+"""
+Local commits: from what a program wants to operations in the log.
+
+A transaction collects changes; its commit checks them against the view as it is
+then, and appends. Threads that commit at the same moment share one LMDB transaction
+and so one sync to disk: whoever comes first takes the others' changes along.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+import uuid_utils
+
+from tidelog._errors import InvalidValue, LimitExceeded, ObjectExists, ObjectNotFound, ResourceClosed, StorageError
+from tidelog._keys import pack_object_key
+from tidelog._limits import (
+    GROUP_BYTES_MAX,
+    GROUP_OPERATIONS_MAX,
+    OBJECT_BYTES_MAX,
+    OPERATION_BYTES_MAX,
+)
+from tidelog._operation import CommitGroup, Operation, OperationKind
+from tidelog._patch import Patch, encoded_attributes
+from tidelog._values import Attributes, check_id, check_name, decode_trusted, encode
+from tidelog_client._storage import Storage, ViewRecord
+
+if TYPE_CHECKING:
+    import lmdb
+
+COMMITS_AT_ONCE_MAX: Final = 256
+
+
+class Intent(NamedTuple):
+    """
+    A change that a program asked for, on its way to becoming an operation.
+
+    Attributes:
+        kind: What it does.
+        entity: Type of the object.
+        id: Its id.
+        patch: The change of attributes; empty for a deletion.
+        base_version: Server version that the author looked at, or None for the
+            one that the view has at the commit.
+    """
+
+    kind: OperationKind
+    entity: str
+    id: str
+    patch: Patch
+    base_version: int | None = None
+
+
+class Committer:
+    """Appends intents to the log, those of many threads together."""
+
+    def __init__(self, storage: Storage, schema_version: int) -> None:
+        self._storage = storage
+        self._schema_version = schema_version
+        self._turn = threading.Lock()
+        self._waiting: deque[_Commit] = deque()
+
+    def commit(self, intents: Sequence[Intent], *, atomic: bool) -> None:
+        """
+        Append all intents, or none. When this returns they are in the log on disk.
+
+        Raises:
+            ObjectNotFound, ObjectExists, LimitExceeded, InvalidValue: One of them cannot be.
+            DiskFull: There is no room.
+        """
+        if not intents:
+            return
+        mine = _Commit(intents, atomic=atomic)
+        self._waiting.append(mine)
+        with self._turn:
+            while not mine.done:
+                self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), COMMITS_AT_ONCE_MAX))])
+        if mine.error is not None:
+            raise mine.error
+
+    def _write(self, commits: list[_Commit]) -> None:
+        def work(transaction: lmdb.Transaction) -> None:
+            for commit in commits:
+                commit.error = None
+                builder = _Builder(self._storage, transaction, self._schema_version)
+                try:
+                    builder.build(commit.intents, atomic=commit.atomic)
+                except InvalidValue as error:
+                    commit.error = error
+                except (ObjectNotFound, ObjectExists) as error:
+                    commit.error = error
+                else:
+                    builder.write()
+
+        try:
+            self._storage.environment.write(work)
+        except Exception as error:  # noqa: BLE001 - each commit's own thread raises it
+            for commit in commits:
+                commit.error = error
+        except BaseException:
+            for commit in commits:
+                commit.error = StorageError("the commit was interrupted in another thread: nothing was written")
+            raise
+        finally:
+            for commit in commits:
+                commit.done = True
+
+
+class _Commit:
+    __slots__ = ("atomic", "done", "error", "intents")
+
+    def __init__(self, intents: Sequence[Intent], *, atomic: bool) -> None:
+        self.intents = intents
+        self.atomic = atomic
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class _Builder:
+    """Makes the operations of one commit and follows what they do to the view."""
+
+    def __init__(self, storage: Storage, transaction: lmdb.Transaction, schema_version: int) -> None:
+        self._storage = storage
+        self._transaction = transaction
+        self._schema_version = schema_version
+        self._views: dict[bytes, tuple[ViewRecord | None, ViewRecord | None]] = {}
+        self._operations: list[Operation] = []
+        self._encoded: list[bytes] = []
+
+    def build(self, intents: Sequence[Intent], *, atomic: bool) -> None:
+        first_seq = self._storage.last_seq(self._transaction) + 1
+        client_time_us = time.time_ns() // 1000
+        is_group = atomic and len(intents) > 1
+        if is_group and len(intents) > GROUP_OPERATIONS_MAX:
+            raise LimitExceeded(
+                f"a commit group of {len(intents)} operations: the limit is {GROUP_OPERATIONS_MAX}"
+            )
+        for position, intent in enumerate(intents):
+            key = pack_object_key(intent.entity, intent.id)
+            before, now = self._view(key)
+            after, encoded_patch = _after(intent, now)
+            self._views[key] = (before, after)
+            base_version = intent.base_version
+            if base_version is None:
+                base_version = now.version if now is not None else self._storage.base_version(self._transaction, key)
+            operation = Operation(
+                first_seq + position,
+                secrets.randbits(64),
+                intent.kind,
+                intent.entity,
+                intent.id,
+                encoded_patch,
+                base_version,
+                CommitGroup(first_seq, position, len(intents)) if is_group else None,
+                self._schema_version,
+                client_time_us,
+            )
+            data = operation.encode()
+            if len(data) > OPERATION_BYTES_MAX:
+                raise LimitExceeded(
+                    f"an operation of {len(data)} bytes on {intent.entity} {intent.id!r}: "
+                    f"the limit is {OPERATION_BYTES_MAX}"
+                )
+            self._operations.append(operation)
+            self._encoded.append(data)
+        if is_group and (size_bytes := sum(map(len, self._encoded))) > GROUP_BYTES_MAX:
+            raise LimitExceeded(f"a commit group of {size_bytes} bytes: the limit is {GROUP_BYTES_MAX}")
+
+    def write(self) -> None:
+        self._storage.write_commit(self._transaction, self._operations, self._encoded, self._views)
+
+    def _view(self, key: bytes) -> tuple[ViewRecord | None, ViewRecord | None]:
+        """Return the object's record before this commit and as this commit has left it so far."""
+        if key not in self._views:
+            record = self._storage.view(self._transaction, key)
+            return record, record
+        return self._views[key]
+
+
+def _after(intent: Intent, now: ViewRecord | None) -> tuple[ViewRecord | None, bytes]:
+    """Return the object's record after an intent, and the intent's encoded patch."""
+    if intent.kind is OperationKind.CREATE:
+        if now is not None:
+            raise ObjectExists(entity=intent.entity, id=intent.id)
+        patch = intent.patch.encode()
+        return ViewRecord(0, True, encoded_attributes(patch) or encode(intent.patch.set)), patch
+    if now is None:
+        raise ObjectNotFound(entity=intent.entity, id=intent.id)
+    if intent.kind is OperationKind.DELETE:
+        return None, b""
+    attributes = encode(intent.patch.apply(decode_trusted(now.attributes)))
+    if len(attributes) > OBJECT_BYTES_MAX:
+        raise LimitExceeded(
+            f"{intent.entity} {intent.id!r} would have {len(attributes)} bytes of attributes: "
+            f"the limit is {OBJECT_BYTES_MAX}"
+        )
+    return ViewRecord(now.version, True, attributes), intent.patch.encode()
+
+
+class Transaction:
+    """
+    Changes that are committed together when the `with` block ends, or not at all if it raises.
+
+    Nothing outside sees them before. Made by `Replica.transaction`.
+    """
+
+    def __init__(self, storage: Storage, committer: Committer, *, atomic: bool) -> None:
+        self._storage = storage
+        self._committer = committer
+        self._atomic = atomic
+        self._intents: list[Intent] = []
+        # The objects as this transaction leaves them so far; None: deleted.
+        self._views: dict[tuple[str, str], ViewRecord | None] = {}
+        self._ended = False
+
+    def create(self, entity: str, attributes: Mapping[str, Any], id: str | None = None) -> str:  # noqa: A002
+        """
+        Create an object and return its id, a new UUIDv7 unless *id* is given.
+
+        Raises:
+            ObjectExists: There is one of this id.
+            InvalidValue: A name, the id or a value that cannot be stored.
+        """
+        id_ = str(uuid_utils.uuid7()) if id is None else id
+        self._add(Intent(OperationKind.CREATE, entity, id_, Patch(dict(attributes))))
+        return id_
+
+    def update(
+        self,
+        entity: str,
+        id: str,  # noqa: A002
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        unset: Sequence[str] = (),
+        increment: Mapping[str, Any] | None = None,
+        add: Mapping[str, Sequence[Any]] | None = None,
+        remove: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """
+        Change attributes of an object.
+
+        Args:
+            entity: Type of the object.
+            id: Its id.
+            attributes: Values that replace what is there.
+            unset: Attributes to be removed.
+            increment: Numbers to be added; those of several authors add up.
+            add: Members that a set-like list gets; those of several authors come together.
+            remove: Members that it loses.
+
+        Raises:
+            ObjectNotFound: There is no such object.
+            InvalidValue: A name or value that cannot be stored, or an intent that
+                does not fit the present value.
+        """
+        patch = Patch(
+            dict(attributes or {}),
+            tuple(unset),
+            dict(increment or {}),
+            {name: list(members) for name, members in (add or {}).items()},
+            {name: list(members) for name, members in (remove or {}).items()},
+        )
+        self._add(Intent(OperationKind.UPDATE, entity, id, patch))
+
+    def delete(self, entity: str, id: str) -> None:  # noqa: A002
+        """
+        Delete an object.
+
+        Raises:
+            ObjectNotFound: There is no such object.
+        """
+        self._add(Intent(OperationKind.DELETE, entity, id, Patch()))
+
+    def get(self, entity: str, id: str) -> Attributes | None:  # noqa: A002
+        """Return the attributes of an object as this transaction would leave it, or None."""
+        record = self._view(entity, id)
+        return None if record is None else decode_trusted(record.attributes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended = True
+        if kind is None:
+            self._committer.commit(self._intents, atomic=self._atomic)
+
+    def _add(self, intent: Intent) -> None:
+        if self._ended:
+            raise ResourceClosed("the transaction has ended")
+        check_intent(intent)
+        self._views[intent.entity, intent.id], _ = _after(intent, self._view(intent.entity, intent.id))
+        self._intents.append(intent)
+
+    def _view(self, entity: str, id_: str) -> ViewRecord | None:
+        if (entity, id_) in self._views:
+            return self._views[entity, id_]
+        with self._storage.environment.read() as transaction:
+            return self._storage.view(transaction, pack_object_key(entity, id_))
+
+
+def check_intent(intent: Intent) -> None:
+    """Check names, id and values. Raises InvalidValue."""
+    check_name(intent.entity, "an entity name")
+    check_id(intent.id)
+    intent.patch.check()

@@ -1,0 +1,446 @@
+"""The replica: a local copy of shared data that can always be worked on."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
+
+import uuid_utils
+
+from tidelog._constraints import Constraint, Where, constraint_of
+from tidelog._environment import MAP_BYTES_DEFAULT
+from tidelog._errors import InvalidValue
+from tidelog._failure import SynchronizationFailure
+from tidelog._operation import Operation
+from tidelog._patch import Patch
+from tidelog._schema import Schema
+from tidelog._values import Attributes, check_id, check_name, decode_trusted, sort_key
+from tidelog.v1 import schema_pb2
+from tidelog_client._commit import Committer, Transaction
+from tidelog_client._object import Object
+from tidelog_client._report import OnProgress, Report
+from tidelog_client._selection import Selection, select
+from tidelog_client._storage import Storage
+from tidelog_client._synchronization import Mode
+from tidelog_client._synchronizer import Synchronizer
+
+LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
+LOG_RETENTION_BYTES_DEFAULT: Final = 1024**3
+TRIM_STEP_OPERATIONS: Final = 10_000
+TAIL_POLL_SECONDS: Final = 0.05
+
+Durability: TypeAlias = Literal["full", "relaxed"]
+
+
+class LoggedOperation(NamedTuple):
+    """
+    An operation in the log, with what became of it.
+
+    Attributes:
+        operation: The operation.
+        status: "pending", "applied" or "failed".
+        version: The server version it was applied at; 0 unless applied.
+        failure_id: The synchronization failure; empty unless failed.
+    """
+
+    operation: Operation
+    status: Literal["pending", "applied", "failed"]
+    version: int
+    failure_id: str
+
+
+class Replica:
+    """
+    A local copy of shared data, with its own operation log.
+
+    Everything but `synchronize_*` works without a network. Reads see what is
+    committed locally; each commit is on disk when it returns. Safe to use from many
+    threads; several processes may open one directory; a forked child must open it anew.
+
+    Args:
+        path: The replica's directory; made if it is not there.
+        server: "host:port" of the server, needed to synchronize only.
+        schema: The program's schema; its version goes with each operation. None: the
+            references that the server names at the first synchronization are used.
+        durability: "full": each commit waits for the disk. "relaxed": it does not,
+            and a power cut may take the newest commits, never order or integrity.
+        log_retention: How long settled operations stay in the log.
+        log_retention_bytes: How large the log may get before settled operations
+            leave it earlier.
+        map_bytes: Address space for the data at first; it grows by itself.
+
+    Raises:
+        FormatUnsupported: The directory holds something else.
+        DiskFull, StorageError: The directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        server: str | None = None,
+        schema: Schema | None = None,
+        durability: Durability = "full",
+        log_retention: timedelta = LOG_RETENTION_DEFAULT,
+        log_retention_bytes: int = LOG_RETENTION_BYTES_DEFAULT,
+        map_bytes: int = MAP_BYTES_DEFAULT,
+    ) -> None:
+        if durability not in ("full", "relaxed"):
+            raise InvalidValue(f"durability is 'full' or 'relaxed', got {durability!r}")
+        self.path = Path(path)
+        self._schema = schema
+        self._log_retention = log_retention
+        self._log_retention_bytes = log_retention_bytes
+        self._storage = Storage(self.path, relaxed=durability == "relaxed", map_bytes=map_bytes)
+        schema_version = schema.version if schema is not None else 0
+        self._committer = Committer(self._storage, schema_version)
+        self._synchronizer = Synchronizer(self._storage, server, schema_version)
+
+    @property
+    def replica_id(self) -> str:
+        """The replica's id, a UUID drawn when the directory was made."""
+        return self._storage.replica_id
+
+    def close(self) -> None:
+        """Close the replica. Using it afterwards raises ResourceClosed."""
+        self._synchronizer.close()
+        self._storage.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- changing -------------------------------------------------------------
+
+    def transaction(self, *, atomic: bool = False) -> Transaction:
+        """
+        Open a transaction for a `with` block: all its changes are committed at the end, or none.
+
+        Args:
+            atomic: Make the operations a commit group: the server too applies all or none.
+        """
+        return Transaction(self._storage, self._committer, atomic=atomic)
+
+    def create(self, entity: str, attributes: Mapping[str, Any], id: str | None = None) -> str:  # noqa: A002
+        """Create an object in a transaction of its own. See `Transaction.create`."""
+        with self.transaction() as transaction:
+            return transaction.create(entity, attributes, id)
+
+    def update(
+        self,
+        entity: str,
+        id: str,  # noqa: A002
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        unset: Sequence[str] = (),
+        increment: Mapping[str, Any] | None = None,
+        add: Mapping[str, Sequence[Any]] | None = None,
+        remove: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Change an object in a transaction of its own. See `Transaction.update`."""
+        with self.transaction() as transaction:
+            transaction.update(
+                entity, id, attributes, unset=unset, increment=increment, add=add, remove=remove
+            )
+
+    def delete(self, entity: str, id: str) -> None:  # noqa: A002
+        """Delete an object in a transaction of its own. See `Transaction.delete`."""
+        with self.transaction() as transaction:
+            transaction.delete(entity, id)
+
+    def new(self, entity: str, attributes: Mapping[str, Any] | None = None, id: str | None = None) -> Object:  # noqa: A002
+        """
+        Return an uncommitted object; nothing is stored until its `commit`.
+
+        Raises:
+            InvalidValue: A name, the id or a value that cannot be stored.
+        """
+        id_ = str(uuid_utils.uuid7()) if id is None else id
+        check_name(entity, "an entity name")
+        check_id(id_)
+        Patch(dict(attributes or {})).check()
+        return Object(self._storage, self._committer, entity, id_, new=dict(attributes or {}))
+
+    # --- reading --------------------------------------------------------------
+
+    def get(self, entity: str, id: str) -> Object | None:  # noqa: A002
+        """Return a live handle on an object, or None if there is none."""
+        check_name(entity, "an entity name")
+        check_id(id)
+        handle = Object(self._storage, self._committer, entity, id)
+        return handle if handle.exists else None
+
+    def query(
+        self,
+        entity: str,
+        where: Where = None,
+        order_by: str | Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Object]:
+        """
+        Iterate over the objects of an entity.
+
+        Objects are read a page at a time. With *order_by* only the ids and the
+        attributes ordered by are kept in memory, with a *limit* too only that many.
+
+        Args:
+            entity: Type of the objects.
+            where: A constraint, or attributes that must be equal. None: all.
+            order_by: An attribute or several; "-name" is descending. None: by id.
+            limit: How many at the most. None: all.
+
+        Raises:
+            InvalidConstraint: *where* makes no sense.
+            InvalidValue: A name that no attribute can have, or a negative limit.
+        """
+        check_name(entity, "an entity name")
+        constraint = constraint_of(where)
+        orders = [order_by] if isinstance(order_by, str) else list(order_by or ())
+        for order in orders:
+            check_name(order.removeprefix("-"), "an attribute name")
+        if limit is not None and limit < 0:
+            raise InvalidValue(f"a limit of {limit}")
+        return self._query(entity, constraint, orders, limit)
+
+    def _query(
+        self, entity: str, constraint: Constraint | None, orders: list[str], limit: int | None
+    ) -> Iterator[Object]:
+        if not orders:
+            yield from islice((self._handle(entity, id_) for id_, _ in self._matching(entity, constraint)), limit)
+            return
+        keyed = (
+            (_order_key(attributes, orders), id_) for id_, attributes in self._matching(entity, constraint)
+        )
+        ordered = sorted(keyed) if limit is None else heapq.nsmallest(limit, keyed)
+        for _key, id_ in ordered:
+            yield self._handle(entity, id_)
+
+    def _matching(self, entity: str, constraint: Constraint | None) -> Iterator[tuple[str, Attributes]]:
+        for id_, record in self._storage.entity_objects(entity):
+            attributes = decode_trusted(record.attributes)
+            if constraint is None or constraint.matches(attributes):
+                yield id_, attributes
+
+    def _handle(self, entity: str, id_: str) -> Object:
+        return Object(self._storage, self._committer, entity, id_)
+
+    def count(self, entity: str, where: Where = None) -> int:
+        """Return how many objects `query` would give."""
+        check_name(entity, "an entity name")
+        constraint = constraint_of(where)
+        if constraint is None:
+            return sum(1 for _ in self._storage.entity_objects(entity))
+        return sum(1 for _ in self._matching(entity, constraint))
+
+    # --- the log --------------------------------------------------------------
+
+    def pending(self) -> Iterator[LoggedOperation]:
+        """Iterate over the operations that the server has not settled, in log order."""
+        for pending in self._storage.pending():
+            for operation in self._storage.log.scan(after=pending.seq - 1, until=pending.seq):
+                yield LoggedOperation(operation, "pending", 0, "")
+
+    def pending_count(self) -> int:
+        """Return how many operations are pending."""
+        return self._storage.pending_count()
+
+    def log(self, *, after: int = 0) -> Iterator[LoggedOperation]:
+        """
+        Iterate over the operations above position *after* that the log keeps, oldest first.
+
+        Raises:
+            LogCorrupt: An entry fails its check.
+        """
+        for operation in self._storage.log.scan(after=after):
+            yield self._logged(operation)
+
+    def tail(self, *, after: int = 0, timeout: float | None = None) -> Iterator[LoggedOperation]:
+        """
+        Iterate like `log`, and wait for what is appended later, by whatever thread or process.
+
+        Args:
+            after: Position to start above.
+            timeout: Seconds without a new operation after which the iteration ends.
+                None: never.
+        """
+        position = after
+        last_change = time.monotonic()
+        while True:
+            for logged in self.log(after=position):
+                yield logged
+                position = logged.operation.seq
+                last_change = time.monotonic()
+            if timeout is not None and time.monotonic() - last_change >= timeout:
+                return
+            time.sleep(TAIL_POLL_SECONDS)
+
+    def history(self, entity: str, id: str) -> Iterator[LoggedOperation]:  # noqa: A002
+        """Iterate over this replica's operations on one object that the log keeps, oldest first."""
+        check_name(entity, "an entity name")
+        check_id(id)
+        return (logged for logged in self.log() if logged.operation.key == (entity, id))
+
+    def failures(self) -> Iterator[SynchronizationFailure]:
+        """Iterate over the operations of this replica that the server refused, oldest first."""
+        return map(SynchronizationFailure.from_message, self._storage.failures())
+
+    def trim_log(self) -> int:
+        """
+        Remove settled operations that are past the retention, and return how many went.
+
+        Every synchronization does this. Pending operations, and those that a view
+        still needs, always stay.
+        """
+        oldest_us = (time.time() - self._log_retention.total_seconds()) * 1e6
+        trimmed = 0
+        while True:
+            with self._storage.environment.read() as transaction:
+                too_large = self._storage.log.size_bytes(transaction) > self._log_retention_bytes
+            step = self._storage.trim(
+                lambda operation, too_large=too_large: too_large or operation.client_time_us < oldest_us,
+                # When it is about size, look again soon: each step frees some.
+                TRIM_STEP_OPERATIONS // 10 if too_large else TRIM_STEP_OPERATIONS,
+            )
+            trimmed += step
+            if not step:
+                return trimmed
+
+    def _logged(self, operation: Operation) -> LoggedOperation:
+        with self._storage.environment.read() as transaction:
+            outcome = self._storage.outcome(transaction, operation.seq)
+        if outcome is None:
+            return LoggedOperation(operation, "pending", 0, "")
+        if outcome.failure_id:
+            return LoggedOperation(operation, "failed", 0, outcome.failure_id)
+        return LoggedOperation(operation, "applied", outcome.version, "")
+
+    # --- synchronizing --------------------------------------------------------
+
+    def synchronize_all(self, *, timeout: float | None = None, on_progress: OnProgress | None = None) -> Report:
+        """
+        Upload everything pending, then download everything that changed.
+
+        Args:
+            timeout: Seconds after which to give up. None: no limit while the server
+                answers, 30 seconds of trying while it does not.
+            on_progress: Called with a `Progress` as the work goes on.
+
+        Raises:
+            SynchronizationInProgress: Another synchronization of this replica is running.
+            ServerUnavailable: No luck until the deadline; what was settled is settled.
+            SynchronizationError: The server refuses; see its subclasses.
+        """
+        return self._synchronize(Mode.ALL, timeout, on_progress)
+
+    def synchronize_unsynchronized(
+        self, *, timeout: float | None = None, on_progress: OnProgress | None = None
+    ) -> Report:
+        """
+        Upload everything pending, deletions included, and download the objects that this changed on the server.
+
+        Arguments and errors are those of `synchronize_all`.
+        """
+        return self._synchronize(Mode.UNSYNCHRONIZED, timeout, on_progress)
+
+    def synchronize_selected(
+        self,
+        objects: Iterable[Object | tuple[str, str]],
+        *,
+        timeout: float | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Report:
+        """
+        Upload what is pending on the selected objects, and download them as they are; those gone are removed.
+
+        What their operations need goes with them: earlier operations on the same
+        object, whole commit groups, pending creations of referenced objects; the
+        report names these objects in `added`. Objects that are deleted here, or were
+        never committed, cannot be selected: they are skipped and reported.
+
+        Args:
+            objects: Handles, or (entity, id) pairs.
+            timeout: As for `synchronize_all`.
+            on_progress: As for `synchronize_all`.
+
+        Raises:
+            InvalidValue: One of *objects* is neither.
+            SynchronizationError: As for `synchronize_all`.
+        """
+        selected = {}
+        for one in objects:
+            key, is_new = ((one.entity, one.id), one.is_new) if isinstance(one, Object) else (_pair(one), False)
+            selected[key] = is_new
+        return self._synchronize(Mode.SELECTED, timeout, on_progress, selected)
+
+    def _synchronize(
+        self,
+        mode: Mode,
+        timeout: float | None,
+        on_progress: OnProgress | None,
+        selected: dict[tuple[str, str], bool] | None = None,
+    ) -> Report:
+        report = Report()
+
+        def selection() -> Selection:
+            report.skipped.clear()
+            report.added.clear()
+            return select(self._storage, self._known_schema(), selected or {}, report)
+
+        self._synchronizer.run(
+            mode,
+            report,
+            timeout=timeout,
+            on_progress=on_progress,
+            selection=selection if selected is not None else None,
+        )
+        self.trim_log()
+        return report
+
+    def _known_schema(self) -> Schema:
+        """Return the program's schema, else what the server said of its own."""
+        if self._schema is not None:
+            return self._schema
+        return Schema.from_message(schema_pb2.Schema.FromString(self._storage.meta("schema")))
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    if not (isinstance(value, tuple) and len(value) == 2):  # noqa: PLR2004 - a pair
+        raise InvalidValue(f"select objects or (entity, id) pairs, got {value!r}")
+    entity, id_ = value
+    check_name(entity, "an entity name")
+    check_id(id_)
+    return entity, id_
+
+
+def _order_key(attributes: Attributes, orders: list[str]) -> tuple[Any, ...]:
+    return tuple(
+        _Descending(sort_key(attributes.get(order[1:]))) if order.startswith("-") else sort_key(attributes.get(order))
+        for order in orders
+    )
+
+
+class _Descending:
+    """Turns an order round."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+
+    def __lt__(self, other: _Descending) -> bool:
+        return bool(other.key < self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Descending) and bool(self.key == other.key)
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,103 @@
+"""What a synchronization did, and how far it is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tidelog._failure import SynchronizationFailure
+
+
+class SkipReason(enum.StrEnum):
+    """Why something was left out of a synchronization."""
+
+    UNCOMMITTED = "UNCOMMITTED"
+    DELETED = "DELETED"
+    NOT_READY = "NOT_READY"
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """
+    Something that was left out.
+
+    Attributes:
+        entity: Type of the object.
+        id: Its id.
+        reason: Why.
+        message: Why, in a sentence for people.
+        seq: The operation that stays pending, or None if it is the object that was left out.
+    """
+
+    entity: str
+    id: str
+    reason: SkipReason
+    message: str
+    seq: int | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """
+    What a synchronization did.
+
+    Attributes:
+        applied: Operations that the server applied.
+        rejected: Operations that the server refused.
+        held: Operations that had to wait for others in this synchronization.
+        downloaded: Snapshots taken in.
+        confirmed: Objects of which the server said that they are as this replica made them.
+        removed: Objects that are gone from the replica because they are gone on the server.
+        sent_bytes: Bytes of the messages sent.
+        received_bytes: Bytes of the messages received.
+        attempts: How many times the server was called: 1 unless the network failed.
+        upload_seconds: Time until the server had settled the upload.
+        download_seconds: Time from then to the end.
+        failures: The refusals, each with its payload.
+        skipped: What was left out.
+        added: Keys of objects that a selection did not name and that had to be uploaded with it.
+    """
+
+    applied: int = 0
+    rejected: int = 0
+    held: int = 0
+    downloaded: int = 0
+    confirmed: int = 0
+    removed: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    attempts: int = 0
+    upload_seconds: float = 0.0
+    download_seconds: float = 0.0
+    failures: list[SynchronizationFailure] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    added: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Phase(enum.StrEnum):
+    """A part of a synchronization."""
+
+    CONNECT = "connect"
+    UPLOAD = "upload"
+    DOWNLOAD = "download"
+    PUBLISH = "publish"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """
+    How far a synchronization is.
+
+    Attributes:
+        phase: What is being done.
+        done: Operations or objects done in this phase.
+        total: How many there are, or None if that is not known.
+    """
+
+    phase: Phase
+    done: int
+    total: int | None
+
+
+OnProgress = Callable[[Progress], None]

@@ -1,0 +1,386 @@
+"""
+One attempt at a synchronization, as a state machine without transport.
+
+Messages from the server go in, messages to the server come out; whoever carries
+them may be a gRPC stream or a simulation. Everything that must survive a crash goes
+through the storage, so an attempt that breaks off anywhere is simply followed by
+another one: what the server settled meanwhile is settled again with the same result.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from tidelog import _limits
+from tidelog._errors import ForeignServer, InvalidSchema, LogCorrupt, ProtocolUnsupported, ProtocolViolated
+from tidelog._failure import SynchronizationFailure
+from tidelog._schema import Schema
+from tidelog.internal.v1 import splice_pb2
+from tidelog.v1 import operation_pb2, sync_pb2
+from tidelog_client._report import OnProgress, Phase, Progress, Report, Skipped, SkipReason
+from tidelog_client._selection import Selection
+
+if TYPE_CHECKING:
+    from tidelog_client._storage import PendingOperation, Storage
+
+STAGE_BYTES: Final = 8 * 1024 * 1024
+SELECTION_KEYS_A_MESSAGE: Final = 5_000
+
+_M = TypeVar("_M", bound=Message)
+
+
+class Mode(enum.IntEnum):
+    """What a synchronization covers."""
+
+    ALL = sync_pb2.SYNCHRONIZE_MODE_ALL
+    UNSYNCHRONIZED = sync_pb2.SYNCHRONIZE_MODE_UNSYNCHRONIZED
+    SELECTED = sync_pb2.SYNCHRONIZE_MODE_SELECTED
+
+
+class _Stage(enum.Enum):
+    OPENING = enum.auto()
+    UPLOADING = enum.auto()
+    SETTLING = enum.auto()
+    DOWNLOADING = enum.auto()
+    DONE = enum.auto()
+
+
+class Synchronization:
+    """
+    One attempt.
+
+    Send what `begin` and `receive` return, in order, until `done`. `None` among the
+    messages means that the client's side of the stream is to be closed.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        mode: Mode,
+        report: Report,
+        on_progress: OnProgress,
+        *,
+        selection: Selection | None = None,
+        schema_version: int = 0,
+    ) -> None:
+        self._storage = storage
+        self._mode = mode
+        self._report = report
+        self._on_progress = on_progress
+        self._selection = selection
+        self._schema_version = schema_version
+        self._stage = _Stage.OPENING
+        self._limits = sync_pb2.Limits()
+        self._until = 0
+        self._total = 0
+        self._results_count = 0
+        self._batches: Iterator[list[tuple[int, bytes]]] = iter(())
+        # The operations of the batches under way, and of those held by the server.
+        self._in_flight: deque[list[int]] = deque()
+        self._held: set[int] = set()
+        self._reconcile = False
+        self._pages: list[bytes] = []
+        self._pages_bytes = 0
+        self._pages_objects = 0
+        self._resume_token = b""
+        self._downloaded_count = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the synchronization is complete."""
+        return self._stage is _Stage.DONE
+
+    @property
+    def uploaded(self) -> bool:
+        """Whether the upload phase is over."""
+        return self._stage in (_Stage.DOWNLOADING, _Stage.DONE)
+
+    def begin(self) -> list[bytes | None]:
+        """Return the first messages."""
+        storage = self._storage
+        if self._selection is not None:
+            self._total = len(self._selection.seqs)
+        else:
+            with storage.environment.read() as transaction:
+                self._until = storage.last_seq(transaction)
+            self._total = storage.pending_count()
+        start = sync_pb2.SessionStart(
+            protocol_version=_limits.PROTOCOL_VERSION,
+            replica_id=storage.replica_id,
+            mode=int(self._mode),  # type: ignore[arg-type]  # the same numbers
+            schema_version=self._schema_version,
+            cursor=storage.meta("cursor"),
+            uploading=self._total > 0,
+            leaves_earlier_operations=self._selection is not None and self._selection.leaves_earlier,
+            accepts_confirmations=not storage.meta("state_lost"),
+        )
+        if self._mode is Mode.ALL:
+            start.resume_token = storage.meta("resume_token")
+        self._on_progress(Progress(Phase.CONNECT, 0, None))
+        messages: list[bytes | None] = [_request(start=start.SerializeToString())]
+        if not self._total:
+            messages.extend(self._end_of_upload())  # nothing to wait for: saves a round trip
+        return messages
+
+    def receive(self, data: bytes) -> list[bytes | None]:
+        """
+        Take in a message and return what is to be sent next.
+
+        Raises:
+            ProtocolViolated, ProtocolUnsupported, ForeignServer: The attempt is over.
+            StateLost: The attempt is over; another one will get all states.
+        """
+        response = _parsed(splice_pb2.SynchronizeResponseSplice, data)
+        which = response.WhichOneof("message")
+        stage = self._stage
+        if which == "started" and stage is _Stage.OPENING:
+            return self._started(_parsed(sync_pb2.SessionStarted, response.started))
+        if which == "batch_results" and stage is _Stage.UPLOADING:
+            return self._batch_results(_parsed(sync_pb2.BatchResults, response.batch_results))
+        if which == "upload_settled" and stage in (_Stage.UPLOADING, _Stage.SETTLING) and not self._in_flight:
+            self._upload_settled(_parsed(sync_pb2.UploadSettled, response.upload_settled))
+            return []
+        if which == "page" and stage is _Stage.DOWNLOADING:
+            self._page(response.page)
+            return []
+        if which == "complete" and stage is _Stage.DOWNLOADING:
+            self._complete(_parsed(sync_pb2.SessionComplete, response.complete))
+            return []
+        raise ProtocolViolated(f"the server sent `{which}` while the session was {stage.name.lower()}")
+
+    # --- upload ---------------------------------------------------------------
+
+    def _started(self, started: sync_pb2.SessionStarted) -> list[bytes | None]:
+        if started.protocol_version != _limits.PROTOCOL_VERSION:
+            raise ProtocolUnsupported(
+                f"the server speaks version {started.protocol_version} of the protocol, "
+                f"this client version {_limits.PROTOCOL_VERSION}: upgrade the older one"
+            )
+        self._adopt(started)
+        self._limits = started.limits
+        self._reconcile = started.reconcile
+        if not started.resumed:
+            self._storage.discard_staged()
+        if not self._total:
+            self._stage = _Stage.SETTLING
+            return []
+        self._stage = _Stage.UPLOADING
+        # Relaxed durability or not: what the server has seen must not be forgotten here.
+        self._storage.environment.sync()
+        self._batches = self._batched_operations()
+        messages: list[bytes | None] = []
+        for _ in range(max(1, started.limits.batches_in_flight)):
+            messages.extend(self._next_batch())
+            if self._stage is not _Stage.UPLOADING:
+                break
+        return messages
+
+    def _adopt(self, started: sync_pb2.SessionStarted) -> None:
+        storage = self._storage
+        epoch = storage.meta("epoch").decode()
+        if epoch and epoch != started.epoch:
+            raise ForeignServer(expected=epoch, actual=started.epoch)
+        schema = b""
+        if started.HasField("schema"):
+            try:
+                Schema.from_message(started.schema)
+            except InvalidSchema as error:
+                raise ProtocolViolated(f"the server's schema cannot be read: {error}") from error
+            schema = started.schema.SerializeToString()
+        if not epoch or storage.meta("schema") != schema:
+            storage.set_meta(epoch=started.epoch.encode(), schema=schema)
+
+    def _next_batch(self) -> list[bytes | None]:
+        batch = next(self._batches, None)
+        if batch is None:
+            if self._stage is _Stage.UPLOADING and not self._in_flight:
+                return self._end_of_upload()
+            return []
+        self._in_flight.append([seq for seq, _ in batch])
+        operations = splice_pb2.OperationBatchSplice(operations=[data for _, data in batch])
+        return [_request(batch=operations)]
+
+    def _end_of_upload(self) -> list[bytes | None]:
+        if self._stage is _Stage.UPLOADING:
+            self._stage = _Stage.SETTLING
+        messages: list[bytes | None] = []
+        keys = self._selection.keys if self._selection is not None else ()
+        for first in range(0, len(keys), SELECTION_KEYS_A_MESSAGE):
+            selection = sync_pb2.Selection(
+                keys=[
+                    sync_pb2.ObjectKey(entity=entity, id=id_)
+                    for entity, id_ in keys[first : first + SELECTION_KEYS_A_MESSAGE]
+                ]
+            )
+            messages.append(_request(selection=selection.SerializeToString()))
+        messages.append(_request(upload_complete=sync_pb2.UploadComplete().SerializeToString()))
+        messages.append(None)
+        return messages
+
+    def _batched_operations(self) -> Iterator[list[tuple[int, bytes]]]:
+        """Yield batches in log order: within the server's limits, a commit group never in two."""
+        batch: list[tuple[int, bytes]] = []
+        batch_bytes = 0
+        for unit in _grouped(self._pending_operations()):
+            data = self._read_operations(unit)
+            unit_bytes = sum(len(one) for _, one in data)
+            if batch and (
+                len(batch) + len(data) > self._limits.batch_operation_count
+                or batch_bytes + unit_bytes > self._limits.batch_bytes
+            ):
+                yield batch
+                batch, batch_bytes = [], 0
+            batch.extend(data)
+            batch_bytes += unit_bytes
+        if batch:
+            yield batch
+
+    def _pending_operations(self) -> Iterator[PendingOperation]:
+        if self._selection is None:
+            yield from self._storage.pending(until=self._until)
+            return
+        for first in range(0, len(self._selection.seqs), _limits.BATCH_OPERATIONS_MAX):
+            with self._storage.environment.read() as transaction:
+                found = [
+                    self._storage.pending_at(transaction, seq)
+                    for seq in self._selection.seqs[first : first + _limits.BATCH_OPERATIONS_MAX]
+                ]
+            yield from (one for one in found if one is not None)
+
+    def _read_operations(self, unit: list[PendingOperation]) -> list[tuple[int, bytes]]:
+        found = []
+        with self._storage.environment.read() as transaction:
+            for one in unit:
+                data = self._storage.log.get(transaction, one.seq)
+                if data is None:
+                    raise LogCorrupt(f"the pending operation at seq {one.seq} is not in the log", seq=one.seq)
+                found.append((one.seq, data))
+        return found
+
+    def _batch_results(self, message: sync_pb2.BatchResults) -> list[bytes | None]:
+        if not self._in_flight:
+            raise ProtocolViolated("the server answered a batch that was not sent")
+        seqs = self._in_flight.popleft()
+        if [result.seq for result in message.results] != seqs:
+            raise ProtocolViolated("the server's results are not those of the batch")
+        final = []
+        for result in message.results:
+            if result.status == operation_pb2.OPERATION_STATUS_HELD:
+                self._held.add(result.seq)
+                self._report.held += 1
+            elif result.status == operation_pb2.OPERATION_STATUS_NOT_READY:
+                self._not_ready(result)
+            else:
+                final.append(result)
+        self._settle(final)
+        return self._next_batch()
+
+    def _upload_settled(self, message: sync_pb2.UploadSettled) -> None:
+        final = []
+        for result in message.results:
+            if result.seq not in self._held:
+                raise ProtocolViolated(f"the server settled seq {result.seq}, which was not held")
+            self._held.remove(result.seq)
+            if result.status == operation_pb2.OPERATION_STATUS_NOT_READY:
+                self._not_ready(result)
+            else:
+                final.append(result)
+        if self._held:
+            raise ProtocolViolated("the server ended the upload with operations unsettled")
+        self._settle(final)
+        self._stage = _Stage.DOWNLOADING
+        self._on_progress(Progress(Phase.DOWNLOAD, 0, None))
+
+    def _settle(self, results: list[operation_pb2.OperationResult]) -> None:
+        for result in results:
+            if result.status not in _FINAL or (result.status == _REJECTED and not result.failure_id):
+                raise ProtocolViolated(f"the server gave seq {result.seq} a result that settles nothing")
+        if results:
+            counts = self._storage.settle(results)
+            self._report.applied += counts.applied
+            self._report.rejected += counts.rejected
+            self._report.failures.extend(map(SynchronizationFailure.from_message, counts.failures))
+        self._results_count += len(results)
+        self._on_progress(Progress(Phase.UPLOAD, self._results_count, self._total))
+
+    def _not_ready(self, result: operation_pb2.OperationResult) -> None:
+        with self._storage.environment.read() as transaction:
+            pending = self._storage.pending_at(transaction, result.seq)
+        entity, id_ = pending.key if pending is not None else ("", "")
+        self._report.skipped.append(
+            Skipped(entity, id_, SkipReason.NOT_READY, result.message, seq=result.seq)
+        )
+
+    # --- download -------------------------------------------------------------
+
+    def _page(self, page: bytes) -> None:
+        message = _parsed(sync_pb2.SnapshotPage, page)
+        count = len(message.snapshots) + len(message.removals) + len(message.confirmations)
+        if self._mode is Mode.ALL:
+            self._pages.append(page)
+            self._pages_bytes += len(page)
+            self._pages_objects += count
+            self._resume_token = message.resume_token
+            if self._pages_bytes >= STAGE_BYTES:
+                self._storage.stage(self._pages, self._pages_objects, self._resume_token)
+                self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
+        else:
+            counts = self._storage.merge(page)
+            self._report.downloaded += counts.downloaded
+            self._report.removed += counts.removed
+            self._report.confirmed += len(message.confirmations)
+        self._downloaded_count += count
+        self._on_progress(Progress(Phase.DOWNLOAD, self._downloaded_count, None))
+
+    def _complete(self, complete: sync_pb2.SessionComplete) -> None:
+        if self._mode is Mode.ALL:
+            if not complete.cursor:
+                raise ProtocolViolated("the server completed the download without a cursor")
+            self._on_progress(Progress(Phase.PUBLISH, 0, self._downloaded_count))
+            counts = self._storage.publish(
+                self._pages,
+                self._pages_objects,
+                cursor=complete.cursor,
+                version=complete.version,
+                reconcile=self._reconcile,
+            )
+            self._report.downloaded += counts.downloaded
+            self._report.removed += counts.removed
+            self._report.confirmed += counts.confirmed
+            self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
+        self._stage = _Stage.DONE
+
+
+_REJECTED: Final = operation_pb2.OPERATION_STATUS_REJECTED
+_FINAL: Final = frozenset((operation_pb2.OPERATION_STATUS_APPLIED, _REJECTED))
+
+
+def _request(**message: object) -> bytes:
+    return splice_pb2.SynchronizeRequestSplice(**message).SerializeToString()  # type: ignore[arg-type]
+
+
+def _grouped(operations: Iterator[PendingOperation]) -> Iterator[list[PendingOperation]]:
+    """Yield each commit group, or single operation, as a list."""
+    unit: list[PendingOperation] = []
+    for operation in operations:
+        if unit and operation.group_position == 0:
+            yield unit
+            unit = []
+        unit.append(operation)
+        if len(unit) >= operation.group_size:
+            yield unit
+            unit = []
+    if unit:
+        yield unit
+
+
+def _parsed(kind: type[_M], data: bytes) -> _M:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise ProtocolViolated(f"the server sent bytes that are no {kind.DESCRIPTOR.name}") from error

@@ -1,0 +1,189 @@
+"""
+The synchronizer: attempts until one completes, the deadline passes, or the server refuses.
+
+Only one synchronization of a replica runs at a time, in whatever thread or process:
+a lock file of its own says so, which a crash gives back.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from filelock import FileLock, Timeout
+
+from tidelog._errors import NotConfigured, ServerUnavailable, SynchronizationInProgress
+from tidelog._logging import get_logger
+from tidelog_client._connection import Connection, Stream, Transient
+from tidelog_client._report import OnProgress, Report
+from tidelog_client._storage import StateLost
+from tidelog_client._synchronization import Mode, Synchronization
+
+if TYPE_CHECKING:
+    from tidelog_client._selection import Selection
+    from tidelog_client._storage import Storage
+
+BACKOFF_SECONDS_FIRST: Final = 0.1
+BACKOFF_SECONDS_MAX: Final = 5.0
+
+# Without a deadline of the caller's: how long to go on trying since the server was last heard of.
+SILENCE_SECONDS_MAX: Final = 30.0
+
+_LOCK_FILE: Final = "synchronize.lock"
+_log = get_logger("tidelog.synchronizer")
+
+
+class Synchronizer:
+    """Synchronizes one replica with one server."""
+
+    def __init__(self, storage: Storage, address: str | None, schema_version: int) -> None:
+        self._storage = storage
+        self._schema_version = schema_version
+        self._connection = Connection(address) if address is not None else None
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def run(
+        self,
+        mode: Mode,
+        report: Report,
+        *,
+        timeout: float | None,
+        on_progress: OnProgress | None,
+        selection: Callable[[], Selection] | None = None,
+    ) -> None:
+        """
+        Synchronize, and tell *report* what was done.
+
+        Args:
+            mode: What to synchronize.
+            report: Filled in as the work goes on, so that it tells the truth after an error too.
+            timeout: Seconds until the deadline. None: no deadline while the server
+                answers, and 30 seconds of trying when it does not.
+            on_progress: Called with each step's `Progress`.
+            selection: Works out the selection, under the lock. Mode selected only.
+
+        Raises:
+            SynchronizationInProgress: Another synchronization of this replica runs.
+            SynchronizationError: See the subclasses.
+        """
+        connection = self._connection
+        if connection is None:
+            raise NotConfigured("the replica was opened without a server: pass server='host:port'")
+        with self._alone():
+            deadline = _Deadline(timeout)
+            counts = self._storage.finish_publishing()
+            report.downloaded += counts.downloaded
+            report.confirmed += counts.confirmed
+            report.removed += counts.removed
+            backoff = BACKOFF_SECONDS_FIRST
+            while True:
+                attempt = Synchronization(
+                    self._storage,
+                    mode,
+                    report,
+                    on_progress or _ignore,
+                    selection=selection() if selection is not None else None,
+                    schema_version=self._schema_version,
+                )
+                report.attempts += 1
+                try:
+                    self._attempt(connection, attempt, report, deadline)
+                except StateLost:
+                    # Not seen outside; the next attempt asks for all states.
+                    _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
+                    self._storage.set_meta(cursor=b"", state_lost=b"1")
+                    self._storage.discard_staged()
+                except Transient as error:
+                    if deadline.heard:
+                        backoff = BACKOFF_SECONDS_FIRST
+                    pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after_seconds)  # noqa: S311 - jitter
+                    if pause > deadline.remaining():
+                        raise ServerUnavailable(
+                            f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
+                            "nothing is lost, synchronize again when it is back"
+                        ) from error
+                    deadline.heard = False
+                    time.sleep(pause)
+                    backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
+                else:
+                    return
+
+    def _attempt(
+        self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline
+    ) -> None:
+        stream = connection.synchronize(deadline.call_timeout())
+        started = time.monotonic()
+        try:
+            self._send(stream, attempt.begin(), report)
+            upload_over = started
+            while not attempt.done:
+                data = stream.receive()
+                if data is None:
+                    raise Transient("the server ended the session before it was complete")
+                deadline.note_heard()
+                report.received_bytes += len(data)
+                was_uploaded = attempt.uploaded
+                self._send(stream, attempt.receive(data), report)
+                if attempt.uploaded and not was_uploaded:
+                    upload_over = time.monotonic()
+                    report.upload_seconds += upload_over - started
+            report.download_seconds += time.monotonic() - upload_over
+        finally:
+            stream.cancel()
+
+    def _send(self, stream: Stream, messages: list[bytes | None], report: Report) -> None:
+        report.sent_bytes += sum(len(message) for message in messages if message is not None)
+        stream.send(messages)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # A lock object of its own for each call: two of one process exclude each other too.
+        lock = FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise SynchronizationInProgress from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class _Deadline:
+    """The caller's deadline, or, without one, patience with a silent server."""
+
+    def __init__(self, timeout: float | None) -> None:
+        now = time.monotonic()
+        self._end = None if timeout is None else now + timeout
+        self._last_heard = now
+        self.heard = False
+
+    def note_heard(self) -> None:
+        """Note that the server answered."""
+        self._last_heard = time.monotonic()
+        self.heard = True
+
+    def remaining(self) -> float:
+        """Return the seconds left to try in."""
+        now = time.monotonic()
+        if self._end is not None:
+            return self._end - now
+        return self._last_heard + SILENCE_SECONDS_MAX - now
+
+    def call_timeout(self) -> float | None:
+        """Return the seconds that a call may take, None if it may take as long as it likes."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+def _ignore(_progress: object) -> None:
+    pass
+
+

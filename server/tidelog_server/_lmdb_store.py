@@ -1,0 +1,399 @@
+"""
+The embedded store: LMDB in one directory, one server process.
+
+One thread writes. It takes the jobs of all sessions that are waiting and commits
+them together, so that many sessions share one sync to disk; a job that fails takes
+nothing with it, because only what jobs return is written. Readers never wait.
+
+Keys start with the tenant's number in four bytes, so that a tenant's data are
+neighbours, and go on so that what is written together sorts together:
+
+    tenants    name                        -> number
+    heads      tenant                      -> version, commit id
+    commits    tenant version              -> id of the commit that ended there
+    objects    tenant entity NUL id        -> state
+    by_version tenant version              -> entity NUL id, at the latest version only
+    changes    tenant version              -> change
+    replicas   tenant replica              -> state
+    settled    tenant replica seq          -> nonce, outcome
+    failures   tenant failure              -> serialized SynchronizationFailure
+    refused    tenant entity NUL id        -> failure that kept the object from being created
+    meta       epoch, timeline
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import struct
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgpack
+from filelock import FileLock, Timeout
+
+from tidelog._environment import MAP_BYTES_DEFAULT, Environment, put_many
+from tidelog._errors import ResourceClosed, StoreInUse
+from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
+from tidelog._logging import get_logger
+from tidelog._operation import OperationKind
+from tidelog_server._records import (
+    COMMIT_ID_BYTES,
+    Change,
+    Head,
+    Identity,
+    ObjectState,
+    ReplicaState,
+    Settled,
+    Writes,
+)
+
+if TYPE_CHECKING:
+    import lmdb
+
+FORMAT: Final = "tidelog-server-store-1"
+GROUP_JOBS_MAX: Final = 64
+
+_OBJECT: Final = struct.Struct(">QQ16sB")
+_SETTLED: Final = struct.Struct(">QQB16s")
+_TENANT: Final = struct.Struct(">I")
+
+_DELETED: Final = 1
+_SOLE_WRITER: Final = 2
+_CHANGED: Final = 1
+_REJECTED: Final = 2
+_CULPRIT: Final = 4
+
+_KINDS: Final = {int(kind): kind for kind in OperationKind}
+_log = get_logger("tidelog.store")
+
+T = TypeVar("T")
+
+
+class LmdbStore:
+    """
+    Keeps everything in an LMDB environment in *path*.
+
+    Raises:
+        StoreInUse: Another server has the store open.
+        FormatUnsupported: The directory holds something else.
+    """
+
+    def __init__(self, path: str | Path, *, map_bytes: int = MAP_BYTES_DEFAULT) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / "server.lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise StoreInUse(f"another server has {self.path} open: an embedded store has one server") from None
+        try:
+            self._environment = Environment.open(self.path, format_name=FORMAT, map_bytes=map_bytes)
+            self._databases = _Databases(self._environment)
+            self._identity = self._environment.write(self._load_identity)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._tenants: dict[str, bytes] = {}
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closing = False
+        self._writer = threading.Thread(target=self._write_jobs, name="tidelog-writer", daemon=True)
+        self._writer.start()
+
+    @property
+    def identity(self) -> Identity:
+        """Which store this is."""
+        return self._identity
+
+    @contextmanager
+    def read(self, tenant: str) -> Iterator[LmdbReader]:
+        """Read a tenant's data as of one moment."""
+        with self._environment.read() as transaction:
+            prefix = self._tenants.get(tenant)
+            if prefix is None:
+                prefix = transaction.get(tenant.encode(), db=self._databases.tenants)
+            yield LmdbReader(transaction, self._databases, prefix or _NO_TENANT)
+
+    def submit(self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]]) -> Future[T]:
+        """Run a job in a write transaction. See `Store.submit`."""
+        future: Future[T] = Future()
+        if self._closing:
+            raise ResourceClosed("the store is closed")
+        self._jobs.put(_Job(tenant, job, future))
+        return future
+
+    def close(self) -> None:
+        """Finish the jobs that were submitted, then close."""
+        if self._closing:
+            return
+        self._closing = True
+        self._jobs.put(None)
+        self._writer.join()
+        while not self._jobs.empty():  # submitted in the instant before the close
+            if (job := self._jobs.get()) is not None:
+                job.future.set_exception(ResourceClosed("the store is closed"))
+        self._environment.close()
+        self._lock.release()
+
+    def _load_identity(self, transaction: lmdb.Transaction) -> Identity:
+        meta = self._databases.meta
+        for name in (b"epoch", b"timeline"):
+            if transaction.get(name, db=meta) is None:
+                transaction.put(name, str(uuid.uuid4()).encode(), db=meta)
+        return Identity(transaction.get(b"epoch", db=meta).decode(), transaction.get(b"timeline", db=meta).decode())
+
+    def _write_jobs(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            group = [job]
+            stop = False
+            while len(group) < GROUP_JOBS_MAX and not self._jobs.empty():
+                following = self._jobs.get()
+                if following is None:
+                    stop = True
+                    break
+                group.append(following)
+            self._write_group(group)
+            if stop:
+                return
+
+    def _write_group(self, group: list[_Job]) -> None:
+        try:
+            outcomes = self._environment.write(lambda transaction: self._run_group(transaction, group))
+        except Exception as error:  # the jobs' owners are told, and decide
+            _log.exception("commit failed", job_count=len(group))
+            for job in group:
+                job.future.set_exception(error)
+            return
+        for job, (result, error) in zip(group, outcomes, strict=True):
+            if error is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(error)
+
+    def _run_group(self, transaction: lmdb.Transaction, group: list[_Job]) -> list[tuple[Any, Exception | None]]:
+        commit_id = secrets.token_bytes(COMMIT_ID_BYTES)
+        outcomes: list[tuple[Any, Exception | None]] = []
+        heads: dict[bytes, int] = {}
+        for job in group:
+            prefix = self._tenant_prefix(transaction, job.tenant)
+            reader = LmdbReader(transaction, self._databases, prefix)
+            try:
+                writes, result = job.work(reader)
+            except Exception as error:  # noqa: BLE001 - handed to the job's owner; nothing of the job was written
+                outcomes.append((None, error))
+                continue
+            if writes is not None:
+                self._apply(transaction, prefix, writes, commit_id)
+                if writes.changes:
+                    heads[prefix] = writes.version
+            outcomes.append((result, None))
+        for prefix, version in heads.items():
+            transaction.put(prefix + pack_position(version), commit_id, db=self._databases.commits, append=False)
+        return outcomes
+
+    def _tenant_prefix(self, transaction: lmdb.Transaction, tenant: str) -> bytes:
+        prefix = self._tenants.get(tenant)
+        if prefix is None:
+            database = self._databases.tenants
+            prefix = transaction.get(tenant.encode(), db=database)
+            if prefix is None:
+                prefix = _TENANT.pack(transaction.stat(database)["entries"] + 1)
+                transaction.put(tenant.encode(), prefix, db=database)
+            else:
+                self._tenants[tenant] = prefix
+        return prefix
+
+    def _apply(self, transaction: lmdb.Transaction, prefix: bytes, writes: Writes, commit_id: bytes) -> None:
+        databases = self._databases
+        put, delete = transaction.put, transaction.delete
+        objects = []
+        by_version = []
+        for (entity, id_), (state, replaced) in writes.objects.items():
+            key = pack_object_key(entity, id_)
+            flags = (_DELETED if state.deleted else 0) | (_SOLE_WRITER if state.sole_writer else 0)
+            objects.append(
+                (
+                    prefix + key,
+                    _OBJECT.pack(state.version, state.created, state.creator, flags) + state.attributes,
+                )
+            )
+            if replaced:
+                delete(prefix + pack_position(replaced), db=databases.by_version)
+            by_version.append((prefix + pack_position(state.version), key))
+        put_many(transaction, databases.objects, objects)
+        put_many(transaction, databases.by_version, by_version)
+        put_many(
+            transaction,
+            databases.changes,
+            [(prefix + pack_position(change.version), _pack_change(change)) for change in writes.changes],
+        )
+        if writes.changes:
+            put(prefix, pack_position(writes.version) + commit_id, db=databases.heads)
+        if writes.replica is not None:
+            replica, replica_state = writes.replica
+            put(prefix + replica, msgpack.packb(replica_state), db=databases.replicas)
+            put_many(
+                transaction,
+                databases.settled,
+                [(prefix + replica + pack_position(seq), _pack_settled(one)) for seq, one in writes.settled],
+            )
+        for failure in writes.failures:
+            put(prefix + failure.id, failure.data, db=databases.failures)
+            for key in failure.refused_creations:
+                put(prefix + pack_object_key(*key), failure.id, db=databases.refused)
+
+
+class LmdbReader:
+    """Reads one tenant in one transaction. See `Reader` for what each method promises."""
+
+    def __init__(self, transaction: lmdb.Transaction, databases: _Databases, prefix: bytes) -> None:
+        self._transaction = transaction
+        self._databases = databases
+        self._prefix = prefix
+
+    def head(self) -> Head:
+        value = self._transaction.get(self._prefix, db=self._databases.heads)
+        return Head(0, b"") if value is None else Head(unpack_position(value[:8]), value[8:])
+
+    def commit_id(self, version: int) -> bytes | None:
+        return self._transaction.get(self._prefix + pack_position(version), db=self._databases.commits)
+
+    def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
+        get, database, prefix = self._transaction.get, self._databases.objects, self._prefix
+        found = {}
+        for key in keys:
+            value = get(prefix + pack_object_key(*key), db=database)
+            if value is not None:
+                found[key] = _unpack_object(value)
+        return found
+
+    def entity_objects(self, entity: str, after_id: str, limit: int) -> list[tuple[ObjectKey, ObjectState]]:
+        prefix = self._prefix + entity_prefix(entity)
+        # No id holds a NUL: with one appended, the search starts behind the id itself.
+        start = prefix + after_id.encode() + b"\0" if after_id else prefix
+        return [
+            (unpack_object_key(key[len(self._prefix) :]), _unpack_object(value))
+            for key, value in self._scan(self._databases.objects, start, prefix, limit)
+        ]
+
+    def latest_changes(self, after: int, limit: int) -> list[tuple[int, ObjectKey]]:
+        start = self._prefix + pack_position(after + 1)
+        return [
+            (unpack_position(key[len(self._prefix) :]), unpack_object_key(value))
+            for key, value in self._scan(self._databases.by_version, start, self._prefix, limit)
+        ]
+
+    def change(self, version: int) -> Change | None:
+        value = self._transaction.get(self._prefix + pack_position(version), db=self._databases.changes)
+        return None if value is None else _unpack_change(version, value)
+
+    def changes(self, after: int, limit: int) -> list[Change]:
+        start = self._prefix + pack_position(after + 1)
+        return [
+            _unpack_change(unpack_position(key[len(self._prefix) :]), value)
+            for key, value in self._scan(self._databases.changes, start, self._prefix, limit)
+        ]
+
+    def replica(self, replica: bytes) -> ReplicaState | None:
+        value = self._transaction.get(self._prefix + replica, db=self._databases.replicas)
+        if value is None:
+            return None
+        *fields, ranges = msgpack.unpackb(value, use_list=False)
+        return ReplicaState(*fields, ranges)
+
+    def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
+        prefix = self._prefix + replica
+        found = {}
+        for seq in seqs:
+            value = self._transaction.get(prefix + pack_position(seq), db=self._databases.settled)
+            if value is not None:
+                found[seq] = _unpack_settled(value)
+        return found
+
+    def failure(self, failure_id: bytes) -> bytes | None:
+        return self._transaction.get(self._prefix + failure_id, db=self._databases.failures)
+
+    def failures(self, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        start = self._prefix + after + b"\0" if after else self._prefix
+        return [
+            (key[len(self._prefix) :], value)
+            for key, value in self._scan(self._databases.failures, start, self._prefix, limit)
+        ]
+
+    def refused_creation(self, key: ObjectKey) -> bytes | None:
+        return self._transaction.get(self._prefix + pack_object_key(*key), db=self._databases.refused)
+
+    def _scan(self, database: lmdb._Database, start: bytes, prefix: bytes, limit: int) -> Iterator[tuple[bytes, bytes]]:
+        cursor = self._transaction.cursor(database)
+        if not cursor.set_range(start):
+            return
+        for count, (key, value) in enumerate(cursor):
+            if count == limit or not key.startswith(prefix):
+                return
+            yield key, value
+
+
+class _Job:
+    __slots__ = ("future", "tenant", "work")
+
+    def __init__(self, tenant: str, work: Callable[[Any], tuple[Writes | None, Any]], future: Future[Any]) -> None:
+        self.tenant = tenant
+        self.work = work
+        self.future = future
+
+
+class _Databases:
+    def __init__(self, environment: Environment) -> None:
+        self.tenants = environment.database("tenants")
+        self.heads = environment.database("heads")
+        self.commits = environment.database("commits")
+        self.objects = environment.database("objects")
+        self.by_version = environment.database("by_version")
+        self.changes = environment.database("changes")
+        self.replicas = environment.database("replicas")
+        self.settled = environment.database("settled")
+        self.failures = environment.database("failures")
+        self.refused = environment.database("refused")
+        self.meta = environment.database("meta")
+
+
+# Sorts before every tenant's number: a tenant that was never written reads as empty.
+_NO_TENANT: Final = _TENANT.pack(0)
+
+
+
+def _unpack_object(value: bytes) -> ObjectState:
+    version, created, creator, flags = _OBJECT.unpack_from(value)
+    return ObjectState(
+        version, created, creator, bool(flags & _DELETED), bool(flags & _SOLE_WRITER), value[_OBJECT.size :]
+    )
+
+
+def _pack_settled(one: Settled) -> bytes:
+    flags = (
+        (_CHANGED if one.changed_by_server else 0)
+        | (_REJECTED if one.failure_id else 0)
+        | (_CULPRIT if one.culprit else 0)
+    )
+    return _SETTLED.pack(one.nonce, one.version, flags, one.failure_id)
+
+
+def _unpack_settled(value: bytes) -> Settled:
+    nonce, version, flags, failure_id = _SETTLED.unpack(value)
+    return Settled(
+        nonce, version, bool(flags & _CHANGED), failure_id if flags & _REJECTED else b"", bool(flags & _CULPRIT)
+    )
+
+
+def _pack_change(change: Change) -> bytes:
+    return msgpack.packb(change[1:])  # type: ignore[no-any-return]
+
+
+def _unpack_change(version: int, value: bytes) -> Change:
+    key, kind, *rest = msgpack.unpackb(value, use_list=False)
+    return Change(version, key, _KINDS[kind], *rest)

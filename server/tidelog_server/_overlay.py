@@ -1,0 +1,126 @@
+"""
+The overlay: a store as it would be with what a batch has changed so far.
+
+The engine works on it alone. Reads fall through to the store, which is asked once
+for all objects that a batch names; writes stay in the overlay until the batch is
+done and leave it as one `Writes`. A journal of what each write replaced takes the
+overlay back to any mark, so a refused operation or commit group is undone without
+a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from tidelog._keys import ObjectKey
+from tidelog._values import Attributes, decode_trusted
+from tidelog_server._records import Change, ObjectState
+from tidelog_server._store import Reader
+
+_SCAN_PAGE_OBJECTS = 500
+
+
+class Mark(NamedTuple):
+    """A moment that the overlay can go back to."""
+
+    journal_length: int
+    change_count: int
+    version: int
+
+
+class Overlay:
+    """A reader's data with changes on top."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.version = reader.head().version
+        self.changes: list[Change] = []
+        self._states: dict[ObjectKey, ObjectState | None] = {}
+        self._decoded: dict[ObjectKey, Attributes] = {}
+        self._written: dict[ObjectKey, int] = {}
+        self._journal: list[tuple[ObjectKey, ObjectState | None, Attributes | None, bool]] = []
+
+    def prefetch(self, keys: Iterable[ObjectKey]) -> None:
+        """Read the objects in one go; those that are not there are known as absent from then on."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._states]
+        found = self._reader.objects(missing)
+        for key in missing:
+            self._states[key] = found.get(key)
+
+    def state(self, key: ObjectKey) -> ObjectState | None:
+        """Return the object's state or tombstone, or None if it never was there."""
+        try:
+            return self._states[key]
+        except KeyError:
+            self.prefetch((key,))
+            return self._states[key]
+
+    def exists(self, key: ObjectKey) -> bool:
+        """Tell whether the object is there."""
+        state = self.state(key)
+        return state is not None and not state.deleted
+
+    def attributes(self, key: ObjectKey) -> Attributes:
+        """Return the attributes of an object that exists. Not to be changed."""
+        attributes = self._decoded.get(key)
+        if attributes is None:
+            state = self.state(key)
+            if state is None:
+                raise KeyError(key)
+            attributes = self._decoded[key] = decode_trusted(state.attributes)
+        return attributes
+
+    def entity_keys(self, entity: str) -> Iterator[ObjectKey]:
+        """Iterate over the keys of the entity's objects that exist, in no particular order."""
+        written = [key for key in self._written if key[0] == entity]
+        after_id = ""
+        while page := self._reader.entity_objects(entity, after_id, _SCAN_PAGE_OBJECTS):
+            for key, state in page:
+                if key not in self._states:
+                    self._states[key] = state
+                if key not in self._written and not state.deleted:
+                    yield key
+            after_id = page[-1][0][1]
+        yield from (key for key in written if self.exists(key))
+
+    def write(self, change: Change, state: ObjectState, attributes: Attributes | None) -> None:
+        """Take in a change and the state that it leads to. Its version must be the next one."""
+        key = change.key
+        before = self._states[key]
+        first = key not in self._written
+        self._journal.append((key, before, self._decoded.pop(key, None), first))
+        if first:
+            self._written[key] = before.version if before is not None else 0
+        self._states[key] = state
+        if attributes is not None:
+            self._decoded[key] = attributes
+        self.changes.append(change)
+        self.version = change.version
+
+    def mark(self) -> Mark:
+        """Return the present moment."""
+        return Mark(len(self._journal), len(self.changes), self.version)
+
+    def rollback(self, mark: Mark) -> None:
+        """Undo what was written since *mark*."""
+        while len(self._journal) > mark.journal_length:
+            key, state, attributes, first = self._journal.pop()
+            self._states[key] = state
+            if attributes is None:
+                self._decoded.pop(key, None)
+            else:
+                self._decoded[key] = attributes
+            if first:
+                del self._written[key]
+        del self.changes[mark.change_count :]
+        self.version = mark.version
+
+    def written_objects(self) -> dict[ObjectKey, tuple[ObjectState, int]]:
+        """Return the new states, each with the version of the stored state it replaces (0: none)."""
+        result = {}
+        for key, replaced in self._written.items():
+            state = self._states[key]
+            if state is not None:
+                result[key] = (state, replaced)
+        return result

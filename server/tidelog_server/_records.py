@@ -1,0 +1,195 @@
+"""
+Records: what a store holds, as plain values.
+
+Every store keeps the same records; how it spells them in bytes or columns is its
+own business.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from tidelog._keys import ObjectKey
+from tidelog._operation import OperationKind
+
+REPLICA_ID_BYTES: Final = 16
+COMMIT_ID_BYTES: Final = 8
+
+# The writer of what no replica wrote: the service itself.
+NO_REPLICA: Final = bytes(REPLICA_ID_BYTES)
+
+
+class ObjectState(NamedTuple):
+    """
+    An object as it is, or the tombstone of one that was deleted.
+
+    Attributes:
+        version: Version of the change that led here.
+        created: Version at which its present incarnation began.
+        creator: Id of the replica that created the incarnation.
+        deleted: Whether this is a tombstone.
+        sole_writer: Whether nobody but the creator ever wrote to it, hooks
+            included, and the creator's own operations say what it holds.
+        attributes: Encoded attributes; empty for a tombstone.
+    """
+
+    version: int
+    created: int
+    creator: bytes
+    deleted: bool
+    sole_writer: bool
+    attributes: bytes
+
+
+class Change(NamedTuple):
+    """
+    One applied change in the change log.
+
+    Attributes:
+        version: Its place in the tenant's history.
+        key: Key of the object.
+        kind: What it did.
+        patch: What it did to the attributes, encoded; empty for a deletion.
+        before: What it replaced: for an update the encoded list [values that
+            were there by attribute, attributes that were not], for a deletion
+            the encoded attributes, for a creation nothing.
+        previous: Version of the change to the same object before this one. 0: none.
+        replica: Id of the replica whose operation caused it.
+        seq: Seq of that operation.
+        by_hook: Whether a hook made the change while that operation was applied.
+        user_id: The principal it is attributed to.
+        time_us: The server's clock in microseconds since 1970. Information only.
+    """
+
+    version: int
+    key: ObjectKey
+    kind: OperationKind
+    patch: bytes
+    before: bytes
+    previous: int
+    replica: bytes
+    seq: int
+    by_hook: bool
+    user_id: str
+    time_us: int
+
+
+class Settled(NamedTuple):
+    """
+    What became of an operation, for good.
+
+    Attributes:
+        nonce: The operation's nonce.
+        version: The version it was applied at; 0 if it was refused.
+        changed_by_server: Whether more of its object changed than it said.
+        failure_id: The failure's id in 16 bytes; empty if it was applied.
+        culprit: Whether the failure is about this operation itself, not about
+            another one of its commit group.
+    """
+
+    nonce: int
+    version: int
+    changed_by_server: bool
+    failure_id: bytes
+    culprit: bool
+
+
+class ReplicaState(NamedTuple):
+    """
+    What the server knows of a replica.
+
+    Attributes:
+        session_number: Number of its newest uploading session.
+        user_id: The principal it belongs to.
+        newest_seq: Its newest settled operation. 0: none.
+        newest_nonce: That operation's nonce.
+        settled_ranges: Ranges (first, last) of settled seqs, ascending.
+    """
+
+    session_number: int
+    user_id: str
+    newest_seq: int
+    newest_nonce: int
+    settled_ranges: tuple[tuple[int, int], ...]
+
+
+class Head(NamedTuple):
+    """
+    Where a tenant's history stands.
+
+    Attributes:
+        version: Newest version. 0: nothing was ever applied.
+        commit_id: Random id of the commit that ended at it.
+    """
+
+    version: int
+    commit_id: bytes
+
+
+class Identity(NamedTuple):
+    """
+    Which store this is.
+
+    Attributes:
+        epoch: Names the store.
+        timeline: Names the run of its history since it was made or last restored.
+    """
+
+    epoch: str
+    timeline: str
+
+
+class FailureRecord(NamedTuple):
+    """
+    A synchronization failure on its way into a store.
+
+    Attributes:
+        id: Its id in 16 bytes.
+        data: The serialized `tidelog.v1.SynchronizationFailure`.
+        refused_creations: Keys of the objects that were not created because of it.
+    """
+
+    id: bytes
+    data: bytes
+    refused_creations: tuple[ObjectKey, ...]
+
+
+class Writes(NamedTuple):
+    """
+    What one batch writes: all of it in one transaction, or none.
+
+    Attributes:
+        objects: New states, with the version of the state they replace (0: none).
+        changes: New changes, in version order without gaps.
+        replica: Id and new state of the replica, or None to leave it.
+        settled: Outcomes of the replica's operations by seq.
+        failures: New failures.
+        version: The tenant's newest version after this.
+    """
+
+    objects: dict[ObjectKey, tuple[ObjectState, int]]
+    changes: list[Change]
+    replica: tuple[bytes, ReplicaState] | None
+    settled: list[tuple[int, Settled]]
+    failures: list[FailureRecord]
+    version: int
+
+
+def merged_ranges(
+    ranges: tuple[tuple[int, int], ...], seqs: list[int]
+) -> tuple[tuple[int, int], ...]:
+    """Return *ranges* with ascending *seqs* added: ascending, neither overlapping nor adjacent."""
+    if not seqs:
+        return ranges
+    if seqs[-1] - seqs[0] == len(seqs) - 1 and (not ranges or seqs[0] > ranges[-1][1]):
+        # The ordinary case: a run of new operations at the end.
+        if ranges and ranges[-1][1] == seqs[0] - 1:
+            return (*ranges[:-1], (ranges[-1][0], seqs[-1]))
+        return (*ranges, (seqs[0], seqs[-1]))
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted([*ranges, *((seq, seq) for seq in seqs)]):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+        else:
+            merged.append((first, last))
+    return tuple(merged)

@@ -1,0 +1,148 @@
+"""The server: a gRPC endpoint over an application and a store, run in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tidelog._errors import ResourceClosed
+from tidelog._limits import MESSAGE_BYTES_MAX
+from tidelog._logging import get_logger
+from tidelog.v1 import failure_pb2, object_pb2, sync_pb2
+from tidelog_server._application import Application
+from tidelog_server._errors import AddressUnavailable
+from tidelog_server._lmdb_store import LmdbStore
+from tidelog_server._services import Services
+from tidelog_server._store import Store
+
+STOP_GRACE_SECONDS: Final = 2.0
+
+_SERVICE_NAMES: Final = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (sync_pb2, "SyncService"),
+        (failure_pb2, "FailureService"),
+        (object_pb2, "ObjectService"),
+    )
+)
+
+# Pings find a peer that vanished without a word; see gRPC's keepalive guide. The ping timeout is what counts:
+# `grpc.keepalive_timeout_ms` has no effect in this implementation.
+_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+_log = get_logger("tidelog.server")
+
+
+class Server:
+    """
+    Serves an application to replicas.
+
+    Use it as a context manager, or call `start` and `stop`.
+
+    Args:
+        application: The rules.
+        store: A directory for an embedded store, or a store.
+        listen: "host:port"; port 0 takes a free one, see `address`.
+
+    Raises:
+        StoreInUse: At the start: another server has the store open.
+        AddressUnavailable: At the start: cannot listen there.
+    """
+
+    def __init__(self, application: Application, *, store: str | Path | Store, listen: str = "127.0.0.1:0") -> None:
+        self._application = application
+        self._store_given = store
+        self._listen = listen
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._grpc: grpc.aio.Server | None = None
+        self._address = ""
+
+    @property
+    def address(self) -> str:
+        """Where the server listens, as "host:port"."""
+        if not self._address:
+            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+        return self._address
+
+    def start(self) -> Self:
+        """Open the store and begin to serve. Returns once calls are answered."""
+        given = self._store_given
+        self._store = LmdbStore(given) if isinstance(given, str | Path) else given
+        try:
+            self._services = Services(self._application, self._store)
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
+            self._thread.start()
+            asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            self._close_store()
+            raise
+        _log.info("serving", address=self._address, epoch=self._store.identity.epoch)
+        return self
+
+    def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
+        """Stop serving: sessions under way have *grace_seconds* to end. Does nothing if stopped already."""
+        if self._loop is None or self._grpc is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
+        self._grpc = None
+        self._address = ""
+        self._services.close()
+        self._end_loop()
+        self._close_store()
+        _log.info("stopped")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    async def _start(self) -> None:
+        server = grpc.aio.server(options=_OPTIONS)
+        server.add_generic_rpc_handlers(self._services.handlers())
+        checker = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+        for name in ("", *_SERVICE_NAMES):
+            await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
+        reflection.enable_server_reflection((*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        host, _, _port = self._listen.rpartition(":")
+        try:
+            port = server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise AddressUnavailable(f"cannot listen on {self._listen}: is it in use?") from error
+        if port == 0:
+            raise AddressUnavailable(f"cannot listen on {self._listen!r}: expected host:port")
+        await server.start()
+        self._grpc = server
+        self._address = f"{host}:{port}"
+
+    def _end_loop(self) -> None:
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = self._thread = None
+
+    def _close_store(self) -> None:
+        if isinstance(self._store_given, str | Path):
+            self._store.close()

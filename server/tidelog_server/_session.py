@@ -1,0 +1,333 @@
+"""
+A session: one replica's synchronization as the server sees it, without transport.
+
+Whoever carries the messages calls, in this order: `open`; `upload` for each batch;
+`settle_held`; then `pages`, and `complete`. The store's futures are handed through,
+so that several batches can be under way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Final
+
+import uuid_utils
+
+from tidelog import _limits
+from tidelog._keys import ObjectKey
+from tidelog.v1 import operation_pb2, sync_pb2
+from tidelog_server import _engine
+from tidelog_server._application import Application
+from tidelog_server._download import Download, Start, cursor_at, start_of
+from tidelog_server._engine import Evaluation, Result, Status, Uploader, UploadState
+from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
+from tidelog_server._principal import Principal
+from tidelog_server._records import Head, ReplicaState, Writes
+from tidelog_server._store import Reader, Store
+
+SELECTION_OBJECTS_MAX: Final = 100_000
+
+LIMITS: Final = sync_pb2.Limits(
+    batch_operation_count=_limits.BATCH_OPERATIONS_MAX,
+    batch_bytes=_limits.BATCH_BYTES_MAX,
+    batches_in_flight=_limits.BATCHES_IN_FLIGHT_MAX,
+    operation_bytes=_limits.OPERATION_BYTES_MAX,
+    group_operation_count=_limits.GROUP_OPERATIONS_MAX,
+    group_bytes=_limits.GROUP_BYTES_MAX,
+)
+
+Clock = Callable[[], int]
+
+
+def server_time_us() -> int:
+    """Return the server's clock in microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+def check_protocol_version(version: int) -> None:
+    """Raise ProtocolVersionUnknown unless *version* is the one spoken here."""
+    if version != _limits.PROTOCOL_VERSION:
+        raise ProtocolVersionUnknown(
+            f"this server speaks version {_limits.PROTOCOL_VERSION} of the protocol, the client version {version}"
+        )
+
+
+def parse_replica_id(text: str) -> bytes:
+    """Return the 16 bytes of a replica id in canonical text form. Raises RequestInvalid."""
+    try:
+        parsed = uuid_utils.UUID(text)
+    except ValueError:
+        parsed = None
+    if parsed is None or str(parsed) != text or parsed.int == 0:
+        raise RequestInvalid(f"a replica id is a UUID in its canonical text form, got {text[:60]!r}")
+    return parsed.bytes
+
+
+class Upload:
+    """
+    The upload phase: the batches of one replica, one after the other.
+
+    Several may be submitted before the first is done. The first that fails ends the
+    upload: those behind it fail too, because operations settle in order.
+    """
+
+    def __init__(
+        self, application: Application, store: Store, uploader: Uploader, clock: Clock = server_time_us
+    ) -> None:
+        self._application = application
+        self._store = store
+        self._uploader = uploader
+        self._clock = clock
+        self._failed = False
+        self._batch_count = 0
+        # What each batch that is under way starts from. Kept until it is durable: it may have to run again.
+        self._states: dict[int, UploadState] = {0: UploadState()}
+        self.first_seq = 0
+        self.first_version = 0
+
+    def submit(self, operations: Sequence[bytes]) -> Future[list[Result]]:
+        """Settle a batch. Results come once they are durable; held operations have a preliminary one."""
+        return self._submit(
+            lambda reader, state: _engine.evaluate_batch(
+                operations,
+                application=self._application,
+                uploader=self._uploader,
+                reader=reader,
+                state=state,
+                time_us=self._clock(),
+            )
+        )
+
+    def settle_held(self) -> Future[list[Result]]:
+        """Settle what was held. Results come in the order held."""
+        return self._submit(
+            lambda reader, state: _engine.evaluate_held(
+                application=self._application,
+                uploader=self._uploader,
+                reader=reader,
+                state=state,
+                time_us=self._clock(),
+            )
+        )
+
+    def _submit(self, evaluate: Callable[[Reader, UploadState], Evaluation]) -> Future[list[Result]]:
+        number = self._batch_count
+        self._batch_count += 1
+
+        def job(reader: Reader) -> tuple[Writes | None, list[Result]]:
+            if self._failed:
+                raise SessionSuperseded("an earlier batch of this session failed")
+            try:
+                evaluation = evaluate(reader, self._states[number])
+            except BaseException:
+                self._failed = True
+                raise
+            self._states[number + 1] = evaluation.state
+            return evaluation.writes, evaluation.results
+
+        future = self._store.submit(self._uploader.principal.tenant, job)
+        future.add_done_callback(lambda done: self._note(number, done))
+        return future
+
+    def _note(self, number: int, done: Future[list[Result]]) -> None:
+        self._states.pop(number, None)
+        if done.exception() is not None:
+            self._failed = True
+            return
+        for result in done.result():
+            if result.status == Status.APPLIED:
+                if not self.first_version or result.version < self.first_version:
+                    self.first_version = result.version
+                if not self.first_seq or result.seq < self.first_seq:
+                    self.first_seq = result.seq
+
+
+class Session:
+    """
+    One session of a replica.
+
+    Raises from every method what `_errors.STATUS` knows.
+    """
+
+    def __init__(
+        self,
+        application: Application,
+        store: Store,
+        principal: Principal,
+        start: sync_pb2.SessionStart,
+        clock: Clock = server_time_us,
+    ) -> None:
+        check_protocol_version(start.protocol_version)
+        if start.mode not in _MODES:
+            raise RequestInvalid(f"unknown mode {start.mode}")
+        self.mode = start.mode
+        self._application = application
+        self._store = store
+        self._principal = principal
+        self._request = start
+        self._clock = clock
+        self._replica = parse_replica_id(start.replica_id)
+        self._upload: Upload | None = None
+        self._selection: list[ObjectKey] = []
+        self._start = Start(None, 0, resumed=False)
+        self._download = Download(
+            store, principal.tenant, replica=self._replica if start.accepts_confirmations else bytes(16)
+        )
+
+    def open(self) -> Future[sync_pb2.SessionStarted]:
+        """Begin. A session that uploads takes the replica's next session number and so ends older ones."""
+        if self._request.uploading:
+            opened = self._store.submit(
+                self._principal.tenant,
+                lambda reader: begin_upload(reader, self._replica, self._principal),
+            )
+            return _then(opened, self._started)
+        done: Future[sync_pb2.SessionStarted] = Future()
+        try:
+            with self._store.read(self._principal.tenant) as reader:
+                known = reader.replica(self._replica)
+            check_owner(known, self._principal)
+            done.set_result(self._started(known, number=0))
+        except Exception as error:  # noqa: BLE001 - the future carries it
+            done.set_exception(error)
+        return done
+
+    def upload(self, operations: Sequence[bytes]) -> Future[list[Result]]:
+        """Settle a batch."""
+        if self._upload is None:
+            raise RequestInvalid("a batch came in a session that was opened without uploading")
+        return self._upload.submit(operations)
+
+    def select(self, selection: sync_pb2.Selection) -> None:
+        """Add objects to be downloaded."""
+        if self.mode != sync_pb2.SYNCHRONIZE_MODE_SELECTED:
+            raise RequestInvalid("a selection came in a session of another mode")
+        if len(self._selection) + len(selection.keys) > SELECTION_OBJECTS_MAX:
+            raise RequestInvalid(f"more than {SELECTION_OBJECTS_MAX} objects are selected")
+        self._selection.extend((key.entity, key.id) for key in selection.keys)
+
+    def settle_held(self) -> Future[list[Result]]:
+        """End the upload phase."""
+        if self._upload is None:
+            done: Future[list[Result]] = Future()
+            done.set_result([])
+            return done
+        return self._upload.settle_held()
+
+    def pages(self) -> Iterator[sync_pb2.SnapshotPage]:
+        """Iterate over the download. Each step reads one page in a short transaction."""
+        if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
+            yield from self._download.everything_since(self._start)
+            return
+        with self._store.read(self._principal.tenant) as reader:
+            head = reader.head()
+        if self.mode == sync_pb2.SYNCHRONIZE_MODE_SELECTED:
+            yield from self._download.selected(self._selection)
+        elif self._upload is not None and self._upload.first_version:
+            upload = self._upload
+            yield from self._download.changed_by_operations(upload.first_seq, upload.first_version, head.version)
+        self._download.head = head
+
+    def complete(self) -> sync_pb2.SessionComplete:
+        """Return the last message, after the last page."""
+        head: Head = self._download.head
+        complete = sync_pb2.SessionComplete(version=head.version)
+        if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
+            complete.cursor = cursor_at(self._store.identity, head)
+        return complete
+
+    def _started(self, known: ReplicaState | None, number: int | None = None) -> sync_pb2.SessionStarted:
+        identity = self._store.identity
+        with self._store.read(self._principal.tenant) as reader:
+            head = reader.head()
+            if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
+                self._start = start_of(reader, identity, self._request.cursor, self._request.resume_token)
+        started = sync_pb2.SessionStarted(
+            protocol_version=_limits.PROTOCOL_VERSION,
+            limits=LIMITS,
+            version=head.version,
+            epoch=identity.epoch,
+            timeline=identity.timeline,
+            resumed=self._start.resumed,
+            reconcile=self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL and self._start.reconcile,
+        )
+        if self._application.has_schema:
+            started.schema.CopyFrom(self._application.schema.to_message())
+        if known is not None:
+            started.settled.newest_seq = known.newest_seq
+            started.settled.newest_nonce = known.newest_nonce
+            for first, last in known.settled_ranges:
+                started.settled.ranges.add(first=first, last=last)
+            if number is None:
+                started.session_number = known.session_number
+                self._upload = Upload(
+                    self._application,
+                    self._store,
+                    Uploader(
+                        self._replica,
+                        self._principal,
+                        known.session_number,
+                        self._request.leaves_earlier_operations,
+                    ),
+                    self._clock,
+                )
+        return started
+
+
+def begin_upload(reader: Reader, replica: bytes, principal: Principal) -> tuple[Writes, ReplicaState]:
+    """Take the replica's next session number, binding a new replica to its principal."""
+    known = reader.replica(replica)
+    check_owner(known, principal)
+    if known is None:
+        known = ReplicaState(0, principal.user_id, 0, 0, ())
+    begun = known._replace(session_number=known.session_number + 1)
+    return Writes({}, [], (replica, begun), [], [], reader.head().version), begun
+
+
+def check_owner(known: ReplicaState | None, principal: Principal) -> None:
+    """Raise ReplicaOwned if the replica belongs to somebody else."""
+    if known is not None and known.user_id != principal.user_id:
+        raise ReplicaOwned("this replica id belongs to another user: a replica is used by one user only")
+
+
+def result_message(result: Result) -> operation_pb2.OperationResult:
+    """Return the wire form of a result."""
+    message = operation_pb2.OperationResult(
+        seq=result.seq,
+        status=result.status,  # type: ignore[arg-type]  # the same numbers
+        version=result.version,
+        changed_by_server=result.changed_by_server,
+    )
+    if result.failure_id:
+        message.failure_id = str(uuid_utils.UUID(bytes=result.failure_id))
+    if result.reason is not None:
+        message.reason = result.reason.number
+    if result.message:
+        message.message = result.message
+    return message
+
+
+def _then(
+    future: Future[ReplicaState], transform: Callable[[ReplicaState], sync_pb2.SessionStarted]
+) -> Future[sync_pb2.SessionStarted]:
+    result: Future[sync_pb2.SessionStarted] = Future()
+
+    def pass_on(done: Future[ReplicaState]) -> None:
+        try:
+            result.set_result(transform(done.result()))
+        except Exception as error:  # noqa: BLE001 - the future carries it
+            result.set_exception(error)
+
+    future.add_done_callback(pass_on)
+    return result
+
+
+_MODES = frozenset(
+    (
+        sync_pb2.SYNCHRONIZE_MODE_ALL,
+        sync_pb2.SYNCHRONIZE_MODE_UNSYNCHRONIZED,
+        sync_pb2.SYNCHRONIZE_MODE_SELECTED,
+    )
+)

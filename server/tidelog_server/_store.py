@@ -1,0 +1,97 @@
+"""
+Store: what the server needs of a place that keeps its data.
+
+Every implementation passes one contract test. A store decides nothing: it reads
+records, runs jobs one after the other in transactions, and writes what they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+from tidelog._keys import ObjectKey
+from tidelog_server._records import Change, Head, Identity, ObjectState, ReplicaState, Settled, Writes
+
+T = TypeVar("T")
+
+
+class Reader(Protocol):
+    """One tenant's data as of one moment."""
+
+    def head(self) -> Head:
+        """Return where the tenant's history stands."""
+        ...
+
+    def commit_id(self, version: int) -> bytes | None:
+        """Return the id of the commit that ended at *version*, or None if none did."""
+        ...
+
+    def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
+        """Return the states of those objects that are or were there."""
+        ...
+
+    def entity_objects(self, entity: str, after_id: str, limit: int) -> list[tuple[ObjectKey, ObjectState]]:
+        """Return up to *limit* objects of an entity, tombstones too, in id order above *after_id*."""
+        ...
+
+    def latest_changes(self, after: int, limit: int) -> list[tuple[int, ObjectKey]]:
+        """Return up to *limit* (version, key) in version order above *after*: each object at its latest only."""
+        ...
+
+    def change(self, version: int) -> Change | None:
+        """Return the change of this version, or None if it is not kept."""
+        ...
+
+    def changes(self, after: int, limit: int) -> list[Change]:
+        """Return up to *limit* changes in version order above *after*."""
+        ...
+
+    def replica(self, replica: bytes) -> ReplicaState | None:
+        """Return what is known of a replica, or None."""
+        ...
+
+    def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
+        """Return the outcomes of those operations of a replica that are settled, by seq."""
+        ...
+
+    def failure(self, failure_id: bytes) -> bytes | None:
+        """Return a serialized `SynchronizationFailure`, or None."""
+        ...
+
+    def failures(self, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Return up to *limit* (id, serialized failure) in the order of their ids above *after*."""
+        ...
+
+    def refused_creation(self, key: ObjectKey) -> bytes | None:
+        """Return the id of the failure because of which the object was not created, or None."""
+        ...
+
+
+class Store(Protocol):
+    """Keeps the data of all tenants."""
+
+    @property
+    def identity(self) -> Identity:
+        """Which store this is."""
+        ...
+
+    def read(self, tenant: str) -> AbstractContextManager[Reader]:
+        """Read a tenant's data as of one moment. Keep the block short: no waiting inside."""
+        ...
+
+    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+        """
+        Run *job* in a write transaction, after all jobs submitted before it.
+
+        The future yields what the job returned beside its writes, once these are
+        durable, all of them. If it fails, none was made. The job may run more than
+        once and sees the writes of the jobs before it; it must change nothing else.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish the jobs that were submitted, then close."""
+        ...
