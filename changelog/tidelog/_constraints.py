@@ -214,7 +214,7 @@ def constraint_from_message(message: constraint_pb2.Constraint, depth: int = 0) 
         return Comparison(message.comparison.attribute, name, value)
     if which == "not":
         return Not(constraint_from_message(getattr(message, "not"), depth + 1))
-    if which == "all" or which == "any":
+    if which in {"all", "any"}:
         listed = getattr(message, which).constraints
         members = tuple(constraint_from_message(member, depth + 1) for member in listed)
         return All(members) if which == "all" else Any_(members)

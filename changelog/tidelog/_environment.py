@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import lmdb
 from filelock import FileLock
@@ -39,6 +39,9 @@ READERS_MAX: Final = 1024
 
 _FORMAT_FILE: Final = "FORMAT"
 _GROW_LOCK_FILE: Final = "grow.lock"
+
+LmdbTransaction: TypeAlias = "lmdb.Transaction[bytes]"
+LmdbDatabase: TypeAlias = "lmdb._Database"  # noqa: SLF001 - the only name that py-lmdb gives it
 
 T = TypeVar("T")
 
@@ -110,7 +113,7 @@ class Environment:
                 metasync=not relaxed,
             )
             self._lmdb.reader_check()
-        self._databases: dict[str, lmdb._Database] = {}
+        self._databases: dict[str, LmdbDatabase] = {}
 
     @classmethod
     def open(
@@ -126,16 +129,21 @@ class Environment:
         name = os.path.realpath(path)
         with cls._shared_lock:
             environment = cls._shared.get(name)
-            if environment is not None and environment._pid == os.getpid():
-                environment._user_count += 1
+            if environment is not None and environment.is_usable:
+                environment._share()  # noqa: SLF001 - its own class
                 return environment
             environment = cls(Path(name), format_name=format_name, relaxed=relaxed, map_bytes=map_bytes)
             cls._shared[name] = environment
             return environment
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether this process opened it, rather than the one it was forked from."""
+        return self._pid == os.getpid()
+
     def close(self) -> None:
         """Close the environment once its last user in this process has."""
-        if self._pid != os.getpid():
+        if not self.is_usable:
             return
         with self._shared_lock:
             self._user_count -= 1
@@ -144,14 +152,14 @@ class Environment:
                 with self._gate.closed():
                     self._lmdb.close()
 
-    def database(self, name: str) -> lmdb._Database:
+    def database(self, name: str) -> LmdbDatabase:
         """Return the database of this name, creating it if need be."""
         if name not in self._databases:
             self._databases[name] = self._retried(lambda: self._lmdb.open_db(name.encode()))
         return self._databases[name]
 
     @contextmanager
-    def read(self) -> Iterator[lmdb.Transaction]:
+    def read(self) -> Iterator[LmdbTransaction]:
         """
         Open a read transaction for the length of a `with` block.
 
@@ -167,7 +175,7 @@ class Environment:
             transaction.abort()
             self._gate.leave()
 
-    def write(self, work: Callable[[lmdb.Transaction], T]) -> T:
+    def write(self, work: Callable[[LmdbTransaction], T]) -> T:
         """
         Run *work* in a write transaction and commit it; what it raises aborts the transaction.
 
@@ -193,7 +201,7 @@ class Environment:
         self._check_usable()
         return int(self._lmdb.info()["last_txnid"])
 
-    def _write_once(self, work: Callable[[lmdb.Transaction], T]) -> T:
+    def _write_once(self, work: Callable[[LmdbTransaction], T]) -> T:
         transaction = self._begin(write=True)
         try:
             with _typed_errors(self.path):
@@ -204,7 +212,7 @@ class Environment:
             transaction.abort()  # does nothing after a commit
             self._gate.leave()
 
-    def _begin(self, *, write: bool) -> lmdb.Transaction:
+    def _begin(self, *, write: bool) -> LmdbTransaction:
         self._check_usable()
         while True:
             self._gate.enter()
@@ -218,8 +226,11 @@ class Environment:
                 self._gate.leave()
                 raise
 
+    def _share(self) -> None:
+        self._user_count += 1
+
     def _check_usable(self) -> None:
-        if self._pid != os.getpid():
+        if not self.is_usable:
             raise InheritedEnvironment(
                 f"{self.path} was opened by the process this one was forked from: open it again after the fork"
             )
@@ -245,7 +256,7 @@ class Environment:
                 self._lmdb.set_mapsize(before * 2)
 
 
-def put_many(transaction: lmdb.Transaction, database: lmdb._Database, items: list[tuple[bytes, bytes]]) -> None:
+def put_many(transaction: LmdbTransaction, database: LmdbDatabase, items: list[tuple[bytes, bytes]]) -> None:
     """Put entries in one call: each call gives up the interpreter lock and asks for it again among the others."""
     if items:
         cursor = transaction.cursor(database)

@@ -20,9 +20,7 @@ from tidelog._keys import pack_position, unpack_position
 from tidelog._operation import Operation, decode_operation
 
 if TYPE_CHECKING:
-    import lmdb
-
-    from tidelog._environment import Environment
+    from tidelog._environment import Environment, LmdbTransaction
 
 _CRC_BYTES: Final = 4
 _SCAN_PAGE_ENTRIES: Final = 500
@@ -40,7 +38,7 @@ class OperationLog:
         self._environment = environment
         self._database = environment.database("log")
 
-    def append(self, transaction: lmdb.Transaction, entries: Iterable[tuple[int, bytes]]) -> None:
+    def append(self, transaction: LmdbTransaction, entries: Iterable[tuple[int, bytes]]) -> None:
         """
         Append serialized operations at their seq, which must rise.
 
@@ -53,12 +51,12 @@ class OperationLog:
             if not transaction.put(pack_position(seq), entry, db=self._database, append=True):
                 raise LogCorrupt(f"the operation log has an entry above seq {seq}, which should be its end", seq=seq)
 
-    def get(self, transaction: lmdb.Transaction, seq: int) -> bytes | None:
+    def get(self, transaction: LmdbTransaction, seq: int) -> bytes | None:
         """Return the serialized operation at *seq*, or None. Raises LogCorrupt."""
         entry = transaction.get(pack_position(seq), db=self._database)
         return None if entry is None else _checked(seq, entry)
 
-    def last_seq(self, transaction: lmdb.Transaction) -> int:
+    def last_seq(self, transaction: LmdbTransaction) -> int:
         """Return the position of the newest entry that is kept, 0 if there is none."""
         cursor = transaction.cursor(self._database)
         return unpack_position(cursor.key()) if cursor.last() else 0
@@ -85,18 +83,16 @@ class OperationLog:
                 return
             position = page[-1][0]
 
-    def entry_count(self, transaction: lmdb.Transaction) -> int:
+    def entry_count(self, transaction: LmdbTransaction) -> int:
         """Return how many operations are kept."""
         return int(transaction.stat(self._database)["entries"])
 
-    def size_bytes(self, transaction: lmdb.Transaction) -> int:
+    def size_bytes(self, transaction: LmdbTransaction) -> int:
         """Return how much of the file the log takes."""
         stat = transaction.stat(self._database)
         return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))
 
-    def trim(
-        self, transaction: lmdb.Transaction, *, may_go: Callable[[int, bytes], bool], count_max: int
-    ) -> list[int]:
+    def trim(self, transaction: LmdbTransaction, *, may_go: Callable[[int, bytes], bool], count_max: int) -> list[int]:
         """
         Remove entries from the oldest on, at most *count_max*, and return their positions.
 

@@ -111,7 +111,7 @@ class Operation(NamedTuple):
         message = operation_pb2.Operation(
             seq=self.seq,
             nonce=self.nonce,
-            kind=self.kind,
+            kind=self.kind.value,
             entity=self.entity,
             id=self.id,
             patch=self.patch,
@@ -166,9 +166,7 @@ def _checked(message: operation_pb2.Operation) -> Operation:
     group = None
     if message.HasField("group"):
         group = CommitGroup(message.group.id, message.group.position, message.group.size)
-        if not (
-            0 <= group.position < group.size <= GROUP_OPERATIONS_MAX and group.id == message.seq - group.position
-        ):
+        if not (0 <= group.position < group.size <= GROUP_OPERATIONS_MAX and group.id == message.seq - group.position):
             raise InvalidValue(f"a commit group that contradicts itself: {group} at seq {message.seq}")
     if message.seq < 1 or message.base_version < 0:
         raise InvalidValue(f"seq {message.seq} or base version {message.base_version} is out of range")

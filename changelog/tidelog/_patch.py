@@ -78,7 +78,7 @@ class Patch(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the MessagePack form that `decode_patch` reads. Raises InvalidValue."""
-        fields = {name: value for name, value in zip(self._fields, self, strict=True) if value}
+        fields: dict[str, Any] = {name: value for name, value in zip(self._fields, self, strict=True) if value}
         if "unset" in fields:
             fields["unset"] = list(self.unset)
         return encode(fields or {"set": {}})

@@ -87,7 +87,9 @@ class Schema:
             entities=[
                 schema_pb2.Entity(
                     name=entity,
-                    references=[schema_pb2.Reference(attribute=one.attribute, target=one.target) for one in references],
+                    references=[
+                        schema_pb2.Reference(attribute=one.attribute, target=one.target) for one in references
+                    ],
                 )
                 for entity, references in self._references.items()
             ],
@@ -97,9 +99,6 @@ class Schema:
     def from_message(cls, message: schema_pb2.Schema) -> Schema:
         """Read the wire form. Raises InvalidSchema."""
         return cls(
-            {
-                entity.name: {one.attribute: one.target for one in entity.references}
-                for entity in message.entities
-            },
+            {entity.name: {one.attribute: one.target for one in entity.references} for entity in message.entities},
             version=message.version or 1,
         )

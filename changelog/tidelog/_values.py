@@ -29,9 +29,7 @@ import msgpack
 from tidelog._errors import InvalidValue, LimitExceeded
 from tidelog._limits import ID_BYTES_MAX, NAME_BYTES_MAX, NESTING_DEPTH_MAX
 
-Value: TypeAlias = (
-    None | bool | int | float | str | bytes | datetime | Decimal | list["Value"] | dict[str, "Value"]
-)
+Value: TypeAlias = bool | int | float | str | bytes | datetime | Decimal | list["Value"] | dict[str, "Value"] | None
 Attributes: TypeAlias = dict[str, Any]
 
 DECIMAL_EXTENSION: Final = 1

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import uuid_utils
 
-from tidelog._errors import InvalidValue, LimitExceeded, ObjectExists, ObjectNotFound, ResourceClosed, StorageError
+from tidelog._errors import (
+    InvalidValue,
+    LimitExceeded,
+    ObjectExists,
+    ObjectNotFound,
+    ResourceClosed,
+    StorageError,
+)
 from tidelog._keys import pack_object_key
 from tidelog._limits import (
     GROUP_BYTES_MAX,
@@ -29,10 +36,11 @@ from tidelog._limits import (
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch, encoded_attributes
 from tidelog._values import Attributes, check_id, check_name, decode_trusted, encode
-from tidelog_client._storage import Storage, ViewRecord
+from tidelog_client._storage import Storage
+from tidelog_client._view import ViewRecord
 
 if TYPE_CHECKING:
-    import lmdb
+    from tidelog._environment import LmdbTransaction
 
 COMMITS_AT_ONCE_MAX: Final = 256
 
@@ -85,7 +93,7 @@ class Committer:
             raise mine.error
 
     def _write(self, commits: list[_Commit]) -> None:
-        def work(transaction: lmdb.Transaction) -> None:
+        def work(transaction: LmdbTransaction) -> None:
             for commit in commits:
                 commit.error = None
                 builder = _Builder(self._storage, transaction, self._schema_version)
@@ -125,7 +133,7 @@ class _Commit:
 class _Builder:
     """Makes the operations of one commit and follows what they do to the view."""
 
-    def __init__(self, storage: Storage, transaction: lmdb.Transaction, schema_version: int) -> None:
+    def __init__(self, storage: Storage, transaction: LmdbTransaction, schema_version: int) -> None:
         self._storage = storage
         self._transaction = transaction
         self._schema_version = schema_version
@@ -138,9 +146,7 @@ class _Builder:
         client_time_us = time.time_ns() // 1000
         is_group = atomic and len(intents) > 1
         if is_group and len(intents) > GROUP_OPERATIONS_MAX:
-            raise LimitExceeded(
-                f"a commit group of {len(intents)} operations: the limit is {GROUP_OPERATIONS_MAX}"
-            )
+            raise LimitExceeded(f"a commit group of {len(intents)} operations: the limit is {GROUP_OPERATIONS_MAX}")
         for position, intent in enumerate(intents):
             key = pack_object_key(intent.entity, intent.id)
             before, now = self._view(key)
@@ -148,7 +154,9 @@ class _Builder:
             self._views[key] = (before, after)
             base_version = intent.base_version
             if base_version is None:
-                base_version = now.version if now is not None else self._storage.base_version(self._transaction, key)
+                base_version = (
+                    now.version if now is not None else self._storage.view.base_version(self._transaction, key)
+                )
             operation = Operation(
                 first_seq + position,
                 secrets.randbits(64),
@@ -178,7 +186,7 @@ class _Builder:
     def _view(self, key: bytes) -> tuple[ViewRecord | None, ViewRecord | None]:
         """Return the object's record before this commit and as this commit has left it so far."""
         if key not in self._views:
-            record = self._storage.view(self._transaction, key)
+            record = self._storage.view.get(self._transaction, key)
             return record, record
         return self._views[key]
 
@@ -303,7 +311,7 @@ class Transaction:
         if (entity, id_) in self._views:
             return self._views[entity, id_]
         with self._storage.environment.read() as transaction:
-            return self._storage.view(transaction, pack_object_key(entity, id_))
+            return self._storage.view.get(transaction, pack_object_key(entity, id_))
 
 
 def check_intent(intent: Intent) -> None:

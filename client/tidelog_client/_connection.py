@@ -61,7 +61,7 @@ _BY_CODE: Final[dict[grpc.StatusCode, type[SynchronizationError]]] = {
 }
 
 
-class Transient(Exception):  # noqa: N818 - tells the synchronizer to try again, never leaves the package
+class Transient(Exception):
     """The call failed in a way that a repetition may mend."""
 
     def __init__(self, message: str, *, retry_after_seconds: float = 0.0) -> None:
@@ -91,7 +91,7 @@ class Stream:
     def __init__(self, channel: grpc.Channel, timeout: float | None, address: str) -> None:
         self._address = address
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        call = channel.stream_stream(_SYNCHRONIZE)
+        call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SYNCHRONIZE)
         self._call = call(iter(self._requests.get, None), timeout=timeout)
 
     def send(self, messages: list[bytes | None]) -> None:

@@ -42,7 +42,13 @@ class Object:
     )  # fmt: skip
 
     def __init__(
-        self, storage: Storage, committer: Committer, entity: str, id: str, *, new: Attributes | None = None  # noqa: A002
+        self,
+        storage: Storage,
+        committer: Committer,
+        entity: str,
+        id: str,  # noqa: A002 - the glossary's word
+        *,
+        new: Attributes | None = None,
     ) -> None:
         self.entity = entity
         self.id = id
@@ -172,7 +178,7 @@ class Object:
         transaction_id = environment.last_transaction_id
         if transaction_id != self._transaction_id:
             with environment.read() as transaction:
-                record = self._storage.view(transaction, pack_object_key(self.entity, self.id))
+                record = self._storage.view.get(transaction, pack_object_key(self.entity, self.id))
             self._attributes = None if record is None else decode_trusted(record.attributes)
             self._version = 0 if record is None else record.version
             self._transaction_id = transaction_id

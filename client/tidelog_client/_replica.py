@@ -149,9 +149,7 @@ class Replica:
     ) -> None:
         """Change an object in a transaction of its own. See `Transaction.update`."""
         with self.transaction() as transaction:
-            transaction.update(
-                entity, id, attributes, unset=unset, increment=increment, add=add, remove=remove
-            )
+            transaction.update(entity, id, attributes, unset=unset, increment=increment, add=add, remove=remove)
 
     def delete(self, entity: str, id: str) -> None:  # noqa: A002
         """Delete an object in a transaction of its own. See `Transaction.delete`."""
@@ -218,15 +216,13 @@ class Replica:
         if not orders:
             yield from islice((self._handle(entity, id_) for id_, _ in self._matching(entity, constraint)), limit)
             return
-        keyed = (
-            (_order_key(attributes, orders), id_) for id_, attributes in self._matching(entity, constraint)
-        )
+        keyed = ((_order_key(attributes, orders), id_) for id_, attributes in self._matching(entity, constraint))
         ordered = sorted(keyed) if limit is None else heapq.nsmallest(limit, keyed)
         for _key, id_ in ordered:
             yield self._handle(entity, id_)
 
     def _matching(self, entity: str, constraint: Constraint | None) -> Iterator[tuple[str, Attributes]]:
-        for id_, record in self._storage.entity_objects(entity):
+        for id_, record in self._storage.view.entity_objects(entity):
             attributes = decode_trusted(record.attributes)
             if constraint is None or constraint.matches(attributes):
                 yield id_, attributes
@@ -239,7 +235,7 @@ class Replica:
         check_name(entity, "an entity name")
         constraint = constraint_of(where)
         if constraint is None:
-            return sum(1 for _ in self._storage.entity_objects(entity))
+            return sum(1 for _ in self._storage.view.entity_objects(entity))
         return sum(1 for _ in self._matching(entity, constraint))
 
     # --- the log --------------------------------------------------------------
@@ -303,17 +299,9 @@ class Replica:
         """
         oldest_us = (time.time() - self._log_retention.total_seconds()) * 1e6
         trimmed = 0
-        while True:
-            with self._storage.environment.read() as transaction:
-                too_large = self._storage.log.size_bytes(transaction) > self._log_retention_bytes
-            step = self._storage.trim(
-                lambda operation, too_large=too_large: too_large or operation.client_time_us < oldest_us,
-                # When it is about size, look again soon: each step frees some.
-                TRIM_STEP_OPERATIONS // 10 if too_large else TRIM_STEP_OPERATIONS,
-            )
+        while step := self._storage.trim(oldest_us, self._log_retention_bytes, count_max=TRIM_STEP_OPERATIONS):
             trimmed += step
-            if not step:
-                return trimmed
+        return trimmed
 
     def _logged(self, operation: Operation) -> LoggedOperation:
         with self._storage.environment.read() as transaction:

@@ -17,8 +17,7 @@ from tidelog._schema import Schema
 from tidelog_client._report import Report, Skipped, SkipReason
 
 if TYPE_CHECKING:
-    import lmdb
-
+    from tidelog._environment import LmdbTransaction
     from tidelog_client._storage import PendingOperation, Storage
 
 
@@ -63,7 +62,7 @@ def select(storage: Storage, schema: Schema, selected: dict[ObjectKey, bool], re
 
 
 class _Closure:
-    def __init__(self, storage: Storage, transaction: lmdb.Transaction, schema: Schema) -> None:
+    def __init__(self, storage: Storage, transaction: LmdbTransaction, schema: Schema) -> None:
         self._storage = storage
         self._transaction = transaction
         self._schema = schema
@@ -77,7 +76,7 @@ class _Closure:
         if is_new:
             return Skipped(*key, SkipReason.UNCOMMITTED, "the object was never committed")
         packed = pack_object_key(*key)
-        if self._storage.view(self._transaction, packed) is not None:
+        if self._storage.view.get(self._transaction, packed) is not None:
             return None
         if any(True for _ in self._pending_of(key)):
             return Skipped(*key, SkipReason.DELETED, "the object is deleted here, and its deletion is pending")
@@ -118,9 +117,7 @@ class _Closure:
         patch = decode_operation(data).decoded_patch()
         for _attribute, target in self._schema.referenced(one.key[0], {**patch.set, **patch.add}):
             creations = [
-                pending.seq
-                for pending in self._pending_of(target)
-                if self._kind_of(pending) is OperationKind.CREATE
+                pending.seq for pending in self._pending_of(target) if self._kind_of(pending) is OperationKind.CREATE
             ]
             if creations:
                 yield target, creations[-1]

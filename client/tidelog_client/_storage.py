@@ -1,22 +1,16 @@
 """
-Storage: the replica's data on disk, and what a view is made of.
+Storage: the replica's data on disk.
 
-    log          seq                 -> the operation, as the wire carries it
-    pending      seq                 -> place in its commit group, object key
-    unconfirmed  object key NUL seq  -> version it was applied at, 0 while pending
-    objects      object key          -> version, dirty mark, attributes: the view
-    base         object key          -> version, attributes: the server's state, only while dirty
-    outcomes     seq                 -> what became of a settled operation
-    failures     failure id          -> serialized SynchronizationFailure
-    incoming     page number         -> downloaded page, as it came
-    seen         object key          -> (while a reconciliation is published) it was in the download
+    log          seq            -> the operation, as the wire carries it
+    pending      seq            -> place in its commit group, object key
+    outcomes     seq            -> what became of a settled operation
+    failures     failure id     -> serialized SynchronizationFailure
+    incoming     page number    -> downloaded page, as it came
+    seen         object key     -> (while a reconciliation is published) it was in the download
     meta         replica id, last seq, cursor, epoch, ...
 
-The view of an object is its base with every operation replayed that is pending, or
-applied at a version above the base's. An object is dirty as long as it has such an
-operation in `unconfirmed`; then its base is kept beside its view (there is no base
-entry if the server has no such object). Everything that changes one of the two
-changes the other in the same transaction.
+and the view (see `_view`). What belongs together changes in one transaction: log and
+view, outcome and view, cursor and the data that it stands for.
 """
 
 from __future__ import annotations
@@ -24,60 +18,38 @@ from __future__ import annotations
 import struct
 import uuid
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._environment import Environment, put_many
-from tidelog._errors import InvalidValue, LogCorrupt
 from tidelog._keys import (
-    POSITION_BYTES,
     ObjectKey,
-    entity_prefix,
     pack_object_key,
     pack_position,
     unpack_object_key,
     unpack_position,
 )
 from tidelog._log import OperationLog
-from tidelog._operation import Operation, OperationKind, decode_operation
-from tidelog._values import EMPTY_MAP, Attributes, decode_trusted, encode
+from tidelog._operation import Operation, decode_operation
 from tidelog.v1 import failure_pb2, operation_pb2, sync_pb2
+from tidelog_client._view import View, ViewRecord
 
 if TYPE_CHECKING:
-    import lmdb
+    from tidelog._environment import LmdbDatabase, LmdbTransaction
 
 FORMAT: Final = "tidelog-replica-1"
 
 PUBLISH_OBJECTS_MAX: Final = 100_000
 PUBLISH_STEP_PAGES: Final = 20
-QUERY_PAGE_OBJECTS: Final = 500
+READ_PAGE_ENTRIES: Final = 500
 
-_RECORD: Final = struct.Struct(">QB")
-_PENDING: Final = struct.Struct(">HH")
-_DIRTY: Final = 1
-_STILL_PENDING: Final = bytes(8)
+_PLACE: Final = struct.Struct(">HH")  # of a pending operation in its commit group: position, size
+_NO_GROUP: Final = _PLACE.pack(0, 0)
+_END: Final = struct.Struct(">Q?")
 
 _APPLIED: Final = b"\x01"
 _FAILED: Final = b"\x02"
-
-
-class StateLost(Exception):  # noqa: N818 - tells the synchronizer to start over, never leaves the package
-    """The server confirmed a state that the replica does not have: all states must be sent again."""
-
-
-class ViewRecord(NamedTuple):
-    """
-    An object in the view.
-
-    Attributes:
-        version: Version of its base; 0: the server has no such object yet.
-        dirty: Whether operations are replayed on top of the base.
-        attributes: Its attributes, encoded.
-    """
-
-    version: int
-    dirty: bool
-    attributes: bytes
 
 
 class PendingOperation(NamedTuple):
@@ -122,11 +94,9 @@ class Storage:
     def __init__(self, path: Path, *, relaxed: bool, map_bytes: int) -> None:
         self.environment = Environment.open(path, format_name=FORMAT, relaxed=relaxed, map_bytes=map_bytes)
         self.log = OperationLog(self.environment)
+        self.view = View(self.environment, self.log)
         database = self.environment.database
         self._pending = database("pending")
-        self._unconfirmed = database("unconfirmed")
-        self._objects = database("objects")
-        self._base = database("base")
         self._outcomes = database("outcomes")
         self._failures = database("failures")
         self._incoming = database("incoming")
@@ -149,65 +119,35 @@ class Storage:
         """Remember values."""
         self.environment.write(lambda transaction: self._put_meta(transaction, **values))
 
-    def _get_meta(self, transaction: lmdb.Transaction, name: str) -> bytes:
+    def _get_meta(self, transaction: LmdbTransaction, name: str) -> bytes:
         return transaction.get(name.encode(), b"", db=self._meta)
 
-    def _put_meta(self, transaction: lmdb.Transaction, **values: bytes) -> None:
+    def _put_meta(self, transaction: LmdbTransaction, **values: bytes) -> None:
         for name, value in values.items():
             transaction.put(name.encode(), value, db=self._meta)
 
-    def _load_replica_id(self, transaction: lmdb.Transaction) -> str:
+    def _load_replica_id(self, transaction: LmdbTransaction) -> str:
         known = self._get_meta(transaction, "replica_id")
         if not known:
             known = str(uuid.uuid4()).encode()
             self._put_meta(transaction, replica_id=known)
         return known.decode()
 
-    def last_seq(self, transaction: lmdb.Transaction) -> int:
+    def last_seq(self, transaction: LmdbTransaction) -> int:
         """Return the position of the newest operation ever logged, 0 if there is none."""
         return unpack_position(self._get_meta(transaction, "last_seq"))
 
     # --- reading --------------------------------------------------------------
 
-    def view(self, transaction: lmdb.Transaction, key: bytes) -> ViewRecord | None:
-        """Return an object as the replica shows it, or None."""
-        value = transaction.get(key, db=self._objects)
-        return None if value is None else _unpack_record(value)
-
-    def entity_objects(self, entity: str) -> Iterator[tuple[str, ViewRecord]]:
-        """
-        Iterate over (id, record) of an entity in id order.
-
-        Each page is read in a transaction of its own, so a slow reader holds nothing.
-        """
-        prefix = entity_prefix(entity)
-        start = prefix
-        while True:
-            page = []
-            with self.environment.read() as transaction:
-                cursor = transaction.cursor(self._objects)
-                found = cursor.set_range(start)
-                while found and len(page) < QUERY_PAGE_OBJECTS:
-                    key, value = cursor.item()
-                    if not key.startswith(prefix):
-                        break
-                    page.append((key, _unpack_record(value)))
-                    found = cursor.next()
-            for key, record in page:
-                yield key[len(prefix) :].decode(), record
-            if len(page) < QUERY_PAGE_OBJECTS:
-                return
-            start = page[-1][0] + b"\0"
-
     def pending(self, *, after: int = 0, until: int | None = None) -> Iterator[PendingOperation]:
         """Iterate over the pending operations with *after* < seq <= *until* in log order, page by page."""
         position = after
         while True:
-            page = []
+            page: list[PendingOperation] = []
             with self.environment.read() as transaction:
                 cursor = transaction.cursor(self._pending)
                 found = cursor.set_range(pack_position(position + 1))
-                while found and len(page) < QUERY_PAGE_OBJECTS:
+                while found and len(page) < READ_PAGE_ENTRIES:
                     key, value = cursor.item()
                     seq = unpack_position(key)
                     if until is not None and seq > until:
@@ -215,26 +155,26 @@ class Storage:
                     page.append(_unpack_pending(seq, value))
                     found = cursor.next()
             yield from page
-            if len(page) < QUERY_PAGE_OBJECTS:
+            if len(page) < READ_PAGE_ENTRIES:
                 return
             position = page[-1].seq
 
-    def pending_of(self, transaction: lmdb.Transaction, key: bytes) -> list[PendingOperation]:
+    def pending_of(self, transaction: LmdbTransaction, key: bytes) -> list[PendingOperation]:
         """Return the pending operations on one object in log order."""
         found = []
-        for seq, version in self._unconfirmed_of(transaction, key):
+        for seq, version in self.view.unconfirmed(transaction, key):
             if version == 0:
                 value = transaction.get(pack_position(seq), db=self._pending)
                 if value is not None:
                     found.append(_unpack_pending(seq, value))
         return found
 
-    def pending_at(self, transaction: lmdb.Transaction, seq: int) -> PendingOperation | None:
+    def pending_at(self, transaction: LmdbTransaction, seq: int) -> PendingOperation | None:
         """Return the pending operation at *seq*, or None if it is settled."""
         value = transaction.get(pack_position(seq), db=self._pending)
         return None if value is None else _unpack_pending(seq, value)
 
-    def has_other_pending(self, transaction: lmdb.Transaction, seqs: Container[int], *, below: int) -> bool:
+    def has_other_pending(self, transaction: LmdbTransaction, seqs: Container[int], *, below: int) -> bool:
         """Tell whether operations below a seq are pending that are not among *seqs*."""
         cursor = transaction.cursor(self._pending)
         for key in cursor.iternext(keys=True, values=False):
@@ -250,7 +190,7 @@ class Storage:
         with self.environment.read() as transaction:
             return int(transaction.stat(self._pending)["entries"])
 
-    def outcome(self, transaction: lmdb.Transaction, seq: int) -> Outcome | None:
+    def outcome(self, transaction: LmdbTransaction, seq: int) -> Outcome | None:
         """Return what became of an operation, or None while it is pending (or forgotten)."""
         value = transaction.get(pack_position(seq), db=self._outcomes)
         if value is None:
@@ -266,13 +206,13 @@ class Storage:
             with self.environment.read() as transaction:
                 cursor = transaction.cursor(self._failures)
                 found = cursor.set_range(start) if start else cursor.first()
-                page = []
-                while found and len(page) < QUERY_PAGE_OBJECTS:
+                page: list[tuple[bytes, bytes]] = []
+                while found and len(page) < READ_PAGE_ENTRIES:
                     page.append(cursor.item())
                     found = cursor.next()
             for _key, value in page:
                 yield failure_pb2.SynchronizationFailure.FromString(value)
-            if len(page) < QUERY_PAGE_OBJECTS:
+            if len(page) < READ_PAGE_ENTRIES:
                 return
             start = page[-1][0] + b"\0"
 
@@ -280,45 +220,32 @@ class Storage:
 
     def write_commit(
         self,
-        transaction: lmdb.Transaction,
+        transaction: LmdbTransaction,
         operations: Sequence[Operation],
         encoded: Sequence[bytes],
-        views: dict[bytes, tuple[ViewRecord | None, ViewRecord | None]],
+        changes: dict[bytes, tuple[ViewRecord | None, ViewRecord | None]],
     ) -> None:
         """
-        Append operations and change the view with them.
+        Append operations and show them.
 
         Args:
+            transaction: The commit's.
             operations: The operations, with the next positions of the log.
             encoded: Their bytes.
-            views: For each object, its record before and after all of them.
+            changes: For each object, its record before and after all of them.
         """
-        pending, unconfirmed = [], []
+        pending = []
+        keyed = []
         for operation in operations:
-            position = pack_position(operation.seq)
             key = pack_object_key(operation.entity, operation.id)
             group = operation.group
-            place = _PENDING.pack(group.position, group.size) if group is not None else _PENDING.pack(0, 0)
-            pending.append((position, place + key))
-            unconfirmed.append((key + b"\0" + position, _STILL_PENDING))
+            place = _PLACE.pack(group.position, group.size) if group is not None else _NO_GROUP
+            pending.append((pack_position(operation.seq), place + key))
+            keyed.append((key, operation.seq))
         self.log.append(transaction, zip((one.seq for one in operations), encoded, strict=True))
         put_many(transaction, self._pending, pending)
-        put_many(transaction, self._unconfirmed, unconfirmed)
-        objects = []
-        for key, (before, after) in views.items():
-            if before is not None and not before.dirty:
-                transaction.put(key, _RECORD.pack(before.version, 0) + before.attributes, db=self._base)
-            if after is not None:
-                objects.append((key, _RECORD.pack(after.version, _DIRTY) + after.attributes))
-            elif before is not None:
-                transaction.delete(key, db=self._objects)
-        put_many(transaction, self._objects, objects)
+        self.view.write_commit(transaction, keyed, changes)
         self._put_meta(transaction, last_seq=pack_position(operations[-1].seq))
-
-    def base_version(self, transaction: lmdb.Transaction, key: bytes) -> int:
-        """Return the server version that a locally deleted object has, 0 if the server has none."""
-        value = transaction.get(key, db=self._base)
-        return 0 if value is None else _unpack_record(value).version
 
     # --- settling -------------------------------------------------------------
 
@@ -330,44 +257,31 @@ class Storage:
         """
         return self.environment.write(lambda transaction: self._settle(transaction, results))
 
-    def _settle(
-        self, transaction: lmdb.Transaction, results: Sequence[operation_pb2.OperationResult]
-    ) -> SettledCounts:
-        applied = 0
-        outcomes, confirmed = [], []
-        changed: dict[bytes, None] = {}
+    def _settle(self, transaction: LmdbTransaction, results: Sequence[operation_pb2.OperationResult]) -> SettledCounts:
+        outcomes = []
+        applied: list[tuple[bytes, int, int]] = []
         refused: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
         for result in results:
             position = pack_position(result.seq)
             value = transaction.pop(position, db=self._pending)
             if value is None:
                 continue
-            key = value[_PENDING.size :]
+            key = value[_PLACE.size :]
             if result.status == operation_pb2.OPERATION_STATUS_APPLIED:
-                applied += 1
-                version = pack_position(result.version)
-                outcomes.append((position, _APPLIED + version))
-                base = transaction.get(key, db=self._base)
-                if base is not None and base[:POSITION_BYTES] >= version:
-                    # A snapshot that contains it came before this answer did.
-                    transaction.delete(key + b"\0" + position, db=self._unconfirmed)
-                    changed[key] = None
-                else:
-                    confirmed.append((key + b"\0" + position, version))
+                outcomes.append((position, _APPLIED + pack_position(result.version)))
+                applied.append((key, result.seq, result.version))
             else:
                 outcomes.append((position, _FAILED + result.failure_id.encode()))
-                transaction.delete(key + b"\0" + position, db=self._unconfirmed)
-                changed[key] = None
                 refused.setdefault(result.failure_id, []).append((result, key))
         put_many(transaction, self._outcomes, outcomes)
-        put_many(transaction, self._unconfirmed, confirmed)
-        for key in changed:
-            self._rebuild(transaction, key)
-        failures = [self._record_failure(transaction, members) for members in refused.values()]
-        return SettledCounts(applied, sum(map(len, refused.values())), failures)
+        self.view.settle_applied(transaction, applied)
+        members = [member for group in refused.values() for member in group]
+        self.view.settle_refused(transaction, [(key, result.seq) for result, key in members])
+        failures = [self._record_failure(transaction, group) for group in refused.values()]
+        return SettledCounts(len(applied), len(members), failures)
 
     def _record_failure(
-        self, transaction: lmdb.Transaction, members: list[tuple[operation_pb2.OperationResult, bytes]]
+        self, transaction: LmdbTransaction, members: list[tuple[operation_pb2.OperationResult, bytes]]
     ) -> failure_pb2.SynchronizationFailure:
         """Keep one failure, of one operation or of the members of a commit group."""
         culprit, key = next(
@@ -396,7 +310,7 @@ class Storage:
     def stage(self, pages: Sequence[bytes], object_count: int, resume_token: bytes) -> None:
         """Keep downloaded pages on disk, and where the download can go on."""
 
-        def work(transaction: lmdb.Transaction) -> None:
+        def work(transaction: LmdbTransaction) -> None:
             cursor = transaction.cursor(self._incoming)
             number = unpack_position(cursor.key()) + 1 if cursor.last() else 1
             for offset, page in enumerate(pages):
@@ -409,7 +323,7 @@ class Storage:
     def discard_staged(self) -> None:
         """Forget pages that were kept."""
 
-        def work(transaction: lmdb.Transaction) -> None:
+        def work(transaction: LmdbTransaction) -> None:
             transaction.drop(self._incoming, delete=False)
             self._put_meta(transaction, staged_count=b"", resume_token=b"")
 
@@ -440,28 +354,29 @@ class Storage:
         counts = PublishedCounts()
         while packed := self.meta("publishing"):
             end = _PublishingEnd.unpack(packed)
-            counts = counts.plus(self.environment.write(lambda txn, end=end: self._publish_step(txn, end)))
+            counts = counts.plus(self.environment.write(partial(self._publish_step, end=end)))
         return counts
 
     def merge(self, page: bytes) -> PublishedCounts:
         """Put one page into the view without moving the cursor (modes unsynchronized and selected)."""
         message = sync_pb2.SnapshotPage.FromString(page)
-        return self.environment.write(
-            lambda transaction: _Publisher(self, transaction, reconcile=False).apply(message)
-        )
+        return self.environment.write(lambda transaction: self._publisher(transaction, reconcile=False).apply(message))
+
+    def _publisher(self, transaction: LmdbTransaction, *, reconcile: bool) -> _Publisher:
+        return _Publisher(self.view, self._seen, transaction, reconcile=reconcile)
 
     def _publish_at_once(
-        self, transaction: lmdb.Transaction, pages: Sequence[bytes], end: _PublishingEnd
+        self, transaction: LmdbTransaction, pages: Sequence[bytes], end: _PublishingEnd
     ) -> PublishedCounts:
-        publisher = _Publisher(self, transaction, reconcile=end.reconcile)
+        publisher = self._publisher(transaction, reconcile=end.reconcile)
         counts = PublishedCounts()
         staged = [page for _, page in transaction.cursor(self._incoming)]
         for page in (*staged, *pages):
             counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(page)))
         return counts.plus(self._end_publishing(transaction, publisher, end))
 
-    def _publish_step(self, transaction: lmdb.Transaction, end: _PublishingEnd) -> PublishedCounts:
-        publisher = _Publisher(self, transaction, reconcile=end.reconcile)
+    def _publish_step(self, transaction: LmdbTransaction, end: _PublishingEnd) -> PublishedCounts:
+        publisher = self._publisher(transaction, reconcile=end.reconcile)
         counts = PublishedCounts()
         cursor = transaction.cursor(self._incoming)
         for _ in range(PUBLISH_STEP_PAGES):
@@ -472,70 +387,38 @@ class Storage:
         return counts
 
     def _end_publishing(
-        self, transaction: lmdb.Transaction, publisher: _Publisher, end: _PublishingEnd
+        self, transaction: LmdbTransaction, publisher: _Publisher, end: _PublishingEnd
     ) -> PublishedCounts:
-        removed = publisher.sweep(end.version)
+        counts = publisher.end(end.version)
         transaction.drop(self._incoming, delete=False)
         transaction.drop(self._seen, delete=False)
         self._put_meta(
             transaction, cursor=end.cursor, staged_count=b"", resume_token=b"", publishing=b"", state_lost=b""
         )
-        return PublishedCounts(removed=removed)
+        return counts
 
-    # --- the view -------------------------------------------------------------
+    # --- retention ------------------------------------------------------------
 
-    def _unconfirmed_of(self, transaction: lmdb.Transaction, key: bytes) -> list[tuple[int, int]]:
-        """Return (seq, version applied at) of the operations replayed on top of an object's base."""
-        prefix = key + b"\0"
-        cursor = transaction.cursor(self._unconfirmed)
-        found = []
-        if cursor.set_range(prefix):
-            for entry, version in cursor:
-                if not entry.startswith(prefix):
-                    break
-                found.append((unpack_position(entry[len(prefix) :]), unpack_position(version)))
-        return found
+    def trim(self, oldest_us: float, size_bytes_max: int, *, count_max: int) -> int:
+        """
+        Remove settled operations from the oldest on, at most *count_max*, and return how many went.
 
-    def _rebuild(self, transaction: lmdb.Transaction, key: bytes) -> None:
-        """Make the view of an object anew from its base and what is replayed on top."""
-        unconfirmed = self._unconfirmed_of(transaction, key)
-        base = transaction.get(key, db=self._base)
-        if not unconfirmed:
-            if base is None:
-                transaction.delete(key, db=self._objects)
-            else:
-                transaction.put(key, base, db=self._objects)
-                transaction.delete(key, db=self._base)
-            return
-        record = None if base is None else _unpack_record(base)
-        attributes = None if record is None else decode_trusted(record.attributes)
-        attributes = self._replayed(transaction, attributes, [seq for seq, _ in unconfirmed])
-        if attributes is None:
-            transaction.delete(key, db=self._objects)
-        else:
-            version = 0 if record is None else record.version
-            transaction.put(key, _RECORD.pack(version, _DIRTY) + _encoded(attributes), db=self._objects)
+        Those go that were made before *oldest_us*, and any while the log is larger
+        than *size_bytes_max*. The first one that must stay ends it.
+        """
 
-    def _replayed(
-        self, transaction: lmdb.Transaction, attributes: Attributes | None, seqs: Sequence[int]
-    ) -> Attributes | None:
-        for seq in seqs:
-            data = self.log.get(transaction, seq)
-            if data is None:
-                raise LogCorrupt(f"the operation at seq {seq} is still needed and not in the log", seq=seq)
-            attributes = replay(attributes, decode_operation(data))
-        return attributes
+        def work(transaction: LmdbTransaction) -> int:
+            excess_bytes = self.log.size_bytes(transaction) - size_bytes_max
 
-    def trim(self, may_go: Any, count_max: int) -> int:
-        """Trim settled operations from the oldest on while *may_go* (operation) holds; return how many went."""
-
-        def work(transaction: lmdb.Transaction) -> int:
-            def dispensable(seq: int, data: bytes) -> bool:
+            def may_go(seq: int, data: bytes) -> bool:
+                nonlocal excess_bytes
                 operation = decode_operation(data)
-                entry = pack_object_key(*operation.key) + b"\0" + pack_position(seq)
-                return transaction.get(entry, db=self._unconfirmed) is None and bool(may_go(operation))
+                if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
+                    return False
+                excess_bytes -= len(data)
+                return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
 
-            trimmed = self.log.trim(transaction, may_go=dispensable, count_max=count_max)
+            trimmed = self.log.trim(transaction, may_go=may_go, count_max=count_max)
             for seq in trimmed:
                 transaction.delete(pack_position(seq), db=self._outcomes)
             return len(trimmed)
@@ -551,173 +434,63 @@ class _PublishingEnd(NamedTuple):
     reconcile: bool
 
     def pack(self) -> bytes:
-        return _RECORD.pack(self.version, self.reconcile) + self.cursor
+        return _END.pack(self.version, self.reconcile) + self.cursor
 
     @classmethod
     def unpack(cls, data: bytes) -> _PublishingEnd:
-        version, reconcile = _RECORD.unpack_from(data)
-        return cls(data[_RECORD.size :], version, bool(reconcile))
+        version, reconcile = _END.unpack_from(data)
+        return cls(data[_END.size :], version, reconcile)
 
 
 class _Publisher:
     """Puts pages into the view, in one transaction."""
 
-    def __init__(self, storage: Storage, transaction: lmdb.Transaction, *, reconcile: bool) -> None:
-        self._storage = storage
+    def __init__(self, view: View, seen: LmdbDatabase, transaction: LmdbTransaction, *, reconcile: bool) -> None:
+        self._view = view
+        self._seen = seen
         self._transaction = transaction
-        self._reconcile = reconcile
-        stat = transaction.stat
-        self._all_clean = stat(storage._unconfirmed)["entries"] == 0
-        # A reconciliation removes what it did not bring. An empty replica has nothing to remove.
-        self._track_seen = reconcile and bool(
-            stat(storage._seen)["entries"] or stat(storage._objects)["entries"] or stat(storage._base)["entries"]
-        )
+        # What a reconciliation brings may be of another timeline, whose versions do not compare.
+        self._force = reconcile
+        self._all_clean = view.all_clean(transaction)
+        # It removes what it did not bring; an empty replica has nothing to remove.
+        self._track_seen = reconcile and bool(transaction.stat(seen)["entries"] or not view.is_empty(transaction))
 
     def apply(self, page: sync_pb2.SnapshotPage) -> PublishedCounts:
         """Put one page into the view."""
-        removed = 0
-        clean = []
-        seen = []
-        for snapshot in page.snapshots:
-            key = pack_object_key(snapshot.entity, snapshot.id)
-            if self._track_seen:
-                seen.append((key, b""))
-            record = _RECORD.pack(snapshot.version, 0) + snapshot.attributes
-            if self._all_clean:
-                if self._is_news(key, record, self._storage._objects):
-                    clean.append((key, record))
-            else:
-                self._apply_snapshot(key, snapshot.version, record)
-        put_many(self._transaction, self._storage._objects, clean)
-        for confirmation in page.confirmations:
-            key = pack_object_key(confirmation.entity, confirmation.id)
-            if self._track_seen:
-                seen.append((key, b""))
-            self._confirm(key, confirmation.version)
-        for removal in page.removals:
-            removed += self._remove(pack_object_key(removal.entity, removal.id), removal.version)
-        put_many(self._transaction, self._storage._seen, seen)
-        return PublishedCounts(len(page.snapshots), len(page.confirmations), removed)
+        view, transaction = self._view, self._transaction
+        snapshots = [(pack_object_key(one.entity, one.id), one.version, one.attributes) for one in page.snapshots]
+        confirmations = [(pack_object_key(one.entity, one.id), one.version) for one in page.confirmations]
+        if self._track_seen:
+            put_many(
+                transaction,
+                self._seen,
+                [(key, b"") for key in (*(one[0] for one in snapshots), *(one[0] for one in confirmations))],
+            )
+        if self._all_clean:
+            view.put_clean_snapshots(transaction, snapshots, force=self._force)
+        else:
+            for key, version, attributes in snapshots:
+                view.put_snapshot(transaction, key, version, attributes, force=self._force)
+        for key, version in confirmations:
+            view.confirm(transaction, key, version)
+        removed = sum(
+            view.remove(transaction, pack_object_key(one.entity, one.id), one.version) for one in page.removals
+        )
+        return PublishedCounts(len(snapshots), len(confirmations), removed)
 
-    def sweep(self, version: int) -> int:
-        """
-        End a download of everything up to *version*: settle what it left open, and return how many objects went.
-
-        An operation applied at or below *version* whose object did not come has left
-        no trace on the server (created and deleted in between, say): it is replayed no more.
-        """
-        storage, transaction = self._storage, self._transaction
-        stale: dict[bytes, list[bytes]] = {}
-        for entry, applied in transaction.cursor(storage._unconfirmed):
-            if _STILL_PENDING < applied <= pack_position(version):
-                stale.setdefault(entry[: -POSITION_BYTES - 1], []).append(entry)
-        for key, entries in stale.items():
-            for entry in entries:
-                transaction.delete(entry, db=storage._unconfirmed)
-            storage._rebuild(transaction, key)
+    def end(self, version: int) -> PublishedCounts:
+        """End a download of everything up to *version*: settle what it left open, remove what it did not bring."""
+        self._view.drop_stale(self._transaction, version)
         if not self._track_seen:
-            return 0
-        unseen: dict[bytes, None] = {}
-        for database in (storage._objects, storage._base):
-            for key in transaction.cursor(database).iternext(keys=True, values=False):
-                if transaction.get(key, db=storage._seen) is None:
-                    unseen[key] = None
-        return sum(self._remove(key, version) for key in unseen)
-
-    def _is_news(self, key: bytes, record: bytes, database: lmdb._Database) -> bool:
-        """Tell whether the record is no older than the one that is there."""
-        if self._reconcile:
-            return True  # perhaps of another timeline, whose versions do not compare
-        present = self._transaction.get(key, db=database)
-        return present is None or present[:POSITION_BYTES] <= record[:POSITION_BYTES]
-
-    def _apply_snapshot(self, key: bytes, version: int, record: bytes) -> None:
-        storage, transaction = self._storage, self._transaction
-        unconfirmed = storage._unconfirmed_of(transaction, key)
-        if not unconfirmed:
-            if self._is_news(key, record, storage._objects):
-                transaction.put(key, record, db=storage._objects)
-        elif self._is_news(key, record, storage._base):
-            self._drop_confirmed(key, unconfirmed, version)
-            transaction.put(key, record, db=storage._base)
-            storage._rebuild(transaction, key)
-
-    def _remove(self, key: bytes, version: int) -> int:
-        storage, transaction = self._storage, self._transaction
-        unconfirmed = storage._unconfirmed_of(transaction, key)
-        was_there = transaction.get(key, db=storage._objects) is not None
-        if not unconfirmed:
-            return int(transaction.delete(key, db=storage._objects))
-        self._drop_confirmed(key, unconfirmed, version)
-        transaction.delete(key, db=storage._base)
-        storage._rebuild(transaction, key)
-        return int(was_there and transaction.get(key, db=storage._objects) is None)
-
-    def _confirm(self, key: bytes, version: int) -> None:
-        """Take the state that the replica's own operations led to as the server's."""
-        storage, transaction = self._storage, self._transaction
-        unconfirmed = storage._unconfirmed_of(transaction, key)
-        confirmed = [seq for seq, applied in unconfirmed if 0 < applied <= version]
-        view = transaction.get(key, db=storage._objects)
-        if not unconfirmed:
-            if view is None or _unpack_record(view).version < version:
-                raise StateLost(key)
-            return
-        if len(confirmed) == len(unconfirmed):
-            # Nothing else is replayed: the view is what is confirmed.
-            if view is None:
-                raise StateLost(key)
-            self._drop_confirmed(key, unconfirmed, version)
-            transaction.put(key, _RECORD.pack(version, 0) + view[_RECORD.size :], db=storage._objects)
-            transaction.delete(key, db=storage._base)
-            return
-        base = transaction.get(key, db=storage._base)
-        attributes = None if base is None else decode_trusted(_unpack_record(base).attributes)
-        attributes = storage._replayed(transaction, attributes, confirmed)
-        if attributes is None:
-            raise StateLost(key)
-        self._drop_confirmed(key, unconfirmed, version)
-        transaction.put(key, _RECORD.pack(version, 0) + _encoded(attributes), db=storage._base)
-        storage._rebuild(transaction, key)
-
-    def _drop_confirmed(self, key: bytes, unconfirmed: list[tuple[int, int]], version: int) -> None:
-        for seq, applied in unconfirmed:
-            if 0 < applied <= version:
-                self._transaction.delete(key + b"\0" + pack_position(seq), db=self._storage._unconfirmed)
-
-
-def replay(attributes: Attributes | None, operation: Operation) -> Attributes | None:
-    """
-    Return what an operation makes of an object (None: there is none).
-
-    An operation that does not fit, because the server's state is no longer what its
-    author saw, changes nothing here; the server decides about it.
-    """
-    if operation.kind is OperationKind.DELETE:
-        return None
-    patch = operation.decoded_patch()
-    if operation.kind is OperationKind.CREATE:
-        return patch.set
-    if attributes is None:
-        return None
-    try:
-        return patch.apply(attributes)
-    except InvalidValue:
-        return attributes
-
-
-
-
-def _unpack_record(value: bytes) -> ViewRecord:
-    version, flags = _RECORD.unpack_from(value)
-    return ViewRecord(version, bool(flags & _DIRTY), value[_RECORD.size :])
+            return PublishedCounts()
+        unseen = {
+            key: None
+            for key in self._view.keys(self._transaction)
+            if self._transaction.get(key, db=self._seen) is None
+        }
+        return PublishedCounts(removed=sum(self._view.remove(self._transaction, key, version) for key in unseen))
 
 
 def _unpack_pending(seq: int, value: bytes) -> PendingOperation:
-    position, size = _PENDING.unpack_from(value)
-    return PendingOperation(seq, position, size, unpack_object_key(value[_PENDING.size :]))
-
-
-def _encoded(attributes: Attributes) -> bytes:
-    return encode(attributes) if attributes else EMPTY_MAP
-
+    position, size = _PLACE.unpack_from(value)
+    return PendingOperation(seq, position, size, unpack_object_key(value[_PLACE.size :]))

@@ -312,9 +312,7 @@ class Synchronization:
         with self._storage.environment.read() as transaction:
             pending = self._storage.pending_at(transaction, result.seq)
         entity, id_ = pending.key if pending is not None else ("", "")
-        self._report.skipped.append(
-            Skipped(entity, id_, SkipReason.NOT_READY, result.message, seq=result.seq)
-        )
+        self._report.skipped.append(Skipped(entity, id_, SkipReason.NOT_READY, result.message, seq=result.seq))
 
     # --- download -------------------------------------------------------------
 

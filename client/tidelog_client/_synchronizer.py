@@ -20,8 +20,8 @@ from tidelog._errors import NotConfigured, ServerUnavailable, SynchronizationInP
 from tidelog._logging import get_logger
 from tidelog_client._connection import Connection, Stream, Transient
 from tidelog_client._report import OnProgress, Report
-from tidelog_client._storage import StateLost
 from tidelog_client._synchronization import Mode, Synchronization
+from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
     from tidelog_client._selection import Selection
@@ -104,7 +104,7 @@ class Synchronizer:
                 except Transient as error:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST
-                    pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after_seconds)  # noqa: S311 - jitter
+                    pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after_seconds)
                     if pause > deadline.remaining():
                         raise ServerUnavailable(
                             f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
@@ -116,9 +116,7 @@ class Synchronizer:
                 else:
                     return
 
-    def _attempt(
-        self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline
-    ) -> None:
+    def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
         stream = connection.synchronize(deadline.call_timeout())
         started = time.monotonic()
         try:
@@ -185,5 +183,3 @@ class _Deadline:
 
 def _ignore(_progress: object) -> None:
     pass
-
-

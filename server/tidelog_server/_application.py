@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tidelog_server._principal import Principal
 
 
-class Reject(Exception):  # noqa: N818 - a hook says what it does
+class Reject(Exception):
     """
     Raised by a hook to refuse the operation; the message reaches its author.
 

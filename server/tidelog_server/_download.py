@@ -19,7 +19,7 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog._operation import OperationKind
 from tidelog.internal.v1 import splice_pb2
-from tidelog.v1 import operation_pb2, sync_pb2
+from tidelog.v1 import sync_pb2
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
 from tidelog_server._store import Reader, Store
 
@@ -174,9 +174,7 @@ class Download:
             remaining = remaining[taken:]
             yield page.message
 
-    def _delta_page(
-        self, reader: Reader, start: Start, position: int
-    ) -> tuple[sync_pb2.SnapshotPage, int, bool]:
+    def _delta_page(self, reader: Reader, start: Start, position: int) -> tuple[sync_pb2.SnapshotPage, int, bool]:
         """Return a page, the position after it, and whether this transaction has nothing above."""
         entries = reader.latest_changes(position, PAGE_OBJECTS_MAX)
         states = reader.objects([key for _, key in entries])

@@ -43,7 +43,6 @@ from tidelog_server._records import (
     Change,
     FailureRecord,
     ObjectState,
-    ReplicaState,
     Settled,
     Writes,
     merged_ranges,
@@ -175,7 +174,7 @@ def evaluate_held(
     return _Evaluator(application, uploader, reader, state, time_us).held()
 
 
-class _Refused(Exception):  # noqa: N818 - not an error of the program
+class _Refused(Exception):
     """The operation is refused."""
 
     def __init__(self, reason: FailureReason, message: str, *, cause: bytes = b"") -> None:
@@ -186,7 +185,7 @@ class _Refused(Exception):  # noqa: N818 - not an error of the program
         self.position = 0
 
 
-class _Waits(Exception):  # noqa: N818 - not an error of the program
+class _Waits(Exception):
     """The operation refers to an object that has not arrived."""
 
     def __init__(self, target: ObjectKey, message: str) -> None:
@@ -337,7 +336,9 @@ class _Evaluator:
             self.overlay.rollback(mark)
             live = [index for index in live if index not in results]
         else:
-            results.update({index: self._park(units[index], "too entangled with refused operations") for index in live})
+            results.update(
+                {index: self._park(units[index], "too entangled with refused operations") for index in live}
+            )
         self._held, self._held_bytes, self._held_keys = [], 0, set()
         return self._evaluation([result for index in range(len(units)) for result in results[index]])
 
@@ -371,8 +372,8 @@ class _Evaluator:
             key = gone.pop()
             for index in users.pop(key, ()):
                 if applied.pop(index, None) is not None:
-                    wait = _Waits(key, f"refers to {key[0]} {key[1]!r}, which was not created")
-                    results[index] = self._give_up(units[index], wait)
+                    missing = _Waits(key, f"refers to {key[0]} {key[1]!r}, which was not created")
+                    results[index] = self._give_up(units[index], missing)
                     gone.extend(_created_keys(units[index]))
         return applied
 
@@ -434,9 +435,7 @@ class _Evaluator:
             cause_failure_id=str(uuid_utils.UUID(bytes=refusal.cause)) if refusal.cause else "",
         )
         record.create_time.FromMicroseconds(self.time_us)
-        self._failures[failure_id] = FailureRecord(
-            failure_id, record.SerializeToString(), tuple(_created_keys(unit))
-        )
+        self._failures[failure_id] = FailureRecord(failure_id, record.SerializeToString(), tuple(_created_keys(unit)))
         return failure_id
 
     def _refused_creation(self, key: ObjectKey) -> bytes | None:
@@ -492,7 +491,7 @@ class _Evaluator:
         applied: list[_Applied] = []
         try:
             for member in unit:
-                applied.append(self._apply(member))
+                applied.append(self._apply(member))  # noqa: PERF401 - what was done before a refusal is counted
         except _Refused as refusal:
             refusal.position = len(applied)
             self.overlay.rollback(mark)
@@ -648,7 +647,7 @@ class _Action:
                     "which does not exist",
                 )
 
-    def _write(
+    def _write(  # noqa: PLR0917 - the parts of one change
         self,
         key: ObjectKey,
         kind: OperationKind,
@@ -804,7 +803,8 @@ class _HookContext:
         action = self._action
         if action.depth >= HOOK_DEPTH_MAX:
             raise _Refused(
-                FailureReason.HOOK_ERROR, f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep"
+                FailureReason.HOOK_ERROR,
+                f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep",
             )
         action.depth += 1
         mark = action.overlay.mark()

@@ -54,7 +54,7 @@ from tidelog_server._records import (
 )
 
 if TYPE_CHECKING:
-    import lmdb
+    from tidelog._environment import LmdbDatabase, LmdbTransaction
 
 FORMAT: Final = "tidelog-server-store-1"
 GROUP_JOBS_MAX: Final = 64
@@ -140,12 +140,13 @@ class LmdbStore:
         self._environment.close()
         self._lock.release()
 
-    def _load_identity(self, transaction: lmdb.Transaction) -> Identity:
+    def _load_identity(self, transaction: LmdbTransaction) -> Identity:
         meta = self._databases.meta
         for name in (b"epoch", b"timeline"):
-            if transaction.get(name, db=meta) is None:
-                transaction.put(name, str(uuid.uuid4()).encode(), db=meta)
-        return Identity(transaction.get(b"epoch", db=meta).decode(), transaction.get(b"timeline", db=meta).decode())
+            transaction.put(name, str(uuid.uuid4()).encode(), db=meta, overwrite=False)
+        return Identity(
+            transaction.get(b"epoch", b"", db=meta).decode(), transaction.get(b"timeline", b"", db=meta).decode()
+        )
 
     def _write_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -164,18 +165,18 @@ class LmdbStore:
     def _write_group(self, group: list[_Job]) -> None:
         try:
             outcomes = self._environment.write(lambda transaction: self._run_group(transaction, group))
-        except Exception as error:  # the jobs' owners are told, and decide
+        except Exception as error:  # noqa: BLE001 - the jobs' owners are told, and decide
             _log.exception("commit failed", job_count=len(group))
             for job in group:
                 job.future.set_exception(error)
             return
-        for job, (result, error) in zip(group, outcomes, strict=True):
-            if error is None:
+        for job, (result, refusal) in zip(group, outcomes, strict=True):
+            if refusal is None:
                 job.future.set_result(result)
             else:
-                job.future.set_exception(error)
+                job.future.set_exception(refusal)
 
-    def _run_group(self, transaction: lmdb.Transaction, group: list[_Job]) -> list[tuple[Any, Exception | None]]:
+    def _run_group(self, transaction: LmdbTransaction, group: list[_Job]) -> list[tuple[Any, Exception | None]]:
         commit_id = secrets.token_bytes(COMMIT_ID_BYTES)
         outcomes: list[tuple[Any, Exception | None]] = []
         heads: dict[bytes, int] = {}
@@ -196,7 +197,7 @@ class LmdbStore:
             transaction.put(prefix + pack_position(version), commit_id, db=self._databases.commits, append=False)
         return outcomes
 
-    def _tenant_prefix(self, transaction: lmdb.Transaction, tenant: str) -> bytes:
+    def _tenant_prefix(self, transaction: LmdbTransaction, tenant: str) -> bytes:
         prefix = self._tenants.get(tenant)
         if prefix is None:
             database = self._databases.tenants
@@ -208,7 +209,7 @@ class LmdbStore:
                 self._tenants[tenant] = prefix
         return prefix
 
-    def _apply(self, transaction: lmdb.Transaction, prefix: bytes, writes: Writes, commit_id: bytes) -> None:
+    def _apply(self, transaction: LmdbTransaction, prefix: bytes, writes: Writes, commit_id: bytes) -> None:
         databases = self._databases
         put, delete = transaction.put, transaction.delete
         objects = []
@@ -236,7 +237,8 @@ class LmdbStore:
             put(prefix, pack_position(writes.version) + commit_id, db=databases.heads)
         if writes.replica is not None:
             replica, replica_state = writes.replica
-            put(prefix + replica, msgpack.packb(replica_state), db=databases.replicas)
+            packed: bytes = msgpack.packb(replica_state)
+            put(prefix + replica, packed, db=databases.replicas)
             put_many(
                 transaction,
                 databases.settled,
@@ -244,14 +246,14 @@ class LmdbStore:
             )
         for failure in writes.failures:
             put(prefix + failure.id, failure.data, db=databases.failures)
-            for key in failure.refused_creations:
-                put(prefix + pack_object_key(*key), failure.id, db=databases.refused)
+            for created in failure.refused_creations:
+                put(prefix + pack_object_key(*created), failure.id, db=databases.refused)
 
 
 class LmdbReader:
     """Reads one tenant in one transaction. See `Reader` for what each method promises."""
 
-    def __init__(self, transaction: lmdb.Transaction, databases: _Databases, prefix: bytes) -> None:
+    def __init__(self, transaction: LmdbTransaction, databases: _Databases, prefix: bytes) -> None:
         self._transaction = transaction
         self._databases = databases
         self._prefix = prefix
@@ -303,8 +305,7 @@ class LmdbReader:
         value = self._transaction.get(self._prefix + replica, db=self._databases.replicas)
         if value is None:
             return None
-        *fields, ranges = msgpack.unpackb(value, use_list=False)
-        return ReplicaState(*fields, ranges)
+        return ReplicaState._make(msgpack.unpackb(value, use_list=False))
 
     def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
         prefix = self._prefix + replica
@@ -328,7 +329,7 @@ class LmdbReader:
     def refused_creation(self, key: ObjectKey) -> bytes | None:
         return self._transaction.get(self._prefix + pack_object_key(*key), db=self._databases.refused)
 
-    def _scan(self, database: lmdb._Database, start: bytes, prefix: bytes, limit: int) -> Iterator[tuple[bytes, bytes]]:
+    def _scan(self, database: LmdbDatabase, start: bytes, prefix: bytes, limit: int) -> Iterator[tuple[bytes, bytes]]:
         cursor = self._transaction.cursor(database)
         if not cursor.set_range(start):
             return
@@ -364,7 +365,6 @@ class _Databases:
 
 # Sorts before every tenant's number: a tenant that was never written reads as empty.
 _NO_TENANT: Final = _TENANT.pack(0)
-
 
 
 def _unpack_object(value: bytes) -> ObjectState:

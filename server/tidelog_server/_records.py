@@ -175,9 +175,7 @@ class Writes(NamedTuple):
     version: int
 
 
-def merged_ranges(
-    ranges: tuple[tuple[int, int], ...], seqs: list[int]
-) -> tuple[tuple[int, int], ...]:
+def merged_ranges(ranges: tuple[tuple[int, int], ...], seqs: list[int]) -> tuple[tuple[int, int], ...]:
     """Return *ranges* with ascending *seqs* added: ascending, neither overlapping nor adjacent."""
     if not seqs:
         return ranges

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 import grpc
 import uuid_utils
@@ -97,9 +97,7 @@ class Services:
     ) -> AsyncIterator[bytes]:
         reading: asyncio.Task[None] | None = None
         try:
-            session = Session(
-                self._application, self._store, _principal_of(context), await _received_start(requests)
-            )
+            session = Session(self._application, self._store, _principal_of(context), await _received_start(requests))
             started = await asyncio.wrap_future(session.open())
             yield splice_pb2.SynchronizeResponseSplice(started=started.SerializeToString()).SerializeToString()
             answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
@@ -107,7 +105,9 @@ class Services:
             while (answer := await answers.get()) is not None:
                 if isinstance(answer, BaseException):
                     raise answer
-                results = sync_pb2.BatchResults(results=map(result_message, await asyncio.wrap_future(answer)))
+                results = sync_pb2.BatchResults(
+                    results=[result_message(one) for one in await asyncio.wrap_future(answer)]
+                )
                 yield splice_pb2.SynchronizeResponseSplice(
                     batch_results=results.SerializeToString()
                 ).SerializeToString()
@@ -141,7 +141,8 @@ class Services:
         first = upload.submit(operations)
         held = upload.settle_held()  # right behind, in the same group of the writer
         results = await asyncio.wrap_future(first)
-        final = iter(await asyncio.wrap_future(held))
+        settled = await asyncio.wrap_future(held)
+        final = iter(settled)
         merged = [next(final) if result.status == Status.HELD else result for result in results]
         with self._store.read(principal.tenant) as reader:
             version = reader.head().version
@@ -159,7 +160,10 @@ class Services:
                 start = start_of(reader, identity, request.cursor, request.resume_token)
             download = Download(self._store, principal.tenant)
             started = sync_pb2.DownloadStarted(
-                resumed=start.resumed, reconcile=start.reconcile, epoch=identity.epoch, timeline=identity.timeline
+                resumed=start.resumed,
+                reconcile=start.reconcile,
+                epoch=identity.epoch,
+                timeline=identity.timeline,
             )
             if self._application.has_schema:
                 started.schema.CopyFrom(self._application.schema.to_message())
@@ -329,7 +333,7 @@ def _unary(
         except Exception as error:  # noqa: BLE001 - becomes the status of the call
             await _abort(context, error)
 
-    return grpc.unary_unary_rpc_method_handler(handle)  # type: ignore[arg-type]  # the stubs know sync handlers only
+    return grpc.unary_unary_rpc_method_handler(handle)
 
 
 def _principal_of(_context: grpc.aio.ServicerContext[bytes, bytes]) -> Principal:

@@ -1,0 +1,345 @@
+"""
+The view: what a replica shows, and how the server's answers change it.
+
+    objects      object key          -> version, dirty mark, attributes: the view
+    base         object key          -> version, attributes: the server's state, only while dirty
+    unconfirmed  object key NUL seq  -> version it was applied at, 0 while pending
+
+The view of an object is its base with every operation replayed that is pending, or
+applied at a version above the base's. So an own edit neither vanishes nor counts
+twice between its acknowledgement and its snapshot. An object is dirty as long as it
+has such an operation in `unconfirmed`; then its base is kept beside its view (there
+is no base entry if the server has no such object). Whoever changes one of the two
+changes the other in the same transaction.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from tidelog._environment import put_many
+from tidelog._errors import InvalidValue, LogCorrupt
+from tidelog._keys import POSITION_BYTES, entity_prefix, pack_position, unpack_position
+from tidelog._operation import Operation, OperationKind, decode_operation
+from tidelog._values import EMPTY_MAP, Attributes, decode_trusted, encode
+
+if TYPE_CHECKING:
+    from tidelog._environment import Environment, LmdbDatabase, LmdbTransaction
+    from tidelog._log import OperationLog
+
+PAGE_OBJECTS: Final = 500
+
+_RECORD: Final = struct.Struct(">QB")
+_DIRTY: Final = 1
+_PENDING: Final = bytes(8)
+
+
+class StateLost(Exception):
+    """The server confirmed a state that the replica does not have: all states must be sent again."""
+
+
+class ViewRecord(NamedTuple):
+    """
+    An object in the view.
+
+    Attributes:
+        version: Version of its base; 0: the server has no such object yet.
+        dirty: Whether operations are replayed on top of the base.
+        attributes: Its attributes, encoded.
+    """
+
+    version: int
+    dirty: bool
+    attributes: bytes
+
+
+class View:
+    """The objects of a replica. Each method that takes a transaction is part of the caller's."""
+
+    def __init__(self, environment: Environment, log: OperationLog) -> None:
+        self._environment = environment
+        self._log = log
+        self._objects = environment.database("objects")
+        self._base = environment.database("base")
+        self._unconfirmed = environment.database("unconfirmed")
+
+    # --- reading --------------------------------------------------------------
+
+    def get(self, transaction: LmdbTransaction, key: bytes) -> ViewRecord | None:
+        """Return an object as the replica shows it, or None."""
+        value = transaction.get(key, db=self._objects)
+        return None if value is None else _unpack(value)
+
+    def base_version(self, transaction: LmdbTransaction, key: bytes) -> int:
+        """Return the server version of an object that is deleted locally, 0 if the server has none."""
+        value = transaction.get(key, db=self._base)
+        return 0 if value is None else _unpack(value).version
+
+    def entity_objects(self, entity: str) -> Iterator[tuple[str, ViewRecord]]:
+        """
+        Iterate over (id, record) of an entity in id order.
+
+        Each page is read in a transaction of its own, so a slow reader holds nothing.
+        """
+        prefix = entity_prefix(entity)
+        start = prefix
+        while True:
+            page: list[tuple[bytes, ViewRecord]] = []
+            with self._environment.read() as transaction:
+                cursor = transaction.cursor(self._objects)
+                found = cursor.set_range(start)
+                while found and len(page) < PAGE_OBJECTS:
+                    key, value = cursor.item()
+                    if not key.startswith(prefix):
+                        break
+                    page.append((key, _unpack(value)))
+                    found = cursor.next()
+            for key, record in page:
+                yield key[len(prefix) :].decode(), record
+            if len(page) < PAGE_OBJECTS:
+                return
+            start = page[-1][0] + b"\0"
+
+    def unconfirmed(self, transaction: LmdbTransaction, key: bytes) -> list[tuple[int, int]]:
+        """Return (seq, version applied at; 0: pending) of the operations replayed on an object, in log order."""
+        prefix = key + b"\0"
+        cursor = transaction.cursor(self._unconfirmed)
+        found = []
+        if cursor.set_range(prefix):
+            for entry, version in cursor:
+                if not entry.startswith(prefix):
+                    break
+                found.append((unpack_position(entry[len(prefix) :]), unpack_position(version)))
+        return found
+
+    def is_needed(self, transaction: LmdbTransaction, key: bytes, seq: int) -> bool:
+        """Tell whether an operation is still replayed, so that the log must keep it."""
+        return transaction.get(_entry(key, seq), db=self._unconfirmed) is not None
+
+    def all_clean(self, transaction: LmdbTransaction) -> bool:
+        """Tell whether no operation is replayed on any object."""
+        return int(transaction.stat(self._unconfirmed)["entries"]) == 0
+
+    def is_empty(self, transaction: LmdbTransaction) -> bool:
+        """Tell whether there is nothing that came from a server or could be mistaken for it."""
+        return not transaction.stat(self._objects)["entries"] and not transaction.stat(self._base)["entries"]
+
+    def keys(self, transaction: LmdbTransaction) -> Iterator[bytes]:
+        """Iterate over the keys of all objects in the view or in a base, some of them twice."""
+        for database in (self._objects, self._base):
+            yield from transaction.cursor(database).iternext(keys=True, values=False)
+
+    # --- local commits --------------------------------------------------------
+
+    def write_commit(
+        self,
+        transaction: LmdbTransaction,
+        operations: Sequence[tuple[bytes, int]],
+        changes: dict[bytes, tuple[ViewRecord | None, ViewRecord | None]],
+    ) -> None:
+        """
+        Show committed operations.
+
+        Args:
+            transaction: The commit's.
+            operations: Object key and seq of each.
+            changes: For each object, its record before and after all of them.
+        """
+        put_many(transaction, self._unconfirmed, [(_entry(key, seq), _PENDING) for key, seq in operations])
+        objects = []
+        for key, (before, after) in changes.items():
+            if before is not None and not before.dirty:
+                transaction.put(key, _RECORD.pack(before.version, 0) + before.attributes, db=self._base)
+            if after is not None:
+                objects.append((key, _RECORD.pack(after.version, _DIRTY) + after.attributes))
+            elif before is not None:
+                transaction.delete(key, db=self._objects)
+        put_many(transaction, self._objects, objects)
+
+    # --- what the server says -------------------------------------------------
+
+    def settle_applied(self, transaction: LmdbTransaction, applied: Sequence[tuple[bytes, int, int]]) -> None:
+        """Note operations (object key, seq, version) as applied; those that the base contains are replayed no more."""
+        confirmed = []
+        for key, seq, version in applied:
+            position = pack_position(version)
+            base = transaction.get(key, db=self._base)
+            if base is not None and base[:POSITION_BYTES] >= position:
+                # A snapshot that contains it came before this answer did.
+                transaction.delete(_entry(key, seq), db=self._unconfirmed)
+                self._rebuild(transaction, key)
+            else:
+                confirmed.append((_entry(key, seq), position))
+        put_many(transaction, self._unconfirmed, confirmed)
+
+    def settle_refused(self, transaction: LmdbTransaction, refused: Sequence[tuple[bytes, int]]) -> None:
+        """Take operations (object key, seq) back out of the view."""
+        for key, seq in refused:
+            transaction.delete(_entry(key, seq), db=self._unconfirmed)
+        for key in dict.fromkeys(key for key, _ in refused):
+            self._rebuild(transaction, key)
+
+    def put_clean_snapshots(
+        self, transaction: LmdbTransaction, snapshots: Sequence[tuple[bytes, int, bytes]], *, force: bool
+    ) -> None:
+        """
+        Take in snapshots (object key, version, attributes) while `all_clean`: nothing is replayed on any of them.
+
+        Without *force*, one that is older than what is there is passed over.
+        """
+        records = []
+        for key, version, attributes in snapshots:
+            record = _RECORD.pack(version, 0) + attributes
+            if force or self._is_news(transaction, self._objects, key, record):
+                records.append((key, record))
+        put_many(transaction, self._objects, records)
+
+    def put_snapshot(
+        self, transaction: LmdbTransaction, key: bytes, version: int, attributes: bytes, *, force: bool
+    ) -> None:
+        """Make a snapshot the base of an object, and replay on top what it does not contain."""
+        record = _RECORD.pack(version, 0) + attributes
+        unconfirmed = self.unconfirmed(transaction, key)
+        if not unconfirmed:
+            if force or self._is_news(transaction, self._objects, key, record):
+                transaction.put(key, record, db=self._objects)
+        elif force or self._is_news(transaction, self._base, key, record):
+            self._drop_confirmed(transaction, key, unconfirmed, version)
+            transaction.put(key, record, db=self._base)
+            self._rebuild(transaction, key)
+
+    def remove(self, transaction: LmdbTransaction, key: bytes, version: int) -> bool:
+        """Take note that the server has no such object any more; tell whether it left the view."""
+        unconfirmed = self.unconfirmed(transaction, key)
+        if not unconfirmed:
+            return transaction.delete(key, db=self._objects)
+        was_there = transaction.get(key, db=self._objects) is not None
+        self._drop_confirmed(transaction, key, unconfirmed, version)
+        transaction.delete(key, db=self._base)
+        self._rebuild(transaction, key)
+        return was_there and transaction.get(key, db=self._objects) is None
+
+    def confirm(self, transaction: LmdbTransaction, key: bytes, version: int) -> None:
+        """
+        Take the state that the replica's own operations led to as the server's.
+
+        Raises:
+            StateLost: There is no such state.
+        """
+        unconfirmed = self.unconfirmed(transaction, key)
+        confirmed = [seq for seq, applied in unconfirmed if 0 < applied <= version]
+        view = transaction.get(key, db=self._objects)
+        if not unconfirmed:
+            if view is None or _unpack(view).version < version:
+                raise StateLost(key)
+            return
+        if len(confirmed) == len(unconfirmed):
+            # Nothing else is replayed: the view is what is confirmed.
+            if view is None:
+                raise StateLost(key)
+            self._drop_confirmed(transaction, key, unconfirmed, version)
+            transaction.put(key, _RECORD.pack(version, 0) + view[_RECORD.size :], db=self._objects)
+            transaction.delete(key, db=self._base)
+            return
+        base = transaction.get(key, db=self._base)
+        attributes = None if base is None else decode_trusted(_unpack(base).attributes)
+        attributes = self._replayed(transaction, attributes, confirmed)
+        if attributes is None:
+            raise StateLost(key)
+        self._drop_confirmed(transaction, key, unconfirmed, version)
+        transaction.put(key, _RECORD.pack(version, 0) + _encoded(attributes), db=self._base)
+        self._rebuild(transaction, key)
+
+    def drop_stale(self, transaction: LmdbTransaction, version: int) -> None:
+        """
+        Stop replaying what was applied at or below *version*, once everything up to it was downloaded.
+
+        Such an operation has left no trace on the server: its object was created and
+        deleted in between, say.
+        """
+        stale: dict[bytes, list[bytes]] = {}
+        for entry, applied in transaction.cursor(self._unconfirmed):
+            if _PENDING < applied <= pack_position(version):
+                stale.setdefault(entry[: -POSITION_BYTES - 1], []).append(entry)
+        for key, entries in stale.items():
+            for entry in entries:
+                transaction.delete(entry, db=self._unconfirmed)
+            self._rebuild(transaction, key)
+
+    # --- the rule -------------------------------------------------------------
+
+    def _rebuild(self, transaction: LmdbTransaction, key: bytes) -> None:
+        """Make the view of an object anew from its base and what is replayed on top."""
+        unconfirmed = self.unconfirmed(transaction, key)
+        base = transaction.get(key, db=self._base)
+        if not unconfirmed:
+            if base is None:
+                transaction.delete(key, db=self._objects)
+            else:
+                transaction.put(key, base, db=self._objects)
+                transaction.delete(key, db=self._base)
+            return
+        record = None if base is None else _unpack(base)
+        attributes = None if record is None else decode_trusted(record.attributes)
+        attributes = self._replayed(transaction, attributes, [seq for seq, _ in unconfirmed])
+        if attributes is None:
+            transaction.delete(key, db=self._objects)
+        else:
+            version = 0 if record is None else record.version
+            transaction.put(key, _RECORD.pack(version, _DIRTY) + _encoded(attributes), db=self._objects)
+
+    def _replayed(
+        self, transaction: LmdbTransaction, attributes: Attributes | None, seqs: Sequence[int]
+    ) -> Attributes | None:
+        for seq in seqs:
+            data = self._log.get(transaction, seq)
+            if data is None:
+                raise LogCorrupt(f"the operation at seq {seq} is still needed and not in the log", seq=seq)
+            attributes = replay(attributes, decode_operation(data))
+        return attributes
+
+    def _is_news(self, transaction: LmdbTransaction, database: LmdbDatabase, key: bytes, record: bytes) -> bool:
+        present = transaction.get(key, db=database)
+        return present is None or present[:POSITION_BYTES] <= record[:POSITION_BYTES]
+
+    def _drop_confirmed(
+        self, transaction: LmdbTransaction, key: bytes, unconfirmed: list[tuple[int, int]], version: int
+    ) -> None:
+        for seq, applied in unconfirmed:
+            if 0 < applied <= version:
+                transaction.delete(_entry(key, seq), db=self._unconfirmed)
+
+
+def replay(attributes: Attributes | None, operation: Operation) -> Attributes | None:
+    """
+    Return what an operation makes of an object (None: there is none).
+
+    An operation that does not fit, because the server's state is no longer what its
+    author saw, changes nothing here; the server decides about it.
+    """
+    if operation.kind is OperationKind.DELETE:
+        return None
+    patch = operation.decoded_patch()
+    if operation.kind is OperationKind.CREATE:
+        return patch.set
+    if attributes is None:
+        return None
+    try:
+        return patch.apply(attributes)
+    except InvalidValue:
+        return attributes
+
+
+def _entry(key: bytes, seq: int) -> bytes:
+    return key + b"\0" + pack_position(seq)
+
+
+def _unpack(value: bytes) -> ViewRecord:
+    version, flags = _RECORD.unpack_from(value)
+    return ViewRecord(version, bool(flags & _DIRTY), value[_RECORD.size :])
+
+
+def _encoded(attributes: Attributes) -> bytes:
+    return encode(attributes) if attributes else EMPTY_MAP
