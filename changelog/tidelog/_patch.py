@@ -16,7 +16,17 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from tidelog._errors import InvalidValue
-from tidelog._values import INTEGER_MAX, INTEGER_MIN, Attributes, check, check_name, decode_map, encode, equal
+from tidelog._values import (
+    INTEGER_MAX,
+    INTEGER_MIN,
+    Attributes,
+    check,
+    check_name,
+    decode_flat_map,
+    decode_map,
+    encode,
+    equal,
+)
 
 _SET_PREFIX = b"\x81\xa3set"  # a MessagePack map of one pair whose key is "set"
 _FIELDS = frozenset(("set", "unset", "increment", "add", "remove"))
@@ -101,6 +111,11 @@ def decode_patch(data: bytes) -> Patch:
     Raises:
         InvalidValue: The bytes are no patch.
     """
+    encoded = encoded_attributes(data)
+    if encoded is not None:
+        plain = decode_flat_map(encoded)
+        if plain is not None and plain.keys() <= _KNOWN_NAMES:
+            return Patch(plain)
     fields = decode_map(data)
     if len(fields) == 1 and "set" in fields:
         attributes = fields["set"]

@@ -68,6 +68,11 @@ class Schema:
     def __hash__(self) -> int:
         return hash((self.version, tuple(sorted(self._references))))
 
+    @property
+    def has_references(self) -> bool:
+        """Whether there are any references at all."""
+        return bool(self._references)
+
     def references(self, entity: str) -> tuple[Reference, ...]:
         """Return the references of an entity."""
         return self._references.get(entity, ())

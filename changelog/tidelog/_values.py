@@ -88,6 +88,42 @@ def decode_map(data: bytes) -> Attributes:
     return value
 
 
+def decode_flat_map(data: bytes) -> Attributes | None:
+    """
+    Decode a map that came from outside, if it is as plain as nearly all are; None: use `decode_map`.
+
+    Plain is a map of scalars and lists of scalars. What `decode` learns by looking at
+    every pair is seen here from the outside: the map's header says how many keys
+    there must be, and without a byte 0xcf there is no integer over 63 bits. The
+    caller checks that the keys are names.
+
+    Raises:
+        InvalidValue: As `decode`.
+    """
+    if b"\xcf" in data:
+        return None
+    header = data[:1]
+    if b"\x80" <= header <= b"\x8f":
+        count = data[0] & 0x0F
+    elif header == b"\xde" and len(data) >= 3:  # noqa: PLR2004 - a 16-bit length
+        count = data[1] << 8 | data[2]
+    else:
+        return None
+    try:
+        value = msgpack.unpackb(data, ext_hook=_decode_extension, timestamp=3)
+    except (InvalidValue, ValueError, OverflowError, msgpack.UnpackException):
+        return None  # `decode_map` says what is wrong
+    if len(value) != count:
+        return None
+    kinds = set(map(type, value.values()))
+    if list in kinds:
+        kinds.remove(list)
+        for member in value.values():
+            if type(member) is list:
+                kinds.update(map(type, member))
+    return value if kinds <= _SCALARS else None
+
+
 def decode_trusted(data: bytes) -> Any:
     """Decode bytes that `decode` accepted before they were stored. Skips its checks."""
     return msgpack.unpackb(data, ext_hook=_decode_extension, timestamp=3)
@@ -205,6 +241,8 @@ def _plain(value: Any) -> Any:
 
 
 def _check_text(text: str, what: str, bytes_max: int) -> None:
+    if type(text) is str and 0 < len(text) <= bytes_max and text.isascii() and "\0" not in text:
+        return
     if type(text) is not str or not text:
         raise InvalidValue(f"{what} must be a string that is not empty, got {text!r}")
     if text.isascii():

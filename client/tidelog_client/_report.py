@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tidelog._failure import SynchronizationFailure
 
@@ -35,6 +36,18 @@ class Skipped:
     reason: SkipReason
     message: str
     seq: int | None = None
+
+
+class PublishedCounts(NamedTuple):
+    """What a download brought: how many objects were written, confirmed and removed."""
+
+    downloaded: int = 0
+    confirmed: int = 0
+    removed: int = 0
+
+    def plus(self, other: PublishedCounts) -> PublishedCounts:
+        """Return the sums."""
+        return PublishedCounts(*map(sum, zip(self, other, strict=True)))
 
 
 @dataclass(slots=True)
@@ -73,6 +86,12 @@ class Report:
     failures: list[SynchronizationFailure] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     added: list[tuple[str, str]] = field(default_factory=list)
+
+    def count_published(self, counts: PublishedCounts) -> None:
+        """Add what a part of the download brought."""
+        self.downloaded += counts.downloaded
+        self.confirmed += counts.confirmed
+        self.removed += counts.removed
 
 
 class Phase(enum.StrEnum):

@@ -7,6 +7,7 @@ Storage: the replica's data on disk.
     failures     failure id     -> serialized SynchronizationFailure
     incoming     page number    -> downloaded page, as it came
     seen         object key     -> (while a reconciliation is published) it was in the download
+    ahead        object key     -> its state came without the cursor, and is newer
     meta         replica id, last seq, cursor, epoch, ...
 
 and the view (see `_view`). What belongs together changes in one transaction: log and
@@ -33,6 +34,7 @@ from tidelog._keys import (
 from tidelog._log import OperationLog
 from tidelog._operation import Operation, decode_operation
 from tidelog.v1 import failure_pb2, operation_pb2, sync_pb2
+from tidelog_client._report import PublishedCounts
 from tidelog_client._view import View, ViewRecord
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ READ_PAGE_ENTRIES: Final = 500
 
 _PLACE: Final = struct.Struct(">HH")  # of a pending operation in its commit group: position, size
 _NO_GROUP: Final = _PLACE.pack(0, 0)
-_END: Final = struct.Struct(">Q?")
+_END: Final = struct.Struct(">Q??")
 
 _APPLIED: Final = b"\x01"
 _FAILED: Final = b"\x02"
@@ -76,18 +78,6 @@ class SettledCounts(NamedTuple):
     failures: list[failure_pb2.SynchronizationFailure]
 
 
-class PublishedCounts(NamedTuple):
-    """What a download brought: how many objects were written, confirmed and removed."""
-
-    downloaded: int = 0
-    confirmed: int = 0
-    removed: int = 0
-
-    def plus(self, other: PublishedCounts) -> PublishedCounts:
-        """Return the sums."""
-        return PublishedCounts(*map(sum, zip(self, other, strict=True)))
-
-
 class Storage:
     """A replica directory. Safe to use from many threads and from several processes."""
 
@@ -101,6 +91,7 @@ class Storage:
         self._failures = database("failures")
         self._incoming = database("incoming")
         self._seen = database("seen")
+        self._ahead = database("ahead")
         self._meta = database("meta")
         self.replica_id = self.environment.write(self._load_replica_id)
 
@@ -342,7 +333,7 @@ class Storage:
             StateLost: A confirmation has nothing to confirm. Nothing was published.
         """
         staged = unpack_position(self.meta("staged_count"))
-        end = _PublishingEnd(cursor, version, reconcile)
+        end = _PublishingEnd(cursor, version, reconcile, track_seen=reconcile and self._has_objects())
         if staged + object_count <= PUBLISH_OBJECTS_MAX:
             return self.environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
         self.stage(pages, object_count, b"")
@@ -360,15 +351,41 @@ class Storage:
     def merge(self, page: bytes) -> PublishedCounts:
         """Put one page into the view without moving the cursor (modes unsynchronized and selected)."""
         message = sync_pb2.SnapshotPage.FromString(page)
-        return self.environment.write(lambda transaction: self._publisher(transaction, reconcile=False).apply(message))
+        return self.environment.write(lambda transaction: self._merge(transaction, message))
 
-    def _publisher(self, transaction: LmdbTransaction, *, reconcile: bool) -> _Publisher:
-        return _Publisher(self.view, self._seen, transaction, reconcile=reconcile)
+    def start_over(self) -> None:
+        """Forget where the server's state is known up to, so that all of it is sent again."""
+
+        def work(transaction: LmdbTransaction) -> None:
+            transaction.drop(self._incoming, delete=False)
+            transaction.drop(self._seen, delete=False)
+            self._put_meta(
+                transaction, cursor=b"", state_lost=b"1", staged_count=b"", resume_token=b"", publishing=b""
+            )
+
+        self.environment.write(work)
+
+    def _has_objects(self) -> bool:
+        with self.environment.read() as transaction:
+            return not self.view.is_empty(transaction)
+
+    def _merge(self, transaction: LmdbTransaction, page: sync_pb2.SnapshotPage) -> PublishedCounts:
+        # The server tells of a deletion only what was there at the cursor. What this page brings from
+        # beyond it is remembered, for the next download to bring again or to be removed after it.
+        cursor_version = unpack_position(self._get_meta(transaction, "cursor_version"))
+        newer = [pack_object_key(one.entity, one.id) for one in page.snapshots if one.version > cursor_version]
+        newer += [pack_object_key(one.entity, one.id) for one in page.confirmations if one.version > cursor_version]
+        counts = self._publisher(transaction, _MERGE).apply(page)
+        put_many(transaction, self._ahead, [(key, b"") for key in newer])
+        return counts
+
+    def _publisher(self, transaction: LmdbTransaction, end: _PublishingEnd) -> _Publisher:
+        return _Publisher(self.view, self._seen, self._ahead, transaction, end)
 
     def _publish_at_once(
         self, transaction: LmdbTransaction, pages: Sequence[bytes], end: _PublishingEnd
     ) -> PublishedCounts:
-        publisher = self._publisher(transaction, reconcile=end.reconcile)
+        publisher = self._publisher(transaction, end)
         counts = PublishedCounts()
         staged = [page for _, page in transaction.cursor(self._incoming)]
         for page in (*staged, *pages):
@@ -376,7 +393,7 @@ class Storage:
         return counts.plus(self._end_publishing(transaction, publisher, end))
 
     def _publish_step(self, transaction: LmdbTransaction, end: _PublishingEnd) -> PublishedCounts:
-        publisher = self._publisher(transaction, reconcile=end.reconcile)
+        publisher = self._publisher(transaction, end)
         counts = PublishedCounts()
         cursor = transaction.cursor(self._incoming)
         for _ in range(PUBLISH_STEP_PAGES):
@@ -389,11 +406,18 @@ class Storage:
     def _end_publishing(
         self, transaction: LmdbTransaction, publisher: _Publisher, end: _PublishingEnd
     ) -> PublishedCounts:
-        counts = publisher.end(end.version)
+        counts = publisher.end()
         transaction.drop(self._incoming, delete=False)
         transaction.drop(self._seen, delete=False)
+        transaction.drop(self._ahead, delete=False)
         self._put_meta(
-            transaction, cursor=end.cursor, staged_count=b"", resume_token=b"", publishing=b"", state_lost=b""
+            transaction,
+            cursor=end.cursor,
+            cursor_version=pack_position(end.version),
+            staged_count=b"",
+            resume_token=b"",
+            publishing=b"",
+            state_lost=b"",
         )
         return counts
 
@@ -427,68 +451,89 @@ class Storage:
 
 
 class _PublishingEnd(NamedTuple):
-    """How a publication ends: what to remember, and whether what the download lacks is removed."""
+    """
+    How a publication ends.
+
+    Attributes:
+        cursor: What to remember as the cursor.
+        version: The version it stands for.
+        reconcile: Whether everything visible was downloaded.
+        track_seen: Whether what the download lacks is removed. An empty replica has
+            nothing to remove; decided before the first object is written.
+    """
 
     cursor: bytes
     version: int
     reconcile: bool
+    track_seen: bool
 
     def pack(self) -> bytes:
-        return _END.pack(self.version, self.reconcile) + self.cursor
+        return _END.pack(self.version, self.reconcile, self.track_seen) + self.cursor
 
     @classmethod
     def unpack(cls, data: bytes) -> _PublishingEnd:
-        version, reconcile = _END.unpack_from(data)
-        return cls(data[_END.size :], version, reconcile)
+        return cls(data[_END.size :], *_END.unpack_from(data))
+
+
+# A page that comes without a cursor ends nothing.
+_MERGE: Final = _PublishingEnd(b"", 0, reconcile=False, track_seen=False)
 
 
 class _Publisher:
     """Puts pages into the view, in one transaction."""
 
-    def __init__(self, view: View, seen: LmdbDatabase, transaction: LmdbTransaction, *, reconcile: bool) -> None:
+    def __init__(
+        self,
+        view: View,
+        seen: LmdbDatabase,
+        ahead: LmdbDatabase,
+        transaction: LmdbTransaction,
+        end: _PublishingEnd,
+    ) -> None:
         self._view = view
         self._seen = seen
+        self._ahead = ahead
         self._transaction = transaction
-        # What a reconciliation brings may be of another timeline, whose versions do not compare.
-        self._force = reconcile
+        self._end = end
         self._all_clean = view.all_clean(transaction)
-        # It removes what it did not bring; an empty replica has nothing to remove.
-        self._track_seen = reconcile and bool(transaction.stat(seen)["entries"] or not view.is_empty(transaction))
+        self._any_ahead = transaction.stat(ahead)["entries"] > 0
 
     def apply(self, page: sync_pb2.SnapshotPage) -> PublishedCounts:
         """Put one page into the view."""
         view, transaction = self._view, self._transaction
         snapshots = [(pack_object_key(one.entity, one.id), one.version, one.attributes) for one in page.snapshots]
         confirmations = [(pack_object_key(one.entity, one.id), one.version) for one in page.confirmations]
-        if self._track_seen:
-            put_many(
-                transaction,
-                self._seen,
-                [(key, b"") for key in (*(one[0] for one in snapshots), *(one[0] for one in confirmations))],
-            )
+        removals = [(pack_object_key(one.entity, one.id), one.version) for one in page.removals]
+        if self._end.track_seen:
+            put_many(transaction, self._seen, [(key, b"") for key, _, _ in snapshots])
+            put_many(transaction, self._seen, [(key, b"") for key, _ in confirmations])
+            for key, _ in removals:  # sent by an earlier page, deleted since
+                transaction.delete(key, db=self._seen)
+        if self._any_ahead:
+            for key in [*(one[0] for one in snapshots), *(one[0] for one in (*confirmations, *removals))]:
+                transaction.delete(key, db=self._ahead)
+        # What a reconciliation brings may be of another timeline, whose versions do not compare.
+        force = self._end.reconcile
         if self._all_clean:
-            view.put_clean_snapshots(transaction, snapshots, force=self._force)
+            view.put_clean_snapshots(transaction, snapshots, force=force)
         else:
             for key, version, attributes in snapshots:
-                view.put_snapshot(transaction, key, version, attributes, force=self._force)
+                view.put_snapshot(transaction, key, version, attributes, force=force)
         for key, version in confirmations:
             view.confirm(transaction, key, version)
-        removed = sum(
-            view.remove(transaction, pack_object_key(one.entity, one.id), one.version) for one in page.removals
-        )
+        removed = sum(view.remove(transaction, key, version) for key, version in removals)
         return PublishedCounts(len(snapshots), len(confirmations), removed)
 
-    def end(self, version: int) -> PublishedCounts:
-        """End a download of everything up to *version*: settle what it left open, remove what it did not bring."""
-        self._view.drop_stale(self._transaction, version)
-        if not self._track_seen:
-            return PublishedCounts()
-        unseen = {
-            key: None
-            for key in self._view.keys(self._transaction)
-            if self._transaction.get(key, db=self._seen) is None
-        }
-        return PublishedCounts(removed=sum(self._view.remove(self._transaction, key, version) for key in unseen))
+    def end(self) -> PublishedCounts:
+        """End a download of everything: settle what it left open, remove what it did not bring."""
+        view, transaction, version = self._view, self._transaction, self._end.version
+        view.drop_stale(transaction, version)
+        gone = dict.fromkeys(transaction.cursor(self._ahead).iternext(keys=True, values=False))
+        if self._end.track_seen:
+            gone.update(
+                dict.fromkeys(key for key in view.keys(transaction) if transaction.get(key, db=self._seen) is None)
+            )
+        return PublishedCounts(removed=sum(view.remove(transaction, key, version) for key in gone))
 
 
 def _unpack_pending(seq: int, value: bytes) -> PendingOperation:

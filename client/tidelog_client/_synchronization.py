@@ -329,9 +329,7 @@ class Synchronization:
                 self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
         else:
             counts = self._storage.merge(page)
-            self._report.downloaded += counts.downloaded
-            self._report.removed += counts.removed
-            self._report.confirmed += len(message.confirmations)
+            self._report.count_published(counts)
         self._downloaded_count += count
         self._on_progress(Progress(Phase.DOWNLOAD, self._downloaded_count, None))
 
@@ -347,9 +345,7 @@ class Synchronization:
                 version=complete.version,
                 reconcile=self._reconcile,
             )
-            self._report.downloaded += counts.downloaded
-            self._report.removed += counts.removed
-            self._report.confirmed += counts.confirmed
+            self._report.count_published(counts)
             self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE
 

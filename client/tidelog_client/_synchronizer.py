@@ -79,28 +79,24 @@ class Synchronizer:
             raise NotConfigured("the replica was opened without a server: pass server='host:port'")
         with self._alone():
             deadline = _Deadline(timeout)
-            counts = self._storage.finish_publishing()
-            report.downloaded += counts.downloaded
-            report.confirmed += counts.confirmed
-            report.removed += counts.removed
             backoff = BACKOFF_SECONDS_FIRST
             while True:
-                attempt = Synchronization(
-                    self._storage,
-                    mode,
-                    report,
-                    on_progress or _ignore,
-                    selection=selection() if selection is not None else None,
-                    schema_version=self._schema_version,
-                )
                 report.attempts += 1
                 try:
+                    report.count_published(self._storage.finish_publishing())
+                    attempt = Synchronization(
+                        self._storage,
+                        mode,
+                        report,
+                        on_progress or _ignore,
+                        selection=selection() if selection is not None else None,
+                        schema_version=self._schema_version,
+                    )
                     self._attempt(connection, attempt, report, deadline)
                 except StateLost:
                     # Not seen outside; the next attempt asks for all states.
                     _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
-                    self._storage.set_meta(cursor=b"", state_lost=b"1")
-                    self._storage.discard_staged()
+                    self._storage.start_over()
                 except Transient as error:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST

@@ -39,11 +39,13 @@ class Start(NamedTuple):
         cursor: Where the replica's state stands; None: nowhere, so it is reconciled.
         position: Everything whose latest version is up to here was sent already.
         resumed: Whether the replica's resume token was taken up.
+        first_head: The newest version when the download began, 0 if it begins now.
     """
 
     cursor: splice_pb2.Cursor | None
     position: int
     resumed: bool
+    first_head: int = 0
 
     @property
     def reconcile(self) -> bool:
@@ -64,7 +66,7 @@ def start_of(reader: Reader, identity: Identity, cursor_bytes: bytes, resume_tok
         token_start = token.start if token.HasField("start") else None
         fits = (token.epoch, token.timeline, token.scope) == (identity.epoch, identity.timeline, _SCOPE)
         if fits and token_start == cursor and 0 <= token.position <= reader.head().version:
-            return Start(cursor, token.position, resumed=True)
+            return Start(cursor, token.position, resumed=True, first_head=token.first_head)
     return Start(cursor, cursor.version if cursor is not None else 0, resumed=False)
 
 
@@ -105,6 +107,8 @@ class Download:
         while not caught_up:
             with self._store.read(self._tenant) as reader:
                 self.head = reader.head()
+                if not start.first_head:
+                    start = start._replace(first_head=self.head.version)
                 if position >= round_end:
                     rounds += 1
                     round_end = self.head.version
@@ -180,13 +184,14 @@ class Download:
         states = reader.objects([key for _, key in entries])
         page = _Page(self._replica)
         taken = 0
+        sent_up_to = position
         for version, key in entries:
             if page.is_full:
                 break
             taken += 1
             position = version
             state = states[key]
-            if not state.deleted or _existed_at(reader, state, start.version):
+            if not state.deleted or _may_be_known(reader, state, start, sent_up_to):
                 page.add(key, state)
         page.message.resume_token = splice_pb2.ResumeToken(
             start=start.cursor,
@@ -194,6 +199,7 @@ class Download:
             epoch=self._identity.epoch,
             timeline=self._identity.timeline,
             scope=_SCOPE,
+            first_head=start.first_head,
         ).SerializeToString()
         return page.message, position, taken == len(entries) < PAGE_OBJECTS_MAX
 
@@ -230,16 +236,21 @@ class _Page:
         self.count += 1
 
 
-def _existed_at(reader: Reader, tombstone: ObjectState, version: int) -> bool:
+def _may_be_known(reader: Reader, tombstone: ObjectState, start: Start, sent_up_to: int) -> bool:
     """
-    Tell whether a deleted object was there at *version*, so that its reader must be told.
+    Tell whether the replica may hold an object that is deleted, so that it must be told.
 
-    Others are not told: an object that came and went in between would only give away its id.
+    It does if the object was there at the replica's cursor, or was sent by an earlier
+    page of this download and deleted since. Of any other object that came and went
+    nothing is said: that would only give away its id.
     """
-    if tombstone.created <= version:
+    if tombstone.created <= start.version:
         return True
-    change = reader.change(tombstone.created)
-    while change is not None and change.version > version:
+    change = reader.change(tombstone.version)
+    deleted_meanwhile = tombstone.version > start.first_head
+    while change is not None and change.version > start.version:
+        if deleted_meanwhile and change.version <= sent_up_to and change.kind is not OperationKind.DELETE:
+            return True
         change = reader.change(change.previous)
     return change is not None and change.kind is not OperationKind.DELETE
 

@@ -18,31 +18,25 @@ held ones are settled together.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import uuid_utils
 
-from tidelog._constraints import Where, constraint_of
 from tidelog._errors import InvalidValue, LimitExceeded
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
-from tidelog._limits import OBJECT_BYTES_MAX
-from tidelog._logging import get_logger
 from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
-from tidelog._patch import Patch, check_attribute_name, encoded_attributes, patch_setting
-from tidelog._values import Attributes, check, check_id, check_name, encode, equal
+from tidelog._patch import Patch, encoded_attributes
 from tidelog.v1 import failure_pb2
-from tidelog_server._application import Application, Hook, Reject, TransientError
+from tidelog_server._action import Action, Refused, Waits
+from tidelog_server._application import Application
 from tidelog_server._errors import OperationForked, OperationsOutOfOrder, SessionSuperseded
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import (
-    Change,
     FailureRecord,
-    ObjectState,
     Settled,
     Writes,
     merged_ranges,
@@ -52,11 +46,8 @@ from tidelog_server._store import Reader
 HELD_UNITS_MAX = 10_000
 HELD_BYTES_MAX = 16 * 1024 * 1024
 HELD_ROUNDS_MAX = 64
-HOOK_DEPTH_MAX = 16
 
 _BEHIND_ANOTHER = "waits for an earlier operation on the same object"
-
-_log = get_logger("tidelog.engine")
 
 
 class Status:
@@ -123,14 +114,15 @@ class UploadState:
         held: Units that wait for an object.
         held_bytes: Size of their operations.
         held_keys: Objects whose further operations wait behind a held one.
-        parked_keys: Objects whose operations cannot be settled in this session.
+        parked: Objects with an operation that cannot be settled in this session, each
+            with the first such seq. What comes behind it cannot either.
     """
 
     last_seq: int = 0
     held: tuple[Unit, ...] = ()
     held_bytes: int = 0
     held_keys: frozenset[ObjectKey] = frozenset()
-    parked_keys: frozenset[ObjectKey] = frozenset()
+    parked: Mapping[ObjectKey, int] = field(default_factory=dict)
 
 
 class Evaluation(NamedTuple):
@@ -174,31 +166,8 @@ def evaluate_held(
     return _Evaluator(application, uploader, reader, state, time_us).held()
 
 
-class _Refused(Exception):
-    """The operation is refused."""
-
-    def __init__(self, reason: FailureReason, message: str, *, cause: bytes = b"") -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-        self.cause = cause
-        self.position = 0
-
-
-class _Waits(Exception):
-    """The operation refers to an object that has not arrived."""
-
-    def __init__(self, target: ObjectKey, message: str) -> None:
-        super().__init__(message)
-        self.target = target
-        self.message = message
-
-
-class _Applied(NamedTuple):
-    """At which version an operation was applied, and whether its object changed in more than it said."""
-
-    version: int
-    changed_by_server: bool
+# At which version an operation was applied, and whether its object changed in more than it said.
+_Applied = tuple[int, bool]
 
 
 class _Evaluator:
@@ -216,12 +185,21 @@ class _Evaluator:
         self.reader = reader
         self.time_us = time_us
         self.overlay = Overlay(reader)
+        self._action = Action(
+            application,
+            self.overlay,
+            replica=uploader.replica,
+            principal=uploader.principal,
+            time_us=time_us,
+            require=self._require,
+        )
         self._replica_state = known
+        self._head_version = self.overlay.version
         self._last_seq = state.last_seq
         self._held = list(state.held)
         self._held_bytes = state.held_bytes
         self._held_keys = set(state.held_keys)
-        self._parked_keys = set(state.parked_keys)
+        self._parked = dict(state.parked)
         self._settled: list[tuple[int, Settled]] = []
         self._failures: dict[bytes, FailureRecord] = {}
         self._refused_creations: dict[ObjectKey, bytes] = {}
@@ -262,17 +240,19 @@ class _Evaluator:
         return former
 
     def _named_objects(self, members: Iterable[Member]) -> Iterator[ObjectKey]:
+        has_references = self.schema.has_references
         for member in members:
             if member.operation is not None:
                 yield member.operation.key
-                for _attribute, target in self.schema.referenced(member.operation.entity, member.patch.set):
-                    yield target
+                if has_references:
+                    for _attribute, target in self.schema.referenced(member.operation.entity, member.patch.set):
+                        yield target
 
     def _repeated(self, unit: Unit, former: dict[int, Settled]) -> Iterator[Result]:
         for member in unit:
             settled = former.get(member.seq)
             if settled is None:
-                refusal = _Refused(FailureReason.MALFORMED, "a part of its commit group was settled before without it")
+                refusal = Refused(FailureReason.MALFORMED, "a part of its commit group was settled before without it")
                 yield from self._refuse((member,), refusal)
             elif not settled.failure_id:
                 yield Result(member.seq, Status.APPLIED, settled.version, settled.changed_by_server)
@@ -287,19 +267,23 @@ class _Evaluator:
     def _first_try(self, unit: Unit) -> list[Result]:
         if self._is_parked(unit):
             return self._park(unit, _BEHIND_ANOTHER)
-        if self._held_keys and not self._held_keys.isdisjoint(_keys_of(unit)):
-            return self._hold(unit, _BEHIND_ANOTHER)
         if self._is_newer(unit):
             return self._park(unit, "made with a newer schema than the server has: waits for the server")
+        if self._held_keys and not self._held_keys.isdisjoint(_keys_of(unit)):
+            return self._hold(unit, _BEHIND_ANOTHER)
         try:
             return self._settle(unit, self._apply_unit(unit))
-        except _Refused as refusal:
+        except Refused as refusal:
             return self._refuse(unit, refusal)
-        except _Waits as wait:
+        except Waits as wait:
+            cause = self._refused_creation(wait.target)
+            if cause and self._has_no_room_for(unit):
+                return self._refuse(unit, Refused(FailureReason.DEPENDENCY_FAILED, wait.message, cause=cause))
             return self._hold(unit, wait.message)
 
     def _is_parked(self, unit: Unit) -> bool:
-        return bool(self._parked_keys) and not self._parked_keys.isdisjoint(_keys_of(unit))
+        """Tell whether an earlier operation on one of the unit's objects stays unsettled."""
+        return bool(self._parked) and any(self._parked.get(key, unit[0].seq) < unit[0].seq for key in _keys_of(unit))
 
     def _is_newer(self, unit: Unit) -> bool:
         return self.application.has_schema and any(
@@ -307,16 +291,19 @@ class _Evaluator:
         )
 
     def _hold(self, unit: Unit, message: str) -> list[Result]:
-        size_bytes = sum(len(member.data) for member in unit)
-        if len(self._held) >= HELD_UNITS_MAX or self._held_bytes + size_bytes > HELD_BYTES_MAX:
+        if self._has_no_room_for(unit):
             return self._park(unit, f"{message}; too many operations wait already")
         self._held.append(unit)
-        self._held_bytes += size_bytes
+        self._held_bytes += _size_bytes(unit)
         self._held_keys.update(_keys_of(unit))
         return [Result(member.seq, Status.HELD, message=message) for member in unit]
 
+    def _has_no_room_for(self, unit: Unit) -> bool:
+        return len(self._held) >= HELD_UNITS_MAX or self._held_bytes + _size_bytes(unit) > HELD_BYTES_MAX
+
     def _park(self, unit: Unit, message: str) -> list[Result]:
-        self._parked_keys.update(_keys_of(unit))
+        for key in _keys_of(unit):
+            self._parked.setdefault(key, unit[0].seq)
         return [Result(member.seq, Status.NOT_READY, message=message) for member in unit]
 
     # --- the held operations --------------------------------------------------
@@ -361,9 +348,9 @@ class _Evaluator:
                     for key in self._used:
                         users.setdefault(key, []).append(index)
                     continue
-            except _Refused as refusal:
+            except Refused as refusal:
                 results[index] = self._refuse(unit, refusal)
-            except _Waits as wait:
+            except Waits as wait:
                 results[index] = self._give_up(unit, wait)
             self._assumed.difference_update(_created_keys(unit))
             gone.extend(_created_keys(unit))
@@ -372,18 +359,18 @@ class _Evaluator:
             key = gone.pop()
             for index in users.pop(key, ()):
                 if applied.pop(index, None) is not None:
-                    missing = _Waits(key, f"refers to {key[0]} {key[1]!r}, which was not created")
+                    missing = Waits(key, f"refers to {key[0]} {key[1]!r}, which was not created")
                     results[index] = self._give_up(units[index], missing)
                     gone.extend(_created_keys(units[index]))
         return applied
 
-    def _give_up(self, unit: Unit, wait: _Waits) -> list[Result]:
+    def _give_up(self, unit: Unit, wait: Waits) -> list[Result]:
         cause = self._refused_creation(wait.target)
         if cause:
-            return self._refuse(unit, _Refused(FailureReason.DEPENDENCY_FAILED, wait.message, cause=cause))
-        if self.uploader.leaves_earlier or wait.target in self._parked_keys:
+            return self._refuse(unit, Refused(FailureReason.DEPENDENCY_FAILED, wait.message, cause=cause))
+        if self.uploader.leaves_earlier or wait.target in self._parked:
             return self._park(unit, wait.message)
-        return self._refuse(unit, _Refused(FailureReason.DANGLING_REFERENCE, wait.message))
+        return self._refuse(unit, Refused(FailureReason.DANGLING_REFERENCE, wait.message))
 
     # --- outcomes -------------------------------------------------------------
 
@@ -394,7 +381,7 @@ class _Evaluator:
             results.append(Result(member.seq, Status.APPLIED, version, changed))
         return results
 
-    def _refuse(self, unit: Unit, refusal: _Refused) -> list[Result]:
+    def _refuse(self, unit: Unit, refusal: Refused) -> list[Result]:
         """Make one failure record for the unit, with the whole payload."""
         culprit = unit[refusal.position]
         failure_id = self._record_failure(unit, culprit, refusal)
@@ -411,7 +398,7 @@ class _Evaluator:
             )
         return results
 
-    def _record_failure(self, unit: Unit, culprit: Member, refusal: _Refused) -> bytes:
+    def _record_failure(self, unit: Unit, culprit: Member, refusal: Refused) -> bytes:
         if culprit.seq:
             failure_id = uuid_utils.uuid7().bytes
         else:
@@ -430,16 +417,21 @@ class _Evaluator:
             message=refusal.message,
             operation=culprit.data,
             group_operations=[member.data for member in unit] if len(unit) > 1 else [],
-            version=self.overlay.version,
+            version=self._head_version,
             status=failure_pb2.FAILURE_STATUS_OPEN,
             cause_failure_id=str(uuid_utils.UUID(bytes=refusal.cause)) if refusal.cause else "",
         )
         record.create_time.FromMicroseconds(self.time_us)
-        self._failures[failure_id] = FailureRecord(failure_id, record.SerializeToString(), tuple(_created_keys(unit)))
+        self._failures[failure_id] = FailureRecord(
+            failure_id, record.SerializeToString(), self.uploader.replica, tuple(_created_keys(unit))
+        )
         return failure_id
 
     def _refused_creation(self, key: ObjectKey) -> bytes | None:
-        return self._refused_creations.get(key) or self.reader.refused_creation(key)
+        """Return the failure because of which this replica could not create an object that never was there."""
+        if self.overlay.state(key) is not None:
+            return None
+        return self._refused_creations.get(key) or self.reader.refused_creation(self.uploader.replica, key)
 
     def _evaluation(self, results: list[Result]) -> Evaluation:
         replica = None
@@ -469,30 +461,26 @@ class _Evaluator:
             tuple(self._held),
             self._held_bytes,
             frozenset(self._held_keys),
-            frozenset(self._parked_keys),
+            self._parked,
         )
         return Evaluation(writes, results, state)
 
-    def require(self, target: ObjectKey, message: str) -> None:
-        """Decide about a reference to an object that is not there: pass, or raise _Refused or _Waits."""
-        if target in self._assumed:
-            self._used.add(target)
-            return
-        cause = self._refused_creation(target)
-        if cause:
-            raise _Refused(FailureReason.DEPENDENCY_FAILED, message, cause=cause)
-        raise _Waits(target, message)
+    def _require(self, target: ObjectKey, message: str) -> None:
+        """Decide about a reference to an object that is not there: pass, or raise Waits."""
+        if target not in self._assumed:
+            raise Waits(target, message)
+        self._used.add(target)
 
     # --- one unit -------------------------------------------------------------
 
     def _apply_unit(self, unit: Unit) -> list[_Applied]:
-        """Apply all members, or leave no trace and raise _Refused or _Waits."""
+        """Apply all members, or leave no trace and raise Waits."""
         mark = self.overlay.mark()
         applied: list[_Applied] = []
         try:
             for member in unit:
                 applied.append(self._apply(member))  # noqa: PERF401 - what was done before a refusal is counted
-        except _Refused as refusal:
+        except Refused as refusal:
             refusal.position = len(applied)
             self.overlay.rollback(mark)
             raise
@@ -505,26 +493,27 @@ class _Evaluator:
         operation = member.operation
         if member.error is not None or operation is None:
             reason = FailureReason.TOO_LARGE if isinstance(member.error, LimitExceeded) else FailureReason.MALFORMED
-            raise _Refused(reason, str(member.error))
-        key = operation.key
-        state = self.overlay.state(key)
-        action = _Action(self, operation)
+            raise Refused(reason, str(member.error))
+        key = (operation.entity, operation.id)
+        action = self._action
+        action.begin(operation)
         if operation.kind is OperationKind.CREATE:
             version = action.create(key, member.patch.set, encoded_attributes(operation.patch))
         else:
+            state = self.overlay.state(key)
             if state is None:
                 cause = self._refused_creation(key)
-                raise _Refused(
+                raise Refused(
                     FailureReason.DEPENDENCY_FAILED if cause else FailureReason.OBJECT_GONE,
                     f"{key[0]} {key[1]!r} " + ("could not be created" if cause else "does not exist"),
                     cause=cause or b"",
                 )
             if operation.kind is OperationKind.DELETE and state.deleted:
                 # Nothing changes, and that has been so up to this version.
-                return _Applied(self.overlay.version, changed_by_server=False)
+                return (self.overlay.version, False)
             # Another incarnation than the author saw; an author who created this one has seen it.
             if operation.base_version < state.created and state.creator != self.uploader.replica:
-                raise _Refused(
+                raise Refused(
                     FailureReason.OBJECT_GONE,
                     f"{key[0]} {key[1]!r} was deleted and created again since its author saw it",
                 )
@@ -532,289 +521,7 @@ class _Evaluator:
                 version = action.delete(key)
             else:
                 version = action.update(key, member.patch, operation.patch)
-        return _Applied(version, action.changed_own_object)
-
-
-class _Action:
-    """
-    One operation being applied, with everything that its hooks do meanwhile.
-
-    `depth` is 0 for the operation itself and rises with each hook that writes.
-    """
-
-    def __init__(self, evaluator: _Evaluator, operation: Operation) -> None:
-        self.operation = operation
-        self.principal = evaluator.uploader.principal
-        self.overlay = evaluator.overlay
-        self.depth = 0
-        self.changed_own_object = False
-        self._evaluator = evaluator
-        self._hooks = evaluator.application.hooks
-        self._replica = evaluator.uploader.replica
-
-    def create(self, key: ObjectKey, attributes: Attributes, encoded: bytes | None) -> int:
-        """Create an object; *encoded* are its attributes' bytes, if the caller has them."""
-        entity, id_ = key
-        state = self.overlay.state(key)
-        if state is not None and not state.deleted:
-            raise _Refused(FailureReason.ALREADY_EXISTS, f"{entity} {id_!r} exists already")
-        if hooks := self._hooks("before_commit", entity):
-            wanted, attributes = attributes, self._run_before(hooks, key, attributes, state)
-            if attributes is not wanted:
-                encoded = None
-        if encoded is None:
-            encoded = encode(attributes)
-        self._check_size(key, encoded)
-        self._check_references(key, attributes)
-        version = self.overlay.version + 1
-        sole_writer = self.depth == 0 and not self.changed_own_object
-        new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
-        self._write(key, OperationKind.CREATE, patch_setting(encoded), b"", state, new_state, attributes)
-        self._run_after("after_commit", key, attributes)
-        return version
-
-    def update(self, key: ObjectKey, patch: Patch, encoded: bytes) -> int:
-        """Change an object; *encoded* are the patch's bytes."""
-        entity, id_ = key
-        state = self._existing(key)
-        before = self.overlay.attributes(key)
-        try:
-            after = patch.apply(before)
-        except InvalidValue as error:
-            raise _Refused(FailureReason.VALIDATION_FAILED, f"{entity} {id_!r}: {error}") from error
-        if hooks := self._hooks("before_commit", entity):
-            wanted, after = after, self._run_before(hooks, key, after, state)
-            if after is not wanted:
-                patch = _difference(before, after)
-                encoded = patch.encode()
-        written = patch.written
-        self._check_references(key, {name: after[name] for name in written if name in after})
-        after_encoded = encode(after)
-        self._check_size(key, after_encoded)
-        images = encode(
-            [
-                {name: before[name] for name in written if name in before},
-                [name for name in written if name not in before],
-            ]
-        )
-        version = self.overlay.version + 1
-        sole_writer = (
-            state.sole_writer
-            and state.creator == self._replica
-            and self.depth == 0
-            and not self.changed_own_object
-            and not patch.has_intents
-        )
-        new_state = ObjectState(version, state.created, state.creator, False, sole_writer, after_encoded)
-        self._write(key, OperationKind.UPDATE, encoded, images, state, new_state, after)
-        self._run_after("after_commit", key, after)
-        return version
-
-    def delete(self, key: ObjectKey) -> int:
-        """Delete an object."""
-        state = self._existing(key)
-        if hooks := self._hooks("before_delete", key[0]):
-            self._run(hooks, _HookedObject(key, self.overlay.attributes(key), frozen=True))
-            state = self._existing(key)  # the hook may have changed it through its context
-        before = self.overlay.attributes(key)
-        version = self.overlay.version + 1
-        tombstone = ObjectState(version, state.created, state.creator, True, False, b"")
-        self._write(key, OperationKind.DELETE, b"", state.attributes, state, tombstone, None)
-        self._run_after("after_delete", key, before)
-        return version
-
-    def _existing(self, key: ObjectKey) -> ObjectState:
-        state = self.overlay.state(key)
-        if state is None or state.deleted:
-            what = "does not exist" if state is None else "is deleted"
-            raise _Refused(FailureReason.OBJECT_GONE, f"{key[0]} {key[1]!r} {what}")
-        return state
-
-    def _check_size(self, key: ObjectKey, encoded: bytes) -> None:
-        if len(encoded) > OBJECT_BYTES_MAX:
-            raise _Refused(
-                FailureReason.TOO_LARGE,
-                f"{key[0]} {key[1]!r} would have {len(encoded)} bytes of attributes: the limit is {OBJECT_BYTES_MAX}",
-            )
-
-    def _check_references(self, key: ObjectKey, written: Attributes) -> None:
-        entity, id_ = key
-        for attribute, target in self._evaluator.schema.referenced(entity, written):
-            if target != key and not self.overlay.exists(target):
-                self._evaluator.require(
-                    target,
-                    f"{entity} {id_!r}: attribute {attribute!r} refers to {target[0]} {target[1]!r}, "
-                    "which does not exist",
-                )
-
-    def _write(  # noqa: PLR0917 - the parts of one change
-        self,
-        key: ObjectKey,
-        kind: OperationKind,
-        patch: bytes,
-        before: bytes,
-        state: ObjectState | None,
-        new_state: ObjectState,
-        attributes: Attributes | None,
-    ) -> None:
-        by_hook = self.depth > 0
-        if by_hook and key == self.operation.key:
-            self.changed_own_object = True
-        change = Change(
-            new_state.version,
-            key,
-            kind,
-            patch,
-            before,
-            state.version if state is not None else 0,
-            self._replica,
-            self.operation.seq,
-            by_hook,
-            self.principal.user_id,
-            self._evaluator.time_us,
-        )
-        self.overlay.write(change, new_state, attributes)
-
-    # --- hooks ----------------------------------------------------------------
-
-    def _run_before(
-        self, hooks: list[Hook], key: ObjectKey, attributes: Attributes, state: ObjectState | None
-    ) -> Attributes:
-        """Run before-commit hooks and return the attributes as they leave them: the same object if unchanged."""
-        hooked = _HookedObject(key, attributes)
-        self._run(hooks, hooked)
-        if self.overlay.state(key) is not state:
-            raise _Refused(
-                FailureReason.HOOK_ERROR,
-                f"a before-commit hook of {key[0]} wrote its own object through the context "
-                "instead of setting its attributes",
-            )
-        if hooked.attributes is not attributes and not equal(hooked.attributes, attributes):
-            if key == self.operation.key:
-                self.changed_own_object = True
-            return hooked.attributes
-        return attributes
-
-    def _run_after(self, moment: str, key: ObjectKey, attributes: Attributes) -> None:
-        if hooks := self._hooks(moment, key[0]):
-            self._run(hooks, _HookedObject(key, attributes, frozen=True))
-
-    def _run(self, hooks: list[Hook], hooked: _HookedObject) -> None:
-        for hook in hooks:
-            try:
-                hook(hooked, _HookContext(self))
-            except Reject as rejection:
-                raise _Refused(FailureReason.HOOK_REJECTED, rejection.message) from rejection
-            except (_Refused, _Waits, TransientError):
-                raise
-            except Exception as error:
-                # Whatever the application's code raises settles the operation as a failure: it must not
-                # end the session, and the traceback must not reach the client.
-                name = getattr(hook, "__qualname__", repr(hook))
-                _log.exception("hook failed", hook=name, entity=hooked.entity, id=hooked.id)
-                raise _Refused(
-                    FailureReason.HOOK_ERROR,
-                    f"the application failed on {hooked.entity} {hooked.id!r}: the server's log has the details",
-                ) from error
-
-
-class _HookedObject:
-    """The object that a hook gets; it copies the attributes at the first change. See `HookObject`."""
-
-    def __init__(self, key: ObjectKey, attributes: Attributes, *, frozen: bool = False) -> None:
-        self.entity, self.id = key
-        self.attributes = attributes
-        self._frozen = frozen
-        self._copied = False
-
-    def __getitem__(self, attribute: str) -> Any:
-        return self.attributes.get(attribute)
-
-    def __contains__(self, attribute: object) -> bool:
-        return attribute in self.attributes
-
-    def __setitem__(self, attribute: str, value: Any) -> None:
-        check_attribute_name(attribute)
-        check(value, f"attribute {attribute!r}")
-        self._own()[attribute] = value
-
-    def __delitem__(self, attribute: str) -> None:
-        self._own().pop(attribute, None)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.attributes)
-
-    def _own(self) -> Attributes:
-        if self._frozen:
-            raise TypeError("only a before-commit hook sets attributes: use context.update here")
-        if not self._copied:
-            self.attributes = dict(self.attributes)
-            self._copied = True
-        return self.attributes
-
-
-class _HookContext:
-    """What a hook may use besides its object. See `HookContext`."""
-
-    def __init__(self, action: _Action) -> None:
-        self._action = action
-
-    @property
-    def principal(self) -> Principal:
-        return self._action.principal
-
-    @property
-    def operation(self) -> Operation:
-        return self._action.operation
-
-    def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002
-        overlay = self._action.overlay
-        return dict(overlay.attributes((entity, id))) if overlay.exists((entity, id)) else None
-
-    def query(self, entity: str, where: Where = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        constraint = constraint_of(where)
-        overlay = self._action.overlay
-        for key in overlay.entity_keys(entity):
-            attributes = overlay.attributes(key)
-            if constraint is None or constraint.matches(attributes):
-                yield key[1], dict(attributes)
-
-    def create(self, entity: str, attributes: dict[str, Any], id: str | None = None) -> str:  # noqa: A002
-        id_ = str(uuid_utils.uuid7()) if id is None else id
-        check_name(entity, "an entity name")
-        check_id(id_)
-        Patch(attributes).check()
-        with self._deeper():
-            self._action.create((entity, id_), dict(attributes), None)
-        return id_
-
-    def update(self, entity: str, id: str, attributes: dict[str, Any]) -> None:  # noqa: A002
-        patch = Patch(dict(attributes))
-        patch.check()
-        with self._deeper():
-            self._action.update((entity, id), patch, patch.encode())
-
-    def delete(self, entity: str, id: str) -> None:  # noqa: A002
-        with self._deeper():
-            self._action.delete((entity, id))
-
-    @contextmanager
-    def _deeper(self) -> Iterator[None]:
-        action = self._action
-        if action.depth >= HOOK_DEPTH_MAX:
-            raise _Refused(
-                FailureReason.HOOK_ERROR,
-                f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep",
-            )
-        action.depth += 1
-        mark = action.overlay.mark()
-        try:
-            yield
-        except BaseException:
-            action.overlay.rollback(mark)  # should the hook catch it, no half of a write stays behind
-            raise
-        finally:
-            action.depth -= 1
+        return (version, action.changed_own_object)
 
 
 def _read(data: bytes) -> Member:
@@ -857,19 +564,16 @@ def _keys_of(unit: Unit) -> list[ObjectKey]:
     return [member.operation.key for member in unit if member.operation is not None]
 
 
+def _size_bytes(unit: Unit) -> int:
+    return sum(len(member.data) for member in unit)
+
+
 def _created_keys(unit: Unit) -> list[ObjectKey]:
     return [
         member.operation.key
         for member in unit
         if member.operation is not None and member.operation.kind is OperationKind.CREATE
     ]
-
-
-def _difference(before: Attributes, after: Attributes) -> Patch:
-    return Patch(
-        {name: value for name, value in after.items() if name not in before or not equal(before[name], value)},
-        tuple(name for name in before if name not in after),
-    )
 
 
 _NO_PATCH = Patch()

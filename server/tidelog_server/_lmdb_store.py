@@ -17,7 +17,7 @@ neighbours, and go on so that what is written together sorts together:
     replicas   tenant replica              -> state
     settled    tenant replica seq          -> nonce, outcome
     failures   tenant failure              -> serialized SynchronizationFailure
-    refused    tenant entity NUL id        -> failure that kept the object from being created
+    refused    tenant replica entity NUL id -> failure that kept the replica from creating the object
     meta       epoch, timeline
 """
 
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgpack
 from filelock import FileLock, Timeout
@@ -122,6 +122,8 @@ class LmdbStore:
     def submit(self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]]) -> Future[T]:
         """Run a job in a write transaction. See `Store.submit`."""
         future: Future[T] = Future()
+        # A job that was submitted runs: whoever stops waiting for it must not cancel it.
+        future.set_running_or_notify_cancel()
         if self._closing:
             raise ResourceClosed("the store is closed")
         self._jobs.put(_Job(tenant, job, future))
@@ -237,8 +239,7 @@ class LmdbStore:
             put(prefix, pack_position(writes.version) + commit_id, db=databases.heads)
         if writes.replica is not None:
             replica, replica_state = writes.replica
-            packed: bytes = msgpack.packb(replica_state)
-            put(prefix + replica, packed, db=databases.replicas)
+            put(prefix + replica, _packed(replica_state), db=databases.replicas)
             put_many(
                 transaction,
                 databases.settled,
@@ -247,7 +248,7 @@ class LmdbStore:
         for failure in writes.failures:
             put(prefix + failure.id, failure.data, db=databases.failures)
             for created in failure.refused_creations:
-                put(prefix + pack_object_key(*created), failure.id, db=databases.refused)
+                put(prefix + failure.replica + pack_object_key(*created), failure.id, db=databases.refused)
 
 
 class LmdbReader:
@@ -326,8 +327,8 @@ class LmdbReader:
             for key, value in self._scan(self._databases.failures, start, self._prefix, limit)
         ]
 
-    def refused_creation(self, key: ObjectKey) -> bytes | None:
-        return self._transaction.get(self._prefix + pack_object_key(*key), db=self._databases.refused)
+    def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
+        return self._transaction.get(self._prefix + replica + pack_object_key(*key), db=self._databases.refused)
 
     def _scan(self, database: LmdbDatabase, start: bytes, prefix: bytes, limit: int) -> Iterator[tuple[bytes, bytes]]:
         cursor = self._transaction.cursor(database)
@@ -391,7 +392,11 @@ def _unpack_settled(value: bytes) -> Settled:
 
 
 def _pack_change(change: Change) -> bytes:
-    return msgpack.packb(change[1:])  # type: ignore[no-any-return]
+    return _packed(change[1:])
+
+
+def _packed(fields: tuple[Any, ...]) -> bytes:
+    return cast("bytes", msgpack.packb(fields))
 
 
 def _unpack_change(version: int, value: bytes) -> Change:

@@ -11,7 +11,6 @@ a trace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from tidelog._keys import ObjectKey
 from tidelog._values import Attributes, decode_trusted
@@ -21,12 +20,8 @@ from tidelog_server._store import Reader
 _SCAN_PAGE_OBJECTS = 500
 
 
-class Mark(NamedTuple):
-    """A moment that the overlay can go back to."""
-
-    journal_length: int
-    change_count: int
-    version: int
+# A moment that the overlay can go back to: length of the journal, number of changes, version.
+Mark = tuple[int, int, int]
 
 
 class Overlay:
@@ -73,16 +68,20 @@ class Overlay:
 
     def entity_keys(self, entity: str) -> Iterator[ObjectKey]:
         """Iterate over the keys of the entity's objects that exist, in no particular order."""
-        written = [key for key in self._written if key[0] == entity]
+        yielded: set[ObjectKey] = set()
         after_id = ""
         while page := self._reader.entity_objects(entity, after_id, _SCAN_PAGE_OBJECTS):
             for key, state in page:
                 if key not in self._states:
                     self._states[key] = state
-                if key not in self._written and not state.deleted:
+                if self.exists(key):
+                    yielded.add(key)
                     yield key
             after_id = page[-1][0][1]
-        yield from (key for key in written if self.exists(key))
+        # What was created on top of the store, also by whoever iterates.
+        for key in [key for key in self._written if key[0] == entity and key not in yielded]:
+            if self.exists(key):
+                yield key
 
     def write(self, change: Change, state: ObjectState, attributes: Attributes | None) -> None:
         """Take in a change and the state that it leads to. Its version must be the next one."""
@@ -100,11 +99,12 @@ class Overlay:
 
     def mark(self) -> Mark:
         """Return the present moment."""
-        return Mark(len(self._journal), len(self.changes), self.version)
+        return (len(self._journal), len(self.changes), self.version)
 
     def rollback(self, mark: Mark) -> None:
         """Undo what was written since *mark*."""
-        while len(self._journal) > mark.journal_length:
+        journal_length, change_count, version = mark
+        while len(self._journal) > journal_length:
             key, state, attributes, first = self._journal.pop()
             self._states[key] = state
             if attributes is None:
@@ -113,8 +113,8 @@ class Overlay:
                 self._decoded[key] = attributes
             if first:
                 del self._written[key]
-        del self.changes[mark.change_count :]
-        self.version = mark.version
+        del self.changes[change_count:]
+        self.version = version
 
     def written_objects(self) -> dict[ObjectKey, tuple[ObjectState, int]]:
         """Return the new states, each with the version of the stored state it replaces (0: none)."""

@@ -146,11 +146,13 @@ class FailureRecord(NamedTuple):
     Attributes:
         id: Its id in 16 bytes.
         data: The serialized `tidelog.v1.SynchronizationFailure`.
+        replica: Id of the replica that sent the operation.
         refused_creations: Keys of the objects that were not created because of it.
     """
 
     id: bytes
     data: bytes
+    replica: bytes
     refused_creations: tuple[ObjectKey, ...]
 
 

@@ -313,6 +313,7 @@ def _then(
     future: Future[ReplicaState], transform: Callable[[ReplicaState], sync_pb2.SessionStarted]
 ) -> Future[sync_pb2.SessionStarted]:
     result: Future[sync_pb2.SessionStarted] = Future()
+    result.set_running_or_notify_cancel()
 
     def pass_on(done: Future[ReplicaState]) -> None:
         try:

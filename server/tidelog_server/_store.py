@@ -65,8 +65,8 @@ class Reader(Protocol):
         """Return up to *limit* (id, serialized failure) in the order of their ids above *after*."""
         ...
 
-    def refused_creation(self, key: ObjectKey) -> bytes | None:
-        """Return the id of the failure because of which the object was not created, or None."""
+    def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
+        """Return the id of the failure because of which a replica could not create the object, or None."""
         ...
 
 
@@ -87,8 +87,9 @@ class Store(Protocol):
         Run *job* in a write transaction, after all jobs submitted before it.
 
         The future yields what the job returned beside its writes, once these are
-        durable, all of them. If it fails, none was made. The job may run more than
-        once and sees the writes of the jobs before it; it must change nothing else.
+        durable, all of them. If it fails, none was made. It cannot be cancelled. The
+        job may run more than once and sees the writes of the jobs before it; it must
+        change nothing else.
         """
         ...
 

@@ -237,6 +237,7 @@ class ResumeToken(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
+    FIRST_HEAD_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """The download has sent every object whose latest version is up to this one."""
     epoch: _builtins.str
@@ -245,6 +246,10 @@ class ResumeToken(_message.Message):
     """See `epoch`."""
     scope: _builtins.bytes
     """See `Cursor.scope`."""
+    first_head: _builtins.int
+    """The newest version when the download began. An object deleted above it may
+    have been sent before.
+    """
     @_builtins.property
     def start(self) -> Global___Cursor:
         """The cursor that the download started from. Not set: from nowhere."""
@@ -257,10 +262,11 @@ class ResumeToken(_message.Message):
         epoch: _builtins.str = ...,
         timeline: _builtins.str = ...,
         scope: _builtins.bytes = ...,
+        first_head: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "position", b"position", "scope", b"scope", "start", b"start", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_head", b"first_head", "position", b"position", "scope", b"scope", "start", b"start", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

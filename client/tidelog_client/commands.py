@@ -1,0 +1,386 @@
+"""What the replica adds to the command `tidelog`: everything that works on a replica directory."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import json
+import math
+import operator
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from datetime import UTC
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from tidelog import Constraint, ObjectNotFound, Operation, SynchronizationFailure, attribute
+from tidelog._failure import operation_as_data
+from tidelog._values import as_json
+from tidelog.cli import (
+    TABLE_ROWS_MAX,
+    Column,
+    CommandFailed,
+    ExitCode,
+    check_address,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from tidelog_client import LoggedOperation, Object, Replica, Report
+    from tidelog_client._report import OnProgress, Progress
+
+ReplicaOption = Annotated[
+    Path,
+    typer.Option("--replica", envvar="TIDELOG_REPLICA", metavar="DIR", help="The replica's directory."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+EntityArgument = Annotated[str, typer.Argument(metavar="ENTITY", help="Type of the object.")]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the object.")]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=JSON",
+        help="Only objects whose attribute equals the value, in type too; what is no JSON is text. "
+        "null: it has none. Repeat it to ask for several.",
+    ),
+]
+
+_OPERATION_COLUMNS = (
+    Column("SEQ", live_width=6),
+    Column("STATUS", live_width=8),
+    Column("KIND", live_width=6),
+    Column("ENTITY", live_width=8),
+    Column("ID", live_width=36),
+    Column("CHANGE", fit="shorten"),
+)
+_FAILURE_COLUMNS = (
+    Column("REASON"),
+    Column("KIND"),
+    Column("ENTITY"),
+    Column("ID"),
+    Column("MESSAGE", fit="fold"),
+)
+_SKIPPED_COLUMNS = (Column("SKIPPED"), Column("ENTITY"), Column("ID"), Column("MESSAGE", fit="fold"))
+_OBJECT_COLUMNS = (Column("ATTRIBUTE"), Column("VALUE", fit="fold"))
+
+
+class SyncMode(enum.StrEnum):
+    """What `tidelog sync` covers when nothing is selected."""
+
+    ALL = "all"
+    UNSYNCHRONIZED = "unsynchronized"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the replica's commands."""
+    for command in (sync, log, pending, failures, get, query, count, history):
+        app.command()(command)
+
+
+def sync(
+    *,
+    replica: ReplicaOption,
+    server: Annotated[
+        str,
+        typer.Option(envvar="TIDELOG_SERVER", metavar="HOST:PORT", callback=check_address, help="The server."),
+    ],
+    mode: Annotated[
+        SyncMode | None,
+        typer.Option(
+            help="all: upload what is pending, download what changed. "
+            "unsynchronized: upload what is pending, download only what that changed. "
+            "Without this option and --select: all.",
+        ),
+    ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ENTITY/ID", help="Synchronize this object only. Repeat it to select several."),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="When to give up.")] = None,
+    create: Annotated[bool, typer.Option("--create", help="Make the replica if it is not there.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """
+    Synchronize a replica with its server and print the report.
+
+    Exit code 1: it is done, but the server refused operations; see `tidelog failures`.
+    """
+    if mode is not None and select:
+        raise typer.BadParameter("give --mode or --select, not both", param_hint="--select")
+    if timeout is not None and not math.isfinite(timeout):
+        raise typer.BadParameter("expected a number of seconds", param_hint="--timeout")
+    keys = [_key(one) for one in select or ()]
+    with _opened(replica, server=server, create=create) as opened, _progress_bar() as on_progress:
+        if keys:
+            report = opened.synchronize_selected(keys, timeout=timeout, on_progress=on_progress)
+        elif mode is SyncMode.UNSYNCHRONIZED:
+            report = opened.synchronize_unsynchronized(timeout=timeout, on_progress=on_progress)
+        else:
+            report = opened.synchronize_all(timeout=timeout, on_progress=on_progress)
+    if json_:
+        print_json(_report_as_data(report))
+    else:
+        _print_report(report)
+    if report.rejected:
+        raise typer.Exit(ExitCode.REJECTED)
+
+
+def log(
+    replica: ReplicaOption,
+    after: Annotated[int, typer.Option(metavar="SEQ", min=0, help="Begin behind this position.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new operations.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show the operation log, and what became of each operation."""
+    with _opened(replica) as opened:
+        found = opened.tail(after=after) if follow else opened.log(after=after)
+        _print_operations(found, json_=json_, live=follow)
+
+
+def pending(replica: ReplicaOption, json_: JsonOption = False) -> None:
+    """Show the operations that the server has not settled yet."""
+    with _opened(replica) as opened:
+        _print_operations(opened.pending(), json_=json_)
+
+
+def history(replica: ReplicaOption, entity: EntityArgument, id: IdArgument, json_: JsonOption = False) -> None:
+    """Show this replica's operations on one object."""
+    with _opened(replica) as opened:
+        _print_operations(opened.history(entity, id), json_=json_)
+
+
+def failures(replica: ReplicaOption, json_: JsonOption = False) -> None:
+    """Show the operations that the server refused, and why."""
+    with _opened(replica) as opened:
+        if json_:
+            for failure in opened.failures():
+                print_json(_failure_as_data(failure))
+        else:
+            print_table(_FAILURE_COLUMNS, map(_failure_row, opened.failures()))
+
+
+def get(replica: ReplicaOption, entity: EntityArgument, id: IdArgument, json_: JsonOption = False) -> None:
+    """
+    Show one object.
+
+    Exit code 1: there is none.
+    """
+    with _opened(replica) as opened:
+        found = opened.get(entity, id)
+        if found is None:
+            raise ObjectNotFound(entity=entity, id=id)
+        data = _object_as_data(found)
+    if json_:
+        print_json(data)
+    else:
+        print_table(_OBJECT_COLUMNS, ((name, _text(value)) for name, value in data["attributes"].items()))
+
+
+def query(
+    entity: EntityArgument,
+    *,
+    replica: ReplicaOption,
+    where: WhereOption = None,
+    order_by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|-NAME", help="Order by an attribute; with - descending. Repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Show so many at the most.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show the objects of an entity."""
+    with _opened(replica) as opened:
+        found = _objects_as_data(opened.query(entity, _constraint(where), order_by, limit))
+        if json_:
+            for data in found:
+                print_json(data)
+        else:
+            _print_objects(found)
+
+
+def count(
+    replica: ReplicaOption, entity: EntityArgument, where: WhereOption = None, json_: JsonOption = False
+) -> None:
+    """Count the objects of an entity."""
+    with _opened(replica) as opened:
+        number = opened.count(entity, _constraint(where))
+    if json_:
+        print_json({"entity": entity, "count": number})
+    else:
+        print(number)
+
+
+@contextmanager
+def _opened(path: Path, *, server: str | None = None, create: bool = False) -> Iterator[Replica]:
+    """Open a replica that is there: no command makes one by accident, where a path is mistyped, say."""
+    if not create and not (path / "data.mdb").is_file():
+        hint = "" if server is None else ": --create makes one"
+        raise CommandFailed(f"there is no replica in {path}{hint}", ExitCode.STORAGE)
+
+    from tidelog_client import Replica
+
+    with Replica(path, server=server) as replica:
+        yield replica
+
+
+@contextmanager
+def _progress_bar() -> Iterator[OnProgress | None]:
+    """Show a bar for the present phase on stderr if a person looks at it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description:>8}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def show(now: Progress) -> None:
+            bars.update(task, description=now.phase.value, completed=now.done, total=now.total)
+
+        yield show
+
+
+def _key(text: str) -> tuple[str, str]:
+    entity, slash, id_ = text.partition("/")
+    if not slash:
+        raise typer.BadParameter(f"expected ENTITY/ID, got {text!r}", param_hint="--select")
+    return entity, id_
+
+
+def _constraint(where: Iterable[str] | None) -> Constraint | None:
+    """Read NAME=JSON pairs, all of which must hold."""
+    constraints = []
+    for text in where or ():
+        name, sign, value_text = text.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"expected NAME=JSON, got {text!r}", param_hint="--where")
+        try:
+            value = json.loads(value_text, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            value = value_text
+        # Nothing compares with null, so that it can stand for an attribute that is missing.
+        constraints.append(~attribute(name).exists() if value is None else attribute(name) == value)
+    return functools.reduce(operator.and_, constraints) if constraints else None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is a word: JSON has no such number")
+
+
+def _print_operations(found: Iterable[LoggedOperation], *, json_: bool, live: bool = False) -> None:
+    if json_:
+        for logged in found:
+            print_json(_logged_as_data(logged))
+            if live:
+                sys.stdout.flush()
+    else:
+        print_table(_OPERATION_COLUMNS, map(_operation_row, found), live=live)
+
+
+def _print_objects(found: Iterator[dict[str, Any]]) -> None:
+    """Print a table with a column for each attribute; a long one in portions, for they may have others."""
+    while portion := list(islice(found, TABLE_ROWS_MAX)):
+        names = list(dict.fromkeys(name for data in portion for name in data["attributes"]))
+        print_table(
+            [Column("ID"), *(Column(name, fit="shorten") for name in names)],
+            (
+                [
+                    data["id"],
+                    *(_text(data["attributes"][name]) if name in data["attributes"] else "" for name in names),
+                ]
+                for data in portion
+            ),
+        )
+
+
+def _print_report(report: Report) -> None:
+    print(
+        f"applied {report.applied}, rejected {report.rejected}, downloaded {report.downloaded}, "
+        f"confirmed {report.confirmed}, removed {report.removed} ({report.sent_bytes} bytes sent, "
+        f"{report.received_bytes} received, {report.upload_seconds + report.download_seconds:.2f} s)"
+    )
+    print_table(_FAILURE_COLUMNS, map(_failure_row, report.failures))
+    print_table(_SKIPPED_COLUMNS, ((one.reason.value, one.entity, one.id, one.message) for one in report.skipped))
+    print_table((Column("ALSO SYNCHRONIZED"), Column("ID")), report.added)
+
+
+def _operation_row(logged: LoggedOperation) -> tuple[str, ...]:
+    operation = logged.operation
+    change = _change(operation)
+    return str(operation.seq), logged.status, operation.kind.name.lower(), operation.entity, operation.id, change
+
+
+def _failure_row(failure: SynchronizationFailure) -> tuple[str, ...]:
+    kind = failure.operation.kind.name.lower() if failure.operation is not None else "?"
+    return failure.reason.value, kind, failure.entity, failure.object_id, failure.message
+
+
+def _change(operation: Operation) -> str:
+    """Say in short what an operation does to the attributes."""
+    data = operation_as_data(operation)
+    parts = [f"{name}={as_json(value)}" for name, value in data.get("set", {}).items()]
+    parts += [f"-{name}" for name in data.get("unset", ())]
+    parts += [f"{name}+={as_json(value)}" for name, value in data.get("increment", {}).items()]
+    parts += [f"{name} add {as_json(value)}" for name, value in data.get("add", {}).items()]
+    parts += [f"{name} remove {as_json(value)}" for name, value in data.get("remove", {}).items()]
+    return ", ".join(parts) or data.get("unreadable", "")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else as_json(value)
+
+
+def _object_as_data(found: Object) -> dict[str, Any]:
+    return {"entity": found.entity, "id": found.id, "attributes": found.to_dict()}
+
+
+def _objects_as_data(found: Iterable[Object]) -> Iterator[dict[str, Any]]:
+    for one in found:
+        with suppress(ObjectNotFound):  # a synchronization in another process has just removed it
+            yield _object_as_data(one)
+
+
+def _logged_as_data(logged: LoggedOperation) -> dict[str, Any]:
+    data = {**operation_as_data(logged.operation), "status": logged.status}
+    if logged.version:
+        data["version"] = logged.version
+    if logged.failure_id:
+        data["failure_id"] = logged.failure_id
+    return data
+
+
+def _failure_as_data(failure: SynchronizationFailure) -> dict[str, Any]:
+    return {
+        "id": failure.id,
+        "reason": failure.reason.value,
+        "message": failure.message,
+        "entity": failure.entity,
+        "object_id": failure.object_id,
+        "attributes": failure.attributes,
+        "operation": None if failure.operation is None else operation_as_data(failure.operation),
+        "group_operations": [operation_as_data(one) for one in failure.group_operations],
+        "replica_id": failure.replica_id,
+        "version": failure.version,
+        "time": None if failure.time is None else failure.time.replace(tzinfo=UTC),
+    }
+
+
+def _report_as_data(report: Report) -> dict[str, Any]:
+    data = {field.name: getattr(report, field.name) for field in fields(report)}
+    data["failures"] = [_failure_as_data(one) for one in report.failures]
+    data["skipped"] = [asdict(one) for one in report.skipped]
+    data["added"] = [{"entity": entity, "id": id_} for entity, id_ in report.added]
+    return data

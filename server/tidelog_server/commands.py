@@ -1,0 +1,134 @@
+"""What the server adds to the command `tidelog`: `serve`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import operator
+import os
+import queue
+import signal
+import sys
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from tidelog._logging import get_logger
+from tidelog.cli import CommandFailed, ExitCode, check_address
+
+if TYPE_CHECKING:
+    from tidelog_server import Application
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+_log = get_logger("tidelog.server")
+
+# What every record has; the rest came as `extra` of whoever logged it.
+_RECORD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the server's commands."""
+    app.command()(serve)
+
+
+def serve(
+    application: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODULE:APP",
+            help="The Application to serve; MODULE is also looked for in the current directory. "
+            "None: an open one, which accepts every change.",
+        ),
+    ] = None,
+    *,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the data; made if it is not there.")],
+    listen: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", callback=check_address, help="Where to listen. Port 0 takes a free one."),
+    ],
+    log_level: Annotated[str, typer.Option(metavar="|".join(LOG_LEVELS), help="What is logged.")] = "info",
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
+) -> None:
+    """
+    Serve an application to replicas, until SIGTERM or SIGINT.
+
+    Prints "listening on HOST:PORT" to stdout once calls are answered; the log goes to stderr.
+    """
+    if log_level not in LOG_LEVELS:
+        raise typer.BadParameter(f"choose from {', '.join(LOG_LEVELS)}", param_hint="--log-level")
+    _set_up_logging(log_level, as_json=log_json)
+    served = _load(application) if application is not None else None
+
+    from tidelog_server import AddressUnavailable, Application, Server
+
+    # A queue, because its `put` may interrupt its own `get`; an Event's `set` could wait for itself.
+    stops: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: stops.put(number))
+    try:
+        with Server(served or Application(), store=data, listen=listen) as server:
+            if served is None:
+                _log.warning("no application was given: every change is accepted")
+            print(f"listening on {server.address}", flush=True)
+            stops.get()
+    except AddressUnavailable as error:
+        raise CommandFailed(str(error), ExitCode.UNAVAILABLE) from error
+
+
+def _load(name: str) -> Application:
+    """Import the application that MODULE:APP names."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise CommandFailed(f"expected MODULE:APP, got {name!r}", ExitCode.USAGE)
+    # The installed command does not look in the current directory by itself.
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - a path for sys.path is text
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CommandFailed(f"cannot import {module_name!r}: {what}{_place(error)}", ExitCode.USAGE) from error
+    try:
+        found = operator.attrgetter(attribute)(module)
+    except AttributeError:
+        raise CommandFailed(f"module {module_name!r} has no {attribute!r}", ExitCode.USAGE) from None
+
+    from tidelog_server import Application
+
+    if not isinstance(found, Application):
+        raise CommandFailed(
+            f"{name} is a {type(found).__name__}: expected a tidelog_server.Application", ExitCode.USAGE
+        )
+    return found
+
+
+def _place(error: BaseException) -> str:
+    """Say in which line an import failed, unless it failed because there is nothing to be imported."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return "" if "importlib" in frame.filename else f" ({frame.filename}, line {frame.lineno})"
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        data = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        data.update((name, value) for name, value in vars(record).items() if name not in _RECORD_ATTRIBUTES)
+        if record.exc_info:
+            data["exception"] = self.formatException(record.exc_info)
+        return json.dumps(data, default=str)
+
+
+def _set_up_logging(level: str, *, as_json: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler])
