@@ -111,7 +111,7 @@ class Operation(NamedTuple):
         message = operation_pb2.Operation(
             seq=self.seq,
             nonce=self.nonce,
-            kind=self.kind.value,
+            kind=self.kind,  # type: ignore[arg-type]  # the same numbers
             entity=self.entity,
             id=self.id,
             patch=self.patch,
@@ -160,28 +160,29 @@ def _checked(message: operation_pb2.Operation) -> Operation:
     kind = _KINDS.get(message.kind)
     if kind is None:
         raise InvalidValue(f"an operation of the unknown kind {message.kind}")
-    entity, id_ = message.entity, message.id
+    seq, entity, id_, base_version = message.seq, message.entity, message.id, message.base_version
     check_name(entity, "an entity name")
     check_id(id_)
+    if seq < 1 or base_version < 0:
+        raise InvalidValue(f"seq {seq} or base version {base_version} is out of range")
     group = None
     if message.HasField("group"):
         group = CommitGroup(message.group.id, message.group.position, message.group.size)
-        if not (0 <= group.position < group.size <= GROUP_OPERATIONS_MAX and group.id == message.seq - group.position):
-            raise InvalidValue(f"a commit group that contradicts itself: {group} at seq {message.seq}")
-    if message.seq < 1 or message.base_version < 0:
-        raise InvalidValue(f"seq {message.seq} or base version {message.base_version} is out of range")
+        if not (0 <= group.position < group.size <= GROUP_OPERATIONS_MAX and group.id == seq - group.position):
+            raise InvalidValue(f"a commit group that contradicts itself: {group} at seq {seq}")
     time = message.client_time
-    if not _TIME_SECONDS_MIN <= time.seconds <= _TIME_SECONDS_MAX:
-        raise InvalidValue(f"a client time {time.seconds} seconds from 1970: years are 1 to 9999")
+    seconds = time.seconds
+    if not _TIME_SECONDS_MIN <= seconds <= _TIME_SECONDS_MAX:
+        raise InvalidValue(f"a client time {seconds} seconds from 1970: years are 1 to 9999")
     return Operation(
-        message.seq,
+        seq,
         message.nonce,
         kind,
         entity,
         id_,
         message.patch,
-        message.base_version,
+        base_version,
         group,
         message.schema_version,
-        time.seconds * 1_000_000 + time.nanos // 1000,
+        seconds * 1_000_000 + time.nanos // 1000,
     )

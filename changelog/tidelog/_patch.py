@@ -20,6 +20,7 @@ from tidelog._values import (
     INTEGER_MAX,
     INTEGER_MIN,
     Attributes,
+    are_known_names,
     check,
     check_name,
     decode_flat_map,
@@ -31,12 +32,8 @@ from tidelog._values import (
 _SET_PREFIX = b"\x81\xa3set"  # a MessagePack map of one pair whose key is "set"
 _FIELDS = frozenset(("set", "unset", "increment", "add", "remove"))
 _NO_MAP: Attributes = {}
-
-# Names that passed `check_name`. Attribute names repeat with every operation and
-# the check costs more than the look-up; the bound keeps a hostile client's
-# inventions from staying.
-_KNOWN_NAMES: set[str] = set()
-_KNOWN_NAMES_MAX = 10_000
+# Values of these types can be stored, but for strings with a lone surrogate.
+_PLAIN = frozenset((str, bool, float, bytes, type(None)))
 
 
 class Patch(NamedTuple):
@@ -95,13 +92,11 @@ class Patch(NamedTuple):
 
     def check(self) -> None:
         """Check a patch that a program handed over. Raises InvalidValue."""
-        for name, value in self.set.items():
-            check_attribute_name(name)
-            check(value, f"attribute {name!r}")
+        check_attributes(self.set)
         for members_by_name in (self.add, self.remove):
-            for name, members in members_by_name.items():
-                check(members, f"attribute {name!r}")
-        _check_shape(self)
+            check_attributes(members_by_name)
+        if self.unset or self.has_intents:
+            _check_shape(self)
 
 
 def decode_patch(data: bytes) -> Patch:
@@ -114,16 +109,15 @@ def decode_patch(data: bytes) -> Patch:
     encoded = encoded_attributes(data)
     if encoded is not None:
         plain = decode_flat_map(encoded)
-        if plain is not None and plain.keys() <= _KNOWN_NAMES:
+        if plain is not None and are_known_names(plain.keys()):
             return Patch(plain)
     fields = decode_map(data)
     if len(fields) == 1 and "set" in fields:
         attributes = fields["set"]
         if type(attributes) is not dict:
             raise InvalidValue('"set" of a patch is no map')
-        if not attributes.keys() <= _KNOWN_NAMES:
-            for name in attributes:
-                check_attribute_name(name)
+        for name in attributes:
+            check_attribute_name(name)
         return Patch(attributes)
     if not fields.keys() <= _FIELDS:
         raise InvalidValue(f"unknown key in a patch: {', '.join(sorted(fields.keys() - _FIELDS))}")
@@ -158,12 +152,17 @@ def patch_setting(attributes: bytes) -> bytes:
     return _SET_PREFIX + attributes
 
 
+def check_attributes(attributes: Attributes) -> None:
+    """Check names and values of attributes. Raises InvalidValue."""
+    for name, value in attributes.items():
+        check_attribute_name(name)
+        if type(value) not in _PLAIN or (type(value) is str and not value.isascii()):
+            check(value, f"attribute {name!r}")
+
+
 def check_attribute_name(name: str) -> None:
     """Check the name of an attribute. Raises InvalidValue."""
-    if name not in _KNOWN_NAMES:
-        check_name(name, "an attribute name")
-        if len(_KNOWN_NAMES) < _KNOWN_NAMES_MAX:
-            _KNOWN_NAMES.add(name)
+    check_name(name, "an attribute name")
 
 
 def _check_shape(patch: Patch) -> None:

@@ -20,9 +20,10 @@ import decimal
 import json
 import math
 import threading
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import msgpack
 
@@ -38,7 +39,14 @@ INTEGER_MIN: Final = -(2**63)
 INTEGER_MAX: Final = 2**63 - 1
 EMPTY_MAP: Final = b"\x80"
 
+_CONTAINERS: Final = frozenset((list, dict))
 _SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes, datetime, Decimal))
+
+
+# Names that passed `check_name`. They repeat with every operation, and the check costs more than the
+# look-up; the bound keeps a hostile client's inventions from piling up.
+_KNOWN_NAMES: Final[set[str]] = set()
+_KNOWN_NAMES_MAX: Final = 10_000
 
 
 def encode(value: Any) -> bytes:
@@ -115,13 +123,11 @@ def decode_flat_map(data: bytes) -> Attributes | None:
         return None  # `decode_map` says what is wrong
     if len(value) != count:
         return None
-    kinds = set(map(type, value.values()))
-    if list in kinds:
-        kinds.remove(list)
-        for member in value.values():
-            if type(member) is list:
-                kinds.update(map(type, member))
-    return value if kinds <= _SCALARS else None
+    for member in value.values():
+        kind = type(member)
+        if kind is dict or (kind is list and not _CONTAINERS.isdisjoint(map(type, member))):
+            return None
+    return cast("Attributes", value)
 
 
 def decode_trusted(data: bytes) -> Any:
@@ -171,11 +177,21 @@ def check(value: Any, what: str = "value", depth: int = 1) -> None:
 
 def check_name(name: str, what: str) -> None:
     """Check the name of an entity or attribute: 1 to 64 bytes, no NUL. Raises InvalidValue."""
-    _check_text(name, what, NAME_BYTES_MAX)
+    if name not in _KNOWN_NAMES:
+        _check_text(name, what, NAME_BYTES_MAX)
+        if len(_KNOWN_NAMES) < _KNOWN_NAMES_MAX:
+            _KNOWN_NAMES.add(name)
+
+
+def are_known_names(names: AbstractSet[str]) -> bool:
+    """Tell quickly that `check_name` accepts all of these. False: ask it."""
+    return names <= _KNOWN_NAMES
 
 
 def check_id(id_: str) -> None:
     """Check an object's id: 1 to 128 bytes, no NUL. Raises InvalidValue."""
+    if type(id_) is str and 0 < len(id_) <= ID_BYTES_MAX and id_.isascii() and "\0" not in id_:
+        return
     _check_text(id_, "an id", ID_BYTES_MAX)
 
 
@@ -241,8 +257,6 @@ def _plain(value: Any) -> Any:
 
 
 def _check_text(text: str, what: str, bytes_max: int) -> None:
-    if type(text) is str and 0 < len(text) <= bytes_max and text.isascii() and "\0" not in text:
-        return
     if type(text) is not str or not text:
         raise InvalidValue(f"{what} must be a string that is not empty, got {text!r}")
     if text.isascii():

@@ -172,7 +172,9 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, liv
         table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
         for column in columns:
             table.add_column(
-                printable(column.name), min_width=column.live_width if live else None, no_wrap=column.fit == "keep"
+                Text(printable(column.name)),
+                min_width=column.live_width if live else None,
+                no_wrap=column.fit == "keep",
             )
         for row in portion:
             table.add_row(*map(_cell, columns, row))

@@ -9,6 +9,7 @@ and so one sync to disk: whoever comes first takes the others' changes along.
 from __future__ import annotations
 
 import secrets
+import struct
 import threading
 import time
 from collections import deque
@@ -54,6 +55,7 @@ class Intent(NamedTuple):
         entity: Type of the object.
         id: Its id.
         patch: The change of attributes; empty for a deletion.
+        encoded: The patch, encoded.
         base_version: Server version that the author looked at, or None for the
             one that the view has at the commit.
     """
@@ -62,6 +64,7 @@ class Intent(NamedTuple):
     entity: str
     id: str
     patch: Patch
+    encoded: bytes
     base_version: int | None = None
 
 
@@ -144,13 +147,14 @@ class _Builder:
     def build(self, intents: Sequence[Intent], *, atomic: bool) -> None:
         first_seq = self._storage.last_seq(self._transaction) + 1
         client_time_us = time.time_ns() // 1000
+        nonces = iter(struct.unpack(f"{len(intents)}Q", secrets.token_bytes(8 * len(intents))))
         is_group = atomic and len(intents) > 1
         if is_group and len(intents) > GROUP_OPERATIONS_MAX:
             raise LimitExceeded(f"a commit group of {len(intents)} operations: the limit is {GROUP_OPERATIONS_MAX}")
         for position, intent in enumerate(intents):
             key = pack_object_key(intent.entity, intent.id)
             before, now = self._view(key)
-            after, encoded_patch = _after(intent, now)
+            after = _after(intent, now)
             self._views[key] = (before, after)
             base_version = intent.base_version
             if base_version is None:
@@ -159,11 +163,11 @@ class _Builder:
                 )
             operation = Operation(
                 first_seq + position,
-                secrets.randbits(64),
+                next(nonces),
                 intent.kind,
                 intent.entity,
                 intent.id,
-                encoded_patch,
+                intent.encoded,
                 base_version,
                 CommitGroup(first_seq, position, len(intents)) if is_group else None,
                 self._schema_version,
@@ -191,24 +195,23 @@ class _Builder:
         return self._views[key]
 
 
-def _after(intent: Intent, now: ViewRecord | None) -> tuple[ViewRecord | None, bytes]:
-    """Return the object's record after an intent, and the intent's encoded patch."""
+def _after(intent: Intent, now: ViewRecord | None) -> ViewRecord | None:
+    """Return the object's record after an intent."""
     if intent.kind is OperationKind.CREATE:
         if now is not None:
             raise ObjectExists(entity=intent.entity, id=intent.id)
-        patch = intent.patch.encode()
-        return ViewRecord(0, True, encoded_attributes(patch) or encode(intent.patch.set)), patch
+        return ViewRecord(0, True, encoded_attributes(intent.encoded) or encode(intent.patch.set))
     if now is None:
         raise ObjectNotFound(entity=intent.entity, id=intent.id)
     if intent.kind is OperationKind.DELETE:
-        return None, b""
+        return None
     attributes = encode(intent.patch.apply(decode_trusted(now.attributes)))
     if len(attributes) > OBJECT_BYTES_MAX:
         raise LimitExceeded(
             f"{intent.entity} {intent.id!r} would have {len(attributes)} bytes of attributes: "
             f"the limit is {OBJECT_BYTES_MAX}"
         )
-    return ViewRecord(now.version, True, attributes), intent.patch.encode()
+    return ViewRecord(now.version, True, attributes)
 
 
 class Transaction:
@@ -235,8 +238,12 @@ class Transaction:
             ObjectExists: There is one of this id.
             InvalidValue: A name, the id or a value that cannot be stored.
         """
-        id_ = str(uuid_utils.uuid7()) if id is None else id
-        self._add(Intent(OperationKind.CREATE, entity, id_, Patch(dict(attributes))))
+        if id is None:
+            id_ = str(uuid_utils.uuid7())
+            self._views[entity, id_] = None  # nobody else has this id: no need to look
+        else:
+            id_ = id
+        self._add(OperationKind.CREATE, entity, id_, Patch(dict(attributes)))
         return id_
 
     def update(
@@ -274,7 +281,7 @@ class Transaction:
             {name: list(members) for name, members in (add or {}).items()},
             {name: list(members) for name, members in (remove or {}).items()},
         )
-        self._add(Intent(OperationKind.UPDATE, entity, id, patch))
+        self._add(OperationKind.UPDATE, entity, id, patch)
 
     def delete(self, entity: str, id: str) -> None:  # noqa: A002
         """
@@ -283,7 +290,7 @@ class Transaction:
         Raises:
             ObjectNotFound: There is no such object.
         """
-        self._add(Intent(OperationKind.DELETE, entity, id, Patch()))
+        self._add(OperationKind.DELETE, entity, id, Patch())
 
     def get(self, entity: str, id: str) -> Attributes | None:  # noqa: A002
         """Return the attributes of an object as this transaction would leave it, or None."""
@@ -300,11 +307,11 @@ class Transaction:
         if kind is None:
             self._committer.commit(self._intents, atomic=self._atomic)
 
-    def _add(self, intent: Intent) -> None:
+    def _add(self, kind: OperationKind, entity: str, id_: str, patch: Patch) -> None:
         if self._ended:
             raise ResourceClosed("the transaction has ended")
-        check_intent(intent)
-        self._views[intent.entity, intent.id], _ = _after(intent, self._view(intent.entity, intent.id))
+        intent = checked_intent(kind, entity, id_, patch)
+        self._views[entity, id_] = _after(intent, self._view(entity, id_))
         self._intents.append(intent)
 
     def _view(self, entity: str, id_: str) -> ViewRecord | None:
@@ -314,8 +321,13 @@ class Transaction:
             return self._storage.view.get(transaction, pack_object_key(entity, id_))
 
 
-def check_intent(intent: Intent) -> None:
-    """Check names, id and values. Raises InvalidValue."""
-    check_name(intent.entity, "an entity name")
-    check_id(intent.id)
-    intent.patch.check()
+def checked_intent(
+    kind: OperationKind, entity: str, id_: str, patch: Patch, base_version: int | None = None
+) -> Intent:
+    """Return an intent whose names, id and values can be stored. Raises InvalidValue."""
+    check_name(entity, "an entity name")
+    check_id(id_)
+    if kind is OperationKind.DELETE:
+        return Intent(kind, entity, id_, patch, b"", base_version)
+    patch.check()
+    return Intent(kind, entity, id_, patch, patch.encode(), base_version)

@@ -10,7 +10,7 @@ from tidelog._keys import pack_object_key
 from tidelog._operation import OperationKind
 from tidelog._patch import Patch, check_attribute_name
 from tidelog._values import Attributes, check, decode_trusted
-from tidelog_client._commit import Committer, Intent, check_intent
+from tidelog_client._commit import Committer, checked_intent
 
 if TYPE_CHECKING:
     from tidelog_client._storage import Storage
@@ -133,9 +133,9 @@ class Object:
             InvalidValue, DiskFull: As for `Replica.update`.
         """
         if self._new:
-            intent = Intent(OperationKind.CREATE, self.entity, self.id, Patch(dict(self._set)))
+            intent = checked_intent(OperationKind.CREATE, self.entity, self.id, Patch(dict(self._set)))
         elif self._set or self._unset:
-            intent = Intent(
+            intent = checked_intent(
                 OperationKind.UPDATE,
                 self.entity,
                 self.id,
@@ -146,7 +146,6 @@ class Object:
             if self._current() is None:
                 raise ObjectNotFound(entity=self.entity, id=self.id)
             return
-        check_intent(intent)
         try:
             self._committer.commit([intent], atomic=False)
         except ObjectNotFound:

@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import struct
 import uuid
+from bisect import bisect_right
 from collections.abc import Container, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._environment import Environment, put_many
+from tidelog._errors import LogCorrupt
 from tidelog._keys import (
     ObjectKey,
     pack_object_key,
@@ -149,6 +152,62 @@ class Storage:
             if len(page) < READ_PAGE_ENTRIES:
                 return
             position = page[-1].seq
+
+    def upload_batch(
+        self, *, after: int, until: int, seqs: Sequence[int] | None, count_max: int, bytes_max: int
+    ) -> list[tuple[int, bytes]]:
+        """
+        Return the next pending operations, (seq, serialized) in log order, empty at the end.
+
+        A commit group is whole; it, or a single operation, may alone exceed the bounds.
+
+        Args:
+            after: Position to start above.
+            until: Position to end at.
+            seqs: Ascending positions to choose from, disregarding *until*. None: all.
+            count_max: How many operations at the most.
+            bytes_max: How many bytes at the most.
+
+        Raises:
+            LogCorrupt: The log lacks one of them, or it fails its check.
+        """
+        batch: list[tuple[int, bytes]] = []
+        batch_bytes = 0
+        unit: list[tuple[int, bytes]] = []
+        unit_bytes = 0
+        with self.environment.read() as transaction:
+            for seq, group_size in self._upload_places(transaction, after, until, seqs):
+                data = self.log.get(transaction, seq)
+                if data is None:
+                    raise LogCorrupt(f"the pending operation at seq {seq} is not in the log", seq=seq)
+                unit.append((seq, data))
+                unit_bytes += len(data)
+                if len(unit) < group_size:
+                    continue
+                if batch and (len(batch) + len(unit) > count_max or batch_bytes + unit_bytes > bytes_max):
+                    break
+                batch += unit
+                batch_bytes += unit_bytes
+                unit, unit_bytes = [], 0
+        return batch
+
+    def _upload_places(
+        self, transaction: LmdbTransaction, after: int, until: int, seqs: Sequence[int] | None
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (seq, size of its commit group) of pending operations, from *seqs* or all up to *until*."""
+        if seqs is None:
+            cursor = transaction.cursor(self._pending)
+            if cursor.set_range(pack_position(after + 1)):
+                for key, value in cursor:
+                    seq = unpack_position(key)
+                    if seq > until:
+                        return
+                    yield seq, _PLACE.unpack_from(value)[1]
+            return
+        for seq in islice(seqs, bisect_right(seqs, after), None):
+            place = transaction.get(pack_position(seq), db=self._pending)
+            if place is not None:
+                yield seq, _PLACE.unpack_from(place)[1]
 
     def pending_of(self, transaction: LmdbTransaction, key: bytes) -> list[PendingOperation]:
         """Return the pending operations on one object in log order."""

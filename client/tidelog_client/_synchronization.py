@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from tidelog import _limits
-from tidelog._errors import ForeignServer, InvalidSchema, LogCorrupt, ProtocolUnsupported, ProtocolViolated
+from tidelog._errors import ForeignServer, InvalidSchema, ProtocolUnsupported, ProtocolViolated
 from tidelog._failure import SynchronizationFailure
 from tidelog._schema import Schema
 from tidelog.internal.v1 import splice_pb2
@@ -26,7 +26,7 @@ from tidelog_client._report import OnProgress, Phase, Progress, Report, Skipped,
 from tidelog_client._selection import Selection
 
 if TYPE_CHECKING:
-    from tidelog_client._storage import PendingOperation, Storage
+    from tidelog_client._storage import Storage
 
 STAGE_BYTES: Final = 8 * 1024 * 1024
 SELECTION_KEYS_A_MESSAGE: Final = 5_000
@@ -224,43 +224,17 @@ class Synchronization:
 
     def _batched_operations(self) -> Iterator[list[tuple[int, bytes]]]:
         """Yield batches in log order: within the server's limits, a commit group never in two."""
-        batch: list[tuple[int, bytes]] = []
-        batch_bytes = 0
-        for unit in _grouped(self._pending_operations()):
-            data = self._read_operations(unit)
-            unit_bytes = sum(len(one) for _, one in data)
-            if batch and (
-                len(batch) + len(data) > self._limits.batch_operation_count
-                or batch_bytes + unit_bytes > self._limits.batch_bytes
-            ):
-                yield batch
-                batch, batch_bytes = [], 0
-            batch.extend(data)
-            batch_bytes += unit_bytes
-        if batch:
+        seqs = None if self._selection is None else self._selection.seqs
+        after = 0
+        while batch := self._storage.upload_batch(
+            after=after,
+            until=self._until,
+            seqs=seqs,
+            count_max=self._limits.batch_operation_count,
+            bytes_max=self._limits.batch_bytes,
+        ):
             yield batch
-
-    def _pending_operations(self) -> Iterator[PendingOperation]:
-        if self._selection is None:
-            yield from self._storage.pending(until=self._until)
-            return
-        for first in range(0, len(self._selection.seqs), _limits.BATCH_OPERATIONS_MAX):
-            with self._storage.environment.read() as transaction:
-                found = [
-                    self._storage.pending_at(transaction, seq)
-                    for seq in self._selection.seqs[first : first + _limits.BATCH_OPERATIONS_MAX]
-                ]
-            yield from (one for one in found if one is not None)
-
-    def _read_operations(self, unit: list[PendingOperation]) -> list[tuple[int, bytes]]:
-        found = []
-        with self._storage.environment.read() as transaction:
-            for one in unit:
-                data = self._storage.log.get(transaction, one.seq)
-                if data is None:
-                    raise LogCorrupt(f"the pending operation at seq {one.seq} is not in the log", seq=one.seq)
-                found.append((one.seq, data))
-        return found
+            after = batch[-1][0]
 
     def _batch_results(self, message: sync_pb2.BatchResults) -> list[bytes | None]:
         if not self._in_flight:
@@ -356,21 +330,6 @@ _FINAL: Final = frozenset((operation_pb2.OPERATION_STATUS_APPLIED, _REJECTED))
 
 def _request(**message: object) -> bytes:
     return splice_pb2.SynchronizeRequestSplice(**message).SerializeToString()  # type: ignore[arg-type]
-
-
-def _grouped(operations: Iterator[PendingOperation]) -> Iterator[list[PendingOperation]]:
-    """Yield each commit group, or single operation, as a list."""
-    unit: list[PendingOperation] = []
-    for operation in operations:
-        if unit and operation.group_position == 0:
-            yield unit
-            unit = []
-        unit.append(operation)
-        if len(unit) >= operation.group_size:
-            yield unit
-            unit = []
-    if unit:
-        yield unit
 
 
 def _parsed(kind: type[_M], data: bytes) -> _M:

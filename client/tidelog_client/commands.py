@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from datetime import UTC
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -30,10 +30,8 @@ from tidelog.cli import (
     print_json,
     print_table,
 )
-
-if TYPE_CHECKING:
-    from tidelog_client import LoggedOperation, Object, Replica, Report
-    from tidelog_client._report import OnProgress, Progress
+from tidelog_client import LoggedOperation, Object, Progress, Replica, Report
+from tidelog_client._report import OnProgress
 
 ReplicaOption = Annotated[
     Path,
@@ -222,9 +220,6 @@ def _opened(path: Path, *, server: str | None = None, create: bool = False) -> I
     if not create and not (path / "data.mdb").is_file():
         hint = "" if server is None else ": --create makes one"
         raise CommandFailed(f"there is no replica in {path}{hint}", ExitCode.STORAGE)
-
-    from tidelog_client import Replica
-
     with Replica(path, server=server) as replica:
         yield replica
 
@@ -296,14 +291,12 @@ def _print_objects(found: Iterator[dict[str, Any]]) -> None:
         names = list(dict.fromkeys(name for data in portion for name in data["attributes"]))
         print_table(
             [Column("ID"), *(Column(name, fit="shorten") for name in names)],
-            (
-                [
-                    data["id"],
-                    *(_text(data["attributes"][name]) if name in data["attributes"] else "" for name in names),
-                ]
-                for data in portion
-            ),
+            ([data["id"], *_cells(data["attributes"], names)] for data in portion),
         )
+
+
+def _cells(attributes: dict[str, Any], names: list[str]) -> Iterator[str]:
+    return (_text(attributes[name]) if name in attributes else "" for name in names)
 
 
 def _print_report(report: Report) -> None:

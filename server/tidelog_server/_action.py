@@ -86,6 +86,8 @@ class Action:
         self.depth = 0
         self.changed_own_object = False
         self._schema = application.schema
+        self._has_references = application.schema.has_references
+        self._has_hooks = application.has_hooks
         self._hooks = application.hooks
         self._replica = replica
         self._time_us = time_us
@@ -103,7 +105,7 @@ class Action:
         state = self.overlay.state(key)
         if state is not None and not state.deleted:
             raise Refused(FailureReason.ALREADY_EXISTS, f"{entity} {id_!r} exists already")
-        if hooks := self._hooks("before_commit", entity):
+        if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
             wanted, attributes = attributes, self._run_before(hooks, key, attributes, state)
             if attributes is not wanted:
                 encoded = None
@@ -127,7 +129,7 @@ class Action:
             after = patch.apply(before)
         except InvalidValue as error:
             raise Refused(FailureReason.VALIDATION_FAILED, f"{entity} {id_!r}: {error}") from error
-        if hooks := self._hooks("before_commit", entity):
+        if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
             wanted, after = after, self._run_before(hooks, key, after, state)
             if after is not wanted:
                 patch = _difference(before, after)
@@ -158,7 +160,7 @@ class Action:
     def delete(self, key: ObjectKey) -> int:
         """Delete an object."""
         state = self._existing(key)
-        if hooks := self._hooks("before_delete", key[0]):
+        if self._has_hooks and (hooks := self._hooks("before_delete", key[0])):
             self._run(hooks, _HookedObject(key, self.overlay.attributes(key), frozen=True))
             state = self._existing(key)  # the hook may have changed it through its context
         before = self.overlay.attributes(key)
@@ -183,7 +185,7 @@ class Action:
             )
 
     def _check_references(self, key: ObjectKey, written: Attributes) -> None:
-        if not self._schema.has_references:
+        if not self._has_references:
             return
         entity, id_ = key
         for attribute, target in self._schema.referenced(entity, written):
@@ -243,7 +245,7 @@ class Action:
         return attributes
 
     def _run_after(self, moment: str, key: ObjectKey, attributes: Attributes) -> None:
-        if hooks := self._hooks(moment, key[0]):
+        if self._has_hooks and (hooks := self._hooks(moment, key[0])):
             self._run(hooks, _HookedObject(key, attributes, frozen=True))
 
     def _run(self, hooks: list[Hook], hooked: _HookedObject) -> None:

@@ -136,6 +136,11 @@ class Application:
         """Run the decorated hook after an object of *entity* was deleted, in the same transaction."""
         return self._registrar("after_delete", entity)
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether any hook was declared."""
+        return bool(self._hooks)
+
     def hooks(self, moment: str, entity: str) -> list[Hook]:
         """Return the hooks of a moment and entity in the order they were declared."""
         return self._hooks.get((moment, entity), _NO_HOOKS)

@@ -180,19 +180,13 @@ class Download:
 
     def _delta_page(self, reader: Reader, start: Start, position: int) -> tuple[sync_pb2.SnapshotPage, int, bool]:
         """Return a page, the position after it, and whether this transaction has nothing above."""
-        entries = reader.latest_changes(position, PAGE_OBJECTS_MAX)
-        states = reader.objects([key for _, key in entries])
+        objects, has_more = reader.latest_objects(position, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
         page = _Page(self._replica)
-        taken = 0
-        sent_up_to = position
-        for version, key in entries:
-            if page.is_full:
-                break
-            taken += 1
-            position = version
-            state = states[key]
-            if not state.deleted or _may_be_known(reader, state, start, sent_up_to):
+        for key, state in objects:
+            if not state.deleted or _may_be_known(reader, state, start, position):
                 page.add(key, state)
+        if objects:
+            position = objects[-1][1].version
         page.message.resume_token = splice_pb2.ResumeToken(
             start=start.cursor,
             position=position,
@@ -201,7 +195,7 @@ class Download:
             scope=_SCOPE,
             first_head=start.first_head,
         ).SerializeToString()
-        return page.message, position, taken == len(entries) < PAGE_OBJECTS_MAX
+        return page.message, position, not has_more
 
 
 class _Page:

@@ -31,6 +31,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -52,6 +53,7 @@ from tidelog_server._records import (
     Settled,
     Writes,
 )
+from tidelog_server._store import ObjectsPage
 
 if TYPE_CHECKING:
     from tidelog._environment import LmdbDatabase, LmdbTransaction
@@ -218,16 +220,12 @@ class LmdbStore:
         by_version = []
         for (entity, id_), (state, replaced) in writes.objects.items():
             key = pack_object_key(entity, id_)
-            flags = (_DELETED if state.deleted else 0) | (_SOLE_WRITER if state.sole_writer else 0)
-            objects.append(
-                (
-                    prefix + key,
-                    _OBJECT.pack(state.version, state.created, state.creator, flags) + state.attributes,
-                )
-            )
+            version, created, creator, deleted, sole_writer, attributes = state
+            flags = (_DELETED if deleted else 0) | (_SOLE_WRITER if sole_writer else 0)
+            objects.append((prefix + key, _OBJECT.pack(version, created, creator, flags) + attributes))
             if replaced:
                 delete(prefix + pack_position(replaced), db=databases.by_version)
-            by_version.append((prefix + pack_position(state.version), key))
+            by_version.append((prefix + pack_position(version), key))
         put_many(transaction, databases.objects, objects)
         put_many(transaction, databases.by_version, by_version)
         put_many(
@@ -247,8 +245,8 @@ class LmdbStore:
             )
         for failure in writes.failures:
             put(prefix + failure.id, failure.data, db=databases.failures)
-            for created in failure.refused_creations:
-                put(prefix + failure.replica + pack_object_key(*created), failure.id, db=databases.refused)
+            for uncreated in failure.refused_creations:
+                put(prefix + failure.replica + pack_object_key(*uncreated), failure.id, db=databases.refused)
 
 
 class LmdbReader:
@@ -275,21 +273,25 @@ class LmdbReader:
                 found[key] = _unpack_object(value)
         return found
 
-    def entity_objects(self, entity: str, after_id: str, limit: int) -> list[tuple[ObjectKey, ObjectState]]:
+    def entity_objects(self, entity: str, after_id: str, limit: int, bytes_max: int) -> ObjectsPage:
         prefix = self._prefix + entity_prefix(entity)
         # No id holds a NUL: with one appended, the search starts behind the id itself.
         start = prefix + after_id.encode() + b"\0" if after_id else prefix
-        return [
-            (unpack_object_key(key[len(self._prefix) :]), _unpack_object(value))
-            for key, value in self._scan(self._databases.objects, start, prefix, limit)
-        ]
+        page = _PageBuilder(limit, bytes_max)
+        for key, value in self._scan(self._databases.objects, start, prefix):
+            if page.is_full:
+                return page.end(has_more=True)
+            page.add(key[len(self._prefix) :], value)
+        return page.end(has_more=False)
 
-    def latest_changes(self, after: int, limit: int) -> list[tuple[int, ObjectKey]]:
-        start = self._prefix + pack_position(after + 1)
-        return [
-            (unpack_position(key[len(self._prefix) :]), unpack_object_key(value))
-            for key, value in self._scan(self._databases.by_version, start, self._prefix, limit)
-        ]
+    def latest_objects(self, after: int, limit: int, bytes_max: int) -> ObjectsPage:
+        prefix, get, objects = self._prefix, self._transaction.get, self._databases.objects
+        page = _PageBuilder(limit, bytes_max)
+        for _version, key in self._scan(self._databases.by_version, prefix + pack_position(after + 1), prefix):
+            if page.is_full:
+                return page.end(has_more=True)
+            page.add(key, get(prefix + key, b"", db=objects))
+        return page.end(has_more=False)
 
     def change(self, version: int) -> Change | None:
         value = self._transaction.get(self._prefix + pack_position(version), db=self._databases.changes)
@@ -299,7 +301,7 @@ class LmdbReader:
         start = self._prefix + pack_position(after + 1)
         return [
             _unpack_change(unpack_position(key[len(self._prefix) :]), value)
-            for key, value in self._scan(self._databases.changes, start, self._prefix, limit)
+            for key, value in islice(self._scan(self._databases.changes, start, self._prefix), limit)
         ]
 
     def replica(self, replica: bytes) -> ReplicaState | None:
@@ -324,20 +326,39 @@ class LmdbReader:
         start = self._prefix + after + b"\0" if after else self._prefix
         return [
             (key[len(self._prefix) :], value)
-            for key, value in self._scan(self._databases.failures, start, self._prefix, limit)
+            for key, value in islice(self._scan(self._databases.failures, start, self._prefix), limit)
         ]
 
     def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
         return self._transaction.get(self._prefix + replica + pack_object_key(*key), db=self._databases.refused)
 
-    def _scan(self, database: LmdbDatabase, start: bytes, prefix: bytes, limit: int) -> Iterator[tuple[bytes, bytes]]:
+    def _scan(self, database: LmdbDatabase, start: bytes, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         cursor = self._transaction.cursor(database)
-        if not cursor.set_range(start):
-            return
-        for count, (key, value) in enumerate(cursor):
-            if count == limit or not key.startswith(prefix):
-                return
-            yield key, value
+        if cursor.set_range(start):
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
+
+class _PageBuilder:
+    """Collects objects up to a limit."""
+
+    def __init__(self, limit: int, bytes_max: int) -> None:
+        self._limit = limit
+        self._bytes_left = bytes_max
+        self._objects: list[tuple[ObjectKey, ObjectState]] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._objects) >= self._limit or self._bytes_left <= 0
+
+    def add(self, key: bytes, value: bytes) -> None:
+        self._objects.append((unpack_object_key(key), _unpack_object(value)))
+        self._bytes_left -= len(value)
+
+    def end(self, *, has_more: bool) -> ObjectsPage:
+        return ObjectsPage(self._objects, has_more)
 
 
 class _Job:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from tidelog._keys import ObjectKey
+from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._values import Attributes, decode_trusted
 from tidelog_server._records import Change, ObjectState
 from tidelog_server._store import Reader
@@ -70,14 +71,16 @@ class Overlay:
         """Iterate over the keys of the entity's objects that exist, in no particular order."""
         yielded: set[ObjectKey] = set()
         after_id = ""
-        while page := self._reader.entity_objects(entity, after_id, _SCAN_PAGE_OBJECTS):
+        more = True
+        while more:
+            page, more = self._reader.entity_objects(entity, after_id, _SCAN_PAGE_OBJECTS, PAGE_BYTES_MAX)
             for key, state in page:
                 if key not in self._states:
                     self._states[key] = state
                 if self.exists(key):
                     yielded.add(key)
                     yield key
-            after_id = page[-1][0][1]
+            after_id = page[-1][0][1] if page else ""
         # What was created on top of the store, also by whoever iterates.
         for key in [key for key in self._written if key[0] == entity and key not in yielded]:
             if self.exists(key):

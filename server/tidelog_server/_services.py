@@ -43,7 +43,7 @@ from tidelog_server._session import (
     begin_upload,
     check_protocol_version,
     parse_replica_id,
-    result_message,
+    put_results,
 )
 from tidelog_server._store import Store
 
@@ -105,14 +105,15 @@ class Services:
             while (answer := await answers.get()) is not None:
                 if isinstance(answer, BaseException):
                     raise answer
-                results = sync_pb2.BatchResults(
-                    results=[result_message(one) for one in await asyncio.wrap_future(answer)]
-                )
+                results = sync_pb2.BatchResults()
+                settled_now = await asyncio.wrap_future(answer)
+                put_results(settled_now, results.results)
                 yield splice_pb2.SynchronizeResponseSplice(
                     batch_results=results.SerializeToString()
                 ).SerializeToString()
+            settled = sync_pb2.UploadSettled()
             held = await asyncio.wrap_future(session.settle_held())
-            settled = sync_pb2.UploadSettled(results=map(result_message, held))
+            put_results(held, settled.results)
             yield splice_pb2.SynchronizeResponseSplice(upload_settled=settled.SerializeToString()).SerializeToString()
             async for page in self._read_ahead(session.pages()):
                 yield splice_pb2.SynchronizeResponseSplice(page=page).SerializeToString()
@@ -146,7 +147,9 @@ class Services:
         merged = [next(final) if result.status == Status.HELD else result for result in results]
         with self._store.read(principal.tenant) as reader:
             version = reader.head().version
-        return sync_pb2.UploadOperationsResponse(results=map(result_message, merged), version=version)
+        response = sync_pb2.UploadOperationsResponse(version=version)
+        put_results(merged, response.results)
+        return response
 
     async def _download_snapshots(
         self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
@@ -259,19 +262,19 @@ class Services:
 
         def read() -> object_pb2.ListObjectsResponse:
             response = object_pb2.ListObjectsResponse()
-            size_bytes = 0
             position = request.page_token
             with self._store.read(principal.tenant) as reader:
-                found = reader.entity_objects(request.entity, position, LIST_PAGE_MAX)
-            for (entity, id_), state in found:
-                if len(response.objects) == limit or size_bytes >= _limits.PAGE_BYTES_MAX:
+                objects, has_more = reader.entity_objects(
+                    request.entity, position, LIST_PAGE_MAX, _limits.PAGE_BYTES_MAX
+                )
+            for (entity, id_), state in objects:
+                if len(response.objects) == limit:
                     response.next_page_token = position
                     return response
                 position = id_
                 if not state.deleted and (where is None or where.matches(decode_trusted(state.attributes))):
                     response.objects.append(_snapshot(entity, id_, state))
-                    size_bytes += len(state.attributes)
-            if len(found) == LIST_PAGE_MAX:
+            if has_more:
                 response.next_page_token = position
             return response
 

@@ -9,9 +9,9 @@ so that several batches can be under way.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import uuid_utils
 
@@ -26,6 +26,11 @@ from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, Request
 from tidelog_server._principal import Principal
 from tidelog_server._records import Head, ReplicaState, Writes
 from tidelog_server._store import Reader, Store
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+    from tidelog.v1.operation_pb2 import OperationResult
 
 SELECTION_OBJECTS_MAX: Final = 100_000
 
@@ -292,21 +297,24 @@ def check_owner(known: ReplicaState | None, principal: Principal) -> None:
         raise ReplicaOwned("this replica id belongs to another user: a replica is used by one user only")
 
 
-def result_message(result: Result) -> operation_pb2.OperationResult:
-    """Return the wire form of a result."""
-    message = operation_pb2.OperationResult(
-        seq=result.seq,
-        status=result.status,  # type: ignore[arg-type]  # the same numbers
-        version=result.version,
-        changed_by_server=result.changed_by_server,
-    )
-    if result.failure_id:
-        message.failure_id = str(uuid_utils.UUID(bytes=result.failure_id))
-    if result.reason is not None:
-        message.reason = result.reason.number
-    if result.message:
-        message.message = result.message
-    return message
+def put_results(results: Iterable[Result], container: RepeatedCompositeFieldContainer[OperationResult]) -> None:
+    """Append the wire form of results to a message's field."""
+    for result in results:
+        if result.status == Status.APPLIED:
+            container.add(
+                seq=result.seq,
+                status=operation_pb2.OPERATION_STATUS_APPLIED,
+                version=result.version,
+                changed_by_server=result.changed_by_server,
+            )
+            continue
+        container.add(
+            seq=result.seq,
+            status=result.status,
+            failure_id=str(uuid_utils.UUID(bytes=result.failure_id)) if result.failure_id else "",
+            reason=result.reason.number if result.reason is not None else operation_pb2.FAILURE_REASON_UNSPECIFIED,
+            message=result.message,
+        )
 
 
 def _then(

@@ -10,12 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from tidelog._keys import ObjectKey
 from tidelog_server._records import Change, Head, Identity, ObjectState, ReplicaState, Settled, Writes
 
 T = TypeVar("T")
+
+
+class ObjectsPage(NamedTuple):
+    """
+    Some objects: at least one if there are any, and no more than asked for.
+
+    Attributes:
+        objects: Keys and states in order.
+        has_more: Whether the scan ended because of a limit, so that more may follow.
+    """
+
+    objects: list[tuple[ObjectKey, ObjectState]]
+    has_more: bool
 
 
 class Reader(Protocol):
@@ -33,12 +46,16 @@ class Reader(Protocol):
         """Return the states of those objects that are or were there."""
         ...
 
-    def entity_objects(self, entity: str, after_id: str, limit: int) -> list[tuple[ObjectKey, ObjectState]]:
-        """Return up to *limit* objects of an entity, tombstones too, in id order above *after_id*."""
+    def entity_objects(self, entity: str, after_id: str, limit: int, bytes_max: int) -> ObjectsPage:
+        """Return objects of an entity, tombstones too, in id order above *after_id*."""
         ...
 
-    def latest_changes(self, after: int, limit: int) -> list[tuple[int, ObjectKey]]:
-        """Return up to *limit* (version, key) in version order above *after*: each object at its latest only."""
+    def latest_objects(self, after: int, limit: int, bytes_max: int) -> ObjectsPage:
+        """
+        Return the objects, tombstones too, whose latest version is above *after*, in version order.
+
+        The page ends after *limit* objects, or once their attributes reach *bytes_max*.
+        """
         ...
 
     def change(self, version: int) -> Change | None:

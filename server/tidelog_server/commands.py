@@ -13,15 +13,13 @@ import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
 from tidelog._logging import get_logger
 from tidelog.cli import CommandFailed, ExitCode, check_address
-
-if TYPE_CHECKING:
-    from tidelog_server import Application
+from tidelog_server import AddressUnavailable, Application, Server
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -64,8 +62,6 @@ def serve(
     _set_up_logging(log_level, as_json=log_json)
     served = _load(application) if application is not None else None
 
-    from tidelog_server import AddressUnavailable, Application, Server
-
     # A queue, because its `put` may interrupt its own `get`; an Event's `set` could wait for itself.
     stops: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -96,9 +92,6 @@ def _load(name: str) -> Application:
         found = operator.attrgetter(attribute)(module)
     except AttributeError:
         raise CommandFailed(f"module {module_name!r} has no {attribute!r}", ExitCode.USAGE) from None
-
-    from tidelog_server import Application
-
     if not isinstance(found, Application):
         raise CommandFailed(
             f"{name} is a {type(found).__name__}: expected a tidelog_server.Application", ExitCode.USAGE
