@@ -76,9 +76,9 @@ class Comparison(Constraint):
         except InvalidValue as error:
             raise InvalidConstraint(str(error)) from error
         if self.operator == "in" and type(self.value) is not list:
-            raise InvalidConstraint(f"`in` needs a list of values, got {self.value!r}")
+            raise InvalidConstraint(f"`in` needs a list of values, got {type(self.value).__name__}")
         if self.operator in ("<", "<=", ">", ">=") and type(self.value) not in _ORDERED:
-            raise InvalidConstraint(f"{self.value!r} has no order: use == != or in")
+            raise InvalidConstraint(f"a {type(self.value).__name__} has no order: use == != or in")
 
     def matches(self, attributes: Mapping[str, Any]) -> bool:
         present = attributes.get(self.attribute)

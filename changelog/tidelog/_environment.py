@@ -82,6 +82,32 @@ class _Gate:
                 self._condition.notify_all()
 
 
+class _Shared:
+    """The one LMDB environment of a path in this process, with as many users as opened it."""
+
+    def __init__(self, path: Path, *, format_name: str, relaxed: bool, map_bytes: int) -> None:
+        self.path = path
+        self.pid = os.getpid()
+        self.user_count = 0
+        self.format_name = format_name
+        self.relaxed = relaxed
+        self.gate = _Gate()
+        self.databases: dict[str, LmdbDatabase] = {}
+        with _typed_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            _check_format(path, format_name)
+            self.lmdb = lmdb.open(
+                str(path),
+                map_size=map_bytes,
+                max_dbs=DATABASES_MAX,
+                max_readers=READERS_MAX,
+                max_spare_txns=16,
+                # Without it a power cut may take the newest commit; integrity and order are kept.
+                metasync=not relaxed,
+            )
+            self.lmdb.reader_check()
+
+
 class Environment:
     """
     An LMDB environment in a directory of its own.
@@ -89,31 +115,16 @@ class Environment:
     Use `Environment.open`; close with `close`. Safe to use from many threads.
     """
 
-    _shared: dict[str, Environment] = {}  # noqa: RUF012 - one per path and process, see the module
-    _shared_lock = threading.Lock()
+    _open_paths: dict[str, _Shared] = {}  # noqa: RUF012 - one per path and process, see the module
+    _open_lock = threading.Lock()
 
-    def __init__(self, path: Path, *, format_name: str, relaxed: bool, map_bytes: int) -> None:
-        self.path = path
-        self._pid = os.getpid()
-        self._user_count = 1
+    def __init__(self, shared: _Shared, *, relaxed: bool) -> None:
+        self.path = shared.path
+        self._shared = shared
+        self._lmdb = shared.lmdb
+        self._gate = shared.gate
         self._relaxed = relaxed
-        self._gate = _Gate()
-        path.mkdir(parents=True, exist_ok=True)
-        _check_format(path, format_name)
-        with _typed_errors(path):
-            self._lmdb = lmdb.open(
-                str(path),
-                map_size=map_bytes,
-                max_dbs=DATABASES_MAX,
-                max_readers=READERS_MAX,
-                max_spare_txns=16,
-                sync=not relaxed,
-                # In relaxed durability a power cut may take the newest commits, never order or integrity;
-                # LMDB promises that much as long as the file system writes in order, hence no WRITEMAP.
-                metasync=not relaxed,
-            )
-            self._lmdb.reader_check()
-        self._databases: dict[str, LmdbDatabase] = {}
+        self._closed = False
 
     @classmethod
     def open(
@@ -122,41 +133,48 @@ class Environment:
         """
         Open the environment at *path*, or share the one that this process has open there.
 
+        Args:
+            path: Its directory.
+            format_name: What the directory holds, and in which format.
+            relaxed: Whether a commit need not wait for the last of two syncs. A power
+                cut may then take the newest commits, never order or integrity.
+            map_bytes: Size of the map at first.
+
         Raises:
             FormatUnsupported: The directory holds something else, or another format.
             StorageError: The directory cannot be opened.
         """
         name = os.path.realpath(path)
-        with cls._shared_lock:
-            environment = cls._shared.get(name)
-            if environment is not None and environment.is_usable:
-                environment._share()  # noqa: SLF001 - its own class
-                return environment
-            environment = cls(Path(name), format_name=format_name, relaxed=relaxed, map_bytes=map_bytes)
-            cls._shared[name] = environment
-            return environment
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether this process opened it, rather than the one it was forked from."""
-        return self._pid == os.getpid()
+        with cls._open_lock:
+            shared = cls._open_paths.get(name)
+            if shared is None or shared.pid != os.getpid():
+                shared = _Shared(Path(name), format_name=format_name, relaxed=relaxed, map_bytes=map_bytes)
+                cls._open_paths[name] = shared
+            elif shared.format_name != format_name:
+                raise FormatUnsupported(name, found=shared.format_name, supported=format_name)
+            shared.user_count += 1
+        return cls(shared, relaxed=relaxed)
 
     def close(self) -> None:
-        """Close the environment once its last user in this process has."""
-        if not self.is_usable:
+        """Close it for this user, and the files with the last user in this process. May be repeated."""
+        if self._closed:
             return
-        with self._shared_lock:
-            self._user_count -= 1
-            if self._user_count == 0:
-                self._shared.pop(os.path.realpath(self.path), None)
+        self._closed = True
+        if self._shared.pid != os.getpid():
+            return
+        with self._open_lock:
+            self._shared.user_count -= 1
+            if self._shared.user_count == 0:
+                self._open_paths.pop(str(self.path), None)
                 with self._gate.closed():
                     self._lmdb.close()
 
     def database(self, name: str) -> LmdbDatabase:
         """Return the database of this name, creating it if need be."""
-        if name not in self._databases:
-            self._databases[name] = self._retried(lambda: self._lmdb.open_db(name.encode()))
-        return self._databases[name]
+        databases = self._shared.databases
+        if name not in databases:
+            databases[name] = self._retried(lambda: self._lmdb.open_db(name.encode()))
+        return databases[name]
 
     @contextmanager
     def read(self) -> Iterator[LmdbTransaction]:
@@ -164,6 +182,7 @@ class Environment:
         Open a read transaction for the length of a `with` block.
 
         Raises:
+            ResourceClosed: It is closed.
             InheritedEnvironment: In a forked child.
             StorageError: LMDB failed.
         """
@@ -184,14 +203,18 @@ class Environment:
 
         Raises:
             DiskFull: There is no room. Nothing was written.
+            ResourceClosed: It is closed.
             InheritedEnvironment: In a forked child.
             StorageError: LMDB failed. Nothing was written.
         """
-        return self._retried(lambda: self._write_once(work))
+        result = self._retried(lambda: self._write_once(work))
+        if self._shared.relaxed and not self._relaxed:
+            self.sync()  # another user opened it relaxed; this one was promised more
+        return result
 
     def sync(self) -> None:
         """Force everything that was committed to disk, in relaxed durability too."""
-        if self._relaxed:
+        if self._shared.relaxed:
             with _typed_errors(self.path):
                 self._lmdb.sync(True)
 
@@ -213,10 +236,11 @@ class Environment:
             self._gate.leave()
 
     def _begin(self, *, write: bool) -> LmdbTransaction:
-        self._check_usable()
         while True:
             self._gate.enter()
             try:
+                # Inside the gate: whoever closes waits outside until this transaction has ended.
+                self._check_usable()
                 with _typed_errors(self.path):
                     return self._lmdb.begin(write=write, buffers=False)
             except lmdb.MapResizedError:
@@ -226,16 +250,13 @@ class Environment:
                 self._gate.leave()
                 raise
 
-    def _share(self) -> None:
-        self._user_count += 1
-
     def _check_usable(self) -> None:
-        if not self.is_usable:
+        if self._closed:
+            raise ResourceClosed(f"{self.path} is closed")
+        if self._shared.pid != os.getpid():
             raise InheritedEnvironment(
                 f"{self.path} was opened by the process this one was forked from: open it again after the fork"
             )
-        if self._user_count == 0:
-            raise ResourceClosed(f"{self.path} is closed")
 
     def _retried(self, attempt: Callable[[], T]) -> T:
         while True:
@@ -278,7 +299,7 @@ def _typed_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFull(f"no room left on the disk of {path}: nothing was written, make room and repeat") from error
-        raise
+        raise StorageError(f"{path} cannot be used: {error}") from error
 
 
 def _is_disk_full(error: lmdb.Error) -> bool:
@@ -291,7 +312,7 @@ def _check_format(path: Path, format_name: str) -> None:
     """Compare the directory's format with *format_name*, or write it into a new directory."""
     file = path / _FORMAT_FILE
     try:
-        found = file.read_text().strip()
+        found = file.read_text(errors="replace").strip()
     except FileNotFoundError:
         if (path / "data.mdb").exists():
             raise FormatUnsupported(str(path), found="data without a format mark", supported=format_name) from None

@@ -142,7 +142,13 @@ class SynchronizationError(TidelogError):
 
     No visible local data changed because of the download, what was uploaded
     stays on the server, pending operations stay pending: call again.
+
+    Attributes:
+        report: What was done until then, as the method would have returned it; None
+            if nothing was begun.
     """
+
+    report: Any = None
 
 
 class SynchronizationInProgress(SynchronizationError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from tidelog._errors import InvalidValue
@@ -115,7 +115,7 @@ class SynchronizationFailure:
             ),
             replica_id=message.replica_id,
             version=message.version,
-            time=message.create_time.ToDatetime() if message.HasField("create_time") else None,
+            time=message.create_time.ToDatetime(tzinfo=UTC) if message.HasField("create_time") else None,
         )
 
 

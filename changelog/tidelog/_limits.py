@@ -29,6 +29,9 @@ BATCHES_IN_FLIGHT_MAX: Final = 4
 PAGE_OBJECTS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 1024 * 1024
 
+# What is said to people about one operation: a thousand of them must fit a message.
+REASON_BYTES_MAX: Final = 1_000
+
 # A commit group may exceed the batch target, and a page holds at least one
 # object: both stay below this, with room for the framing.
 MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""Logging: structured events through the standard library, so that the program decides where they go."""
+"""Logging: events with fields (`extra`) through the standard library, so that the program decides where they go."""
 
 from __future__ import annotations
 
@@ -13,9 +13,5 @@ def get_logger(name: str) -> Any:
     return structlog.wrap_logger(
         logging.getLogger(name),
         wrapper_class=structlog.stdlib.BoundLogger,
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.processors.format_exc_info,
-            structlog.processors.KeyValueRenderer(key_order=["event"]),
-        ],
+        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
     )

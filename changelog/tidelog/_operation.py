@@ -174,6 +174,9 @@ def _checked(message: operation_pb2.Operation) -> Operation:
     seconds = time.seconds
     if not _TIME_SECONDS_MIN <= seconds <= _TIME_SECONDS_MAX:
         raise InvalidValue(f"a client time {seconds} seconds from 1970: years are 1 to 9999")
+    nanos = time.nanos
+    if not 0 <= nanos < 1_000_000_000:  # noqa: PLR2004 - a second
+        raise InvalidValue(f"a client time with {nanos} nanoseconds")
     return Operation(
         seq,
         message.nonce,
@@ -184,5 +187,5 @@ def _checked(message: operation_pb2.Operation) -> Operation:
         base_version,
         group,
         message.schema_version,
-        seconds * 1_000_000 + time.nanos // 1000,
+        seconds * 1_000_000 + nanos // 1000,
     )

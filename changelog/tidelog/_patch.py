@@ -12,11 +12,13 @@ pending operation, the server to apply it, and both get the same result.
 
 from __future__ import annotations
 
+import decimal
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from tidelog._errors import InvalidValue
 from tidelog._values import (
+    DECIMAL_BYTES_MAX,
     INTEGER_MAX,
     INTEGER_MIN,
     Attributes,
@@ -31,6 +33,18 @@ from tidelog._values import (
 
 _SET_PREFIX = b"\x81\xa3set"  # a MessagePack map of one pair whose key is "set"
 _FIELDS = frozenset(("set", "unset", "increment", "add", "remove"))
+_QUOTED_CHARS_MAX = 80
+
+_EXACT = decimal.Context(
+    prec=4 * DECIMAL_BYTES_MAX,
+    Emax=decimal.MAX_EMAX,
+    Emin=decimal.MIN_EMIN,
+    traps=[decimal.Inexact, decimal.InvalidOperation, decimal.Overflow, decimal.Subnormal],
+)
+
+# An attribute's value lies inside the patch and inside one of its fields.
+_ATTRIBUTE_DEPTH = 3
+
 _NO_MAP: Attributes = {}
 # Values of these types can be stored, but for strings with a lone surrogate.
 _PLAIN = frozenset((str, bool, float, bytes, type(None)))
@@ -174,12 +188,12 @@ def _check_shape(patch: Patch) -> None:
         raise InvalidValue(f"attribute {twice!r} stands twice in one patch")
     for name, amount in patch.increment.items():
         if type(amount) not in (int, float, Decimal):
-            raise InvalidValue(f"attribute {name!r} is incremented by {amount!r}, which is no number")
+            raise InvalidValue(f"attribute {name!r} is incremented by {_short(amount)}, which is no number")
         check(amount, f"the increment of attribute {name!r}")
     for members_by_name in (patch.add, patch.remove):
         for name, members in members_by_name.items():
             if type(members) is not list:
-                raise InvalidValue(f"members of attribute {name!r} must come as a list, got {members!r}")
+                raise InvalidValue(f"members of attribute {name!r} must come as a list, got {_short(members)}")
 
 
 def _incremented(name: str, present: Any, amount: Any) -> Any:
@@ -189,18 +203,35 @@ def _incremented(name: str, present: Any, amount: Any) -> Any:
     # An integer fits into any kind of number; nothing else is converted, because
     # the result would not be what either author meant.
     if kind not in (int, float, Decimal) or type(amount) not in (kind, int):
-        raise InvalidValue(f"attribute {name!r} is {present!r}: {amount!r} cannot be added to it")
+        raise InvalidValue(f"attribute {name!r} is {_short(present)}: {amount!r} cannot be added to it")
+    if kind is Decimal:
+        return _exact_sum(name, present, Decimal(amount))
     total = present + amount
     if kind is int and not INTEGER_MIN <= total <= INTEGER_MAX:
         raise InvalidValue(f"attribute {name!r} would exceed 64 bits")
     return total
 
 
+def _exact_sum(name: str, present: Decimal, amount: Decimal) -> Decimal:
+    """Add without rounding, so that increments merge to the same sum in any order."""
+    try:
+        total = _EXACT.add(present, amount)
+        check(total, f"attribute {name!r}")
+    except (decimal.DecimalException, InvalidValue):
+        raise InvalidValue(f"attribute {name!r} would have more digits than a decimal can hold") from None
+    return total
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _QUOTED_CHARS_MAX else f"{text[:_QUOTED_CHARS_MAX]}..."
+
+
 def _members_of(name: str, present: Any) -> list[Any]:
     if present is None:
         return []
     if type(present) is not list:
-        raise InvalidValue(f"attribute {name!r} is {present!r}: it has no members")
+        raise InvalidValue(f"attribute {name!r} is {_short(present)}: it has no members")
     return present
 
 

@@ -21,7 +21,7 @@ import json
 import math
 import threading
 from collections.abc import Set as AbstractSet
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, TypeAlias, cast
 
@@ -164,8 +164,12 @@ def check(value: Any, what: str = "value", depth: int = 1) -> None:
             for member in value:
                 check(member, what, depth + 1)
     elif kind is datetime:
-        if value.tzinfo is None:
+        if value.utcoffset() is None:
             raise InvalidValue(f"{what} is a datetime without a time zone: timestamps are UTC")
+        try:
+            value.astimezone(UTC)
+        except OverflowError:
+            raise InvalidValue(f"{what} is outside the years 1 to 9999 in UTC") from None
     elif kind is Decimal:
         if not value.is_finite() or len(str(value)) > DECIMAL_BYTES_MAX:
             raise InvalidValue(f"{what} is a decimal that is not finite or longer than {DECIMAL_BYTES_MAX} digits")
@@ -177,7 +181,7 @@ def check(value: Any, what: str = "value", depth: int = 1) -> None:
 
 def check_name(name: str, what: str) -> None:
     """Check the name of an entity or attribute: 1 to 64 bytes, no NUL. Raises InvalidValue."""
-    if name not in _KNOWN_NAMES:
+    if type(name) is not str or name not in _KNOWN_NAMES:
         _check_text(name, what, NAME_BYTES_MAX)
         if len(_KNOWN_NAMES) < _KNOWN_NAMES_MAX:
             _KNOWN_NAMES.add(name)
@@ -193,6 +197,16 @@ def check_id(id_: str) -> None:
     if type(id_) is str and 0 < len(id_) <= ID_BYTES_MAX and id_.isascii() and "\0" not in id_:
         return
     _check_text(id_, "an id", ID_BYTES_MAX)
+
+
+def copied(value: Any) -> Any:
+    """Return a value whose lists and maps are its own."""
+    kind = type(value)
+    if kind is dict:
+        return {key: copied(member) for key, member in value.items()}
+    if kind is list:
+        return [copied(member) for member in value]
+    return value
 
 
 def equal(left: Any, right: Any) -> bool:

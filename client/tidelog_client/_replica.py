@@ -15,7 +15,7 @@ import uuid_utils
 
 from tidelog._constraints import Constraint, Where, constraint_of
 from tidelog._environment import MAP_BYTES_DEFAULT
-from tidelog._errors import InvalidValue
+from tidelog._errors import InvalidValue, SynchronizationError
 from tidelog._failure import SynchronizationFailure
 from tidelog._operation import Operation
 from tidelog._patch import Patch
@@ -384,13 +384,17 @@ class Replica:
             report.added.clear()
             return select(self._storage, self._known_schema(), selected or {}, report)
 
-        self._synchronizer.run(
-            mode,
-            report,
-            timeout=timeout,
-            on_progress=on_progress,
-            selection=selection if selected is not None else None,
-        )
+        try:
+            self._synchronizer.run(
+                mode,
+                report,
+                timeout=timeout,
+                on_progress=on_progress,
+                selection=selection if selected is not None else None,
+            )
+        except SynchronizationError as error:
+            error.report = report if report.attempts else None
+            raise
         self.trim_log()
         return report
 

@@ -21,9 +21,10 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import OBJECT_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog._operation import Operation, OperationKind
-from tidelog._patch import Patch, check_attribute_name, patch_setting
-from tidelog._values import Attributes, check, check_id, check_name, encode, equal
+from tidelog._patch import Patch, check_attribute_name, check_attributes, patch_setting
+from tidelog._values import Attributes, check, check_id, check_name, copied, encode, equal
 from tidelog_server._application import Application, Hook, Reject, TransientError
+from tidelog_server._errors import for_people
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import Change, ObjectState
@@ -36,10 +37,10 @@ _log = get_logger("tidelog.hooks")
 class Refused(Exception):
     """The operation is refused."""
 
-    def __init__(self, reason: FailureReason, message: str, *, cause: bytes = b"") -> None:
-        super().__init__(message)
+    def __init__(self, reason: FailureReason, message: object, *, cause: bytes = b"") -> None:
+        self.message = for_people(message)
+        super().__init__(self.message)
         self.reason = reason
-        self.message = message
         self.cause = cause
         self.position = 0
 
@@ -48,9 +49,9 @@ class Waits(Exception):
     """The operation refers to an object that has not arrived."""
 
     def __init__(self, target: ObjectKey, message: str) -> None:
-        super().__init__(message)
+        self.message = for_people(message)
+        super().__init__(self.message)
         self.target = target
-        self.message = message
 
 
 class Action:
@@ -238,11 +239,15 @@ class Action:
                 f"a before-commit hook of {key[0]} wrote its own object through the context "
                 "instead of setting its attributes",
             )
-        if hooked.attributes is not attributes and not equal(hooked.attributes, attributes):
-            if key == self.operation.key:
-                self.changed_own_object = True
-            return hooked.attributes
-        return attributes
+        if equal(hooked.attributes, attributes):
+            return attributes
+        try:
+            check_attributes(hooked.attributes)
+        except InvalidValue as error:
+            raise Refused(FailureReason.HOOK_ERROR, f"a before-commit hook of {key[0]}: {error}") from error
+        if key == self.operation.key:
+            self.changed_own_object = True
+        return hooked.attributes
 
     def _run_after(self, moment: str, key: ObjectKey, attributes: Attributes) -> None:
         if self._has_hooks and (hooks := self._hooks(moment, key[0])):
@@ -256,7 +261,9 @@ class Action:
                 raise Refused(FailureReason.HOOK_REJECTED, rejection.message) from rejection
             except (Refused, Waits, TransientError):
                 raise
-            except Exception as error:
+            except (KeyboardInterrupt, MemoryError):
+                raise
+            except BaseException as error:
                 # Whatever the application's code raises settles the operation as a failure: it must not
                 # end the session, and the traceback must not reach the client.
                 name = getattr(hook, "__qualname__", repr(hook))
@@ -268,13 +275,12 @@ class Action:
 
 
 class _HookedObject:
-    """The object that a hook gets; it copies the attributes at the first change. See `HookObject`."""
+    """The object that a hook gets, with attributes of its own. See `HookObject`."""
 
     def __init__(self, key: ObjectKey, attributes: Attributes, *, frozen: bool = False) -> None:
         self.entity, self.id = key
-        self.attributes = attributes
+        self.attributes: Attributes = copied(attributes)
         self._frozen = frozen
-        self._copied = False
 
     def __getitem__(self, attribute: str) -> Any:
         return self.attributes.get(attribute)
@@ -285,20 +291,17 @@ class _HookedObject:
     def __setitem__(self, attribute: str, value: Any) -> None:
         check_attribute_name(attribute)
         check(value, f"attribute {attribute!r}")
-        self._own()[attribute] = value
+        self._writable()[attribute] = value
 
     def __delitem__(self, attribute: str) -> None:
-        self._own().pop(attribute, None)
+        self._writable().pop(attribute, None)
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self.attributes)
+        return copied(self.attributes)  # type: ignore[no-any-return]
 
-    def _own(self) -> Attributes:
+    def _writable(self) -> Attributes:
         if self._frozen:
             raise TypeError("only a before-commit hook sets attributes: use context.update here")
-        if not self._copied:
-            self.attributes = dict(self.attributes)
-            self._copied = True
         return self.attributes
 
 
@@ -318,7 +321,7 @@ class _HookContext:
 
     def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002
         overlay = self._action.overlay
-        return dict(overlay.attributes((entity, id))) if overlay.exists((entity, id)) else None
+        return copied(overlay.attributes((entity, id))) if overlay.exists((entity, id)) else None
 
     def query(self, entity: str, where: Where = None) -> Iterator[tuple[str, dict[str, Any]]]:
         constraint = constraint_of(where)
@@ -326,7 +329,7 @@ class _HookContext:
         for key in overlay.entity_keys(entity):
             attributes = overlay.attributes(key)
             if constraint is None or constraint.matches(attributes):
-                yield key[1], dict(attributes)
+                yield key[1], copied(attributes)
 
     def create(self, entity: str, attributes: dict[str, Any], id: str | None = None) -> str:  # noqa: A002
         id_ = str(uuid_utils.uuid7()) if id is None else id
@@ -334,11 +337,11 @@ class _HookContext:
         check_id(id_)
         Patch(attributes).check()
         with self._deeper():
-            self._action.create((entity, id_), dict(attributes), None)
+            self._action.create((entity, id_), copied(attributes), None)
         return id_
 
     def update(self, entity: str, id: str, attributes: dict[str, Any]) -> None:  # noqa: A002
-        patch = Patch(dict(attributes))
+        patch = Patch(copied(attributes))
         patch.check()
         with self._deeper():
             self._action.update((entity, id), patch, patch.encode())

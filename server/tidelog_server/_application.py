@@ -24,7 +24,7 @@ class Reject(Exception):
     Raised by a hook to refuse the operation; the message reaches its author.
 
     Args:
-        message: Why, in a sentence for people.
+        message: Why, in a sentence for people. Cut after 1,000 bytes.
     """
 
     def __init__(self, message: str) -> None:
@@ -72,9 +72,15 @@ class HookContext(Protocol):
     """
 
     @property
-    def principal(self) -> Principal: ...
+    def principal(self) -> Principal:
+        """Who sent the operation."""
+        ...
+
     @property
-    def operation(self) -> Operation: ...
+    def operation(self) -> Operation:
+        """The operation."""
+        ...
+
     def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002 - the glossary's word
         """Return the attributes of an object, or None if there is none."""
         ...

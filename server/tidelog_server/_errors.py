@@ -1,5 +1,5 @@
 """
-What ends a call or a session on the server, and how that is told on the wire.
+What ends a call or a session on the server. How that is told on the wire: `_status`.
 
 * TidelogError
   + RequestInvalid          a request that the protocol does not allow
@@ -10,26 +10,20 @@ What ends a call or a session on the server, and how that is told on the wire.
   + ReplicaOwned            the replica id belongs to another principal
   + NotFound                what was asked for by name is not there (to this principal)
   + AddressUnavailable      the server cannot listen where it should
-
-`STATUS` is the one table from errors to status codes and reasons; programs branch on
-the reason.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from tidelog._errors import TidelogError
+from tidelog._limits import REASON_BYTES_MAX
 
-import grpc
 
-from tidelog._errors import (
-    DiskFull,
-    InvalidConstraint,
-    InvalidValue,
-    ResourceClosed,
-    StorageError,
-    TidelogError,
-)
-from tidelog_server._application import TransientError
+def for_people(message: object) -> str:
+    """Return a message as text that fits the wire, whatever an application's code made of it."""
+    data = str(message).encode("utf-8", "backslashreplace")
+    if len(data) <= REASON_BYTES_MAX:
+        return data.decode()
+    return data[: REASON_BYTES_MAX - 3].decode("utf-8", "ignore") + "..."
 
 
 class RequestInvalid(TidelogError):
@@ -66,29 +60,3 @@ class NotFound(TidelogError):
 
 class AddressUnavailable(TidelogError):
     """The server cannot listen at the address it was given."""
-
-
-# The first class that fits counts: put the special before the general.
-STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
-    (OperationsOutOfOrder, grpc.StatusCode.INVALID_ARGUMENT, "OPERATIONS_OUT_OF_ORDER"),
-    (RequestInvalid, grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
-    (InvalidConstraint, grpc.StatusCode.INVALID_ARGUMENT, "CONSTRAINT_INVALID"),
-    (InvalidValue, grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
-    (ProtocolVersionUnknown, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VERSION_UNSUPPORTED"),
-    (SessionSuperseded, grpc.StatusCode.ABORTED, "SESSION_SUPERSEDED"),
-    (OperationForked, grpc.StatusCode.FAILED_PRECONDITION, "REPLICA_FORKED"),
-    (ReplicaOwned, grpc.StatusCode.PERMISSION_DENIED, "REPLICA_OWNED"),
-    (NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
-    (TransientError, grpc.StatusCode.UNAVAILABLE, "HOOK_TRANSIENT"),
-    (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
-    (ResourceClosed, grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),
-    (StorageError, grpc.StatusCode.UNAVAILABLE, "STORE_FAILED"),
-)
-
-
-def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, str]:
-    """Return (code, reason, message) for the wire. What is not in the table says nothing of itself."""
-    for kind, code, reason in STATUS:
-        if isinstance(error, kind):
-            return code, getattr(error, "reason", reason), str(error)
-    return grpc.StatusCode.INTERNAL, "INTERNAL", "the server failed: its log has the details"

@@ -39,7 +39,7 @@ import msgpack
 from filelock import FileLock, Timeout
 
 from tidelog._environment import MAP_BYTES_DEFAULT, Environment, put_many
-from tidelog._errors import ResourceClosed, StoreInUse
+from tidelog._errors import ResourceClosed, StorageError, StoreInUse
 from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
@@ -88,7 +88,10 @@ class LmdbStore:
 
     def __init__(self, path: str | Path, *, map_bytes: int = MAP_BYTES_DEFAULT) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be used: {error}") from error
         self._lock = FileLock(self.path / "server.lock", timeout=0)
         try:
             self._lock.acquire()
@@ -169,7 +172,7 @@ class LmdbStore:
     def _write_group(self, group: list[_Job]) -> None:
         try:
             outcomes = self._environment.write(lambda transaction: self._run_group(transaction, group))
-        except Exception as error:  # noqa: BLE001 - the jobs' owners are told, and decide
+        except BaseException as error:  # noqa: BLE001 - the jobs' owners are told; this thread must live on
             _log.exception("commit failed", job_count=len(group))
             for job in group:
                 job.future.set_exception(error)
@@ -180,16 +183,16 @@ class LmdbStore:
             else:
                 job.future.set_exception(refusal)
 
-    def _run_group(self, transaction: LmdbTransaction, group: list[_Job]) -> list[tuple[Any, Exception | None]]:
+    def _run_group(self, transaction: LmdbTransaction, group: list[_Job]) -> list[tuple[Any, BaseException | None]]:
         commit_id = secrets.token_bytes(COMMIT_ID_BYTES)
-        outcomes: list[tuple[Any, Exception | None]] = []
+        outcomes: list[tuple[Any, BaseException | None]] = []
         heads: dict[bytes, int] = {}
         for job in group:
             prefix = self._tenant_prefix(transaction, job.tenant)
             reader = LmdbReader(transaction, self._databases, prefix)
             try:
                 writes, result = job.work(reader)
-            except Exception as error:  # noqa: BLE001 - handed to the job's owner; nothing of the job was written
+            except BaseException as error:  # noqa: BLE001 - handed to the job's owner; nothing of it was written
                 outcomes.append((None, error))
                 continue
             if writes is not None:

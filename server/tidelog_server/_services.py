@@ -34,7 +34,7 @@ from tidelog.v1 import failure_pb2, object_pb2, operation_pb2, sync_pb2
 from tidelog_server._application import Application
 from tidelog_server._download import Download, cursor_at, start_of
 from tidelog_server._engine import Result, Status, Uploader
-from tidelog_server._errors import NotFound, RequestInvalid, status_of
+from tidelog_server._errors import NotFound, RequestInvalid
 from tidelog_server._principal import ANONYMOUS, Principal
 from tidelog_server._records import ObjectState, ReplicaState
 from tidelog_server._session import (
@@ -45,12 +45,14 @@ from tidelog_server._session import (
     parse_replica_id,
     put_results,
 )
+from tidelog_server._status import status_of
 from tidelog_server._store import Store
 
 ERROR_DOMAIN: Final = "tidelog"
 READ_THREADS: Final = 4
 LIST_PAGE_DEFAULT: Final = 100
 LIST_PAGE_MAX: Final = 1_000
+JSON_OPERATION_BYTES_MAX: Final = 128 * 1024
 
 _log = get_logger("tidelog.services")
 _M = TypeVar("_M", bound=Message)
@@ -204,17 +206,20 @@ class Services:
         def read() -> failure_pb2.ListFailuresResponse:
             response = failure_pb2.ListFailuresResponse()
             position = after
+            size_bytes = 0
             with self._store.read(principal.tenant) as reader:
                 # What is filtered out is read too; a page of the scan per page of the answer bounds it.
                 found = reader.failures(position, LIST_PAGE_MAX)
             for failure_id, record in found:
-                if len(response.failures) == limit:
+                if len(response.failures) == limit or size_bytes >= _limits.PAGE_BYTES_MAX:
                     response.next_page_token = str(uuid_utils.UUID(bytes=position))
                     return response
                 position = failure_id
                 failure = failure_pb2.SynchronizationFailure.FromString(record)
                 if failure.user_id == principal.user_id and replica_id in ("", failure.replica_id):
-                    response.failures.append(_for_people(failure))
+                    failure = _for_people(failure)
+                    size_bytes += failure.ByteSize()
+                    response.failures.append(failure)
             if len(found) == LIST_PAGE_MAX:
                 response.next_page_token = str(uuid_utils.UUID(bytes=position))
             return response
@@ -349,7 +354,7 @@ async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Excepti
     if code is grpc.StatusCode.INTERNAL:
         _log.error("call failed", exc_info=error)
     else:
-        _log.info("call refused", reason=reason, message=message)
+        _log.info("call refused", reason=reason, detail=message)
     detail = AnyMessage()
     detail.Pack(ErrorInfo(domain=ERROR_DOMAIN, reason=reason))
     number = Code.Value(code.name)
@@ -383,6 +388,8 @@ def _snapshot(entity: str, id_: str, state: ObjectState) -> operation_pb2.Snapsh
 
 
 def _for_people(failure: failure_pb2.SynchronizationFailure) -> failure_pb2.SynchronizationFailure:
+    if len(failure.operation) > JSON_OPERATION_BYTES_MAX:
+        return failure  # with its JSON it might not fit a message
     try:
         failure.operation_json = as_json(operation_as_data(decode_operation(failure.operation)))
     except InvalidValue:

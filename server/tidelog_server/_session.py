@@ -17,6 +17,7 @@ import uuid_utils
 
 from tidelog import _limits
 from tidelog._keys import ObjectKey
+from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import _engine
 from tidelog_server._application import Application
@@ -211,7 +212,10 @@ class Session:
             raise RequestInvalid("a selection came in a session of another mode")
         if len(self._selection) + len(selection.keys) > SELECTION_OBJECTS_MAX:
             raise RequestInvalid(f"more than {SELECTION_OBJECTS_MAX} objects are selected")
-        self._selection.extend((key.entity, key.id) for key in selection.keys)
+        for key in selection.keys:
+            check_name(key.entity, "an entity name")
+            check_id(key.id)
+            self._selection.append((key.entity, key.id))
 
     def settle_held(self) -> Future[list[Result]]:
         """End the upload phase."""

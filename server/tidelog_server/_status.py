@@ -1,0 +1,49 @@
+"""
+How errors are told on the wire: the one table from errors to status codes and reasons.
+
+Programs branch on the reason, which `ErrorInfo` carries; the text is for people.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+
+from tidelog._errors import DiskFull, InvalidConstraint, InvalidValue, ResourceClosed, StorageError
+from tidelog_server._application import TransientError
+from tidelog_server._errors import (
+    NotFound,
+    OperationForked,
+    OperationsOutOfOrder,
+    ProtocolVersionUnknown,
+    ReplicaOwned,
+    RequestInvalid,
+    SessionSuperseded,
+    for_people,
+)
+
+# The first class that fits counts: put the special before the general.
+STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
+    (OperationsOutOfOrder, grpc.StatusCode.INVALID_ARGUMENT, "OPERATIONS_OUT_OF_ORDER"),
+    (RequestInvalid, grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
+    (InvalidConstraint, grpc.StatusCode.INVALID_ARGUMENT, "CONSTRAINT_INVALID"),
+    (InvalidValue, grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
+    (ProtocolVersionUnknown, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VERSION_UNSUPPORTED"),
+    (SessionSuperseded, grpc.StatusCode.ABORTED, "SESSION_SUPERSEDED"),
+    (OperationForked, grpc.StatusCode.FAILED_PRECONDITION, "REPLICA_FORKED"),
+    (ReplicaOwned, grpc.StatusCode.PERMISSION_DENIED, "REPLICA_OWNED"),
+    (NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    (TransientError, grpc.StatusCode.UNAVAILABLE, "HOOK_TRANSIENT"),
+    (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
+    (ResourceClosed, grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),
+    (StorageError, grpc.StatusCode.UNAVAILABLE, "STORE_FAILED"),
+)
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, str]:
+    """Return (code, reason, message) for the wire. What is not in the table says nothing of itself."""
+    for kind, code, reason in STATUS:
+        if isinstance(error, kind):
+            return code, getattr(error, "reason", reason), for_people(error)
+    return grpc.StatusCode.INTERNAL, "INTERNAL", "the server failed: its log has the details"
