@@ -125,7 +125,7 @@ def step(title: str) -> None:
 
 def say(text: str) -> None:
     """Print a line as it is."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def tell(name: str, report: Report) -> None:

@@ -45,7 +45,8 @@ class ViewRecord(NamedTuple):
     An object in the view.
 
     Attributes:
-        version: Version of its base; 0: the server has no such object yet.
+        version: Version of its base; 0: the server has no such object yet, or another
+            one of the same id than this replica created.
         dirty: Whether operations are replayed on top of the base.
         attributes: Its attributes, encoded.
     """
@@ -245,7 +246,7 @@ class View:
             return
         base = transaction.get(key, db=self._base)
         attributes = None if base is None else decode_trusted(_unpack(base).attributes)
-        attributes = self._replayed(transaction, attributes, confirmed)
+        attributes, _ = self._replayed(transaction, attributes, confirmed)
         if attributes is None:
             raise StateLost(key)
         self._drop_confirmed(transaction, key, unconfirmed, version)
@@ -283,22 +284,27 @@ class View:
             return
         record = None if base is None else _unpack(base)
         attributes = None if record is None else decode_trusted(record.attributes)
-        attributes = self._replayed(transaction, attributes, [seq for seq, _ in unconfirmed])
+        attributes, created = self._replayed(transaction, attributes, [seq for seq, _ in unconfirmed])
         if attributes is None:
             transaction.delete(key, db=self._objects)
         else:
-            version = 0 if record is None else record.version
+            # What this replica created anew is not the object that the base is a version of.
+            version = 0 if record is None or created else record.version
             transaction.put(key, _RECORD.pack(version, _DIRTY) + _encoded(attributes), db=self._objects)
 
     def _replayed(
         self, transaction: LmdbTransaction, attributes: Attributes | None, seqs: Sequence[int]
-    ) -> Attributes | None:
+    ) -> tuple[Attributes | None, bool]:
+        """Return what operations make of an object, and whether a creation is among them."""
+        created = False
         for seq in seqs:
             data = self._log.get(transaction, seq)
             if data is None:
                 raise LogCorrupt(f"the operation at seq {seq} is still needed and not in the log", seq=seq)
-            attributes = replay(attributes, decode_operation(data))
-        return attributes
+            operation = decode_operation(data)
+            created = created or operation.kind is OperationKind.CREATE
+            attributes = replay(attributes, operation)
+        return attributes, created
 
     def _is_news(self, transaction: LmdbTransaction, database: LmdbDatabase, key: bytes, record: bytes) -> bool:
         present = transaction.get(key, db=database)

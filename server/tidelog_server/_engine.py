@@ -303,7 +303,7 @@ class _Evaluator:
 
     def _park(self, unit: Unit, message: str) -> list[Result]:
         for key in _keys_of(unit):
-            self._parked.setdefault(key, unit[0].seq)
+            self._parked[key] = min(unit[0].seq, self._parked.get(key, unit[0].seq))
         return [Result(member.seq, Status.NOT_READY, message=message) for member in unit]
 
     # --- the held operations --------------------------------------------------
@@ -335,34 +335,64 @@ class _Evaluator:
         """Try all live units; put the results of those dropped into *results*, return what the others did."""
         self._assumed = {key for index in live for key in _created_keys(units[index])}
         applied: dict[int, list[_Applied]] = {}
+        dropped: dict[int, Refused | Waits | None] = {}
         users: dict[ObjectKey, list[int]] = {}
-        gone: list[ObjectKey] = []
+        # Objects with a dropped operation that may stay pending: what comes behind it is judged next round.
+        undecided: set[ObjectKey] = set()
         for index in live:
             unit = units[index]
+            if undecided and not undecided.isdisjoint(_keys_of(unit)):
+                undecided.update(_keys_of(unit))
+                continue
             self._used = set()
             try:
                 if self._is_parked(unit):
-                    results[index] = self._park(unit, _BEHIND_ANOTHER)
+                    dropped[index] = None
                 else:
                     applied[index] = self._apply_unit(unit)
                     for key in self._used:
                         users.setdefault(key, []).append(index)
                     continue
-            except Refused as refusal:
-                results[index] = self._refuse(unit, refusal)
-            except Waits as wait:
-                results[index] = self._give_up(unit, wait)
+            except (Refused, Waits) as verdict:
+                dropped[index] = verdict
             self._assumed.difference_update(_created_keys(unit))
-            gone.extend(_created_keys(unit))
-        # A dropped unit takes those with it that came before it and relied on what it would create.
-        while gone:
-            key = gone.pop()
-            for index in users.pop(key, ()):
-                if applied.pop(index, None) is not None:
-                    missing = Waits(key, f"refers to {key[0]} {key[1]!r}, which was not created")
-                    results[index] = self._give_up(units[index], missing)
-                    gone.extend(_created_keys(units[index]))
+            if not isinstance(dropped[index], Refused):
+                undecided.update(_keys_of(unit))
+        self._drop(units, dropped, users, results)
         return applied
+
+    def _drop(
+        self,
+        units: list[Unit],
+        dropped: dict[int, Refused | Waits | None],
+        users: dict[ObjectKey, list[int]],
+        results: dict[int, list[Result]],
+    ) -> None:
+        """
+        Settle what a round dropped, as far as its verdicts can be trusted.
+
+        A dropped unit takes those with it that came before it and relied on what it
+        would create. What was judged on top of such a one is judged again in the next
+        round, without it.
+        """
+        for index in sorted(dropped):
+            fallen = _fallen(units, users, index)
+            if fallen:
+                trusted = [one for one in dropped if one < min(fallen)] + [index]
+                break
+        else:
+            fallen, trusted = {}, list(dropped)
+        for index in sorted(trusted):
+            verdict = dropped[index]
+            if verdict is None:
+                results[index] = self._park(units[index], _BEHIND_ANOTHER)
+            elif isinstance(verdict, Refused):
+                results[index] = self._refuse(units[index], verdict)
+            else:
+                results[index] = self._give_up(units[index], verdict)
+        for index, (entity, id_) in sorted(fallen.items()):
+            missing = Waits((entity, id_), f"refers to {entity} {id_!r}, which was not created")
+            results[index] = self._give_up(units[index], missing)
 
     def _give_up(self, unit: Unit, wait: Waits) -> list[Result]:
         cause = self._refused_creation(wait.target)
@@ -562,6 +592,19 @@ def _units(members: list[Member]) -> Iterator[Unit]:
 
 def _keys_of(unit: Unit) -> list[ObjectKey]:
     return [member.operation.key for member in unit if member.operation is not None]
+
+
+def _fallen(units: list[Unit], users: dict[ObjectKey, list[int]], dropped: int) -> dict[int, ObjectKey]:
+    """Return the units that relied on what a dropped one would create, directly or not, each with what it lacks."""
+    fallen: dict[int, ObjectKey] = {}
+    gone = _created_keys(units[dropped])
+    while gone:
+        key = gone.pop()
+        for index in users.get(key, ()):
+            if index not in fallen and index != dropped:
+                fallen[index] = key
+                gone.extend(_created_keys(units[index]))
+    return fallen
 
 
 def _size_bytes(unit: Unit) -> int:

@@ -1,0 +1,110 @@
+"""The command line: `python -m benchmarks` measures, `python -m benchmarks profile` explains."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from benchmarks import machine, tables
+from benchmarks.measurements import Pair, measure
+from benchmarks.profile_runs import What, profile
+from benchmarks.profiling import Clock
+from benchmarks.summary import as_data, summarize
+
+REPEAT_SMALL: Final = 5
+REPEAT_LARGE: Final = 3
+SMALL_MAX: Final = 10_000
+SIZE_MIN: Final = 100
+TABLE_WIDTH: Final = 200
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+_progress = Console(stderr=True, highlight=False)
+
+Folder = Annotated[Path | None, typer.Option("--dir", help="Where to make temporary folders.")]
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    sizes: Annotated[str, typer.Option(help="How many objects, several with commas.")] = "10000,100000",
+    repeat: Annotated[
+        int | None, typer.Option(min=1, help="How often; 5 times up to 10,000 objects and 3 times above.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Begin no further repeat after this time.")] = 10.0,
+    folder: Folder = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON.")] = False,
+) -> None:
+    """Measure tidelog, and the bare pipe beside it."""
+    if context.invoked_subcommand is not None:
+        return
+    chosen = _sizes(sizes)
+    end = time.monotonic() + minutes * 60
+    about = machine.describe(folder or Path(tempfile.gettempdir()))
+    results = {}
+    for size in chosen:
+        pairs: list[Pair] = []
+        times = repeat or (REPEAT_SMALL if size <= SMALL_MAX else REPEAT_LARGE)
+        for number in range(times):
+            if number and time.monotonic() > end:
+                _progress.print(f"{size:,} objects: out of time after {number} of {times} repeats")
+                break
+            with tempfile.TemporaryDirectory(prefix="tidelog-benchmark-", dir=folder) as name:
+                for pair in measure(size, Path(name)):
+                    _progress.print(
+                        f"{size:,} objects, {number + 1} of {times}: {pair.name} {pair.tidelog.work.seconds:.3f} s, "
+                        f"bare pipe {pair.bare.work.seconds:.3f} s"
+                    )
+                    pairs.append(pair)
+        results[size] = pairs
+    if as_json:
+        measured = {
+            str(size): {"summary": as_data(summarize(pairs)), "samples": as_data(pairs)}
+            for size, pairs in results.items()
+        }
+        print(json.dumps({"machine": about, "sizes": measured}, indent=1))
+        return
+    console = Console(width=TABLE_WIDTH)
+    tables.show_machine(console, about)
+    for size, pairs in results.items():
+        tables.show(console, size, summarize(pairs))
+
+
+@app.command("profile")
+def run_profile(
+    what: Annotated[What, typer.Argument(help="What to look at.")],
+    size: Annotated[int, typer.Option(min=1, help="How many objects.")] = 100_000,
+    clock: Annotated[Clock, typer.Option(help="cpu: processor time of each thread; wall: waits too.")] = "cpu",
+    folder: Folder = None,
+) -> None:
+    """Show which functions take the time, on both sides. Needs Python 3.11."""
+    if sys.version_info >= (3, 12):
+        _progress.print("From Python 3.12 on cProfile runs in one thread only: profile with Python 3.11.")
+        raise typer.Exit(2)
+    print(profile(what, size, clock, folder), end="")
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(one) for one in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"sizes are numbers with commas between them, got {text!r}") from None
+    if min(sizes) < SIZE_MIN:
+        raise typer.BadParameter(f"at least {SIZE_MIN} objects, got {min(sizes)}")
+    return sizes
+
+
+def main() -> None:
+    # A child ends when its parent does; the temporary folders are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    app(prog_name="python -m benchmarks")

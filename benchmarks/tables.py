@@ -1,0 +1,93 @@
+"""Tables: the summaries for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.children import Usage
+from benchmarks.summary import Side, Spread, Summary
+
+
+def show_machine(console: Console, machine: Mapping[str, str]) -> None:
+    for name, value in machine.items():
+        console.print(f"- {name}: {value}", highlight=False)
+
+
+def show(console: Console, size: int, summaries: Sequence[Summary]) -> None:
+    """Print what was measured at one size."""
+    for title, table in (
+        ("speed, median (least-most)", _speed(summaries)),
+        ("cost, tidelog / bare pipe", _cost(summaries)),
+    ):
+        console.print(f"\n{size:,} objects: {title}\n", highlight=False)
+        with console.capture() as capture:
+            console.print(table)
+        # The box draws empty lines above and below.
+        console.out(capture.get().strip(), highlight=False)
+
+
+def _speed(summaries: Sequence[Summary]) -> Table:
+    table = _table("", "operations", "repeats", "time", "per second", "bare pipe: time", "per second", "ratio")
+    for one in summaries:
+        table.add_row(
+            one.name,
+            f"{one.operations:,}",
+            str(one.repeats),
+            _seconds(one.tidelog.seconds),
+            _rate(one.tidelog),
+            _seconds(one.bare.seconds),
+            _rate(one.bare),
+            f"{one.ratio.median:.2f} ({one.ratio.least:.2f}-{one.ratio.most:.2f})",
+        )
+    return table
+
+
+def _cost(summaries: Sequence[Summary]) -> Table:
+    table = _table(
+        "", "client: peak MB", "own MB", "CPU s", "server: peak MB", "own MB", "CPU s", "sent kB", "received kB"
+    )
+    for one in summaries:
+        ours, bare = one.tidelog, one.bare
+        table.add_row(
+            one.name,
+            *_usage(ours.client, bare.client),
+            *_usage(ours.server, bare.server),
+            _both(ours.sent_bytes / 1e3, bare.sent_bytes / 1e3),
+            _both(ours.received_bytes / 1e3, bare.received_bytes / 1e3),
+        )
+    return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=MARKDOWN)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _usage(ours: Usage | None, bare: Usage | None) -> tuple[str, str, str]:
+    if ours is None or bare is None:
+        return "", "", ""
+    return (
+        _both(ours.peak_bytes / 1e6, bare.peak_bytes / 1e6),
+        _both(ours.own_bytes / 1e6, bare.own_bytes / 1e6),
+        f"{ours.cpu_seconds:.3f} / {bare.cpu_seconds:.3f}",
+    )
+
+
+def _both(ours: float, bare: float) -> str:
+    return f"{ours:,.0f} / {bare:,.0f}"
+
+
+def _seconds(spread: Spread) -> str:
+    if spread.median < 1:
+        return f"{spread.median * 1e3:.1f} ms ({spread.least * 1e3:.1f}-{spread.most * 1e3:.1f})"
+    return f"{spread.median:.2f} s ({spread.least:.2f}-{spread.most:.2f})"
+
+
+def _rate(side: Side) -> str:
+    return f"{side.per_second.median:,.0f}" if side.per_second is not None else ""

@@ -1,0 +1,96 @@
+"""Workers: a tidelog server and a tidelog replica, to be put into processes of their own."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from itertools import islice
+from typing import Final
+
+from benchmarks.profiling import Clock, Profiler
+from benchmarks.records import ENTITY, tasks
+from benchmarks.work import Stopwatch, Work
+from tidelog_client import Replica
+from tidelog_server import Application, Server
+
+COMMIT_OPERATIONS: Final = 1_000
+
+
+class ServerWorker:
+    """A server without rules of its own; profiled if a clock is given."""
+
+    def __init__(self, store: str, clock: Clock | None = None) -> None:
+        self._profiler = Profiler(clock) if clock is not None else None
+        self._open = ExitStack()
+        self._server = self._open.enter_context(Server(Application(), store=store))
+
+    def address(self) -> str:
+        return self._server.address
+
+    def end_profile(self) -> str:
+        """Stop the server and return what took the time."""
+        self.close()
+        return self._profiler.table() if self._profiler is not None else ""
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class ReplicaWorker:
+    """A replica with durable commits; profiled if a clock is given."""
+
+    def __init__(self, path: str, server: str | None = None, clock: Clock | None = None) -> None:
+        self._profiler = Profiler(clock) if clock is not None else None
+        self._open = ExitStack()
+        self._replica = self._open.enter_context(Replica(path, server=server))
+
+    def create(self, first: int, last: int, per_transaction: int) -> Work:
+        """Create the tasks from *first* to before *last*, so many in each transaction."""
+        attributes = tasks(first, last)
+        stopwatch = Stopwatch()
+        while batch := list(islice(attributes, per_transaction)):
+            with stopwatch, self._replica.transaction() as transaction:
+                for one in batch:
+                    transaction.create(ENTITY, one)
+        return Work(last - first, stopwatch.seconds, stopwatch.cpu_seconds)
+
+    def update_every(self, step: int) -> int:
+        """Update each *step*-th object, and return how many that were."""
+        chosen = [one.id for one in islice(self._replica.query(ENTITY), 0, None, step)]
+        for first in range(0, len(chosen), COMMIT_OPERATIONS):
+            with self._replica.transaction() as transaction:
+                for id_ in chosen[first : first + COMMIT_OPERATIONS]:
+                    transaction.update(ENTITY, id_, {"status": "done", "done": True})
+        return len(chosen)
+
+    def synchronize(self) -> Work:
+        """
+        Synchronize everything.
+
+        Raises:
+            RuntimeError: The server refused something, which no benchmark asks for.
+        """
+        with Stopwatch() as stopwatch:
+            report = self._replica.synchronize_all()
+        if report.rejected:
+            raise RuntimeError(f"{report.rejected} operations were refused: {report.failures[0].message}")
+        return Work(
+            report.applied + report.downloaded,
+            stopwatch.seconds,
+            stopwatch.cpu_seconds,
+            report.sent_bytes,
+            report.received_bytes,
+            report.upload_seconds,
+        )
+
+    def begin_profile(self) -> None:
+        """Forget what the profiler saw of the opening."""
+        if self._profiler is not None:
+            self._profiler.restart()
+
+    def end_profile(self) -> str:
+        """Close the replica and return what took the time."""
+        self.close()
+        return self._profiler.table() if self._profiler is not None else ""
+
+    def close(self) -> None:
+        self._open.close()

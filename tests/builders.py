@@ -1,0 +1,498 @@
+"""
+What tests are built from: operations, a store in memory, upload sessions without transport,
+a server with its replicas.
+
+Everything has a default that fits most tests; a test names what it is about.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import threading
+import uuid
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Self, TypeVar
+
+import grpc
+import msgpack
+
+from tidelog._errors import ResourceClosed
+from tidelog._keys import ObjectKey
+from tidelog._operation import CommitGroup, Operation, OperationKind
+from tidelog._patch import Patch, decode_patch
+from tidelog._values import decode_trusted, equal
+from tidelog.v1 import failure_pb2
+from tidelog_client import Replica
+from tidelog_server import Application, LmdbStore, Principal, Server
+from tidelog_server._engine import Evaluation, Result, Status, Uploader, UploadState, evaluate_batch, evaluate_held
+from tidelog_server._principal import ANONYMOUS
+from tidelog_server._records import (
+    COMMIT_ID_BYTES,
+    Change,
+    Head,
+    Identity,
+    ObjectState,
+    ReplicaState,
+    Settled,
+    Writes,
+)
+from tidelog_server._session import begin_upload
+from tidelog_server._store import ObjectsPage, Reader, Store
+
+TENANT: Final = "default"
+USER: Final = Principal("ann")
+REPLICA_A: Final = b"a" * 16
+REPLICA_B: Final = b"b" * 16
+TIME_US: Final = 1_700_000_000_000_000
+
+T = TypeVar("T")
+
+
+# --- operations -----------------------------------------------------------------
+
+
+def make_operation(
+    kind: str = "create",
+    *,
+    seq: int = 1,
+    id: str = "t1",  # noqa: A002 - the glossary's word
+    entity: str = "Task",
+    set: dict[str, Any] | None = None,  # noqa: A002 - a patch's field
+    unset: Sequence[str] = (),
+    increment: dict[str, Any] | None = None,
+    add: dict[str, list[Any]] | None = None,
+    remove: dict[str, list[Any]] | None = None,
+    patch: bytes | None = None,
+    nonce: int | None = None,
+    base_version: int = 0,
+    group: CommitGroup | None = None,
+    schema_version: int = 0,
+) -> Operation:
+    """Return an operation. Its nonce follows from its seq unless one is given."""
+    if patch is None:
+        patch = (
+            b""
+            if kind == "delete"
+            else Patch(set or {}, tuple(unset), increment or {}, add or {}, remove or {}).encode()
+        )
+    return Operation(
+        seq,
+        1_000_000 + seq if nonce is None else nonce,
+        OperationKind[kind.upper()],
+        entity,
+        id,
+        patch,
+        base_version,
+        group,
+        schema_version,
+        TIME_US,
+    )
+
+
+def create(seq: int, id: str = "t1", set: dict[str, Any] | None = None, **others: Any) -> bytes:  # noqa: A002
+    """Return a serialized creation."""
+    return make_operation(
+        "create", seq=seq, id=id, set={"title": "Buy milk"} if set is None else set, **others
+    ).encode()
+
+
+def update(seq: int, id: str = "t1", set: dict[str, Any] | None = None, **others: Any) -> bytes:  # noqa: A002
+    """Return a serialized update."""
+    return make_operation("update", seq=seq, id=id, set=set, **others).encode()
+
+
+def delete(seq: int, id: str = "t1", **others: Any) -> bytes:  # noqa: A002
+    """Return a serialized deletion."""
+    return make_operation("delete", seq=seq, id=id, **others).encode()
+
+
+def group(*operations: Operation) -> list[bytes]:
+    """Return operations with consecutive seqs, serialized, as one commit group."""
+    first = operations[0].seq
+    return [
+        operation._replace(group=CommitGroup(first, position, len(operations))).encode()
+        for position, operation in enumerate(operations)
+    ]
+
+
+def packed(value: Any) -> bytes:
+    """Return plain MessagePack, with none of tidelog's checks."""
+    data: bytes = msgpack.packb(value)
+    return data
+
+
+def nested(levels: int) -> Any:
+    """Return a value of so many lists, one inside the other."""
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+# --- a store in memory -----------------------------------------------------------
+
+
+@dataclass
+class _Data:
+    """What a store keeps of one tenant. States replace each other, so a shallow copy is a snapshot."""
+
+    head: Head = field(default_factory=lambda: Head(0, b""))
+    commits: dict[int, bytes] = field(default_factory=dict)
+    objects: dict[ObjectKey, ObjectState] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+    replicas: dict[bytes, ReplicaState] = field(default_factory=dict)
+    settled: dict[tuple[bytes, int], Settled] = field(default_factory=dict)
+    failures: dict[bytes, bytes] = field(default_factory=dict)
+    refused: dict[tuple[bytes, ObjectKey], bytes] = field(default_factory=dict)
+
+    def copy(self) -> _Data:
+        return _Data(
+            self.head,
+            dict(self.commits),
+            dict(self.objects),
+            list(self.changes),
+            dict(self.replicas),
+            dict(self.settled),
+            dict(self.failures),
+            dict(self.refused),
+        )
+
+
+class _MemoryReader:
+    """Reads one tenant as of one moment. See `Reader`."""
+
+    def __init__(self, data: _Data) -> None:
+        self._data = data
+
+    def head(self) -> Head:
+        return self._data.head
+
+    def commit_id(self, version: int) -> bytes | None:
+        return self._data.commits.get(version)
+
+    def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
+        return {key: self._data.objects[key] for key in keys if key in self._data.objects}
+
+    def entity_objects(self, entity: str, after_id: str, limit: int, bytes_max: int) -> ObjectsPage:
+        found = [one for one in self._data.objects.items() if one[0][0] == entity and one[0][1] > after_id]
+        return _page(sorted(found, key=lambda one: one[0][1].encode()), limit, bytes_max)
+
+    def latest_objects(self, after: int, limit: int, bytes_max: int) -> ObjectsPage:
+        found = [one for one in self._data.objects.items() if one[1].version > after]
+        return _page(sorted(found, key=lambda one: one[1].version), limit, bytes_max)
+
+    def change(self, version: int) -> Change | None:
+        return self._data.changes[version - 1] if 0 < version <= len(self._data.changes) else None
+
+    def changes(self, after: int, limit: int) -> list[Change]:
+        return self._data.changes[max(after, 0) : max(after, 0) + limit]
+
+    def replica(self, replica: bytes) -> ReplicaState | None:
+        return self._data.replicas.get(replica)
+
+    def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
+        return {seq: self._data.settled[replica, seq] for seq in seqs if (replica, seq) in self._data.settled}
+
+    def failure(self, failure_id: bytes) -> bytes | None:
+        return self._data.failures.get(failure_id)
+
+    def failures(self, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        ids = sorted(self._data.failures)
+        return [(one, self._data.failures[one]) for one in ids[bisect_right(ids, after) :][:limit]]
+
+    def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
+        return self._data.refused.get((replica, key))
+
+
+class MemoryStore:
+    """
+    Keeps everything in memory and runs each job at once, in the caller's thread. See `Store`.
+
+    Args:
+        disk: What outlives `close`; a second store opened on it finds what the first one wrote.
+    """
+
+    def __init__(self, disk: dict[str, Any] | None = None) -> None:
+        self._disk = {} if disk is None else disk
+        self._identity: Identity = self._disk.setdefault("identity", Identity(secrets.token_hex(8), "first"))
+        self._tenants: dict[str, _Data] = self._disk.setdefault("tenants", {})
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @property
+    def identity(self) -> Identity:
+        """Which store this is."""
+        return self._identity
+
+    @contextmanager
+    def read(self, tenant: str) -> Iterator[_MemoryReader]:
+        """Read a tenant's data as of one moment."""
+        if self._closed:
+            raise ResourceClosed("the store is closed")
+        with self._lock:
+            yield _MemoryReader(self._tenants.get(tenant, _Data()).copy())
+
+    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+        """Run a job, now."""
+        if self._closed:
+            raise ResourceClosed("the store is closed")
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            data = self._tenants.get(tenant, _Data()).copy()
+            try:
+                writes, result = job(_MemoryReader(data))
+                if writes is not None:
+                    _write(data, writes)
+            except BaseException as error:  # noqa: BLE001 - the job's owner gets it
+                future.set_exception(error)
+            else:
+                self._tenants[tenant] = data
+                future.set_result(result)
+        return future
+
+    def close(self) -> None:
+        """Refuse everything from now on."""
+        self._closed = True
+
+
+def _page(found: list[tuple[ObjectKey, ObjectState]], limit: int, bytes_max: int) -> ObjectsPage:
+    page: list[tuple[ObjectKey, ObjectState]] = []
+    size_bytes = 0
+    for key, state in found:
+        if len(page) == limit or (page and size_bytes >= bytes_max):
+            return ObjectsPage(page, has_more=True)
+        page.append((key, state))
+        size_bytes += len(state.attributes)
+    return ObjectsPage(page, has_more=False)
+
+
+def _write(data: _Data, writes: Writes) -> None:
+    data.objects.update((key, state) for key, (state, _) in writes.objects.items())
+    data.changes.extend(writes.changes)
+    if writes.changes:
+        data.head = Head(writes.version, secrets.token_bytes(COMMIT_ID_BYTES))
+        data.commits[writes.version] = data.head.commit_id
+    if writes.replica is not None:
+        replica, state = writes.replica
+        data.replicas[replica] = state
+        data.settled.update(((replica, seq), one) for seq, one in writes.settled)
+    for failure in writes.failures:
+        data.failures[failure.id] = failure.data
+        data.refused.update(((failure.replica, key), failure.id) for key in failure.refused_creations)
+
+
+# --- the engine -------------------------------------------------------------------
+
+
+@dataclass
+class Session:
+    """The upload of one replica, driven without transport."""
+
+    store: Store
+    application: Application
+    uploader: Uploader
+    state: UploadState = field(default_factory=UploadState)
+
+    def batch(self, *operations: bytes) -> list[Result]:
+        """Evaluate a batch, write what comes of it, return the results."""
+        return self._run(
+            lambda reader: evaluate_batch(
+                operations,
+                application=self.application,
+                uploader=self.uploader,
+                reader=reader,
+                state=self.state,
+                time_us=TIME_US,
+            )
+        )
+
+    def held(self) -> list[Result]:
+        """Settle what is held."""
+        return self._run(
+            lambda reader: evaluate_held(
+                application=self.application,
+                uploader=self.uploader,
+                reader=reader,
+                state=self.state,
+                time_us=TIME_US,
+            )
+        )
+
+    def settle(self, *operations: bytes) -> list[Result]:
+        """Upload a batch and end the upload; return the final results in order."""
+        results = self.batch(*operations)
+        final = iter(self.held())
+        return [next(final) if result.status == Status.HELD else result for result in results]
+
+    def _run(self, evaluate: Callable[[Reader], Evaluation]) -> list[Result]:
+        def job(reader: Reader) -> tuple[Writes, Evaluation]:
+            evaluation = evaluate(reader)
+            return evaluation.writes, evaluation
+
+        evaluation = self.store.submit(TENANT, job).result()
+        self.state = evaluation.state
+        return evaluation.results
+
+
+@dataclass
+class Lab:
+    """An application over a store, and what a test wants to know of the two."""
+
+    application: Application = field(default_factory=Application)
+    store: Store = field(default_factory=MemoryStore)
+
+    def session(
+        self, replica: bytes = REPLICA_A, *, principal: Principal = USER, leaves_earlier: bool = False
+    ) -> Session:
+        """Begin to upload as a replica."""
+        begun = self.store.submit(TENANT, lambda reader: begin_upload(reader, replica, principal)).result()
+        return Session(
+            self.store, self.application, Uploader(replica, principal, begun.session_number, leaves_earlier)
+        )
+
+    def settle(self, *operations: bytes, replica: bytes = REPLICA_A) -> list[Result]:
+        """Upload operations in a session of their own; return the final results in order."""
+        return self.session(replica).settle(*operations)
+
+    def state(self, id: str = "t1", entity: str = "Task") -> ObjectState | None:  # noqa: A002
+        """Return an object's state, or tombstone, or None."""
+        with self.store.read(TENANT) as reader:
+            return reader.objects([(entity, id)]).get((entity, id))
+
+    def attributes(self, id: str = "t1", entity: str = "Task") -> dict[str, Any] | None:  # noqa: A002
+        """Return an object's attributes, or None if it is not there."""
+        state = self.state(id, entity)
+        return None if state is None or state.deleted else decode_trusted(state.attributes)
+
+    def changes(self, *, after: int = 0) -> list[Change]:
+        """Return the change log."""
+        with self.store.read(TENANT) as reader:
+            return reader.changes(after, 100_000)
+
+    def version(self) -> int:
+        """Return the newest version."""
+        with self.store.read(TENANT) as reader:
+            return reader.head().version
+
+    def failures(self) -> list[failure_pb2.SynchronizationFailure]:
+        """Return all failure records."""
+        with self.store.read(TENANT) as reader:
+            found = reader.failures(b"", 100_000)
+        return [failure_pb2.SynchronizationFailure.FromString(data) for _, data in found]
+
+    def failure(self, result: Result) -> failure_pb2.SynchronizationFailure:
+        """Return the record that a result names."""
+        with self.store.read(TENANT) as reader:
+            data = reader.failure(result.failure_id)
+        assert data is not None, f"no failure {result.failure_id.hex()} was recorded"
+        return failure_pb2.SynchronizationFailure.FromString(data)
+
+    def replica(self, replica: bytes = REPLICA_A) -> ReplicaState:
+        """Return what the store knows of a replica that has uploaded."""
+        with self.store.read(TENANT) as reader:
+            state = reader.replica(replica)
+        assert state is not None
+        return state
+
+    def settled(self, *seqs: int, replica: bytes = REPLICA_A) -> list[int]:
+        """Return which of the seqs are settled."""
+        with self.store.read(TENANT) as reader:
+            return sorted(reader.settled(replica, seqs))
+
+    def check_history(self) -> None:
+        """Fail unless the change log explains every object: its state, its before-images, its order."""
+        states: dict[ObjectKey, tuple[int, dict[str, Any]] | None] = {}
+        for version, change in zip(itertools.count(1), self.changes(), strict=False):
+            assert change.version == version, "versions have no gaps"
+            known = states.get(change.key)
+            if change.kind is OperationKind.CREATE:
+                assert known is None, f"{change.key} was created twice"
+                states[change.key] = (version, decode_patch(change.patch).apply({}))
+                continue
+            assert known is not None, f"{change.key} was changed before it was created"
+            assert change.previous == known[0], f"version {version} does not name the change before it"
+            before = known[1]
+            if change.kind is OperationKind.DELETE:
+                assert equal(decode_trusted(change.before), before), f"wrong before-image at version {version}"
+                states[change.key] = None
+                continue
+            patch = decode_patch(change.patch)
+            present, absent = decode_trusted(change.before)
+            assert equal(present, {name: before[name] for name in patch.written if name in before})
+            assert sorted(absent) == sorted(name for name in patch.written if name not in before)
+            states[change.key] = (version, patch.apply(before))
+        for key, known in states.items():
+            attributes = self.attributes(key[1], key[0])
+            assert equal(attributes, None if known is None else known[1]), f"the change log does not explain {key}"
+
+
+def said(results: Iterable[Result]) -> list[str]:
+    """Return each result as one word: APPLIED, HELD, NOT_READY, or the reason of a refusal."""
+    names = {Status.APPLIED: "APPLIED", Status.HELD: "HELD", Status.NOT_READY: "NOT_READY"}
+    return [names.get(result.status) or str(result.reason) for result in results]
+
+
+# --- a server and its replicas ------------------------------------------------------
+
+
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """Give a folder that syncs at once, where the machine has one: for tests that are not about the disk."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(prefix="tidelog-test-", dir=memory if os.access(memory, os.W_OK) else None) as name:
+        yield Path(name)
+
+
+class World:
+    """
+    A server in this process, its store at hand, and the replicas of a test.
+
+    Use it as a context manager.
+
+    Attributes:
+        lab: The application and the store. What it settles arrives as from other devices.
+        server: The server; `stop` and `start` it at will.
+    """
+
+    def __init__(self, folder: Path, application: Application | None = None) -> None:
+        self.folder = folder
+        self.store = LmdbStore(folder / "server")
+        self.lab = Lab(application or Application(), self.store)
+        self.server = Server(self.lab.application, store=self.store)
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+        self.server.stop(grace_seconds=0)
+        self.store.close()
+
+    def replica(self, name: str = "a", **options: Any) -> Replica:
+        """Open a replica of this server; it is closed with the world."""
+        return self._open.enter_context(Replica(self.folder / name, **{"server": self.server.address} | options))
+
+    def channel(self) -> grpc.Channel:
+        """Open a channel to the server; it is closed with the world."""
+        return self._open.enter_context(grpc.insecure_channel(self.server.address))
+
+    def lose_answers(self, replica: Replica) -> list[Result]:
+        """Settle what is pending on a replica without its knowledge, as if the answers had been lost."""
+        pending = [logged.operation.encode() for logged in replica.pending()]
+        return self.lab.session(uuid.UUID(replica.replica_id).bytes, principal=ANONYMOUS).settle(*pending)
+
+
+def contents(replica: Replica, entity: str = "Task") -> dict[str, dict[str, Any]]:
+    """Return the objects of an entity as a replica shows them, by id."""
+    return {found.id: found.to_dict() for found in replica.query(entity)}

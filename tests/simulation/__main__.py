@@ -1,0 +1,55 @@
+"""
+Run the simulation with any number of seeds.
+
+python -m tests.simulation --seeds 0-1000 --jobs 2
+python -m tests.simulation --seeds 17 --trace
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+
+from tests.simulation.run import run_seed
+from tests.simulation.world import STEPS_DEFAULT
+
+
+def _seeds(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Run simulated worlds.")
+    parser.add_argument("--seeds", type=_seeds, default=range(100), metavar="FIRST-LAST", help="default 0-99")
+    parser.add_argument("--steps", type=int, default=STEPS_DEFAULT, help=f"events in a world (default {STEPS_DEFAULT})")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--trace", action="store_true", help="print every event")
+    parser.add_argument("--keep-going", action="store_true", help="run all seeds, and name those that fail")
+    options = parser.parse_args()
+    failed = states_lost = 0
+    run = partial(run_seed, steps=options.steps)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run, seed) for seed in options.seeds]):
+            outcome = done.result()
+            states_lost += outcome.states_lost
+            if options.trace:
+                print("\n".join(outcome.events))
+            if not outcome.error:
+                continue
+            failed += 1
+            if options.keep_going:
+                print(f"seed {outcome.seed}: {outcome.error}", flush=True)
+            else:
+                print(outcome.report, flush=True)
+                pool.shutdown(cancel_futures=True)
+                return 1
+    print(f"{len(options.seeds)} seeds, {failed} failed; {states_lost} reconciliations because of a lost state")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

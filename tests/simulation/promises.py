@@ -1,0 +1,575 @@
+"""
+What tidelog promises, one checker a promise.
+
+A checker yields a sentence for each violation that it finds in what is on disk. Most
+hold at any moment, in the middle of a session and after a crash; those named
+`..._when_quiet` once nothing is left to be synchronized.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple, ParamSpec
+from uuid import UUID
+
+from tests.simulation.model import Attributes, Key, Misfit, patched, replayed, same
+from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord
+from tidelog._failure import FailureReason
+from tidelog._operation import Operation, OperationKind
+from tidelog._patch import decode_patch
+from tidelog._schema import Schema
+from tidelog._values import decode, decode_map
+from tidelog.v1 import failure_pb2
+from tidelog_client._view import ViewRecord
+from tidelog_server._records import Change, ObjectState, Settled
+
+FINDINGS_SHOWN_MAX = 5
+
+_P = ParamSpec("_P")
+
+
+class PromiseBroken(AssertionError):
+    """A promise does not hold."""
+
+    def __init__(self, promise: str, findings: list[str]) -> None:
+        super().__init__("\n  - ".join([f"promise broken: {promise}", *findings]))
+        self.promise = promise
+        self.findings = findings
+
+
+def promise(text: str) -> Callable[[Callable[_P, Iterator[str]]], Callable[_P, None]]:
+    """Make a function that yields violations into one that raises PromiseBroken."""
+
+    def decorate(find: Callable[_P, Iterator[str]]) -> Callable[_P, None]:
+        @functools.wraps(find)
+        def check(*args: _P.args, **kwargs: _P.kwargs) -> None:
+            findings = list(islice(find(*args, **kwargs), FINDINGS_SHOWN_MAX))
+            if findings:
+                raise PromiseBroken(text, findings)
+
+        return check
+
+    return decorate
+
+
+class Settlement(NamedTuple):
+    """
+    When an operation was settled.
+
+    Attributes:
+        order: Number of the store's transaction that did.
+        before: The tenant's version before it.
+        after: The tenant's version after it.
+    """
+
+    order: int
+    before: int
+    after: int
+
+
+# --- the replica's log ------------------------------------------------------------------
+
+
+@promise("Durable: every committed operation is in the log, in order and without gaps, byte for byte as committed")
+def check_log(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Compare the log with what was committed; only settled operations may have been trimmed."""
+    expected = list(range(1, len(committed.data) + 1))
+    if list(committed.data) != expected or replica.last_seq != len(expected):
+        yield f"{len(expected)} operations were committed, seqs {_ranges(committed.data)}; last seq {replica.last_seq}"
+    for seq, data in committed.data.items():
+        if seq in replica.log and replica.log[seq] != data:
+            yield f"seq {seq} is logged with other bytes than were committed"
+        if seq not in replica.log and (seq in replica.pending or seq in _replayed_seqs(replica)):
+            yield f"seq {seq} is still needed and not in the log"
+    if surplus := replica.log.keys() - committed.data.keys():
+        yield f"the log holds what nobody committed: seqs {_ranges(sorted(surplus))}"
+
+
+# --- operations on their way ------------------------------------------------------------
+
+
+@promise("Settled once: every operation is at any time exactly one of pending, applied once, failed with a record")
+def check_settled_once(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Compare what the replica believes of each operation with what the server did."""
+    id_ = replica.replica_id
+    for seq, operation in committed.operations.items():
+        settled = server.settled[id_].get(seq)
+        changes = server.changes_of.get((id_, seq), [])
+        is_pending, outcome = seq in replica.pending, replica.outcomes.get(seq)
+        if is_pending and outcome is not None:
+            yield f"seq {seq} is pending and settled on its replica"
+        if not is_pending and outcome is None and seq in replica.log:
+            yield f"seq {seq} is neither pending nor settled on its replica"
+        if settled is None:
+            if not is_pending:
+                yield f"seq {seq} is not pending on its replica, and the server never settled it"
+            if changes:
+                yield f"seq {seq} is not settled on the server, and changed {[one.version for one in changes]}"
+            continue
+        if settled.nonce != operation.nonce:
+            yield f"seq {seq} is settled with another nonce"
+        if outcome is not None and (outcome.version, outcome.failure_id) != _outcome_of(settled):
+            yield f"seq {seq}: the replica remembers {outcome}, the server {settled}"
+        yield from _misapplied(seq, operation, settled, changes, server.history)
+    if surplus := [key for key in server.changes_of if key[0] == id_ and key[1] not in committed.operations]:
+        yield f"the server applied what nobody committed: {surplus}"
+
+
+@promise("Nothing lost on refusal: the failure record, with the whole payload, is durable on the server and replica")
+def check_failures(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Look up the record of each refused operation, on both sides."""
+    id_ = replica.replica_id
+    for seq, settled in server.settled[id_].items():
+        if not settled.failure_id or seq not in committed.operations:
+            continue
+        failure_id = str(UUID(bytes=settled.failure_id))
+        places = [("the server", server.failures.get(failure_id))]
+        if seq in replica.outcomes:
+            places.append(("the replica", replica.failures.get(failure_id)))
+        for place, failure in places:
+            if failure is None:
+                yield f"seq {seq} failed, and {place} has no record {failure_id}"
+            else:
+                yield from _lost_payload(seq, settled, failure, committed, place)
+
+
+@promise("In order: operations on one object are settled in log order")
+def check_order(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Look for an operation that was settled before an earlier one on its object."""
+    settled = server.settled[replica.replica_id]
+    for key, seqs in committed.seqs_of.items():
+        unsettled: int | None = None
+        newest = 0
+        for seq in seqs:
+            one = settled.get(seq)
+            if one is None:
+                unsettled = seq if unsettled is None else unsettled
+                continue
+            if unsettled is not None:
+                yield f"{key}: seq {seq} is settled, seq {unsettled} before it is not"
+            if not one.failure_id:
+                if one.version < newest:
+                    yield f"{key}: seq {seq} was applied at {one.version}, an earlier operation at {newest}"
+                newest = one.version
+
+
+@promise("In order: operations on one object are settled in log order (as the server's transactions ran)")
+def check_settlement_order(
+    replica_id: str, committed: Committed, settlements: Mapping[tuple[str, int], Settlement]
+) -> Iterator[str]:
+    """Look for an operation that an earlier transaction settled than one before it on its object."""
+    for key, seqs in committed.seqs_of.items():
+        orders = [settlements[replica_id, seq].order for seq in seqs if (replica_id, seq) in settlements]
+        if orders != sorted(orders):
+            yield f"{key}: seqs {seqs} were settled by the transactions {orders}"
+
+
+@promise("Commit group: the operations of a commit group are applied all or none, in one transaction")
+def check_groups(
+    server: ServerRecord,
+    replica_id: str,
+    committed: Committed,
+    settlements: Mapping[tuple[str, int], Settlement] | None = None,
+) -> Iterator[str]:
+    """Compare the outcomes of each commit group's members."""
+    settled = server.settled[replica_id]
+    groups: dict[int, list[int]] = {}
+    for seq, operation in committed.operations.items():
+        if operation.group is not None:
+            groups.setdefault(operation.group.id, []).append(seq)
+    for first, seqs in groups.items():
+        size = committed.operations[first].group
+        if size is None or len(seqs) != size.size:
+            yield f"the group at seq {first} is logged with {len(seqs)} members: {size}"
+        outcomes = [settled.get(seq) for seq in seqs]
+        kinds = {None if one is None else one.failure_id for one in outcomes}
+        if len(kinds) > 1:
+            yield f"the group at seq {first}: {outcomes}"
+        culprits = [one for one in outcomes if one is not None and one.failure_id and one.culprit]
+        if any(one is not None and one.failure_id for one in outcomes) and len(culprits) != 1:
+            yield f"the group at seq {first} was refused because of {len(culprits)} of its members"
+        orders = {settlements.get((replica_id, seq)) for seq in seqs} if settlements is not None else {None}
+        if len(orders) > 1:
+            yield f"the group at seq {first} was settled by several transactions: {orders}"
+
+
+@promise("No poison: an operation is refused for a reason that was true in the transaction that refused it")
+def check_refusals(
+    server: ServerRecord,
+    replica_id: str,
+    committed: Committed,
+    settlements: Mapping[tuple[str, int], Settlement],
+    schema: Schema,
+    may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool],
+) -> Iterator[str]:
+    """Ask of each refusal whether it had to be."""
+    for seq, settled in server.settled[replica_id].items():
+        failure = server.failures.get(str(UUID(bytes=settled.failure_id))) if settled.failure_id else None
+        if failure is None or not settled.culprit or (replica_id, seq) not in settlements:
+            continue
+        reason = FailureReason.of_number(failure.reason)
+        operation, when = committed.operations[seq], settlements[replica_id, seq]
+        if not _is_justified(reason, operation, when, server, schema, may_hooks_refuse):
+            yield f"seq {seq} ({operation.kind.name} {operation.key}) at {when}: {reason} {failure.message!r}"
+
+
+# --- the server's data ------------------------------------------------------------------
+
+
+@promise("Change log: its changes, replayed forward, make the snapshots, and taken back, the states before")
+def check_change_log(server: ServerRecord) -> Iterator[str]:
+    """Replay the change log both ways."""
+    history, newest, creations = server.history, dict[Key, Change](), dict[Key, Change]()
+    for expected, change in enumerate(history.changes, start=1):
+        key, before = change.key, history.at(change.key, change.version - 1)
+        if change.version != expected:
+            yield f"version {expected} is missing, {change.version} follows"
+            return
+        if change.previous != (newest[key].version if key in newest else 0):
+            yield f"version {change.version} of {key} names {change.previous} as the change before it"
+        if (change.kind is OperationKind.CREATE) is not (before is None):
+            yield f"version {change.version}: {change.kind.name} of {key}, which was {before}"
+        after = history.at(key, change.version)
+        if not same(_before(change, after), before):
+            yield f"version {change.version} of {key}: taken back it gives {_before(change, after)}, it was {before}"
+        newest[key] = change
+        if change.kind is OperationKind.CREATE:
+            creations[key] = change
+    if server.head.version != len(history.changes):
+        yield f"the head is {server.head.version}, the change log ends at {len(history.changes)}"
+    if server.head.version and server.head_commit_id != server.head.commit_id:
+        yield f"the head's commit id is not that of version {server.head.version}"
+    if server.objects.keys() != newest.keys():
+        yield f"objects without changes, or changes without object: {server.objects.keys() ^ newest.keys()}"
+        return
+    for key, state in server.objects.items():
+        yield from _wrong_state(key, state, newest[key], creations[key], history)
+
+
+@promise("By version: each object has exactly one entry in the index, at its latest version")
+def check_by_version(server: ServerRecord) -> Iterator[str]:
+    """Compare the index with the objects."""
+    expected = sorted((state.version, key) for key, state in server.objects.items())
+    if server.by_version != expected:
+        yield f"missing {set(expected) - set(server.by_version)}, surplus {set(server.by_version) - set(expected)}"
+
+
+@promise("Settled marks: the ranges, the newest seq and its nonce are those of the settled operations")
+def check_settled_marks(server: ServerRecord) -> Iterator[str]:
+    """Compare each replica's summary with its settled operations."""
+    for id_, state in server.replicas.items():
+        settled = server.settled[id_]
+        if state is None:
+            if settled:
+                yield f"{id_} is unknown and has settled operations"
+            continue
+        in_ranges = [seq for first, last in state.settled_ranges for seq in range(first, last + 1)]
+        newest = max(settled, default=0)
+        if in_ranges != sorted(settled):
+            yield f"{id_}: ranges {state.settled_ranges}, settled {_ranges(sorted(settled))}"
+        if state.newest_seq != newest or (newest and state.newest_nonce != settled[newest].nonce):
+            yield f"{id_}: newest seq {state.newest_seq}, settled {_ranges(sorted(settled))}"
+
+
+@promise("Sole writer: the mark is on objects only that their creator's own operations alone have made")
+def check_sole_writers(server: ServerRecord, committed: Mapping[str, Committed]) -> Iterator[str]:
+    """Look at every change since the creation of each marked object."""
+    for key, state in server.objects.items():
+        if not state.sole_writer:
+            continue
+        creator = str(UUID(bytes=state.creator))
+        for change in server.history.changes:
+            if change.key != key or change.version < state.created:
+                continue
+            operation = committed[creator].operations.get(change.seq)
+            if change.replica != state.creator or change.by_hook or operation is None:
+                yield f"{key} was written at {change.version} by another or by a hook"
+            elif not same(decode_patch(change.patch), operation.decoded_patch()):
+                yield f"{key} was written at {change.version} with another patch than the operation's"
+            elif operation.decoded_patch().has_intents:
+                yield f"{key} was written at {change.version} with an intent"
+
+
+# --- the replica's view -----------------------------------------------------------------
+
+
+@promise("View: an object is its base with every operation replayed that is pending or applied above the base")
+def check_view(history: History, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Make the view anew from the server's history and the committed operations."""
+    for key in replica.keys:
+        unconfirmed = replica.unconfirmed.get(key, [])
+        shown, held = replica.view.get(key), replica.held(key)
+        if shown is not None and shown.dirty is not bool(unconfirmed):
+            yield f"{key} is marked dirty={shown.dirty}, unconfirmed are {unconfirmed}"
+        if not unconfirmed and key in replica.base:
+            yield f"{key} has a base entry and nothing unconfirmed"
+        base: Attributes | None = None
+        if held is not None:
+            base = decode_map(held.attributes)
+            expected = history.at(key, held.version)
+            if not same(base, expected) or history.version_at(key, held.version) != held.version:
+                yield f"{key} is held at {held.version} as {base}, the server had {expected}"
+        for seq, _ in unconfirmed:
+            base = replayed(base, committed.operations[seq])
+        if unconfirmed and not same(base, None if shown is None else decode_map(shown.attributes)):
+            yield f"{key} is shown as {shown}, base and {unconfirmed} make {base}"
+        yield from _wrongly_replayed(key, held, history, replica, committed)
+
+
+@promise("Incarnation: an operation names the version of the object that its author sees, none for one of his own making")
+def check_versions_shown(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Look at the version that the next operation on each object would name."""
+    for key, shown in replica.view.items():
+        unconfirmed, held = replica.unconfirmed.get(key, []), replica.held(key)
+        seen = 0 if held is None or _creates(unconfirmed, committed) else held.version
+        if shown.version != seen:
+            yield f"{key} is shown with version {shown.version}, what its author sees is of version {seen}"
+
+
+@promise("Cursor behind state: whatever the server had at the cursor's version, the replica has, or something newer")
+def check_cursor(history: History, replica: ReplicaRecord) -> Iterator[str]:
+    """Compare each object that the replica holds with what the server had at the cursor."""
+    if replica.cursor is None:
+        return
+    version = replica.cursor.version
+    if version > history.version:
+        yield f"the cursor is at {version}, the server at {history.version}"
+    for key in dict.fromkeys([*history.keys, *replica.keys]):
+        held = replica.held(key)
+        if held is None:
+            if not history.was_absent(key, version):
+                yield f"{key} is not held, the server has had it ever since {version}"
+        else:
+            following = history.next_after(key, held.version)
+            if following is not None and following <= version:
+                yield f"{key} is held at {held.version}, changed at {following}, and the cursor is at {version}"
+    for key, unconfirmed in replica.unconfirmed.items():
+        for seq, applied in unconfirmed:
+            if 0 < applied <= version:
+                yield f"{key}: seq {seq} is replayed, applied at {applied}, and the cursor is at {version}"
+
+
+@promise("Cursor: it only moves forward")
+def check_cursor_moves_forward(before: int, after: int) -> Iterator[str]:
+    """Compare two versions that a replica's cursor named, one after the other."""
+    if after < before:
+        yield f"from {before} to {after}"
+
+
+@promise("Fresh: what a mode covers is afterwards as the server had it during the session, or newer")
+def check_fresh(
+    history: History, replica: ReplicaRecord, keys: Collection[Key], *, since: int
+) -> Iterator[str]:
+    """Compare objects with the states that the server had from version *since* on."""
+    for key in keys:
+        held = replica.held(key)
+        if held is None:
+            if not history.was_absent(key, since):
+                yield f"{key} is not held, the server has had it ever since {since}"
+        elif held.version < since:
+            following = history.next_after(key, held.version)
+            if following is not None and following <= since:
+                yield f"{key} is held at {held.version}, changed at {following}; the session was at {since}"
+
+
+@promise("No poison: one synchronization settles everything that can be settled")
+def check_uploaded(replica: ReplicaRecord, seqs: Collection[int], not_ready: Collection[int]) -> Iterator[str]:
+    """Look for operations that a complete synchronization left pending without a word."""
+    for seq in seqs:
+        if seq in replica.pending and seq not in not_ready:
+            yield f"seq {seq} is still pending, and was not reported as not ready"
+
+
+@promise("Projection: after a complete synchronize-all, local state is the server's, with pending operations on top")
+def check_converged_when_quiet(
+    server: ServerRecord, replica: ReplicaRecord, not_ready: Collection[int]
+) -> Iterator[str]:
+    """Compare the replica with the server's objects."""
+    if left := [seq for seq in replica.pending if seq not in not_ready]:
+        yield f"pending, and not reported as not ready: {left}"
+    for key, unconfirmed in replica.unconfirmed.items():
+        if applied := [one for one in unconfirmed if one[1]]:
+            yield f"{key} still replays applied operations: {applied}"
+    visible = server.visible()
+    for key in dict.fromkeys([*visible, *replica.keys]):
+        held = replica.held(key)
+        local = None if held is None else (held.version, decode_map(held.attributes))
+        there = visible.get(key)
+        if (local is None) is not (there is None) or (
+            local is not None and there is not None and not (local[0] == there[0] and same(local[1], there[1]))
+        ):
+            yield f"{key}: the server has {there}, the replica {local}"
+    if not replica.pending and (replica.base or replica.unconfirmed):
+        yield f"nothing is pending, and there are {len(replica.base)} bases, {len(replica.unconfirmed)} unconfirmed"
+
+
+# --- all of them ------------------------------------------------------------------------
+
+
+def check_server(server: ServerRecord, committed: Mapping[str, Committed]) -> None:
+    """Check what holds of a server's store at any moment."""
+    check_change_log(server)
+    check_by_version(server)
+    check_settled_marks(server)
+    check_sole_writers(server, committed)
+
+
+def check_replica(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> None:
+    """Check what holds between a server and a replica at any moment."""
+    check_log(replica, committed)
+    check_settled_once(server, replica, committed)
+    check_failures(server, replica, committed)
+    check_order(server, replica, committed)
+    check_groups(server, replica.replica_id, committed)
+    check_view(server.history, replica, committed)
+    check_versions_shown(replica, committed)
+    check_cursor(server.history, replica)
+
+
+# --- helpers ----------------------------------------------------------------------------
+
+
+def _misapplied(
+    seq: int, operation: Operation, settled: Settled, changes: list[Change], history: History
+) -> Iterator[str]:
+    own = [change for change in changes if not change.by_hook]
+    if settled.failure_id:
+        if changes:
+            yield f"seq {seq} failed, and changed {[one.version for one in changes]}"
+        return
+    if not own:
+        if operation.kind is not OperationKind.DELETE or history.at(operation.key, settled.version) is not None:
+            yield f"seq {seq} ({operation.kind.name}) is applied at {settled.version}, and no change says so"
+        return
+    if len(own) > 1:
+        yield f"seq {seq} was applied {len(own)} times: {[one.version for one in own]}"
+    if (own[0].version, own[0].key, own[0].kind) != (settled.version, operation.key, operation.kind):
+        yield f"seq {seq} is applied at {settled.version}, its change is {own[0]}"
+
+
+def _outcome_of(settled: Settled) -> tuple[int, str]:
+    return settled.version, str(UUID(bytes=settled.failure_id)) if settled.failure_id else ""
+
+
+def _lost_payload(
+    seq: int, settled: Settled, failure: failure_pb2.SynchronizationFailure, committed: Committed, place: str
+) -> Iterator[str]:
+    operation = committed.operations[seq]
+    if settled.culprit and failure.operation != committed.data[seq]:
+        yield f"seq {seq}: the record on {place} holds another payload"
+    if settled.culprit and (failure.entity, failure.object_id) != operation.key:
+        yield f"seq {seq} on {operation.key}: the record on {place} names {failure.entity} {failure.object_id!r}"
+    if operation.group is not None:
+        first = operation.group.id
+        members = [committed.data[member] for member in range(first, first + operation.group.size)]
+        if list(failure.group_operations) != members:
+            yield f"seq {seq}: the record on {place} does not hold the whole group"
+    elif failure.group_operations:
+        yield f"seq {seq}: the record on {place} speaks of a group"
+
+
+def _before(change: Change, after: Attributes | None) -> Attributes | None:
+    if change.kind is OperationKind.CREATE:
+        return None
+    if change.kind is OperationKind.DELETE:
+        return decode_map(change.before)
+    replaced, were_absent = decode(change.before)
+    kept = {name: value for name, value in (after or {}).items() if name not in were_absent}
+    return {**kept, **replaced}
+
+
+def _wrong_state(
+    key: Key, state: ObjectState, newest: Change, creation: Change, history: History
+) -> Iterator[str]:
+    expected = history.at(key, newest.version)
+    if state.version != newest.version:
+        yield f"{key} is at {state.version}, its newest change at {newest.version}"
+    if (state.created, state.creator) != (creation.version, creation.replica):
+        yield f"{key} says it was created at {state.created}, it was at {creation.version}"
+    if state.deleted is not (expected is None):
+        yield f"{key} is marked deleted={state.deleted}, its changes make {expected}"
+    elif not state.deleted and not same(decode_map(state.attributes), expected):
+        yield f"{key} is {decode_map(state.attributes)}, its changes make {expected}"
+
+
+def _wrongly_replayed(
+    key: Key, held: ViewRecord | None, history: History, replica: ReplicaRecord, committed: Committed
+) -> Iterator[str]:
+    """Compare the operations that are replayed on an object with those that have to be."""
+    replayed_at = dict(replica.unconfirmed.get(key, []))
+    for seq in committed.seqs_of.get(key, []):
+        outcome, applied = replica.outcomes.get(seq), replayed_at.pop(seq, None)
+        if seq in replica.pending:
+            if applied != 0:
+                yield f"{key}: seq {seq} is pending and not replayed as such ({applied})"
+        elif outcome is None or outcome.failure_id:
+            if applied is not None:
+                yield f"{key}: seq {seq} is replayed ({applied}), its outcome is {outcome}"
+        elif applied is not None:
+            if applied != outcome.version or (held is not None and applied <= held.version):
+                yield f"{key}: seq {seq} is replayed as applied at {applied} on {held}, its outcome is {outcome}"
+        elif held is None:
+            if not history.was_absent(key, outcome.version):
+                yield f"{key}: seq {seq}, applied at {outcome.version}, has vanished from the view"
+        elif held.version < outcome.version and history.at(key, outcome.version) is not None:
+            yield f"{key}: seq {seq}, applied at {outcome.version}, is not replayed on {held}"
+    if replayed_at:
+        yield f"{key} replays operations of other objects: {replayed_at}"
+
+
+def _creates(unconfirmed: list[tuple[int, int]], committed: Committed) -> bool:
+    """Tell whether what is shown is an object that the replica itself created, whatever its base is."""
+    return any(committed.operations[seq].kind is OperationKind.CREATE for seq, _ in unconfirmed)
+
+
+def _is_justified(
+    reason: FailureReason,
+    operation: Operation,
+    when: Settlement,
+    server: ServerRecord,
+    schema: Schema,
+    may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool],
+) -> bool:
+    history, key = server.history, operation.key
+    states = list(history.states_between(key, when.before, when.after))
+    patch = operation.decoded_patch()
+    if reason in (FailureReason.HOOK_REJECTED, FailureReason.HOOK_ERROR):
+        return may_hooks_refuse(reason, operation, states)
+    if operation.group is not None:
+        return True  # what its group had done before it is gone without a trace
+    if reason is FailureReason.ALREADY_EXISTS:
+        return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
+    if reason is FailureReason.OBJECT_GONE:
+        # Of another incarnation than its author saw: created since, by somebody else.
+        return None in states or (operation.base_version < server.objects[key].created)
+    if reason in (FailureReason.DANGLING_REFERENCE, FailureReason.DEPENDENCY_FAILED):
+        if operation.kind is not OperationKind.CREATE and None in states:
+            return True
+        written = {**patch.set, **patch.add}
+        if patch.add:
+            return True  # members added refer to what was there before, too
+        targets = schema.referenced(operation.entity, written)
+        return any(history.at(target, when.after) is None for _, target in targets)
+    if reason is FailureReason.VALIDATION_FAILED:
+        return any(state is not None and _misfits(state, operation) for state in states)
+    return False
+
+
+def _misfits(state: Attributes, operation: Operation) -> bool:
+    try:
+        patched(state, operation.decoded_patch())
+    except Misfit:
+        return True
+    return False
+
+
+def _replayed_seqs(replica: ReplicaRecord) -> set[int]:
+    return {seq for entries in replica.unconfirmed.values() for seq, _ in entries}
+
+
+def _ranges(seqs: Collection[int]) -> str:
+    if not seqs:
+        return "none"
+    return f"{min(seqs)}-{max(seqs)} ({len(seqs)})"

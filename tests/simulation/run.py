@@ -1,0 +1,69 @@
+"""Runs seeds, and tells of those that fail what is needed to see it again."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.simulation.world import STEPS_DEFAULT, World
+
+# A directory in memory, where there is one: the simulated disk need not be a slow one.
+MEMORY_DIRECTORY = Path("/dev/shm")
+EVENTS_SHOWN_MAX = 60
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What came of a seed.
+
+    Attributes:
+        seed: The seed.
+        error: What went wrong, in a line. Empty: nothing.
+        report: The error with what happened before, where it arose, and how to replay it.
+        events: All that happened.
+        states_lost: How many reconciliations were needed because a confirmed state was missing.
+    """
+
+    seed: int
+    error: str
+    report: str
+    events: list[str]
+    states_lost: int
+
+
+def run_seed(seed: int, *, steps: int = STEPS_DEFAULT) -> Outcome:
+    """Run one seed in a directory of its own."""
+    directory = Path(tempfile.mkdtemp(prefix="tidelog-", dir=MEMORY_DIRECTORY if MEMORY_DIRECTORY.is_dir() else None))
+    logging.disable(logging.CRITICAL)  # refusals and crashes are what this is about
+    try:
+        world = World(seed, directory, steps=steps)
+        try:
+            world.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
+            return Outcome(seed, _summary(error), _report(world, error, steps), world.events, world.states_lost)
+        return Outcome(seed, "", "", world.events, world.states_lost)
+    finally:
+        logging.disable(logging.NOTSET)
+        shutil.rmtree(directory)
+
+
+def _summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _report(world: World, error: Exception, steps: int) -> str:
+    return "\n".join(
+        [
+            "".join(traceback.format_exception(error)),
+            f"{world.settings}",
+            f"seed {world.seed} failed after {len(world.events)} events; the last ones:",
+            *(f"    {event}" for event in world.events[-EVENTS_SHOWN_MAX:]),
+            f"{type(error).__name__}: {error}",
+            f"replay: python -m tests.simulation --seeds {world.seed} --steps {steps} --trace",
+        ]
+    )
