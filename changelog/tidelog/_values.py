@@ -19,6 +19,7 @@ import base64
 import decimal
 import json
 import math
+import re
 import threading
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ Attributes: TypeAlias = dict[str, Any]
 
 DECIMAL_EXTENSION: Final = 1
 DECIMAL_BYTES_MAX: Final = 128
+_DECIMAL: Final = re.compile(rb"-?[0-9]+(\.[0-9]+)?(E[+-]?[0-9]+)?")
 INTEGER_MIN: Final = -(2**63)
 INTEGER_MAX: Final = 2**63 - 1
 EMPTY_MAP: Final = b"\x80"
@@ -315,13 +317,12 @@ def _decode_extension(code: int, data: bytes) -> Any:
     if code == DECIMAL_EXTENSION:
         if len(data) > DECIMAL_BYTES_MAX:
             raise InvalidValue(f"a decimal is longer than {DECIMAL_BYTES_MAX} bytes")
+        if not _DECIMAL.fullmatch(data):
+            raise InvalidValue(f"not a decimal: {data!r}")
         try:
-            value = Decimal(data.decode("ascii"))
-        except (UnicodeDecodeError, decimal.InvalidOperation):
-            raise InvalidValue(f"not a decimal: {data!r}") from None
-        if not value.is_finite():
-            raise InvalidValue(f"a decimal is not finite: {data!r}")
-        return value
+            return Decimal(data.decode("ascii"))
+        except decimal.InvalidOperation:
+            raise InvalidValue(f"a decimal out of range: {data!r}") from None
     raise InvalidValue(f"unknown MessagePack extension type {code}")
 
 

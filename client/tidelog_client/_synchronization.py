@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from tidelog import _limits
-from tidelog._errors import ForeignServer, InvalidSchema, ProtocolUnsupported, ProtocolViolated
+from tidelog._errors import ForeignServer, InvalidSchema, ProtocolUnsupported, ProtocolViolated, ReplicaForked
 from tidelog._failure import SynchronizationFailure
+from tidelog._operation import decode_operation
 from tidelog._schema import Schema
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import operation_pb2, sync_pb2
@@ -162,9 +163,10 @@ class Synchronization:
                 f"this client version {_limits.PROTOCOL_VERSION}: upgrade the older one"
             )
         self._adopt(started)
+        self._check_log(started.settled)
         self._limits = started.limits
         self._reconcile = started.reconcile
-        if not started.resumed:
+        if self._mode is Mode.ALL and not started.resumed:
             self._storage.discard_staged()
         if not self._total:
             self._stage = _Stage.SETTLING
@@ -194,6 +196,20 @@ class Synchronization:
             schema = started.schema.SerializeToString()
         if not epoch or storage.meta("schema") != schema:
             storage.set_meta(epoch=started.epoch.encode(), schema=schema)
+
+    def _check_log(self, settled: sync_pb2.SettledOperations) -> None:
+        """Compare the newest operation that the server settled with this log: a copy of it went on elsewhere?"""
+        if not settled.newest_seq:
+            return
+        storage = self._storage
+        with storage.environment.read() as transaction:
+            last_seq = storage.last_seq(transaction)
+            data = storage.log.get(transaction, settled.newest_seq)
+        if settled.newest_seq > last_seq or (data and decode_operation(data).nonce != settled.newest_nonce):
+            raise ReplicaForked(
+                f"the server has settled seq {settled.newest_seq} of replica {storage.replica_id}, "
+                "which is not in this log: the directory is a copy, or was restored from one"
+            )
 
     def _next_batch(self) -> list[bytes | None]:
         batch = next(self._batches, None)

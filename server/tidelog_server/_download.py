@@ -134,7 +134,7 @@ class Download:
         def is_ours(change: Change | None) -> bool:
             return change is not None and change.replica == self._replica and change.seq >= first_seq
 
-        position = first_version - 1
+        position = self._before_operation(first_version)
         while position < last_version:
             with self._store.read(self._tenant) as reader:
                 changes = reader.changes(position, PAGE_OBJECTS_MAX)
@@ -156,6 +156,18 @@ class Download:
                 yield page.message
             if not changes:
                 return
+
+    def _before_operation(self, version: int) -> int:
+        """Return the version before everything that the operation applied at *version* caused, hooks before it too."""
+        with self._store.read(self._tenant) as reader:
+            change = reader.change(version)
+            before = version - 1
+            while change is not None:
+                earlier = reader.change(before)
+                if earlier is None or (earlier.replica, earlier.seq) != (change.replica, change.seq):
+                    break
+                before -= 1
+        return before
 
     def selected(self, keys: Sequence[ObjectKey]) -> Iterator[sync_pb2.SnapshotPage]:
         """Yield the objects of these keys as they are; those that are not there come as removals."""

@@ -18,6 +18,7 @@ held ones are settled together.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,12 +28,13 @@ import uuid_utils
 from tidelog._errors import InvalidValue, LimitExceeded
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
+from tidelog._limits import BATCH_OPERATIONS_MAX, GROUP_BYTES_MAX
 from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
 from tidelog._patch import Patch, encoded_attributes
 from tidelog.v1 import failure_pb2
 from tidelog_server._action import Action, Refused, Waits
 from tidelog_server._application import Application
-from tidelog_server._errors import OperationForked, OperationsOutOfOrder, SessionSuperseded
+from tidelog_server._errors import OperationForked, OperationsOutOfOrder, RequestInvalid, SessionSuperseded
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import (
@@ -148,7 +150,7 @@ def evaluate_batch(
     There is one result per operation, in order; held ones have a preliminary one.
 
     Raises:
-        SessionSuperseded, OperationForked, OperationsOutOfOrder, TransientError:
+        SessionSuperseded, OperationForked, RequestInvalid, TransientError:
             Nothing of the batch may be written, and the session ends.
     """
     return _Evaluator(application, uploader, reader, state, time_us).batch(batch)
@@ -204,7 +206,7 @@ class _Evaluator:
         self._failures: dict[bytes, FailureRecord] = {}
         self._refused_creations: dict[ObjectKey, bytes] = {}
         # While held operations are settled: the creations taken for granted, and those of them a unit used.
-        self._assumed: set[ObjectKey] = set()
+        self._assumed: Counter[ObjectKey] = Counter()
         self._used: set[ObjectKey] = set()
 
     # --- a batch --------------------------------------------------------------
@@ -214,8 +216,11 @@ class _Evaluator:
         self._check_order(members)
         former = self._former_outcomes(members)
         self.overlay.prefetch(self._named_objects(members))
+        units = list(_units(members))
+        if len(members) > BATCH_OPERATIONS_MAX and len(units) > 1:
+            raise RequestInvalid(f"a batch of {len(members)} operations: the limit is {BATCH_OPERATIONS_MAX}")
         results: list[Result] = []
-        for unit in _units(members):
+        for unit in units:
             if former and any(member.seq in former for member in unit):
                 results.extend(self._repeated(unit, former))
             else:
@@ -267,6 +272,9 @@ class _Evaluator:
     def _first_try(self, unit: Unit) -> list[Result]:
         if self._is_parked(unit):
             return self._park(unit, _BEHIND_ANOTHER)
+        if len(unit) > 1 and _size_bytes(unit) > GROUP_BYTES_MAX:
+            message = f"a commit group of {_size_bytes(unit)} bytes: the limit is {GROUP_BYTES_MAX}"
+            return self._refuse(unit, Refused(FailureReason.TOO_LARGE, message))
         if self._is_newer(unit):
             return self._park(unit, "made with a newer schema than the server has: waits for the server")
         if self._held_keys and not self._held_keys.isdisjoint(_keys_of(unit)):
@@ -333,7 +341,7 @@ class _Evaluator:
         self, units: list[Unit], live: list[int], results: dict[int, list[Result]]
     ) -> dict[int, list[_Applied]]:
         """Try all live units; put the results of those dropped into *results*, return what the others did."""
-        self._assumed = {key for index in live for key in _created_keys(units[index])}
+        self._assumed = Counter(key for index in live for key in _created_keys(units[index]))
         applied: dict[int, list[_Applied]] = {}
         dropped: dict[int, Refused | Waits | None] = {}
         users: dict[ObjectKey, list[int]] = {}
@@ -355,15 +363,16 @@ class _Evaluator:
                     continue
             except (Refused, Waits) as verdict:
                 dropped[index] = verdict
-            self._assumed.difference_update(_created_keys(unit))
+            self._assumed.subtract(_created_keys(unit))
             if not isinstance(dropped[index], Refused):
                 undecided.update(_keys_of(unit))
-        self._drop(units, dropped, users, results)
+        self._drop(units, applied, dropped, users, results)
         return applied
 
     def _drop(
         self,
         units: list[Unit],
+        applied: Iterable[int],
         dropped: dict[int, Refused | Waits | None],
         users: dict[ObjectKey, list[int]],
         results: dict[int, list[Result]],
@@ -375,8 +384,12 @@ class _Evaluator:
         would create. What was judged on top of such a one is judged again in the next
         round, without it.
         """
+        creators: dict[ObjectKey, set[int]] = {}
+        for index in applied:
+            for key in _created_keys(units[index]):
+                creators.setdefault(key, set()).add(index)
         for index in sorted(dropped):
-            fallen = _fallen(units, users, index)
+            fallen = _fallen(units, users, creators, index)
             if fallen:
                 trusted = [one for one in dropped if one < min(fallen)] + [index]
                 break
@@ -497,7 +510,7 @@ class _Evaluator:
 
     def _require(self, target: ObjectKey, message: str) -> None:
         """Decide about a reference to an object that is not there: pass, or raise Waits."""
-        if target not in self._assumed:
+        if not self._assumed[target]:
             raise Waits(target, message)
         self._used.add(target)
 
@@ -594,12 +607,20 @@ def _keys_of(unit: Unit) -> list[ObjectKey]:
     return [member.operation.key for member in unit if member.operation is not None]
 
 
-def _fallen(units: list[Unit], users: dict[ObjectKey, list[int]], dropped: int) -> dict[int, ObjectKey]:
-    """Return the units that relied on what a dropped one would create, directly or not, each with what it lacks."""
+def _fallen(
+    units: list[Unit], users: dict[ObjectKey, list[int]], creators: dict[ObjectKey, set[int]], dropped: int
+) -> dict[int, ObjectKey]:
+    """
+    Return the units that relied on what a dropped one would create, directly or not, each with what it lacks.
+
+    An object that another unit creates as well is not lacking.
+    """
     fallen: dict[int, ObjectKey] = {}
     gone = _created_keys(units[dropped])
     while gone:
         key = gone.pop()
+        if creators.get(key, set()) - fallen.keys():
+            continue
         for index in users.get(key, ()):
             if index not in fallen and index != dropped:
                 fallen[index] = key

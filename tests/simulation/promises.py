@@ -280,8 +280,8 @@ def check_sole_writers(server: ServerRecord, committed: Mapping[str, Committed])
         if not state.sole_writer:
             continue
         creator = str(UUID(bytes=state.creator))
-        for change in server.history.changes:
-            if change.key != key or change.version < state.created:
+        for change in server.history.changes_to[key]:
+            if change.version < state.created:
                 continue
             operation = committed[creator].operations.get(change.seq)
             if change.replica != state.creator or change.by_hook or operation is None:

@@ -36,6 +36,7 @@ class History:
     def __init__(self) -> None:
         self.version = 0
         self.changes: list[Change] = []
+        self.changes_to: dict[Key, list[Change]] = {}
         self._versions: dict[Key, list[int]] = {}
         self._states: dict[Key, list[Attributes | None]] = {}
 
@@ -86,6 +87,7 @@ class History:
             after = patched(before, decode_patch(change.patch))
         self.version = change.version
         self.changes.append(change)
+        self.changes_to.setdefault(change.key, []).append(change)
         self._versions.setdefault(change.key, []).append(change.version)
         self._states.setdefault(change.key, []).append(after)
 

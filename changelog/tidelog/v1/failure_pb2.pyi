@@ -171,7 +171,7 @@ class ListFailuresResponse(_message.Message):
     """Asks for the next page. Empty on the last one."""
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___SynchronizationFailure]:
-        """The failures, oldest first."""
+        """The failures, in the order of their ids."""
 
     def __init__(
         self,

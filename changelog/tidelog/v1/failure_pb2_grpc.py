@@ -52,7 +52,8 @@ class FailureServiceServicer:
     """
 
     def ListFailures(self, request, context):
-        """Lists failures, oldest first.
+        """Lists failures in the order of their ids: oldest first, but for those of
+        operations that could not be read, whose ids say nothing of time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

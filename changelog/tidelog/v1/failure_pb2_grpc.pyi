@@ -34,7 +34,9 @@ class FailureServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FailureServiceAsyncStub: ...
     ListFailures: _grpc.UnaryUnaryMultiCallable[_failure_pb2.ListFailuresRequest, _failure_pb2.ListFailuresResponse]
-    """Lists failures, oldest first."""
+    """Lists failures in the order of their ids: oldest first, but for those of
+    operations that could not be read, whose ids say nothing of time.
+    """
     GetFailure: _grpc.UnaryUnaryMultiCallable[_failure_pb2.GetFailureRequest, _failure_pb2.GetFailureResponse]
     """Gets one failure.
 
@@ -47,7 +49,9 @@ class FailureServiceAsyncStub(FailureServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListFailures: _aio.UnaryUnaryMultiCallable[_failure_pb2.ListFailuresRequest, _failure_pb2.ListFailuresResponse]  # type: ignore[assignment]
-    """Lists failures, oldest first."""
+    """Lists failures in the order of their ids: oldest first, but for those of
+    operations that could not be read, whose ids say nothing of time.
+    """
     GetFailure: _aio.UnaryUnaryMultiCallable[_failure_pb2.GetFailureRequest, _failure_pb2.GetFailureResponse]  # type: ignore[assignment]
     """Gets one failure.
 
@@ -63,7 +67,9 @@ class FailureServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _failure_pb2.ListFailuresRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_failure_pb2.ListFailuresResponse, _abc.Awaitable[_failure_pb2.ListFailuresResponse]]:
-        """Lists failures, oldest first."""
+        """Lists failures in the order of their ids: oldest first, but for those of
+        operations that could not be read, whose ids say nothing of time.
+        """
 
     @_abc_1.abstractmethod
     def GetFailure(
