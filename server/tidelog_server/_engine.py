@@ -391,10 +391,10 @@ class _Evaluator:
         for index in sorted(dropped):
             fallen = _fallen(units, users, creators, index)
             if fallen:
-                trusted = [one for one in dropped if one < min(fallen)] + [index]
+                trusted = {index, *(one for one in dropped if one < min(fallen))}
                 break
         else:
-            fallen, trusted = {}, list(dropped)
+            fallen, trusted = {}, set(dropped)
         for index in sorted(trusted):
             verdict = dropped[index]
             if verdict is None:

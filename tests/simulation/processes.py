@@ -39,8 +39,8 @@ SCHEMA = Schema(REFERENCES, version=1)
 POLL_SECONDS = 0.002
 WAIT_SECONDS_MAX = 60.0
 
-# How much one life of a working replica may write: the checkers read all of it in the end.
-COMMITS_PER_LIFE_MAX = 300
+# How much a working replica may write per synchronization: edits and sessions go on side by side all its life.
+COMMITS_PER_SYNCHRONIZATION = 25
 SYNCHRONIZE_TIMEOUT_SECONDS = 5.0
 
 
@@ -99,11 +99,14 @@ def work(directory: str, address: str, seed: str, journal_path: str) -> None:
     """Edit in one thread, synchronize in another, until killed."""
     random, journal = Random(seed), Journal(Path(journal_path))
     journal.append("started")
+    allowance = threading.Semaphore(COMMITS_PER_SYNCHRONIZATION)
     with Replica(directory, server=address, schema=SCHEMA, map_bytes=random.choice([2**18, 2**40])) as replica:
-        editing = threading.Thread(target=_edit, args=(replica, Random(random.random()), journal), daemon=True)
-        editing.start()
+        threading.Thread(
+            target=_edit, args=(replica, Random(random.random()), journal, allowance), daemon=True
+        ).start()
         while True:
             _synchronize(replica, random, journal)
+            allowance.release(COMMITS_PER_SYNCHRONIZATION)
 
 
 def write(directory: str, name: str, count: str, map_bytes: str) -> None:
@@ -157,8 +160,8 @@ def fork(directory: str) -> None:
     os._exit(0)
 
 
-def _edit(replica: Replica, random: Random, journal: Journal) -> None:
-    for _ in range(COMMITS_PER_LIFE_MAX):
+def _edit(replica: Replica, random: Random, journal: Journal, allowance: threading.Semaphore) -> None:
+    while allowance.acquire():
         marks: list[str] = []
         with contextlib.suppress(ObjectExists, ObjectNotFound, InvalidValue):
             with replica.transaction(atomic=random.random() < 0.3) as transaction:
