@@ -1,6 +1,5 @@
 """
-What tests are built from: operations, a store in memory, upload sessions without transport,
-a server with its replicas.
+What tests are built from: operations, stores, upload sessions, a server with its replicas.
 
 Everything has a default that fits most tests; a test names what it is about.
 """

@@ -137,7 +137,7 @@ class Download:
         position = self._before_operation(first_version)
         while position < last_version:
             with self._store.read(self._tenant) as reader:
-                changes = reader.changes(position, PAGE_OBJECTS_MAX)
+                changes = reader.changes(position, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
                 page = _Page(self._replica)
                 for change in changes:
                     if page.is_full or change.version > last_version:

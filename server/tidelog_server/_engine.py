@@ -29,6 +29,7 @@ from tidelog._errors import InvalidValue, LimitExceeded
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import BATCH_OPERATIONS_MAX, GROUP_BYTES_MAX
+from tidelog._logging import get_logger
 from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
 from tidelog._patch import Patch, encoded_attributes
 from tidelog.v1 import failure_pb2
@@ -49,7 +50,12 @@ HELD_UNITS_MAX = 10_000
 HELD_BYTES_MAX = 16 * 1024 * 1024
 HELD_ROUNDS_MAX = 64
 
+# What a mistake in a program raises, as opposed to a failing disk or a lack of memory.
+_DEFECTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+
 _BEHIND_ANOTHER = "waits for an earlier operation on the same object"
+
+_log = get_logger("tidelog.engine")
 
 
 class Status:
@@ -527,6 +533,13 @@ class _Evaluator:
             refusal.position = len(applied)
             self.overlay.rollback(mark)
             raise
+        except _DEFECTS as error:
+            # A defect of this program must not stop what comes behind the operation that shows it.
+            self.overlay.rollback(mark)
+            _log.exception("evaluation failed", seq=unit[len(applied)].seq)
+            failed = Refused(FailureReason.HOOK_ERROR, "the server failed on it: the server's log has the details")
+            failed.position = len(applied)
+            raise failed from error
         except BaseException:
             self.overlay.rollback(mark)
             raise

@@ -300,12 +300,15 @@ class LmdbReader:
         value = self._transaction.get(self._prefix + pack_position(version), db=self._databases.changes)
         return None if value is None else _unpack_change(version, value)
 
-    def changes(self, after: int, limit: int) -> list[Change]:
+    def changes(self, after: int, limit: int, bytes_max: int) -> list[Change]:
         start = self._prefix + pack_position(after + 1)
-        return [
-            _unpack_change(unpack_position(key[len(self._prefix) :]), value)
-            for key, value in islice(self._scan(self._databases.changes, start, self._prefix), limit)
-        ]
+        found = []
+        for key, value in islice(self._scan(self._databases.changes, start, self._prefix), limit):
+            found.append(_unpack_change(unpack_position(key[len(self._prefix) :]), value))
+            bytes_max -= len(value)
+            if bytes_max <= 0:
+                break
+        return found
 
     def replica(self, replica: bytes) -> ReplicaState | None:
         value = self._transaction.get(self._prefix + replica, db=self._databases.replicas)

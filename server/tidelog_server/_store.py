@@ -62,8 +62,8 @@ class Reader(Protocol):
         """Return the change of this version, or None if it is not kept."""
         ...
 
-    def changes(self, after: int, limit: int) -> list[Change]:
-        """Return up to *limit* changes in version order above *after*."""
+    def changes(self, after: int, limit: int, bytes_max: int) -> list[Change]:
+        """Return changes in version order above *after*: up to *limit*, or until their size reaches *bytes_max*."""
         ...
 
     def replica(self, replica: bytes) -> ReplicaState | None:
