@@ -191,8 +191,14 @@ class _MemoryReader:
     def change(self, version: int) -> Change | None:
         return self._data.changes[version - 1] if 0 < version <= len(self._data.changes) else None
 
-    def changes(self, after: int, limit: int) -> list[Change]:
-        return self._data.changes[max(after, 0) : max(after, 0) + limit]
+    def changes(self, after: int, limit: int, bytes_max: int) -> list[Change]:
+        found: list[Change] = []
+        for change in self._data.changes[after : after + limit]:
+            if bytes_max <= 0:
+                break
+            found.append(change)
+            bytes_max -= len(change.patch) + len(change.before)
+        return found
 
     def replica(self, replica: bytes) -> ReplicaState | None:
         return self._data.replicas.get(replica)
@@ -375,7 +381,7 @@ class Lab:
     def changes(self, *, after: int = 0) -> list[Change]:
         """Return the change log."""
         with self.store.read(TENANT) as reader:
-            return reader.changes(after, 100_000)
+            return reader.changes(after, 100_000, 1_000_000_000)
 
     def version(self) -> int:
         """Return the newest version."""

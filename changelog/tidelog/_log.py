@@ -56,6 +56,14 @@ class OperationLog:
         entry = transaction.get(pack_position(seq), db=self._database)
         return None if entry is None else _checked(seq, entry)
 
+    def first(self, transaction: LmdbTransaction) -> tuple[int, bytes] | None:
+        """Return (seq, serialized operation) of the oldest entry that is kept. Raises LogCorrupt."""
+        cursor = transaction.cursor(self._database)
+        if not cursor.first():
+            return None
+        seq = unpack_position(cursor.key())
+        return seq, _checked(seq, cursor.value())
+
     def last_seq(self, transaction: LmdbTransaction) -> int:
         """Return the position of the newest entry that is kept, 0 if there is none."""
         cursor = transaction.cursor(self._database)

@@ -5,7 +5,8 @@ Storage: the replica's data on disk.
     pending      seq            -> place in its commit group, object key
     outcomes     seq            -> what became of a settled operation
     failures     failure id     -> serialized SynchronizationFailure
-    incoming     page number    -> downloaded page, as it came
+    incoming     page number    -> downloaded page, as it came (mode all, until it is published)
+    merging      page number    -> the same for the other modes
     seen         object key     -> (while a reconciliation is published) it was in the download
     ahead        object key     -> its state came without the cursor, and is newer
     meta         replica id, last seq, cursor, epoch, ...
@@ -19,7 +20,7 @@ from __future__ import annotations
 import struct
 import uuid
 from bisect import bisect_right
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ from tidelog._keys import (
     unpack_object_key,
     unpack_position,
 )
+from tidelog._limits import PAGE_OBJECTS_MAX
 from tidelog._log import OperationLog
 from tidelog._operation import Operation, decode_operation
 from tidelog.v1 import failure_pb2, operation_pb2, sync_pb2
@@ -47,6 +49,7 @@ FORMAT: Final = "tidelog-replica-1"
 
 PUBLISH_OBJECTS_MAX: Final = 100_000
 PUBLISH_STEP_PAGES: Final = 20
+MERGE_STEP_PAGES: Final = PUBLISH_OBJECTS_MAX // PAGE_OBJECTS_MAX
 READ_PAGE_ENTRIES: Final = 500
 
 _PLACE: Final = struct.Struct(">HH")  # of a pending operation in its commit group: position, size
@@ -93,6 +96,7 @@ class Storage:
         self._outcomes = database("outcomes")
         self._failures = database("failures")
         self._incoming = database("incoming")
+        self._merging = database("merging")
         self._seen = database("seen")
         self._ahead = database("ahead")
         self._meta = database("meta")
@@ -361,10 +365,7 @@ class Storage:
         """Keep downloaded pages on disk, and where the download can go on."""
 
         def work(transaction: LmdbTransaction) -> None:
-            cursor = transaction.cursor(self._incoming)
-            number = unpack_position(cursor.key()) + 1 if cursor.last() else 1
-            for offset, page in enumerate(pages):
-                transaction.put(pack_position(number + offset), page, db=self._incoming, append=True)
+            _append_pages(transaction, self._incoming, pages)
             count = object_count + unpack_position(self._get_meta(transaction, "staged_count"))
             self._put_meta(transaction, staged_count=pack_position(count), resume_token=resume_token)
 
@@ -372,6 +373,9 @@ class Storage:
 
     def discard_staged(self) -> None:
         """Forget pages that were kept."""
+        with self.environment.read() as transaction:
+            if not transaction.stat(self._incoming)["entries"] and not self._get_meta(transaction, "resume_token"):
+                return
 
         def work(transaction: LmdbTransaction) -> None:
             transaction.drop(self._incoming, delete=False)
@@ -391,6 +395,8 @@ class Storage:
         Raises:
             StateLost: A confirmation has nothing to confirm. Nothing was published.
         """
+        if not pages and self._stands_at(cursor):
+            return PublishedCounts()
         staged = unpack_position(self.meta("staged_count"))
         end = _PublishingEnd(cursor, version, reconcile, track_seen=reconcile and self._has_objects())
         if staged + object_count <= PUBLISH_OBJECTS_MAX:
@@ -407,10 +413,41 @@ class Storage:
             counts = counts.plus(self.environment.write(partial(self._publish_step, end=end)))
         return counts
 
-    def merge(self, page: bytes) -> PublishedCounts:
-        """Put one page into the view without moving the cursor (modes unsynchronized and selected)."""
-        message = sync_pb2.SnapshotPage.FromString(page)
-        return self.environment.write(lambda transaction: self._merge(transaction, message))
+    def stage_merge(self, pages: Sequence[bytes]) -> None:
+        """Keep pages of a download without a cursor on disk until it is complete."""
+        self.environment.write(lambda transaction: _append_pages(transaction, self._merging, pages))
+
+    def discard_merge(self) -> None:
+        """Forget pages that `stage_merge` kept for a download that was not completed."""
+        with self.environment.read() as transaction:
+            if not transaction.stat(self._merging)["entries"]:
+                return
+        self.environment.write(lambda transaction: transaction.drop(self._merging, delete=False))
+
+    def merge(self, pages: Sequence[bytes]) -> PublishedCounts:
+        """
+        Put the pages that `stage_merge` kept, then *pages*, into the view without moving the cursor.
+
+        Up to 100,000 objects change in one transaction.
+        """
+        counts = PublishedCounts()
+        more = True
+        while more:
+            step, more = self.environment.write(lambda transaction: self._merge_step(transaction, pages))
+            counts = counts.plus(step)
+        return counts
+
+    def _merge_step(self, transaction: LmdbTransaction, pages: Sequence[bytes]) -> tuple[PublishedCounts, bool]:
+        counts = PublishedCounts()
+        cursor = transaction.cursor(self._merging)
+        for _ in range(MERGE_STEP_PAGES):
+            if not cursor.first():
+                for page in pages:
+                    counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(page)))
+                return counts, False
+            counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(cursor.value())))
+            cursor.delete()
+        return counts, True
 
     def start_over(self) -> None:
         """Forget where the server's state is known up to, so that all of it is sent again."""
@@ -423,6 +460,15 @@ class Storage:
             )
 
         self.environment.write(work)
+
+    def _stands_at(self, cursor: bytes) -> bool:
+        """Tell whether a download that brought nothing and ends at *cursor* changes nothing at all."""
+        with self.environment.read() as transaction:
+            return (
+                self._get_meta(transaction, "cursor") == cursor
+                and self.view.all_clean(transaction)
+                and not transaction.stat(self._incoming)["entries"]
+            )
 
     def _has_objects(self) -> bool:
         with self.environment.read() as transaction:
@@ -490,23 +536,34 @@ class Storage:
         than *size_bytes_max*. The first one that must stay ends it.
         """
 
-        def work(transaction: LmdbTransaction) -> int:
-            excess_bytes = self.log.size_bytes(transaction) - size_bytes_max
-
-            def may_go(seq: int, data: bytes) -> bool:
-                nonlocal excess_bytes
-                operation = decode_operation(data)
-                if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
-                    return False
-                excess_bytes -= len(data)
-                return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
-
-            trimmed = self.log.trim(transaction, may_go=may_go, count_max=count_max)
+        def work(transaction: LmdbTransaction) -> list[int]:
+            trimmed = self.log.trim(
+                transaction, may_go=self._trimmable(transaction, oldest_us, size_bytes_max), count_max=count_max
+            )
             for seq in trimmed:
                 transaction.delete(pack_position(seq), db=self._outcomes)
-            return len(trimmed)
+            return trimmed
 
-        return self.environment.write(work)
+        with self.environment.read() as transaction:
+            oldest = self.log.first(transaction)
+            if oldest is None or not self._trimmable(transaction, oldest_us, size_bytes_max)(*oldest):
+                return 0
+        return len(self.environment.write(work))
+
+    def _trimmable(
+        self, transaction: LmdbTransaction, oldest_us: float, size_bytes_max: int
+    ) -> Callable[[int, bytes], bool]:
+        excess_bytes = self.log.size_bytes(transaction) - size_bytes_max
+
+        def may_go(seq: int, data: bytes) -> bool:
+            nonlocal excess_bytes
+            operation = decode_operation(data)
+            if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
+                return False
+            excess_bytes -= len(data)
+            return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
+
+        return may_go
 
 
 class _PublishingEnd(NamedTuple):
@@ -593,6 +650,13 @@ class _Publisher:
                 dict.fromkeys(key for key in view.keys(transaction) if transaction.get(key, db=self._seen) is None)
             )
         return PublishedCounts(removed=sum(view.remove(transaction, key, version) for key in gone))
+
+
+def _append_pages(transaction: LmdbTransaction, database: LmdbDatabase, pages: Sequence[bytes]) -> None:
+    cursor = transaction.cursor(database)
+    number = unpack_position(cursor.key()) + 1 if cursor.last() else 1
+    for offset, page in enumerate(pages):
+        transaction.put(pack_position(number + offset), page, db=database, append=True)
 
 
 def _unpack_pending(seq: int, value: bytes) -> PendingOperation:

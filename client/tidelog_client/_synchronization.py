@@ -88,7 +88,6 @@ class Synchronization:
         self._pages: list[bytes] = []
         self._pages_bytes = 0
         self._pages_objects = 0
-        self._resume_token = b""
         self._downloaded_count = 0
 
     @property
@@ -166,7 +165,9 @@ class Synchronization:
         self._check_log(started.settled)
         self._limits = started.limits
         self._reconcile = started.reconcile
-        if self._mode is Mode.ALL and not started.resumed:
+        if self._mode is not Mode.ALL:
+            self._storage.discard_merge()
+        elif not started.resumed:
             self._storage.discard_staged()
         if not self._total:
             self._stage = _Stage.SETTLING
@@ -309,25 +310,23 @@ class Synchronization:
     def _page(self, page: bytes) -> None:
         message = _parsed(sync_pb2.SnapshotPage, page)
         count = len(message.snapshots) + len(message.removals) + len(message.confirmations)
-        if self._mode is Mode.ALL:
-            self._pages.append(page)
-            self._pages_bytes += len(page)
-            self._pages_objects += count
-            self._resume_token = message.resume_token
-            if self._pages_bytes >= STAGE_BYTES:
-                self._storage.stage(self._pages, self._pages_objects, self._resume_token)
-                self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
-        else:
-            counts = self._storage.merge(page)
-            self._report.count_published(counts)
+        self._pages.append(page)
+        self._pages_bytes += len(page)
+        self._pages_objects += count
+        if self._pages_bytes >= STAGE_BYTES:
+            if self._mode is Mode.ALL:
+                self._storage.stage(self._pages, self._pages_objects, message.resume_token)
+            else:
+                self._storage.stage_merge(self._pages)
+            self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
         self._downloaded_count += count
         self._on_progress(Progress(Phase.DOWNLOAD, self._downloaded_count, None))
 
     def _complete(self, complete: sync_pb2.SessionComplete) -> None:
+        self._on_progress(Progress(Phase.PUBLISH, 0, self._downloaded_count))
         if self._mode is Mode.ALL:
             if not complete.cursor:
                 raise ProtocolViolated("the server completed the download without a cursor")
-            self._on_progress(Progress(Phase.PUBLISH, 0, self._downloaded_count))
             counts = self._storage.publish(
                 self._pages,
                 self._pages_objects,
@@ -335,8 +334,10 @@ class Synchronization:
                 version=complete.version,
                 reconcile=self._reconcile,
             )
-            self._report.count_published(counts)
-            self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
+        else:
+            counts = self._storage.merge(self._pages)
+        self._report.count_published(counts)
+        self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE
 
 

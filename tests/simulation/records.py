@@ -27,6 +27,7 @@ from tidelog_server._records import Change, Head, ObjectState, ReplicaState, Set
 from tidelog_server._store import Reader, Store
 
 SCAN_ENTRIES = 1_000
+SCAN_BYTES = 1 << 30
 SEQ_BYTES = 8
 
 
@@ -47,7 +48,7 @@ class History:
 
     def read_on(self, reader: Reader) -> None:
         """Take in what was applied since the last time."""
-        while changes := reader.changes(self.version, SCAN_ENTRIES):
+        while changes := reader.changes(self.version, SCAN_ENTRIES, SCAN_BYTES):
             for change in changes:
                 self._take(change)
 

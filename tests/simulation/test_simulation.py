@@ -1,0 +1,172 @@
+"""
+The simulation, in the normal run of the tests: as many seeds as fit into a few seconds.
+
+`python -m tests.simulation --seeds 0-10000` runs more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.simulation import promises
+from tests.simulation.model import Misfit, patched, same
+from tests.simulation.promises import PromiseBroken
+from tests.simulation.records import Committed, read_replica, read_server
+from tests.simulation.run import run_seed
+from tidelog import Patch
+from tidelog._patch import decode_patch
+from tidelog_client import Replica
+from tidelog_server import Application, LmdbStore, Server
+
+SEEDS_PER_TEST = 10
+TESTS = 12
+LONG_STEPS = 1_500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, SEEDS_PER_TEST * TESTS, SEEDS_PER_TEST))
+def test_promises_hold(first: int) -> None:
+    """Whatever happens to replicas, links and server, every promise holds and in the end all agree."""
+    for seed in range(first, first + SEEDS_PER_TEST):
+        outcome = run_seed(seed)
+        assert not outcome.error, outcome.report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1_000_001, 1_000_002, 1_000_003])
+def test_promises_hold_for_long(seed: int) -> None:
+    """A world that lasts ten times as long keeps its promises too."""
+    outcome = run_seed(seed, steps=LONG_STEPS)
+    assert not outcome.error, outcome.report
+
+
+@pytest.mark.slow
+def test_a_seed_decides_everything() -> None:
+    """The same seed makes the same things happen, so that a failure can be seen again."""
+    first, second = run_seed(7), run_seed(7)
+
+    assert first.events == second.events
+    assert first.events != run_seed(8).events
+
+
+# --- the checkers find what they look for -----------------------------------------------
+
+
+@pytest.fixture
+def synchronized(tmp_path: Path) -> tuple[Path, Path]:
+    """A store and a replica that have synchronized a creation, an update, a deletion and a pending update."""
+    store = LmdbStore(tmp_path / "server")
+    with (
+        Server(Application(), store=store) as server,
+        Replica(tmp_path / "replica", server=server.address) as replica,
+    ):
+        replica.create("Note", {"n": 1}, "a")
+        replica.create("Note", {"n": 1}, "b")
+        replica.update("Note", "a", {"n": 2})
+        replica.delete("Note", "b")
+        replica.synchronize_all()
+        replica.update("Note", "a", increment={"n": 1})
+    store.close()
+    return tmp_path / "server", tmp_path / "replica"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "database", "key", "value", "promise"),
+    [
+        ("server", "by_version", "1 2", b"Note\0a", "By version"),
+        ("server", "changes", "1 3", None, "Change log"),
+        ("server", "objects", None, None, "Change log"),
+        ("server", "settled", None, None, "Settled once"),
+        ("replica", "log", "2", None, "Durable"),
+        ("replica", "outcomes", "1", None, "Settled once"),
+        ("replica", "pending", "5", None, "Settled once"),
+        ("replica", "base", None, None, "View"),
+        ("replica", "objects", None, None, "View"),
+        ("replica", "unconfirmed", None, None, "View"),
+    ],
+)
+def test_checkers_find_damage(
+    synchronized: tuple[Path, Path], where: str, database: str, key: str | None, value: bytes | None, promise: str
+) -> None:
+    """A checker that never fails checks nothing: each kind of damage breaks the promise it should."""
+    store_path, replica_path = synchronized
+    store, replica = LmdbStore(store_path), Replica(replica_path)
+    try:
+        environment = store._environment if where == "server" else replica._storage.environment
+        damaged = environment.database(database)
+        packed = _position(key) if key is not None else None
+
+        def damage(transaction: object) -> None:
+            cursor = transaction.cursor(damaged)  # type: ignore[attr-defined]
+            assert cursor.last() if packed is None else packed or True
+            target = cursor.key() if packed is None else packed
+            if value is None:
+                assert transaction.delete(target, db=damaged)  # type: ignore[attr-defined]
+            else:
+                transaction.put(target, value, db=damaged)  # type: ignore[attr-defined]
+
+        committed = Committed(read_replica(replica._storage).log)
+        environment.write(damage)
+        record = read_replica(replica._storage)
+        with pytest.raises(PromiseBroken, match=f"^promise broken: {promise}"):
+            server = read_server(store, {record.replica_id: 5})
+            promises.check_server(server, {record.replica_id: committed})
+            promises.check_replica(server, record, committed)
+    finally:
+        replica.close()
+        store.close()
+
+
+def _position(text: str) -> bytes:
+    """Spell a key: numbers of eight bytes, the first of two of four (a tenant)."""
+    parts = [int(part) for part in text.split()]
+    sizes = [8] if len(parts) == 1 else [4, 8]
+    return b"".join(part.to_bytes(size, "big") for part, size in zip(parts, sizes, strict=True))
+
+
+def test_a_sound_state_passes(synchronized: tuple[Path, Path]) -> None:
+    """The same state without damage breaks no promise."""
+    store, replica = LmdbStore(synchronized[0]), Replica(synchronized[1])
+    try:
+        record = read_replica(replica._storage)
+        committed = Committed(record.log)
+        server = read_server(store, {record.replica_id: record.last_seq})
+        promises.check_server(server, {record.replica_id: committed})
+        promises.check_replica(server, record, committed)
+        with pytest.raises(PromiseBroken, match="pending, and not reported"):
+            promises.check_converged_when_quiet(server, record, not_ready=())
+        promises.check_converged_when_quiet(server, record, not_ready=[5])
+    finally:
+        replica.close()
+        store.close()
+
+
+# --- the model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        Patch({"a": 1}),
+        Patch({}, ("a",)),
+        Patch(increment={"n": 2, "new": 1}),
+        Patch(add={"tags": [1, 1.0, True], "new": [None]}),
+        Patch(remove={"tags": [1]}),
+        Patch(increment={"text": 1}),
+        Patch(increment={"n": 2**63 - 1}),
+        Patch(add={"n": [1]}),
+    ],
+)
+def test_model_and_product_agree(patch: Patch) -> None:
+    """The checkers' own idea of a patch is the product's."""
+    attributes = {"a": 0, "n": 1, "tags": [1, float("nan")], "text": "x"}
+    try:
+        expected = decode_patch(patch.encode()).apply(attributes)
+    except ValueError:
+        with pytest.raises(Misfit):
+            patched(attributes, patch)
+    else:
+        assert same(patched(attributes, patch), expected)
