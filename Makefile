@@ -28,6 +28,10 @@ demo: $(STAMP) ## Two replicas edit offline, conflict, delete, are refused, and 
 test: $(STAMP) $(NODE_STAMP) ## Run the tests
 	$(RUN) -m pytest $(ARGS)
 
+.PHONY: simulate
+simulate: $(STAMP) ## Run simulated worlds: SEEDS=0-999
+	$(RUN) -m tests.simulation --seeds $(or $(SEEDS),0-99) $(ARGS)
+
 .PHONY: coverage
 coverage: $(STAMP) $(NODE_STAMP) ## Run the tests and report what they did not reach
 	$(RUN) -m coverage erase
