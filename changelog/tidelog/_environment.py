@@ -96,16 +96,26 @@ class _Shared:
         with _typed_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             _check_format(path, format_name)
-            self.lmdb = lmdb.open(
+            self.lmdb: lmdb.Environment | None = lmdb.open(
                 str(path),
                 map_size=map_bytes,
                 max_dbs=DATABASES_MAX,
                 max_readers=READERS_MAX,
-                max_spare_txns=16,
+                # A forked child that ends frees what is kept for reuse, and with it the parent's reader slots.
+                max_spare_txns=0,
                 # Without it a power cut may take the newest commit; integrity and order are kept.
                 metasync=not relaxed,
             )
             self.lmdb.reader_check()
+
+    @property
+    def opened(self) -> lmdb.Environment:
+        """LMDB's own object."""
+        if self.lmdb is None:
+            raise InheritedEnvironment(
+                f"{self.path} was opened by the process this one was forked from: open it again after the fork"
+            )
+        return self.lmdb
 
 
 class Environment:
@@ -121,7 +131,6 @@ class Environment:
     def __init__(self, shared: _Shared, *, relaxed: bool) -> None:
         self.path = shared.path
         self._shared = shared
-        self._lmdb = shared.lmdb
         self._gate = shared.gate
         self._relaxed = relaxed
         self._closed = False
@@ -155,6 +164,15 @@ class Environment:
             shared.user_count += 1
         return cls(shared, relaxed=relaxed)
 
+    @classmethod
+    def _forget_after_fork(cls) -> None:
+        """Let a forked child open anew what its parent has open; what it inherited stays unusable."""
+        cls._open_lock = threading.Lock()
+        for shared in cls._open_paths.values():
+            shared.databases.clear()
+            shared.lmdb = None
+        cls._open_paths = {}
+
     def close(self) -> None:
         """Close it for this user, and the files with the last user in this process. May be repeated."""
         if self._closed:
@@ -167,13 +185,13 @@ class Environment:
             if self._shared.user_count == 0:
                 self._open_paths.pop(str(self.path), None)
                 with self._gate.closed():
-                    self._lmdb.close()
+                    self._shared.opened.close()
 
     def database(self, name: str) -> LmdbDatabase:
         """Return the database of this name, creating it if need be."""
         databases = self._shared.databases
         if name not in databases:
-            databases[name] = self._retried(lambda: self._lmdb.open_db(name.encode()))
+            databases[name] = self._retried(lambda: self._open_database(name))
         return databases[name]
 
     @contextmanager
@@ -216,13 +234,20 @@ class Environment:
         """Force everything that was committed to disk, in relaxed durability too."""
         if self._shared.relaxed:
             with _typed_errors(self.path):
-                self._lmdb.sync(True)
+                self._shared.opened.sync(True)
 
     @property
     def last_transaction_id(self) -> int:
         """Number of the newest committed transaction, of whatever process."""
         self._check_usable()
-        return int(self._lmdb.info()["last_txnid"])
+        return int(self._shared.opened.info()["last_txnid"])
+
+    def _open_database(self, name: str) -> LmdbDatabase:
+        self._gate.enter()  # LMDB begins a transaction of its own here
+        try:
+            return self._shared.opened.open_db(name.encode())
+        finally:
+            self._gate.leave()
 
     def _write_once(self, work: Callable[[LmdbTransaction], T]) -> T:
         transaction = self._begin(write=True)
@@ -236,13 +261,14 @@ class Environment:
             self._gate.leave()
 
     def _begin(self, *, write: bool) -> LmdbTransaction:
+        self._check_usable()
         while True:
             self._gate.enter()
             try:
                 # Inside the gate: whoever closes waits outside until this transaction has ended.
                 self._check_usable()
                 with _typed_errors(self.path):
-                    return self._lmdb.begin(write=write, buffers=False)
+                    return self._shared.opened.begin(write=write, buffers=False)
             except lmdb.MapResizedError:
                 self._gate.leave()
                 self._adopt_map_size()
@@ -253,10 +279,7 @@ class Environment:
     def _check_usable(self) -> None:
         if self._closed:
             raise ResourceClosed(f"{self.path} is closed")
-        if self._shared.pid != os.getpid():
-            raise InheritedEnvironment(
-                f"{self.path} was opened by the process this one was forked from: open it again after the fork"
-            )
+        _ = self._shared.opened  # raises in a forked child
 
     def _retried(self, attempt: Callable[[], T]) -> T:
         while True:
@@ -264,17 +287,22 @@ class Environment:
                 return attempt()
             except lmdb.MapFullError:
                 self._grow()
+            except lmdb.MapResizedError:
+                self._adopt_map_size()
 
     def _adopt_map_size(self) -> None:
         with self._gate.closed():
-            self._lmdb.set_mapsize(0)
+            self._shared.opened.set_mapsize(0)
 
     def _grow(self) -> None:
         with FileLock(self.path / _GROW_LOCK_FILE), self._gate.closed():
-            before = self._lmdb.info()["map_size"]
-            self._lmdb.set_mapsize(0)  # what another process made of it meanwhile
-            if self._lmdb.info()["map_size"] <= before:
-                self._lmdb.set_mapsize(before * 2)
+            before = self._shared.opened.info()["map_size"]
+            self._shared.opened.set_mapsize(0)  # what another process made of it meanwhile
+            if self._shared.opened.info()["map_size"] <= before:
+                self._shared.opened.set_mapsize(before * 2)
+
+
+os.register_at_fork(after_in_child=Environment._forget_after_fork)  # noqa: SLF001 - its own module
 
 
 def put_many(transaction: LmdbTransaction, database: LmdbDatabase, items: list[tuple[bytes, bytes]]) -> None:

@@ -40,7 +40,7 @@ from tidelog._log import OperationLog
 from tidelog._operation import Operation, decode_operation
 from tidelog.v1 import failure_pb2, operation_pb2, sync_pb2
 from tidelog_client._report import PublishedCounts
-from tidelog_client._view import View, ViewRecord
+from tidelog_client._view import StateLost, View, ViewRecord
 
 if TYPE_CHECKING:
     from tidelog._environment import LmdbDatabase, LmdbTransaction
@@ -480,7 +480,9 @@ class Storage:
         cursor_version = unpack_position(self._get_meta(transaction, "cursor_version"))
         newer = [pack_object_key(one.entity, one.id) for one in page.snapshots if one.version > cursor_version]
         newer += [pack_object_key(one.entity, one.id) for one in page.confirmations if one.version > cursor_version]
-        counts = self._publisher(transaction, _MERGE).apply(page)
+        publisher = self._publisher(transaction, _MERGE)
+        counts = publisher.apply(page)
+        publisher.check()
         put_many(transaction, self._ahead, [(key, b"") for key in newer])
         return counts
 
@@ -495,6 +497,7 @@ class Storage:
         staged = [page for _, page in transaction.cursor(self._incoming)]
         for page in (*staged, *pages):
             counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(page)))
+        publisher.check()
         return counts.plus(self._end_publishing(transaction, publisher, end))
 
     def _publish_step(self, transaction: LmdbTransaction, end: _PublishingEnd) -> PublishedCounts:
@@ -505,6 +508,7 @@ class Storage:
             if not cursor.first():
                 return counts.plus(self._end_publishing(transaction, publisher, end))
             counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(cursor.value())))
+            publisher.check()
             cursor.delete()
         return counts
 
@@ -612,6 +616,7 @@ class _Publisher:
         self._transaction = transaction
         self._end = end
         self._all_clean = view.all_clean(transaction)
+        self._lost: set[bytes] = set()
         self._any_ahead = transaction.stat(ahead)["entries"] > 0
 
     def apply(self, page: sync_pb2.SnapshotPage) -> PublishedCounts:
@@ -636,9 +641,21 @@ class _Publisher:
             for key, version, attributes in snapshots:
                 view.put_snapshot(transaction, key, version, attributes, force=force)
         for key, version in confirmations:
-            view.confirm(transaction, key, version)
-        removed = sum(view.remove(transaction, key, version) for key, version in removals)
+            try:
+                view.confirm(transaction, key, version)
+            except StateLost:
+                self._lost.add(key)
+        if self._lost:
+            # A later page may tell that the object is gone, or bring it whole.
+            self._lost.difference_update(key for key, _ in removals)
+            self._lost.difference_update(key for key, _, _ in snapshots)
+        removed = sum(view.remove(transaction, key, version, force=force) for key, version in removals)
         return PublishedCounts(len(snapshots), len(confirmations), removed)
+
+    def check(self) -> None:
+        """Raise StateLost if a confirmation had nothing to confirm. Before the transaction is committed."""
+        if self._lost:
+            raise StateLost(next(iter(self._lost)))
 
     def end(self) -> PublishedCounts:
         """End a download of everything: settle what it left open, remove what it did not bring."""
@@ -649,7 +666,7 @@ class _Publisher:
             gone.update(
                 dict.fromkeys(key for key in view.keys(transaction) if transaction.get(key, db=self._seen) is None)
             )
-        return PublishedCounts(removed=sum(view.remove(transaction, key, version) for key in gone))
+        return PublishedCounts(removed=sum(view.remove(transaction, key, version, force=True) for key in gone))
 
 
 def _append_pages(transaction: LmdbTransaction, database: LmdbDatabase, pages: Sequence[bytes]) -> None:

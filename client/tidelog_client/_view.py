@@ -211,9 +211,16 @@ class View:
             transaction.put(key, record, db=self._base)
             self._rebuild(transaction, key)
 
-    def remove(self, transaction: LmdbTransaction, key: bytes, version: int) -> bool:
-        """Take note that the server has no such object any more; tell whether it left the view."""
+    def remove(self, transaction: LmdbTransaction, key: bytes, version: int, *, force: bool) -> bool:
+        """
+        Take note that the server has no such object any more; tell whether it left the view.
+
+        Without *force*, a removal that is older than what is there is passed over.
+        """
         unconfirmed = self.unconfirmed(transaction, key)
+        state = self._base if unconfirmed else self._objects
+        if not force and not self._is_news(transaction, state, key, pack_position(version)):
+            return False
         if not unconfirmed:
             return transaction.delete(key, db=self._objects)
         was_there = transaction.get(key, db=self._objects) is not None

@@ -263,7 +263,7 @@ def _may_be_known(reader: Reader, tombstone: ObjectState, start: Start, sent_up_
 
 def _valid_cursor(reader: Reader, identity: Identity, data: bytes) -> splice_pb2.Cursor | None:
     cursor = _parsed(splice_pb2.Cursor, data)
-    if cursor is None:
+    if cursor is None or cursor.version < 0:
         return None
     if (cursor.epoch, cursor.timeline, cursor.scope) != (identity.epoch, identity.timeline, _SCOPE):
         return None

@@ -290,9 +290,6 @@ class _Evaluator:
         except Refused as refusal:
             return self._refuse(unit, refusal)
         except Waits as wait:
-            cause = self._refused_creation(wait.target)
-            if cause and self._has_no_room_for(unit):
-                return self._refuse(unit, Refused(FailureReason.DEPENDENCY_FAILED, wait.message, cause=cause))
             return self._hold(unit, wait.message)
 
     def _is_parked(self, unit: Unit) -> bool:
@@ -305,15 +302,13 @@ class _Evaluator:
         )
 
     def _hold(self, unit: Unit, message: str) -> list[Result]:
-        if self._has_no_room_for(unit):
+        size_bytes = _size_bytes(unit)
+        if len(self._held) >= HELD_UNITS_MAX or self._held_bytes + size_bytes > HELD_BYTES_MAX:
             return self._park(unit, f"{message}; too many operations wait already")
         self._held.append(unit)
-        self._held_bytes += _size_bytes(unit)
+        self._held_bytes += size_bytes
         self._held_keys.update(_keys_of(unit))
         return [Result(member.seq, Status.HELD, message=message) for member in unit]
-
-    def _has_no_room_for(self, unit: Unit) -> bool:
-        return len(self._held) >= HELD_UNITS_MAX or self._held_bytes + _size_bytes(unit) > HELD_BYTES_MAX
 
     def _park(self, unit: Unit, message: str) -> list[Result]:
         for key in _keys_of(unit):

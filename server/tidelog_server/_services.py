@@ -24,7 +24,7 @@ from grpc_status import rpc_status
 
 from tidelog import _limits
 from tidelog._constraints import constraint_from_message
-from tidelog._errors import InvalidValue
+from tidelog._errors import InvalidValue, StorageError
 from tidelog._failure import operation_as_data
 from tidelog._logging import get_logger
 from tidelog._operation import decode_operation
@@ -351,8 +351,8 @@ def _principal_of(_context: grpc.aio.ServicerContext[bytes, bytes]) -> Principal
 async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> NoReturn:
     """End the call with the error's status, and `ErrorInfo` for programs."""
     code, reason, message = status_of(error)
-    if code is grpc.StatusCode.INTERNAL:
-        _log.error("call failed", exc_info=error)
+    if code is grpc.StatusCode.INTERNAL or isinstance(error, StorageError):
+        _log.error("call failed", reason=reason, exc_info=error)
     else:
         _log.info("call refused", reason=reason, detail=message)
     detail = AnyMessage()

@@ -40,10 +40,17 @@ STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
     (StorageError, grpc.StatusCode.UNAVAILABLE, "STORE_FAILED"),
 )
 
+_SENTENCES: Final = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "the server has no room left: try again later",
+    grpc.StatusCode.UNAVAILABLE: "the server cannot use its store now: try again later",
+}
+
 
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, str]:
     """Return (code, reason, message) for the wire. What is not in the table says nothing of itself."""
     for kind, code, reason in STATUS:
         if isinstance(error, kind):
-            return code, getattr(error, "reason", reason), for_people(error)
+            # What a store says names its directory, which is nobody's business outside.
+            message = _SENTENCES.get(code) if isinstance(error, (StorageError, ResourceClosed)) else None
+            return code, getattr(error, "reason", reason), message or for_people(error)
     return grpc.StatusCode.INTERNAL, "INTERNAL", "the server failed: its log has the details"

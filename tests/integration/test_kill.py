@@ -18,11 +18,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
-
 from tests.simulation import promises
 from tests.simulation.application import Weather, make_application
 from tests.simulation.processes import SCHEMA, Journal, start, wait_until
 from tests.simulation.records import Committed, ReplicaRecord, ServerRecord, read_replica, read_server
+
 from tidelog_client import Replica
 from tidelog_server import LmdbStore, Server
 
@@ -73,16 +73,18 @@ class Killing:
         )
         victim = self._random.randrange(-1, REPLICA_COUNT)
         if victim < 0:
-            self._server = _killed(self._server)
+            _kill(self._server)
+            self._server = None
         else:
-            self._workers[victim] = _killed(self._workers[victim])
+            _kill(self._workers[victim])
+            self._workers[victim] = None
         self.start()
         return f"{'the server' if victim < 0 else f'replica {victim}'} after {more} lines of replica {watched}"
 
     def kill_all(self) -> None:
         """Kill everybody."""
-        self._server = _killed(self._server)
-        self._workers = [_killed(worker) for worker in self._workers]
+        for process in (self._server, *self._workers):
+            _kill(process)
 
     def _describe(self) -> str:
         codes = [worker.poll() if worker is not None else "none" for worker in self._workers]
@@ -111,8 +113,7 @@ def test_nothing_is_lost_when_processes_are_killed(killing: Killing) -> None:
     try:
         with Server(make_application(Weather(), schema_version=1), store=store) as server:
             replicas.extend(
-                Replica(path, server=server.address, schema=SCHEMA)
-                for path in killing.replica_directories
+                Replica(path, server=server.address, schema=SCHEMA) for path in killing.replica_directories
             )
             _check_left_behind(store, replicas, killing)
             reports = [replica.synchronize_all() for _ in range(2) for replica in replicas]
@@ -148,15 +149,13 @@ def _check_acknowledged(committed: Committed, journal: Journal) -> None:
     assert not lost, f"Durable: {len(lost)} of {len(acknowledged)} acknowledged operations are not in the log"
 
 
-def _read(
-    store: LmdbStore, replicas: list[Replica]
-) -> tuple[ServerRecord, list[ReplicaRecord], dict[str, Committed]]:
+def _read(store: LmdbStore, replicas: list[Replica]) -> tuple[ServerRecord, list[ReplicaRecord], dict[str, Committed]]:
     records = [read_replica(replica._storage) for replica in replicas]
     server_record = read_server(store, {record.replica_id: record.last_seq for record in records})
     return server_record, records, {record.replica_id: Committed(record.log) for record in records}
 
 
-def _killed(process: subprocess.Popen[str] | None) -> None:
+def _kill(process: subprocess.Popen[str] | None) -> None:
     """Kill one of our own processes and wait until it is gone."""
     if process is None:
         return

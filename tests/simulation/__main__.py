@@ -5,6 +5,8 @@ python -m tests.simulation --seeds 0-1000 --jobs 2
 python -m tests.simulation --seeds 17 --trace
 """
 
+# ruff: noqa: T201 - a program prints
+
 from __future__ import annotations
 
 import argparse
@@ -25,7 +27,9 @@ def _seeds(text: str) -> range:
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Run simulated worlds.")
     parser.add_argument("--seeds", type=_seeds, default=range(100), metavar="FIRST-LAST", help="default 0-99")
-    parser.add_argument("--steps", type=int, default=STEPS_DEFAULT, help=f"events in a world (default {STEPS_DEFAULT})")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS_DEFAULT, help=f"events in a world (default {STEPS_DEFAULT})"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--trace", action="store_true", help="print every event")
     parser.add_argument("--keep-going", action="store_true", help="run all seeds, and name those that fail")

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.simulation.application import ENTITIES
 from tests.simulation.model import Attributes, Key, Misfit, patched, same
+
 from tidelog import InvalidValue, ObjectExists, ObjectNotFound, Operation, OperationKind, Patch
 from tidelog_client import Object, Replica, Transaction
 
@@ -50,7 +51,7 @@ class User:
         self._handles = []
 
     def act(self) -> tuple[str, list[Intended], bool]:
-        """Do something; return what it was, the operations that must be in the log now, and whether they are a group."""
+        """Do something; return what it was, the operations that must now be in the log, and if they are a group."""
         return self._random.choices(
             [self._change, self._transaction, self._new, self._edit_handle, self._end_handle, self._read],
             [8, 4, 1, 2, 3, 1],
@@ -182,9 +183,9 @@ class User:
         for id_, handle in found.items():
             _expect(same(self._current((entity, id_)), handle.to_dict()), f"query shows another {entity} {id_}")
         key = self._key()
-        handle = self.replica.get(*key)
-        if handle is not None:
-            self._keep(handle)
+        found_one = self.replica.get(*key)
+        if found_one is not None:
+            self._keep(found_one)
         return f"read {entity}, get {key}", [], False
 
     def _keep(self, handle: Object) -> None:
@@ -267,8 +268,8 @@ class User:
     def _value(self, depth: int = 0) -> Any:
         random = self._random
         choices = [
-            None, True, False, 0, 1, 1.0, -0.0, float("nan"), -(2**63), "", "ünï\u0000", b"", b"\xff\x00", Decimal("1.10"),
-            DAY + timedelta(microseconds=random.randrange(10**12)),
+            None, True, False, 0, 1, 1.0, -0.0, float("nan"), -(2**63), "", "ünï\u0000", b"", b"\xff\x00",
+            Decimal("1.10"), DAY + timedelta(microseconds=random.randrange(10**12)),
         ]  # fmt: skip
         if depth < 2 and random.random() < 0.3:
             return [self._value(depth + 1) for _ in range(random.randrange(3))]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.simulation.model import Attributes, Misfit, patched
+
 from tidelog import FailureReason, Operation, OperationKind, Schema
 from tidelog_server import Application, HookContext, HookObject, Reject, TransientError
 

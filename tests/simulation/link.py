@@ -40,8 +40,10 @@ class ServerEnd:
 
     def __init__(self, application: Application, store: Store, principal: Principal, clock: Callable[[], int]) -> None:
         self.settled_version = 0  # the tenant's version when the upload was settled
-        self._make_session = lambda start: Session(application, store, principal, start, clock)
-        self._read = lambda: store.read(principal.tenant)
+        self._application = application
+        self._store = store
+        self._principal = principal
+        self._clock = clock
         self._session: Session | None = None
         self._pages: Iterator[sync_pb2.SnapshotPage] | None = None
 
@@ -57,7 +59,8 @@ class ServerEnd:
         request = splice_pb2.SynchronizeRequestSplice.FromString(data)
         which = request.WhichOneof("message")
         if which == "start":
-            self._session = self._make_session(sync_pb2.SessionStart.FromString(request.start))
+            start = sync_pb2.SessionStart.FromString(request.start)
+            self._session = Session(self._application, self._store, self._principal, start, self._clock)
             started = self._session.open().result(STORE_TIMEOUT_SECONDS)
             return _response(started=started.SerializeToString())
         if self._session is None:
@@ -72,7 +75,7 @@ class ServerEnd:
             return None
         settled = sync_pb2.UploadSettled()
         put_results(self._session.settle_held().result(STORE_TIMEOUT_SECONDS), settled.results)
-        with self._read() as reader:
+        with self._store.read(self._principal.tenant) as reader:
             self.settled_version = reader.head().version
         self._pages = self._session.pages()
         return _response(upload_settled=settled.SerializeToString())
@@ -147,7 +150,7 @@ class Link:
 
 
 def _response(**message: bytes) -> bytes:
-    return splice_pb2.SynchronizeResponseSplice(**message).SerializeToString()  # type: ignore[arg-type]
+    return splice_pb2.SynchronizeResponseSplice(**message).SerializeToString()
 
 
 def _name(

@@ -7,6 +7,8 @@ Each process tells its parent how far it is in lines, appended to a file or prin
 what was written is there even if the process is killed right behind it.
 """
 
+# ruff: noqa: T201 - a program prints
+
 from __future__ import annotations
 
 import contextlib
@@ -21,6 +23,7 @@ from random import Random
 from typing import Any, TextIO
 
 from tests.simulation.application import REFERENCES, Weather, make_application
+
 from tidelog import (
     InheritedEnvironment,
     InvalidValue,

@@ -16,6 +16,7 @@ from uuid import UUID
 
 from tests.simulation.model import Attributes, Key, Misfit, patched, replayed, same
 from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord
+
 from tidelog._failure import FailureReason
 from tidelog._operation import Operation, OperationKind
 from tidelog._patch import decode_patch
@@ -67,6 +68,20 @@ class Settlement(NamedTuple):
     order: int
     before: int
     after: int
+
+
+class Rules(NamedTuple):
+    """
+    What an application may refuse.
+
+    Attributes:
+        schema: Its schema.
+        may_hooks_refuse: Tells whether its hooks have a reason to refuse, for this reason, this
+            operation on an object that was in one of these states.
+    """
+
+    schema: Schema
+    may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool]
 
 
 # --- the replica's log ------------------------------------------------------------------
@@ -201,8 +216,7 @@ def check_refusals(
     replica_id: str,
     committed: Committed,
     settlements: Mapping[tuple[str, int], Settlement],
-    schema: Schema,
-    may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool],
+    rules: Rules,
 ) -> Iterator[str]:
     """Ask of each refusal whether it had to be."""
     for seq, settled in server.settled[replica_id].items():
@@ -211,7 +225,7 @@ def check_refusals(
             continue
         reason = FailureReason.of_number(failure.reason)
         operation, when = committed.operations[seq], settlements[replica_id, seq]
-        if not _is_justified(reason, operation, when, server, schema, may_hooks_refuse):
+        if not _is_justified(reason, operation, when, server, rules):
             yield f"seq {seq} ({operation.kind.name} {operation.key}) at {when}: {reason} {failure.message!r}"
 
 
@@ -318,7 +332,7 @@ def check_view(history: History, replica: ReplicaRecord, committed: Committed) -
         yield from _wrongly_replayed(key, held, history, replica, committed)
 
 
-@promise("Incarnation: an operation names the version of the object that its author sees, none for one of his own making")
+@promise("Incarnation: an operation names the version that its author sees, and none of an object of his own making")
 def check_versions_shown(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
     """Look at the version that the next operation on each object would name."""
     for key, shown in replica.view.items():
@@ -359,9 +373,7 @@ def check_cursor_moves_forward(before: int, after: int) -> Iterator[str]:
 
 
 @promise("Fresh: what a mode covers is afterwards as the server had it during the session, or newer")
-def check_fresh(
-    history: History, replica: ReplicaRecord, keys: Collection[Key], *, since: int
-) -> Iterator[str]:
+def check_fresh(history: History, replica: ReplicaRecord, keys: Collection[Key], *, since: int) -> Iterator[str]:
     """Compare objects with the states that the server had from version *since* on."""
     for key in keys:
         held = replica.held(key)
@@ -428,6 +440,15 @@ def check_replica(server: ServerRecord, replica: ReplicaRecord, committed: Commi
     check_cursor(server.history, replica)
 
 
+def check_everything(
+    server: ServerRecord, replicas: Mapping[str, ReplicaRecord], committed: Mapping[str, Committed]
+) -> None:
+    """Check what holds at any moment of a server and its replicas, by replica id."""
+    check_server(server, committed)
+    for id_, replica in replicas.items():
+        check_replica(server, replica, committed[id_])
+
+
 # --- helpers ----------------------------------------------------------------------------
 
 
@@ -480,9 +501,7 @@ def _before(change: Change, after: Attributes | None) -> Attributes | None:
     return {**kept, **replaced}
 
 
-def _wrong_state(
-    key: Key, state: ObjectState, newest: Change, creation: Change, history: History
-) -> Iterator[str]:
+def _wrong_state(key: Key, state: ObjectState, newest: Change, creation: Change, history: History) -> Iterator[str]:
     expected = history.at(key, newest.version)
     if state.version != newest.version:
         yield f"{key} is at {state.version}, its newest change at {newest.version}"
@@ -529,14 +548,13 @@ def _is_justified(
     operation: Operation,
     when: Settlement,
     server: ServerRecord,
-    schema: Schema,
-    may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool],
+    rules: Rules,
 ) -> bool:
     history, key = server.history, operation.key
     states = list(history.states_between(key, when.before, when.after))
     patch = operation.decoded_patch()
     if reason in (FailureReason.HOOK_REJECTED, FailureReason.HOOK_ERROR):
-        return may_hooks_refuse(reason, operation, states)
+        return rules.may_hooks_refuse(reason, operation, states)
     if operation.group is not None:
         return True  # what its group had done before it is gone without a trace
     if reason is FailureReason.ALREADY_EXISTS:
@@ -550,7 +568,7 @@ def _is_justified(
         written = {**patch.set, **patch.add}
         if patch.add:
             return True  # members added refer to what was there before, too
-        targets = schema.referenced(operation.entity, written)
+        targets = rules.schema.referenced(operation.entity, written)
         return any(history.at(target, when.after) is None for _, target in targets)
     if reason is FailureReason.VALIDATION_FAILED:
         return any(state is not None and _misfits(state, operation) for state in states)

@@ -14,6 +14,7 @@ from functools import cached_property
 from uuid import UUID
 
 from tests.simulation.model import Attributes, Key, patched
+
 from tidelog._keys import unpack_object_key, unpack_position
 from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._patch import decode_patch

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from tests.simulation import promises
 from tests.simulation.model import Misfit, patched, same
 from tests.simulation.promises import PromiseBroken
 from tests.simulation.records import Committed, read_replica, read_server
 from tests.simulation.run import run_seed
+
 from tidelog import Patch
 from tidelog._environment import LmdbTransaction
 from tidelog._patch import decode_patch
@@ -105,10 +105,9 @@ def test_checkers_find_damage(
 
         environment.write(damage)
         record = read_replica(replica._storage)
+        server = read_server(store, {record.replica_id: record.last_seq})
         with pytest.raises(PromiseBroken, match=f"^promise broken: {promise}"):
-            server = read_server(store, {record.replica_id: 5})
-            promises.check_server(server, {record.replica_id: committed})
-            promises.check_replica(server, record, committed)
+            promises.check_everything(server, {record.replica_id: record}, {record.replica_id: committed})
     finally:
         replica.close()
         store.close()
@@ -122,8 +121,7 @@ def test_a_sound_state_passes(synchronized: tuple[Path, Path]) -> None:
         record = read_replica(replica._storage)
         committed = Committed(record.log)
         server = read_server(store, {record.replica_id: record.last_seq})
-        promises.check_server(server, {record.replica_id: committed})
-        promises.check_replica(server, record, committed)
+        promises.check_everything(server, {record.replica_id: record}, {record.replica_id: committed})
         with pytest.raises(PromiseBroken, match="pending, and not reported"):
             promises.check_converged_when_quiet(server, record, not_ready=())
         promises.check_converged_when_quiet(server, record, not_ready=[5])

@@ -27,8 +27,9 @@ from tests.simulation.actions import User, fits
 from tests.simulation.application import REFERENCES, Weather, make_application, may_hooks_refuse
 from tests.simulation.link import Link, ServerEnd, ServerGone
 from tests.simulation.model import Key
-from tests.simulation.promises import Settlement
+from tests.simulation.promises import Rules, Settlement
 from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord, read_replica, read_server
+
 from tidelog import Schema, StorageError, _log
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Replica, Report, SkipReason, _storage, _synchronization, _view
@@ -164,7 +165,12 @@ class Device:
             call.report.added.clear()
             call.selection = select(storage, self.replica._known_schema(), call.picked, call.report)
         attempt = Synchronization(
-            storage, call.mode, call.report, lambda _: None, selection=call.selection, schema_version=self._schema_version
+            storage,
+            call.mode,
+            call.report,
+            lambda _: None,
+            selection=call.selection,
+            schema_version=self._schema_version,
         )
         pending = [one.seq for one in storage.pending()]
         call.pending_before = frozenset(pending if call.selection is None else call.selection.seqs)
@@ -557,15 +563,13 @@ class World:
         server = self._server_record()
         committed = {device.replica.replica_id: device.committed for device in self._devices}
         promises.check_server(server, committed)
-        schema = Schema(REFERENCES)
+        rules = Rules(Schema(REFERENCES), may_hooks_refuse)
         for device in self._devices:
             record = device.record()
             promises.check_replica(server, record, device.committed)
             promises.check_groups(server, record.replica_id, device.committed, self.settlements)
             promises.check_settlement_order(record.replica_id, device.committed, self.settlements)
-            promises.check_refusals(
-                server, record.replica_id, device.committed, self.settlements, schema, may_hooks_refuse
-            )
+            promises.check_refusals(server, record.replica_id, device.committed, self.settlements, rules)
             not_ready = self._not_ready(reports[device.name])
             if not_ready and self.settings.limits["held_units"] > len(device.committed.data):
                 raise AssertionError(f"{device.name}: nothing should have to wait: {reports[device.name].skipped}")
