@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,12 +32,20 @@ from typing import Final, TypeAlias, TypeVar
 import lmdb
 from filelock import FileLock
 
+try:
+    import resource
+except ImportError:  # not on this system
+    resource = None  # type: ignore[assignment]
+
 from tidelog._errors import DiskFull, FormatUnsupported, InheritedEnvironment, ResourceClosed, StorageError
 
 MAP_BYTES_DEFAULT: Final = 1024**4
 DATABASES_MAX: Final = 32
 READERS_MAX: Final = 1024
 
+LITTLE_ROOM_BYTES: Final = 16 * 1024 * 1024
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT_FILE: Final = "FORMAT"
 _GROW_LOCK_FILE: Final = "grow.lock"
 
@@ -321,19 +330,30 @@ def _typed_errors(path: Path) -> Iterator[None]:
     except (lmdb.MapFullError, lmdb.MapResizedError):
         raise
     except lmdb.Error as error:
-        if _is_disk_full(error):
+        if _is_disk_full(error, path):
             raise DiskFull(f"no room left on the disk of {path}: nothing was written, make room and repeat") from error
         raise StorageError(f"LMDB failed on {path}: {error}") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise DiskFull(f"no room left on the disk of {path}: nothing was written, make room and repeat") from error
         raise StorageError(f"{path} cannot be used: {error}") from error
 
 
-def _is_disk_full(error: lmdb.Error) -> bool:
-    return isinstance(error, lmdb.DiskError) or any(
-        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    )
+def _is_disk_full(error: lmdb.Error, path: Path) -> bool:
+    if any(os.strerror(number) in str(error) for number in _FULL):
+        return True
+    # A write that was cut short because no more would fit comes as an input/output error.
+    return os.strerror(errno.EIO) in str(error) and _room_bytes(path) < LITTLE_ROOM_BYTES
+
+
+def _room_bytes(path: Path) -> int:
+    """Return how much the files in a directory can grow."""
+    room = shutil.disk_usage(path).free
+    if resource is not None:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY:
+            room = min(room, limit - (path / "data.mdb").stat().st_size)
+    return room
 
 
 def _check_format(path: Path, format_name: str) -> None:

@@ -171,7 +171,7 @@ def check_attributes(attributes: Attributes) -> None:
     for name, value in attributes.items():
         check_attribute_name(name)
         if type(value) not in _PLAIN or (type(value) is str and not value.isascii()):
-            check(value, f"attribute {name!r}")
+            check(value, f"attribute {name!r}", _ATTRIBUTE_DEPTH)
 
 
 def check_attribute_name(name: str) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import enum
 import io
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points, version
@@ -29,7 +28,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from tidelog._address import check_address
 from tidelog._errors import (
+    InvalidValue,
     NotConfigured,
     ObjectNotFound,
     ServerUnavailable,
@@ -78,9 +79,6 @@ _EXIT_CODES: Final[tuple[tuple[type[Exception], ExitCode], ...]] = (
     (TidelogError, ExitCode.USAGE),
     (OSError, ExitCode.STORAGE),
 )
-
-_ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})", re.ASCII)
-_PORT_MAX: Final = 65_535
 
 
 class Column(NamedTuple):
@@ -186,13 +184,12 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, liv
         header = False
 
 
-def check_address(value: str | None) -> str | None:
+def checked_address(value: str | None) -> str | None:
     """Check an option that names an address. The callback of such options."""
-    if value is not None:
-        found = _ADDRESS.fullmatch(value)
-        if found is None or int(found["port"]) > _PORT_MAX:
-            raise typer.BadParameter(f"expected HOST:PORT, got {value!r}")
-    return value
+    try:
+        return None if value is None else check_address(value)
+    except InvalidValue as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _cell(column: Column, cell: str) -> Text:

@@ -228,6 +228,7 @@ class Transaction:
         self._intents: list[Intent] = []
         # The objects as this transaction leaves them so far; None: deleted.
         self._views: dict[tuple[str, str], ViewRecord | None] = {}
+        self._entered = False
         self._ended = False
 
     def create(self, entity: str, attributes: Mapping[str, Any], id: str | None = None) -> str:  # noqa: A002
@@ -276,10 +277,10 @@ class Transaction:
         """
         patch = Patch(
             dict(attributes or {}),
-            tuple(unset),
+            tuple(_listed("unset", unset)),
             dict(increment or {}),
-            {name: list(members) for name, members in (add or {}).items()},
-            {name: list(members) for name, members in (remove or {}).items()},
+            {name: _listed(name, members) for name, members in (add or {}).items()},
+            {name: _listed(name, members) for name, members in (remove or {}).items()},
         )
         self._add(OperationKind.UPDATE, entity, id, patch)
 
@@ -298,6 +299,9 @@ class Transaction:
         return None if record is None else decode_trusted(record.attributes)
 
     def __enter__(self) -> Self:
+        if self._entered:
+            raise ResourceClosed("a transaction is used once: open another one")
+        self._entered = True
         return self
 
     def __exit__(
@@ -319,6 +323,13 @@ class Transaction:
             return self._views[entity, id_]
         with self._storage.environment.read() as transaction:
             return self._storage.view.get(transaction, pack_object_key(entity, id_))
+
+
+def _listed(name: str, members: Sequence[Any]) -> list[Any]:
+    """Return members as a list. A string is a sequence too, but never one that was meant."""
+    if isinstance(members, str | bytes | Mapping):
+        raise InvalidValue(f"{name!r}: expected a list, got {members!r}")
+    return list(members)
 
 
 def checked_intent(

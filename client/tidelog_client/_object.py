@@ -9,7 +9,7 @@ from tidelog._errors import ObjectNotFound
 from tidelog._keys import pack_object_key
 from tidelog._operation import OperationKind
 from tidelog._patch import Patch, check_attribute_name
-from tidelog._values import Attributes, check, decode_trusted
+from tidelog._values import Attributes, check, copied, decode_trusted
 from tidelog_client._commit import Committer, checked_intent
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Object:
         self._storage = storage
         self._committer = committer
         self._new = new is not None
-        self._set: Attributes = dict(new or {})
+        self._set: Attributes = copied(new or {})
         self._unset: set[str] = set()
         self._base_version: int | None = None
         self._transaction_id = -1
@@ -70,7 +70,7 @@ class Object:
     @property
     def uncommitted(self) -> dict[str, Any]:
         """The changes that `commit` would write, by attribute; an attribute to be removed is None."""
-        return {**self._set, **dict.fromkeys(self._unset)}
+        return {**copied(self._set), **dict.fromkeys(self._unset)}
 
     @property
     def is_new(self) -> bool:
@@ -78,20 +78,20 @@ class Object:
         return self._new
 
     def __getitem__(self, attribute: str) -> Any:
-        return self.to_dict().get(attribute)
+        return copied(self._merged().get(attribute))
 
     def __contains__(self, attribute: object) -> bool:
-        return attribute in self.to_dict()
+        return attribute in self._merged()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.to_dict())
+        return iter(self._merged())
 
     def __setitem__(self, attribute: str, value: Any) -> None:
         check_attribute_name(attribute)
         check(value, f"attribute {attribute!r}")
         self._begin_change()
         self._unset.discard(attribute)
-        self._set[attribute] = value
+        self._set[attribute] = copied(value)
 
     def __delitem__(self, attribute: str) -> None:
         check_attribute_name(attribute)
@@ -113,15 +113,7 @@ class Object:
         Raises:
             ObjectNotFound: The object was removed.
         """
-        if self._new:
-            return dict(self._set)
-        current = self._current()
-        if current is None:
-            raise ObjectNotFound(entity=self.entity, id=self.id, unsaved=self.uncommitted)
-        merged = {**current, **self._set}
-        for attribute in self._unset:
-            merged.pop(attribute, None)
-        return merged
+        return copied(self._merged())  # type: ignore[no-any-return]
 
     def commit(self) -> None:
         """
@@ -157,6 +149,20 @@ class Object:
         """Drop the uncommitted changes. A new object becomes empty."""
         self._new = False
         self._forget_changes()
+
+    def _merged(self) -> Attributes:
+        """Return the attributes with uncommitted changes; its lists and maps are the handle's own."""
+        if self._new:
+            return self._set
+        current = self._current()
+        if current is None:
+            raise ObjectNotFound(entity=self.entity, id=self.id, unsaved=self.uncommitted)
+        if not self._set and not self._unset:
+            return current
+        merged = {**current, **self._set}
+        for attribute in self._unset:
+            merged.pop(attribute, None)
+        return merged
 
     def _begin_change(self) -> None:
         """Note what the author looks at when the first change is made."""

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
 
 import uuid_utils
 
+from tidelog._address import check_address
 from tidelog._constraints import Constraint, Where, constraint_of
 from tidelog._environment import MAP_BYTES_DEFAULT
 from tidelog._errors import InvalidValue, SynchronizationError
@@ -76,6 +77,7 @@ class Replica:
         map_bytes: Address space for the data at first; it grows by itself.
 
     Raises:
+        InvalidValue: *server* or *durability* is none.
         FormatUnsupported: The directory holds something else.
         DiskFull, StorageError: The directory cannot be used.
     """
@@ -93,6 +95,8 @@ class Replica:
     ) -> None:
         if durability not in ("full", "relaxed"):
             raise InvalidValue(f"durability is 'full' or 'relaxed', got {durability!r}")
+        if server is not None:
+            check_address(server)
         self.path = Path(path)
         self._schema = schema
         self._log_retention = log_retention
@@ -377,6 +381,8 @@ class Replica:
         on_progress: OnProgress | None,
         selected: dict[tuple[str, str], bool] | None = None,
     ) -> Report:
+        if timeout is not None and not timeout >= 0:
+            raise InvalidValue(f"a timeout of {timeout} seconds")
         report = Report()
 
         def selection() -> Selection:

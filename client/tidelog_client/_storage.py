@@ -557,14 +557,16 @@ class Storage:
     def _trimmable(
         self, transaction: LmdbTransaction, oldest_us: float, size_bytes_max: int
     ) -> Callable[[int, bytes], bool]:
-        excess_bytes = self.log.size_bytes(transaction) - size_bytes_max
+        size_bytes = self.log.size_bytes(transaction)
+        excess_bytes = size_bytes - size_bytes_max
+        share_bytes = size_bytes // max(1, self.log.entry_count(transaction))
 
         def may_go(seq: int, data: bytes) -> bool:
             nonlocal excess_bytes
             operation = decode_operation(data)
             if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
                 return False
-            excess_bytes -= len(data)
+            excess_bytes -= share_bytes
             return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
 
         return may_go

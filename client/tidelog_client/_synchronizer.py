@@ -33,6 +33,9 @@ BACKOFF_SECONDS_MAX: Final = 5.0
 # Without a deadline of the caller's: how long to go on trying since the server was last heard of.
 SILENCE_SECONDS_MAX: Final = 30.0
 
+# A call may take this long; gRPC cannot count much further.
+CALL_SECONDS_MAX: Final = 24 * 3600.0
+
 _LOCK_FILE: Final = "synchronize.lock"
 _log = get_logger("tidelog.synchronizer")
 
@@ -174,7 +177,7 @@ class _Deadline:
 
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+        return None if self._end is None else min(max(0.0, self._end - time.monotonic()), CALL_SECONDS_MAX)
 
 
 def _ignore(_progress: object) -> None:

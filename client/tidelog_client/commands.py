@@ -26,7 +26,7 @@ from tidelog.cli import (
     Column,
     CommandFailed,
     ExitCode,
-    check_address,
+    checked_address,
     print_json,
     print_table,
 )
@@ -86,7 +86,7 @@ def sync(
     replica: ReplicaOption,
     server: Annotated[
         str,
-        typer.Option(envvar="TIDELOG_SERVER", metavar="HOST:PORT", callback=check_address, help="The server."),
+        typer.Option(envvar="TIDELOG_SERVER", metavar="HOST:PORT", callback=checked_address, help="The server."),
     ],
     mode: Annotated[
         SyncMode | None,

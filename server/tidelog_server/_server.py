@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tidelog._address import check_address
 from tidelog._errors import ResourceClosed
 from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
@@ -60,6 +61,7 @@ class Server:
         listen: "host:port"; port 0 takes a free one, see `address`.
 
     Raises:
+        InvalidValue: *listen* is no address.
         StoreInUse: At the start: another server has the store open.
         AddressUnavailable: At the start: cannot listen there.
     """
@@ -67,7 +69,7 @@ class Server:
     def __init__(self, application: Application, *, store: str | Path | Store, listen: str = "127.0.0.1:0") -> None:
         self._application = application
         self._store_given = store
-        self._listen = listen
+        self._listen = check_address(listen)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._grpc: grpc.aio.Server | None = None

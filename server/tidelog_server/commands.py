@@ -19,7 +19,7 @@ from typing import Annotated, Final
 import typer
 
 from tidelog._logging import get_logger
-from tidelog.cli import CommandFailed, ExitCode, check_address
+from tidelog.cli import CommandFailed, ExitCode, checked_address
 from tidelog_server import AddressUnavailable, Application, Server
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -48,7 +48,7 @@ def serve(
     data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the data; made if it is not there.")],
     listen: Annotated[
         str,
-        typer.Option(metavar="HOST:PORT", callback=check_address, help="Where to listen. Port 0 takes a free one."),
+        typer.Option(metavar="HOST:PORT", callback=checked_address, help="Where to listen. Port 0 takes a free one."),
     ],
     log_level: Annotated[str, typer.Option(metavar="|".join(LOG_LEVELS), help="What is logged.")] = "info",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,

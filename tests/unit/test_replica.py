@@ -32,10 +32,10 @@ from tidelog import (
     attribute,
 )
 from tidelog._environment import Environment
-from tidelog._keys import pack_object_key, pack_position
+from tidelog._keys import pack_position
 from tidelog._operation import decode_operation
 from tidelog._values import encode
-from tidelog.v1 import operation_pb2
+from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_client import Object, Replica
 from tidelog_client import _view as view
 from tidelog_client._commit import _Commit, checked_intent
@@ -72,29 +72,29 @@ def logged(replica: Replica) -> list[tuple[str, str]]:
 
 def receive(replica: Replica, version: int, attributes: dict[str, Any], id: str = "t1") -> None:  # noqa: A002
     """Take in a snapshot as a download does."""
-    key = pack_object_key("Task", id)
-    storage = replica._storage
-    storage.environment.write(
-        lambda transaction: storage.view.put_snapshot(transaction, key, version, encode(attributes), force=False)
-    )
+    page = sync_pb2.SnapshotPage()
+    page.snapshots.add(entity="Task", id=id, version=version, attributes=encode(attributes))
+    replica._storage.merge([page.SerializeToString()])
 
 
 def remove(replica: Replica, version: int, id: str = "t1") -> None:  # noqa: A002
     """Take in a removal as a download does."""
-    key = pack_object_key("Task", id)
-    storage = replica._storage
-    storage.environment.write(lambda transaction: storage.view.remove(transaction, key, version))
+    page = sync_pb2.SnapshotPage()
+    page.removals.add(entity="Task", id=id, version=version)
+    replica._storage.merge([page.SerializeToString()])
 
 
 def settle(replica: Replica, *seqs: int, refused: bool = False) -> None:
-    """Take in answers of the server: each operation applied at the version of its seq, or refused."""
+    """Take in answers of the server: each operation refused, or applied at its seq plus 100."""
     replica._storage.settle(
         [
             operation_pb2.OperationResult(
                 seq=seq, status=operation_pb2.OPERATION_STATUS_REJECTED, failure_id=str(uuid.uuid4())
             )
             if refused
-            else operation_pb2.OperationResult(seq=seq, status=operation_pb2.OPERATION_STATUS_APPLIED, version=seq)
+            else operation_pb2.OperationResult(
+                seq=seq, status=operation_pb2.OPERATION_STATUS_APPLIED, version=100 + seq
+            )
             for seq in seqs
         ]
     )
@@ -234,9 +234,14 @@ class TestTransactions:
 
     def test_an_exception_undoes_it(self, replica: Replica) -> None:
         """If the block raises, nothing of it is committed, and the exception goes on."""
-        with pytest.raises(ZeroDivisionError), replica.transaction() as tx:
-            tx.create("Task", {}, "t1")
-            raise ZeroDivisionError
+
+        def work() -> None:
+            with replica.transaction() as tx:
+                tx.create("Task", {}, "t1")
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            work()
 
         assert logged(replica) == []
         assert contents(replica) == {}
@@ -276,11 +281,14 @@ class TestTransactions:
         """If somebody else took the ground away meanwhile, the commit fails whole."""
         replica.create("Task", {}, "t1")
 
-        with pytest.raises(ObjectNotFound), replica.transaction() as tx:
-            tx.create("Task", {}, "t2")
-            tx.update("Task", "t1", {"a": 1})
-            replica.delete("Task", "t1")
+        def work() -> None:
+            with replica.transaction() as tx:
+                tx.create("Task", {}, "t2")
+                tx.update("Task", "t1", {"a": 1})
+                replica.delete("Task", "t1")
 
+        with pytest.raises(ObjectNotFound):
+            work()
         assert contents(replica) == {}
 
     def test_what_others_did_meanwhile_is_built_upon(self, replica: Replica) -> None:
@@ -392,33 +400,31 @@ class TestLimits:
 
     def test_of_a_group(self, replica: Replica) -> None:
         """A commit group has 1,000 operations at the most; a transaction that is none may have more."""
-        with pytest.raises(LimitExceeded), replica.transaction(atomic=True) as tx:
-            for n in range(1_001):
-                tx.create("Task", {}, f"t{n}")
+        with pytest.raises(LimitExceeded):
+            self.create(replica, 1_001, {}, atomic=True)
         assert logged(replica) == []
 
-        with replica.transaction(atomic=True) as tx:
-            for n in range(1_000):
-                tx.create("Task", {}, f"t{n}")
-        with replica.transaction() as tx:
-            for n in range(1_000, 2_001):
-                tx.create("Task", {}, f"t{n}")
+        self.create(replica, 1_000, {}, atomic=True)
+        self.create(replica, 1_001, {}, atomic=False)
 
         assert replica.count("Task") == 2_001
 
     def test_of_a_groups_size(self, replica: Replica) -> None:
         """A commit group has 2 MiB at the most."""
         large = {"a": "x" * (MIB - 200)}
-        with pytest.raises(LimitExceeded), replica.transaction(atomic=True) as tx:
-            for n in range(3):
-                tx.create("Task", large, f"t{n}")
+        with pytest.raises(LimitExceeded):
+            self.create(replica, 3, large, atomic=True)
         assert logged(replica) == []
 
-        with replica.transaction(atomic=True) as tx:
-            for n in range(2):
-                tx.create("Task", large, f"t{n}")
+        self.create(replica, 2, large, atomic=True)
 
         assert replica.count("Task") == 2
+
+    def create(self, replica: Replica, count: int, attributes: dict[str, Any], *, atomic: bool) -> None:
+        """Create many objects in one transaction."""
+        with replica.transaction(atomic=atomic) as tx:
+            for _ in range(count):
+                tx.create("Task", attributes)
 
     def test_of_an_object(self, replica: Replica) -> None:
         """Many updates cannot make an object larger than one snapshot may be."""
@@ -806,7 +812,7 @@ class TestLog:
         settle(replica, 2, refused=True)
 
         assert [(one.operation.seq, one.status, one.version) for one in replica.log()] == [
-            (1, "applied", 1),
+            (1, "applied", 101),
             (2, "failed", 0),
             (3, "pending", 0),
         ]
@@ -907,9 +913,13 @@ class TestView:
         settle(replica, 1)
         assert contents(replica) == {"t1": {"n": 11}}
 
-        receive(replica, 1, {"n": 11})
+        receive(replica, 50, {"n": 20})
+        assert contents(replica) == {"t1": {"n": 21}}
+        receive(replica, 101, {"n": 21})
+        assert contents(replica) == {"t1": {"n": 21}}
+        receive(replica, 102, {"n": 30})
 
-        assert contents(replica) == {"t1": {"n": 11}}
+        assert contents(replica) == {"t1": {"n": 30}}
 
     def test_an_older_snapshot_is_passed_over(self, replica: Replica) -> None:
         """A snapshot older than what is there changes nothing."""
@@ -967,7 +977,7 @@ class TestTrimming:
         for n in range(1, count + 1):
             replica.create("Task", {"text": "x" * 5_000}, f"t{n}")
             settle(replica, n)
-            receive(replica, n, {"text": ""}, f"t{n}")
+            receive(replica, 100 + n, {"text": ""}, f"t{n}")
 
     def test_by_age(self, folder: Path) -> None:
         """Settled operations past the retention leave the log; younger ones stay."""
@@ -1008,7 +1018,7 @@ class TestTrimming:
         """Log one more operation, settled and downloaded, behind those that must stay."""
         replica.create("Task", {}, "t5")
         settle(replica, 5)
-        receive(replica, 5, {}, "t5")
+        receive(replica, 105, {}, "t5")
 
     def test_positions_go_on_after_a_full_trim(self, folder: Path) -> None:
         """A position is never given twice, even where the log is empty, and the program was started anew."""
@@ -1017,7 +1027,7 @@ class TestTrimming:
             assert replica.trim_log() == 3
             replica.create("Task", {}, "t4")
             settle(replica, 4)
-            receive(replica, 4, {}, "t4")
+            receive(replica, 104, {}, "t4")
             assert replica.trim_log() == 1
         with Replica(folder / "a") as replica:
             replica.create("Task", {}, "t5")
@@ -1104,7 +1114,12 @@ class TestOpening:
         """Who opens a replica with full durability gets it, although somebody else has it open relaxed."""
         synced: list[str] = []
         original = Environment.sync
-        monkeypatch.setattr(Environment, "sync", lambda self: (synced.append("sync"), original(self)))
+
+        def sync(self: Environment) -> None:
+            synced.append("sync")
+            original(self)
+
+        monkeypatch.setattr(Environment, "sync", sync)
         with Replica(folder / "a", durability="relaxed") as relaxed, Replica(folder / "a") as full:
             synced.clear()
             relaxed.create("Task", {})
