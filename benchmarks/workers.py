@@ -11,6 +11,7 @@ from benchmarks.records import ENTITY, tasks
 from benchmarks.work import Stopwatch, Work
 from tidelog_client import Replica
 from tidelog_server import Application, Server
+from tidelog_server.commands import spare_the_collector
 
 COMMIT_OPERATIONS: Final = 1_000
 
@@ -21,6 +22,7 @@ class ServerWorker:
     def __init__(self, store: str, clock: Clock | None = None) -> None:
         self._profiler = Profiler(clock) if clock is not None else None
         self._open = ExitStack()
+        spare_the_collector()  # as `tidelog serve` does
         self._server = self._open.enter_context(Server(Application(), store=store))
 
     def address(self) -> str:

@@ -146,7 +146,7 @@ class _Data:
     head: Head = field(default_factory=lambda: Head(0, b""))
     commits: dict[int, bytes] = field(default_factory=dict)
     objects: dict[ObjectKey, ObjectState] = field(default_factory=dict)
-    changes: list[Change] = field(default_factory=list)
+    changes: dict[int, Change] = field(default_factory=dict)
     replicas: dict[bytes, ReplicaState] = field(default_factory=dict)
     settled: dict[tuple[bytes, int], Settled] = field(default_factory=dict)
     failures: dict[bytes, bytes] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class _Data:
             self.head,
             dict(self.commits),
             dict(self.objects),
-            list(self.changes),
+            dict(self.changes),
             dict(self.replicas),
             dict(self.settled),
             dict(self.failures),
@@ -189,13 +189,14 @@ class _MemoryReader:
         return _page(sorted(found, key=lambda one: one[1].version), limit, bytes_max)
 
     def change(self, version: int) -> Change | None:
-        return self._data.changes[version - 1] if 0 < version <= len(self._data.changes) else None
+        return self._data.changes.get(version)
 
     def changes(self, after: int, limit: int, bytes_max: int) -> list[Change]:
         found: list[Change] = []
-        for change in self._data.changes[after : after + limit]:
+        for version in sorted(version for version in self._data.changes if version > after)[:limit]:
             if bytes_max <= 0:
                 break
+            change = self._data.changes[version]
             found.append(change)
             bytes_max -= len(change.patch) + len(change.before)
         return found
@@ -282,7 +283,7 @@ def _page(found: list[tuple[ObjectKey, ObjectState]], limit: int, bytes_max: int
 
 def _write(data: _Data, writes: Writes) -> None:
     data.objects.update((key, state) for key, (state, _) in writes.objects.items())
-    data.changes.extend(writes.changes)
+    data.changes.update((change.version, change) for change in writes.changes)
     if writes.changes:
         data.head = Head(writes.version, secrets.token_bytes(COMMIT_ID_BYTES))
         data.commits[writes.version] = data.head.commit_id

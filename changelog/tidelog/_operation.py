@@ -101,7 +101,7 @@ class Operation(NamedTuple):
                 raise InvalidValue("a deletion has no patch")
             return Patch()
         patch = decode_patch(self.patch)
-        if self.kind is OperationKind.CREATE and (patch.unset or patch.has_intents):
+        if self.kind is OperationKind.CREATE and (patch.unset or patch.increment or patch.add or patch.remove):
             raise InvalidValue("a creation sets attributes and does nothing else")
         return patch
 

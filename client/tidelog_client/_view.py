@@ -107,12 +107,14 @@ class View:
         """Return (seq, version applied at; 0: pending) of the operations replayed on an object, in log order."""
         prefix = key + b"\0"
         cursor = transaction.cursor(self._unconfirmed)
-        found = []
-        if cursor.set_range(prefix):
-            for entry, version in cursor:
-                if not entry.startswith(prefix):
-                    break
-                found.append((unpack_position(entry[len(prefix) :]), unpack_position(version)))
+        found: list[tuple[int, int]] = []
+        more = cursor.set_range(prefix)
+        while more:
+            entry, version = cursor.item()
+            if not entry.startswith(prefix):
+                break
+            found.append((unpack_position(entry[len(prefix) :]), unpack_position(version)))
+            more = cursor.next()
         return found
 
     def is_needed(self, transaction: LmdbTransaction, key: bytes, seq: int) -> bool:

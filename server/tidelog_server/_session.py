@@ -142,12 +142,11 @@ class Upload:
         if done.exception() is not None:
             self._failed = True
             return
-        for result in done.result():
-            if result.status == Status.APPLIED:
-                if not self.first_version or result.version < self.first_version:
-                    self.first_version = result.version
-                if not self.first_seq or result.seq < self.first_seq:
-                    self.first_seq = result.seq
+        applied = [result for result in done.result() if result.status == Status.APPLIED]
+        if applied:
+            first_version = min(result.version for result in applied)
+            self.first_version = min(self.first_version or first_version, first_version)
+            self.first_seq = min(self.first_seq or applied[0].seq, applied[0].seq)
 
 
 class Session:

@@ -18,6 +18,7 @@ from tests.builders import (
 )
 
 from tidelog import FailureReason, ForeignServer, InvalidValue, ObjectNotFound, Schema, attribute
+from tidelog._environment import Environment
 from tidelog._values import decode_map
 from tidelog.v1 import (
     failure_pb2,
@@ -979,6 +980,31 @@ class TestEveryMode:
         synchronize(a, mode, [("Task", f"t{n}") for n in range(1, 9)])
         a.synchronize_all()
         assert contents(a) == {f"t{n}": {"n": 2, "m": 1} for n in range(1, 9)}
+
+
+class TestDurability:
+    @pytest.mark.parametrize("durability", ["full", "relaxed"])
+    def test_the_log_is_on_disk_before_it_is_sent(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, durability: str
+    ) -> None:
+        """What the server has seen a crash cannot take from the log, in relaxed durability neither."""
+        happened: list[str] = []
+        application = Application()
+        application.before_commit("Task")(lambda task, context: happened.append("applied"))
+        sync = Environment.sync
+
+        def syncs(self: Environment) -> None:
+            happened.append("synced")
+            sync(self)
+
+        with World(folder, application) as world:
+            a = world.replica(durability=durability)
+            a.create("Task", {})
+            monkeypatch.setattr(Environment, "sync", syncs)
+
+            a.synchronize_all()
+
+        assert happened[:2] == ["synced", "applied"]
 
 
 class TestDeletionsMeanwhile:

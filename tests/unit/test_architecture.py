@@ -101,8 +101,7 @@ def test_dependencies_point_one_way(package: str) -> None:
     wrong = {
         name: sorted(found)
         for name, path in modules()
-        if name.partition(".")[0] == package
-        and (found := imported_packages(path) & FORBIDDEN_IMPORTS[package])
+        if name.partition(".")[0] == package and (found := imported_packages(path) & FORBIDDEN_IMPORTS[package])
     }
 
     assert not wrong
@@ -155,9 +154,7 @@ def test_source_roots_are_no_packages() -> None:
     assert not [folder for folder in SOURCES.values() if (folder.parent / "__init__.py").exists()]
 
 
-@pytest.mark.parametrize(
-    "path", ["import grpc.aio", "from lmdb import Environment", "if 1:\n import grpc as g"]
-)
+@pytest.mark.parametrize("path", ["import grpc.aio", "from lmdb import Environment", "if 1:\n import grpc as g"])
 def test_imports_are_found_wherever_they_are(path: str, tmp_path: Path) -> None:
     """The reader of imports sees every form of them."""
     module = tmp_path / "module.py"

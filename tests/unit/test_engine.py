@@ -28,7 +28,7 @@ from tests.builders import (
     update,
 )
 
-from tidelog import FailureReason, Operation, OperationKind, Schema
+from tidelog import FailureReason, Operation, OperationKind, Patch, Schema
 from tidelog._limits import OBJECT_BYTES_MAX, OPERATION_BYTES_MAX
 from tidelog._patch import decode_patch
 from tidelog._values import decode_trusted, encode
@@ -36,7 +36,13 @@ from tidelog.v1 import failure_pb2, operation_pb2
 from tidelog_server import Application, HookContext, HookObject, Principal, Reject, TransientError
 from tidelog_server import _engine as engine
 from tidelog_server._engine import Status, evaluate_batch
-from tidelog_server._errors import OperationForked, OperationsOutOfOrder, ReplicaOwned, SessionSuperseded
+from tidelog_server._errors import (
+    OperationForked,
+    OperationsOutOfOrder,
+    ReplicaOwned,
+    RequestInvalid,
+    SessionSuperseded,
+)
 from tidelog_server._records import ReplicaState
 
 Hook = Callable[[HookObject, HookContext], object]
@@ -558,6 +564,50 @@ class TestSettledOnce:
 
         assert said(results) == ["APPLIED", "MALFORMED"]
         assert lab.state("t2") is None
+
+
+class TestBatches:
+    def test_more_operations_than_a_batch_may_have(self) -> None:
+        """A batch over the limit ends the session, unless it is one commit group; nothing of it is written."""
+        lab = Lab()
+        many = [make_operation(seq=seq, id=f"t{seq}") for seq in range(1, 502)]
+
+        with pytest.raises(RequestInvalid):
+            lab.settle(*[operation.encode() for operation in many])
+
+        assert lab.version() == 0
+        assert said(lab.settle(*group(*many))) == ["APPLIED"] * 501
+
+    def test_a_group_of_too_many_bytes(self) -> None:
+        """A commit group that no message could carry with all that belongs to it is TOO_LARGE."""
+        lab = Lab()
+        large = {"a": "x" * (OPERATION_BYTES_MAX - 200)}
+        members = [make_operation(seq=seq, id=f"t{seq}", set=large) for seq in (1, 2, 3)]
+
+        results = lab.settle(*group(*members), create(4, "t4"))
+
+        assert set(said(results[:3])) == {"TOO_LARGE", "GROUP_REJECTED"}
+        assert said(results[3:]) == ["APPLIED"]
+
+    def test_a_defect_of_the_server(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """A defect that one operation shows refuses that operation, says nothing of itself, and stops no other."""
+        apply = Patch.apply
+
+        def breaks(self: Patch, attributes: dict[str, Any]) -> dict[str, Any]:
+            if "trigger" in self.set:
+                raise TypeError("the secret word is plugh")
+            return apply(self, attributes)
+
+        monkeypatch.setattr(Patch, "apply", breaks)
+        lab = Lab()
+
+        results = lab.settle(create(1), update(2, set={"trigger": 1}), update(3, set={"fine": 1}))
+
+        assert said(results) == ["APPLIED", "HOOK_ERROR", "APPLIED"]
+        assert "plugh" not in results[1].message
+        assert "plugh" in caplog.text
+        assert lab.attributes() == {"title": "Buy milk", "fine": 1}
+        lab.check_history()
 
 
 class TestOrder:

@@ -1,0 +1,561 @@
+"""
+What every store promises, whatever keeps its data.
+
+A subclass says how its store is opened; its tests are these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, quick_folder
+
+from tidelog import OperationKind, ResourceClosed
+from tidelog._keys import ObjectKey
+from tidelog_server._records import (
+    Change,
+    FailureRecord,
+    Head,
+    ObjectState,
+    ReplicaState,
+    Settled,
+    Writes,
+)
+from tidelog_server._store import Reader, Store
+
+UNBOUNDED: Final = 2**40
+Job = Callable[[Reader], tuple[Writes | None, Any]]
+
+
+def task(id: str) -> ObjectKey:  # noqa: A002 - the glossary's word
+    """Return the key of a task."""
+    return ("Task", id)
+
+
+def make_state(version: int, **fields: Any) -> ObjectState:
+    """Return a state at a version."""
+    usual = ObjectState(version, version, REPLICA_A, deleted=False, sole_writer=True, attributes=b"\x80")
+    return usual._replace(**fields)
+
+
+def make_change(version: int, key: ObjectKey, **fields: Any) -> Change:
+    """Return a change of a version."""
+    usual = Change(version, key, OperationKind.CREATE, b"patch", b"before", 0, REPLICA_A, 1, False, "ann", TIME_US)
+    return usual._replace(**fields)
+
+
+def make_writes(**fields: Any) -> Writes:
+    """Return writes of nothing but what is given."""
+    return Writes(objects={}, changes=[], replica=None, settled=[], failures=[], version=0)._replace(**fields)
+
+
+def writing(*keys: ObjectKey, attributes: bytes = b"\x80", deleted: bool = False, result: Any = None) -> Job:
+    """Return a job that writes objects, each at the next version."""
+
+    def job(reader: Reader) -> tuple[Writes, Any]:
+        version = reader.head().version
+        present = reader.objects(keys)
+        objects = {}
+        changes = []
+        for key in keys:
+            version += 1
+            replaced = present[key].version if key in present else 0
+            objects[key] = (make_state(version, attributes=attributes, deleted=deleted), replaced)
+            changes.append(make_change(version, key, previous=replaced))
+        return make_writes(objects=objects, changes=changes, version=version), result
+
+    return job
+
+
+def recording(*settled: tuple[int, Settled], replica: bytes = REPLICA_A, state: ReplicaState | None = None) -> Job:
+    """Return a job that writes a replica's state and outcomes."""
+    known = state or ReplicaState(1, "ann", 1, 1, ((1, 1),))
+    return lambda reader: (make_writes(replica=(replica, known), settled=list(settled)), None)
+
+
+def failing(*records: FailureRecord) -> Job:
+    """Return a job that writes failures."""
+    return lambda reader: (make_writes(failures=list(records)), None)
+
+
+def ids_of(found: Iterable[tuple[ObjectKey, ObjectState]]) -> list[str]:
+    """Return the ids of objects."""
+    return [key[1] for key, _ in found]
+
+
+class Refusal(Exception):
+    """What a job raises that fails."""
+
+
+class StoreContract:
+    """The promises. Each test gets a store of its own."""
+
+    def open(self, folder: Path) -> Store:
+        """Open the store in a folder, or make one."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def folder(self) -> Iterator[Path]:
+        """Give a folder."""
+        with quick_folder() as path:
+            yield path
+
+    @pytest.fixture
+    def store(self, folder: Path) -> Iterator[Store]:
+        """Give an empty store."""
+        opened = self.open(folder)
+        yield opened
+        opened.close()
+
+    # --- writing --------------------------------------------------------------
+
+    def test_an_empty_store(self, store: Store) -> None:
+        """A tenant of which nothing was ever written reads as empty."""
+        with store.read(TENANT) as reader:
+            assert reader.head() == Head(0, b"")
+            assert reader.commit_id(0) is None
+            assert reader.commit_id(1) is None
+            assert reader.objects([task("t1")]) == {}
+            assert reader.entity_objects("Task", "", 10, UNBOUNDED) == ([], False)
+            assert reader.latest_objects(0, 10, UNBOUNDED) == ([], False)
+            assert reader.change(1) is None
+            assert reader.changes(0, 10, UNBOUNDED) == []
+            assert reader.replica(REPLICA_A) is None
+            assert reader.settled(REPLICA_A, [1]) == {}
+            assert reader.failure(bytes(16)) is None
+            assert reader.failures(b"", 10) == []
+            assert reader.refused_creation(REPLICA_A, task("t1")) is None
+
+    def test_what_a_job_returns_is_written_and_yielded(self, store: Store) -> None:
+        """The future yields the job's result once all that it returned can be read back as it was."""
+        state = make_state(7, created=3, creator=REPLICA_B, sole_writer=False, attributes=b"\x81\xa1a\x01")
+        change = Change(7, task("t1"), OperationKind.UPDATE, b"p", b"b", 3, REPLICA_B, 2**62, True, "änn", -5)
+        replica = ReplicaState(4, "änn", 2**62, 2**64 - 1, ((1, 5), (9, 2**62)))
+        settled = Settled(2**64 - 1, 7, changed_by_server=True, failure_id=b"", culprit=False)
+        failure = FailureRecord(b"f" * 16, b"\x00\xff", REPLICA_B, (task("x"), ("Note", "y")))
+
+        def job(reader: Reader) -> tuple[Writes, str]:
+            return Writes(
+                {task("t1"): (state, 0)}, [change], (REPLICA_B, replica), [(9, settled)], [failure], 7
+            ), "done"
+
+        assert store.submit(TENANT, job).result(10) == "done"
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 7
+            assert reader.objects([task("t1")]) == {task("t1"): state}
+            assert reader.change(7) == change
+            assert reader.replica(REPLICA_B) == replica
+            assert reader.settled(REPLICA_B, [9]) == {9: settled}
+            assert reader.failure(b"f" * 16) == b"\x00\xff"
+            assert reader.refused_creation(REPLICA_B, task("x")) == b"f" * 16
+            assert reader.refused_creation(REPLICA_B, ("Note", "y")) == b"f" * 16
+
+    def test_a_job_that_writes_nothing(self, store: Store) -> None:
+        """A job may only look."""
+        store.submit(TENANT, writing(task("t1"))).result(10)
+
+        assert store.submit(TENANT, lambda reader: (None, reader.head().version)).result(10) == 1
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 1
+
+    @pytest.mark.parametrize("error", [Refusal("no"), SystemExit(3), KeyError("x")])
+    def test_a_job_that_fails(self, store: Store, error: BaseException) -> None:
+        """A job that raises writes nothing; its owner gets the error, and its neighbours are not harmed."""
+
+        def fails(reader: Reader) -> tuple[Writes, None]:
+            writing(task("bad"))(reader)
+            raise error
+
+        before = store.submit(TENANT, writing(task("t1"), result="before"))
+        failed = store.submit(TENANT, fails)
+        after = store.submit(TENANT, writing(task("t2"), result="after"))
+
+        assert (before.result(10), after.result(10)) == ("before", "after")
+        with pytest.raises(type(error)):
+            failed.result(10)
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 2
+            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t1", "t2"]
+
+    def test_jobs_run_in_order(self, store: Store) -> None:
+        """Jobs run in the order they were submitted, each on top of what those before it wrote."""
+        seen: list[tuple[int, int]] = []
+
+        def job(number: int) -> Job:
+            def work(reader: Reader) -> tuple[Writes | None, int]:
+                writes, _ = writing(task(f"t{number}"))(reader)
+                return writes, reader.head().version
+
+            return work
+
+        futures = [store.submit(TENANT, job(number)) for number in range(50)]
+        seen = [(number, future.result(10)) for number, future in enumerate(futures)]
+
+        assert seen == [(number, number) for number in range(50)]
+
+    def test_jobs_of_many_threads(self, store: Store) -> None:
+        """Whoever submits them, jobs run one at a time, and none is lost."""
+
+        def work(name: int) -> None:
+            for number in range(10):
+                store.submit(TENANT, writing(task(f"t{name}-{number}"))).result(10)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 80
+            assert [change.version for change in reader.changes(0, 100, UNBOUNDED)] == list(range(1, 81))
+            assert len(reader.entity_objects("Task", "", 100, UNBOUNDED).objects) == 80
+
+    def test_a_job_cannot_be_cancelled(self, store: Store) -> None:
+        """Who stops waiting for a job does not stop the job, nor those behind it."""
+        futures = [store.submit(TENANT, writing(task(f"t{number}"))) for number in range(10)]
+
+        assert not any(future.cancel() for future in futures)
+        assert store.submit(TENANT, writing(task("last"), result="done")).result(10) == "done"
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 11
+
+    # --- versions -------------------------------------------------------------
+
+    def test_each_commit_has_an_id_of_its_own(self, store: Store) -> None:
+        """The head names the commit that ended there; so does its version for ever; no two have the same id."""
+        heads = []
+        for number in range(5):
+            store.submit(TENANT, writing(task("t1"), task(f"x{number}"))).result(10)
+            with store.read(TENANT) as reader:
+                heads.append(reader.head())
+
+        assert [head.version for head in heads] == [2, 4, 6, 8, 10]
+        assert len({head.commit_id for head in heads}) == 5
+        with store.read(TENANT) as reader:
+            assert [reader.commit_id(head.version) for head in heads] == [head.commit_id for head in heads]
+            # Nothing ever ended in the middle of a commit.
+            assert [reader.commit_id(version) for version in (1, 3, 5, 7, 9, 11)] == [None] * 6
+
+    def test_what_writes_no_change_leaves_the_head(self, store: Store) -> None:
+        """Outcomes and failures alone move neither version nor commit id."""
+        store.submit(TENANT, writing(task("t1"))).result(10)
+        with store.read(TENANT) as reader:
+            before = reader.head()
+
+        store.submit(TENANT, recording((1, Settled(1, 0, False, b"f" * 16, True)))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.head() == before
+
+    # --- objects --------------------------------------------------------------
+
+    def test_objects_by_key(self, store: Store) -> None:
+        """Objects and tombstones are found by key; what never was there is left out."""
+        store.submit(TENANT, writing(task("t1"), task("t2"))).result(10)
+        store.submit(TENANT, writing(task("t2"), deleted=True, attributes=b"")).result(10)
+
+        with store.read(TENANT) as reader:
+            found = reader.objects([task("t1"), task("t2"), task("t3"), ("Note", "t1")])
+
+        assert {key: (state.version, state.deleted) for key, state in found.items()} == {
+            task("t1"): (1, False),
+            task("t2"): (3, True),
+        }
+
+    @pytest.mark.parametrize("deleted", [True, False])
+    @pytest.mark.parametrize("sole_writer", [True, False])
+    def test_marks(self, store: Store, *, deleted: bool, sole_writer: bool) -> None:
+        """The marks of an object are kept, each on its own."""
+        state = make_state(1, deleted=deleted, sole_writer=sole_writer)
+        writes = make_writes(objects={task("t1"): (state, 0)}, changes=[make_change(1, task("t1"))], version=1)
+        store.submit(TENANT, lambda reader: (writes, None)).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.objects([task("t1")]) == {task("t1"): state}
+
+    def test_the_longest_and_the_largest(self, store: Store) -> None:
+        """The longest names and the largest object that are allowed can be stored and found."""
+        key = ("e" * 64, "é" * 64)
+        store.submit(TENANT, writing(key, attributes=b"x" * (2 * 1024 * 1024))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert len(reader.objects([key])[key].attributes) == 2 * 1024 * 1024
+            assert ids_of(reader.entity_objects("e" * 64, "", 10, UNBOUNDED).objects) == ["é" * 64]
+
+    def test_each_object_once_by_version(self, store: Store) -> None:
+        """By version each object stands once, at its latest, tombstones too, however often it was changed."""
+        for keys in (["a", "b", "c"], ["b"], ["a", "b"], ["d"]):
+            store.submit(TENANT, writing(*map(task, keys))).result(10)
+        store.submit(TENANT, writing(task("c"), deleted=True)).result(10)
+
+        with store.read(TENANT) as reader:
+            objects, has_more = reader.latest_objects(0, 100, UNBOUNDED)
+
+        assert [(key[1], state.version) for key, state in objects] == [("a", 5), ("b", 6), ("d", 7), ("c", 8)]
+        assert objects[-1][1].deleted
+        assert not has_more
+
+    def test_a_new_version_in_the_same_batch_as_the_creation(self, store: Store) -> None:
+        """An object that was created and changed in one batch stands once, at the last version."""
+        writes = make_writes(
+            objects={task("t1"): (make_state(3), 0)},
+            changes=[make_change(version, task("t1")) for version in (1, 2, 3)],
+            version=3,
+        )
+        store.submit(TENANT, lambda reader: (writes, None)).result(10)
+
+        with store.read(TENANT) as reader:
+            assert [state.version for _, state in reader.latest_objects(0, 10, UNBOUNDED).objects] == [3]
+
+    @pytest.mark.parametrize(
+        ("after", "limit", "expected", "more"),
+        [
+            (0, 10, "abcde", False),
+            (2, 10, "cde", False),
+            (5, 10, "", False),
+            (0, 5, "abcde", False),
+            (1, 2, "bc", True),
+        ],
+    )
+    def test_pages_by_version(self, store: Store, after: int, limit: int, expected: str, *, more: bool) -> None:
+        """A page starts above a version, ends at its limit, and says whether more follows."""
+        store.submit(TENANT, writing(*map(task, "abcde"))).result(10)
+
+        with store.read(TENANT) as reader:
+            objects, has_more = reader.latest_objects(after, limit, UNBOUNDED)
+
+        assert "".join(ids_of(objects)) == expected
+        assert has_more is more
+
+    def test_pages_by_size(self, store: Store) -> None:
+        """A page ends once its objects reach so many bytes, and holds one at least."""
+        store.submit(TENANT, writing(*map(task, "abcde"), attributes=b"x" * 1_000)).result(10)
+
+        with store.read(TENANT) as reader:
+            for size, count in ((1, 1), (999, 1), (1_500, 2), (10_000, 5)):
+                for page in (
+                    reader.latest_objects(0, 10, size),
+                    reader.entity_objects("Task", "", 10, size),
+                ):
+                    assert (len(page.objects), page.has_more) == (count, count < 5)
+
+    def test_objects_of_an_entity(self, store: Store) -> None:
+        """The objects of an entity come in the order of their ids, tombstones too, and nobody else's."""
+        ids = ["", "a", "a ", "ab", "b", "é", "中", "\U0001f600"][1:]
+        store.submit(TENANT, writing(*map(task, reversed(ids)))).result(10)
+        store.submit(TENANT, writing(("Tas", "ka"), ("Task2", "a"), ("T", "ask"), ("Note", "a"))).result(10)
+        store.submit(TENANT, writing(task("b"), deleted=True)).result(10)
+
+        with store.read(TENANT) as reader:
+            objects, has_more = reader.entity_objects("Task", "", 100, UNBOUNDED)
+            pages = []
+            after = ""
+            while True:
+                page = reader.entity_objects("Task", after, 2, UNBOUNDED)
+                pages += ids_of(page.objects)
+                if not page.has_more:
+                    break
+                after = pages[-1]
+            between = reader.entity_objects("Task", "aa", 2, UNBOUNDED)
+
+        assert ids_of(objects) == ids == pages
+        assert not has_more
+        assert ids_of(between.objects) == ["ab", "b"]
+
+    # --- the change log -------------------------------------------------------
+
+    def test_changes(self, store: Store) -> None:
+        """Changes come in the order of their versions, above a version, up to a number or a size."""
+        made = [make_change(version, task(f"t{version}"), patch=b"x" * 1_000) for version in range(1, 6)]
+        writes = make_writes(changes=made, version=5)
+        store.submit(TENANT, lambda reader: (writes, None)).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.changes(0, 100, UNBOUNDED) == made
+            assert reader.changes(2, 2, UNBOUNDED) == made[2:4]
+            assert reader.changes(5, 100, UNBOUNDED) == []
+            assert reader.changes(0, 100, 1) == made[:1]
+            assert reader.changes(0, 100, 1_500) == made[:2]
+            assert [reader.change(version) for version in (1, 5, 6)] == [made[0], made[4], None]
+
+    @pytest.mark.parametrize("kind", list(OperationKind))
+    def test_kinds_of_changes(self, store: Store, kind: OperationKind) -> None:
+        """A change comes back with its kind."""
+        writes = make_writes(changes=[make_change(1, task("t1"), kind=kind)], version=1)
+        store.submit(TENANT, lambda reader: (writes, None)).result(10)
+
+        with store.read(TENANT) as reader:
+            change = reader.change(1)
+        assert change is not None
+        assert change.kind is kind
+
+    # --- replicas, outcomes, failures -----------------------------------------
+
+    @pytest.mark.parametrize(
+        "outcome",
+        [
+            Settled(0, 1, changed_by_server=False, failure_id=b"", culprit=False),
+            Settled(2**64 - 1, 2**62, changed_by_server=True, failure_id=b"", culprit=False),
+            Settled(5, 0, changed_by_server=False, failure_id=b"f" * 16, culprit=True),
+            Settled(5, 0, changed_by_server=False, failure_id=bytes(16), culprit=False),
+        ],
+    )
+    def test_outcomes(self, store: Store, outcome: Settled) -> None:
+        """An outcome is found by its replica and seq, and by no other."""
+        store.submit(TENANT, recording((7, outcome))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.settled(REPLICA_A, [6, 7, 8]) == {7: outcome}
+            assert reader.settled(REPLICA_B, [7]) == {}
+            assert reader.settled(REPLICA_A, []) == {}
+
+    def test_many_outcomes(self, store: Store) -> None:
+        """Outcomes of many operations are found, in whatever order they came."""
+        outcomes = {seq: Settled(seq, seq, False, b"", False) for seq in range(1, 501)}
+        store.submit(TENANT, recording(*[(seq, outcomes[seq]) for seq in range(251, 501)])).result(10)
+        store.submit(TENANT, recording(*[(seq, outcomes[seq]) for seq in range(1, 251)])).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.settled(REPLICA_A, range(1, 600)) == outcomes
+
+    def test_a_replicas_state_is_replaced(self, store: Store) -> None:
+        """The newest state of a replica is the one that is found; others' are their own."""
+        for number in (1, 2):
+            state = ReplicaState(number, "ann", 0, 0, ())
+            store.submit(TENANT, recording(state=state)).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.replica(REPLICA_A) == ReplicaState(2, "ann", 0, 0, ())
+            assert reader.replica(REPLICA_B) is None
+
+    def test_failures_page_by_page(self, store: Store) -> None:
+        """Failures come in the order of their ids, above an id, up to a number."""
+        ids = [bytes([0, *([255] * 14), number]) for number in range(7)]
+        records = [FailureRecord(id_, id_[-1:], REPLICA_A, ()) for id_ in reversed(ids)]
+        store.submit(TENANT, failing(*records)).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.failures(b"", 100) == [(id_, id_[-1:]) for id_ in ids]
+            assert [id_ for id_, _ in reader.failures(ids[2], 2)] == ids[3:5]
+            assert reader.failures(ids[-1], 2) == []
+            assert reader.failure(ids[3]) == b"\x03"
+
+    def test_refused_creations(self, store: Store) -> None:
+        """A refused creation is remembered for the replica that sent it; a later refusal takes its place."""
+        store.submit(TENANT, failing(FailureRecord(b"1" * 16, b"", REPLICA_A, (task("t1"),)))).result(10)
+        store.submit(TENANT, failing(FailureRecord(b"2" * 16, b"", REPLICA_A, (task("t1"), task("t2"))))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.refused_creation(REPLICA_A, task("t1")) == b"2" * 16
+            assert reader.refused_creation(REPLICA_A, task("t2")) == b"2" * 16
+            assert reader.refused_creation(REPLICA_A, task("t3")) is None
+            assert reader.refused_creation(REPLICA_B, task("t1")) is None
+
+    # --- reading --------------------------------------------------------------
+
+    def test_a_reader_sees_one_moment(self, store: Store) -> None:
+        """What is written while somebody reads is not seen by that reader, and by the next."""
+        store.submit(TENANT, writing(task("t1"))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 1
+            store.submit(TENANT, writing(task("t1"), task("t2"))).result(10)
+            assert reader.head().version == 1
+            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t1"]
+
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 3
+
+    def test_tenants_know_nothing_of_each_other(self, store: Store) -> None:
+        """Each tenant has its own objects, versions, changes, replicas, outcomes and failures."""
+        jobs: list[Job] = [
+            writing(task("t1"), task("t2")),
+            recording((1, Settled(1, 1, False, b"", False))),
+            failing(FailureRecord(b"1" * 16, b"x", REPLICA_A, (task("t9"),))),
+        ]
+        for job in jobs:
+            store.submit("one", job).result(10)
+        store.submit("two", writing(task("t1"), attributes=b"two")).result(10)
+
+        with store.read("one") as reader:
+            assert reader.head().version == 2
+            assert reader.objects([task("t1")])[task("t1")].attributes == b"\x80"
+            assert len(reader.changes(0, 10, UNBOUNDED)) == 2
+        with store.read("two") as reader:
+            assert reader.head().version == 1
+            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t1"]
+            assert ids_of(reader.entity_objects("Task", "", 10, UNBOUNDED).objects) == ["t1"]
+            assert reader.objects([task("t1"), task("t2")])[task("t1")].attributes == b"two"
+            assert len(reader.changes(0, 10, UNBOUNDED)) == 1
+            assert reader.commit_id(2) is None
+            assert reader.replica(REPLICA_A) is None
+            assert reader.settled(REPLICA_A, [1]) == {}
+            assert reader.failures(b"", 10) == []
+            assert reader.refused_creation(REPLICA_A, task("t9")) is None
+        with store.read("three") as reader:
+            assert reader.head() == Head(0, b"")
+            assert reader.latest_objects(0, 10, UNBOUNDED).objects == []
+
+    # --- closing and opening --------------------------------------------------
+
+    def test_everything_is_there_when_it_is_opened_again(self, folder: Path) -> None:
+        """What a future has yielded survives closing and opening, for every tenant; so does the store's identity."""
+        first = self.open(folder)
+        for tenant in ("one", "two", "three"):
+            first.submit(tenant, writing(task(f"{tenant}-1"), task(f"{tenant}-2"))).result(10)
+        first.submit("two", recording((1, Settled(1, 1, False, b"", False)))).result(10)
+        with first.read("two") as reader:
+            head = reader.head()
+        identity = first.identity
+        first.close()
+
+        second = self.open(folder)
+        try:
+            assert second.identity == identity
+            with second.read("two") as reader:
+                assert reader.head() == head
+                assert reader.commit_id(2) == head.commit_id
+                assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["two-1", "two-2"]
+                assert reader.settled(REPLICA_A, [1])
+            second.submit("three", writing(task("three-3"))).result(10)
+            second.submit("four", writing(task("four-1"))).result(10)
+            with second.read("three") as reader:
+                assert reader.head().version == 3
+            with second.read("four") as reader:
+                assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["four-1"]
+        finally:
+            second.close()
+
+    def test_each_store_has_an_identity_of_its_own(self, folder: Path) -> None:
+        """Two stores have two epochs."""
+        stores = [self.open(folder / name) for name in ("one", "two")]
+
+        assert stores[0].identity.epoch != stores[1].identity.epoch
+        assert all(store.identity.epoch and store.identity.timeline for store in stores)
+        for store in stores:
+            store.close()
+
+    def test_closing_finishes_what_was_submitted(self, folder: Path) -> None:
+        """Jobs that were submitted before a store is closed are done, all of them."""
+        store = self.open(folder)
+        futures = [store.submit(TENANT, writing(task(f"t{number}"), result=number)) for number in range(200)]
+
+        store.close()
+
+        assert [future.result(0) for future in futures] == list(range(200))
+        again = self.open(folder)
+        with again.read(TENANT) as reader:
+            assert reader.head().version == 200
+        again.close()
+
+    def test_a_closed_store(self, store: Store) -> None:
+        """A closed store says that it is closed; closing it again does nothing."""
+        store.close()
+        store.close()
+
+        with pytest.raises(ResourceClosed):
+            store.submit(TENANT, writing(task("t1")))
+        with pytest.raises(ResourceClosed), store.read(TENANT) as reader:
+            reader.head()
