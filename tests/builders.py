@@ -210,7 +210,7 @@ class _MemoryReader:
     def failure(self, failure_id: bytes) -> bytes | None:
         return self._data.failures.get(failure_id)
 
-    def failures(self, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+    def failures(self, after: bytes, limit: int, bytes_max: int) -> list[tuple[bytes, bytes]]:
         ids = sorted(self._data.failures)
         return [(one, self._data.failures[one]) for one in ids[bisect_right(ids, after) :][:limit]]
 
@@ -392,7 +392,7 @@ class Lab:
     def failures(self) -> list[failure_pb2.SynchronizationFailure]:
         """Return all failure records."""
         with self.store.read(TENANT) as reader:
-            found = reader.failures(b"", 100_000)
+            found = reader.failures(b"", 100_000, 1 << 30)
         return [failure_pb2.SynchronizationFailure.FromString(data) for _, data in found]
 
     def failure(self, result: Result) -> failure_pb2.SynchronizationFailure:

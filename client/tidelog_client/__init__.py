@@ -7,9 +7,10 @@ Open a `Replica`.
 from tidelog_client._commit import Transaction
 from tidelog_client._object import Object
 from tidelog_client._replica import LoggedOperation, Replica
-from tidelog_client._report import Phase, Progress, Report, Skipped, SkipReason
+from tidelog_client._report import Failures, Phase, Progress, Report, Skipped, SkipReason
 
 __all__ = [
+    "Failures",
     "LoggedOperation",
     "Object",
     "Phase",

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -89,16 +90,22 @@ class Committer:
             return
         mine = _Commit(intents, atomic=atomic)
         self._waiting.append(mine)
-        with self._turn:
-            while not mine.done:
-                self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), COMMITS_AT_ONCE_MAX))])
+        try:
+            with self._turn:
+                while not mine.done:
+                    self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), COMMITS_AT_ONCE_MAX))])
+        except BaseException:
+            # Interrupted while waiting: nobody else may commit what this thread gives up.
+            with suppress(ValueError):
+                self._waiting.remove(mine)
+            raise
         if mine.error is not None:
             raise mine.error
 
     def _write(self, commits: list[_Commit]) -> None:
         def work(transaction: LmdbTransaction) -> None:
             for commit in commits:
-                commit.error = None
+                commit.error = commit.last_entry = None
                 builder = _Builder(self._storage, transaction, self._schema_version)
                 try:
                     builder.build(commit.intents, atomic=commit.atomic)
@@ -108,6 +115,7 @@ class Committer:
                     commit.error = error
                 else:
                     builder.write()
+                    commit.last_entry = builder.last_entry
 
         try:
             self._storage.environment.write(work)
@@ -115,22 +123,33 @@ class Committer:
             for commit in commits:
                 commit.error = error
         except BaseException:
-            for commit in commits:
-                commit.error = StorageError("the commit was interrupted in another thread: nothing was written")
+            self._tell_after_interrupt(commits)
             raise
         finally:
             for commit in commits:
                 commit.done = True
 
+    def _tell_after_interrupt(self, commits: list[_Commit]) -> None:
+        """Decide from the disk what became of commits: an interrupt may come right after they were written."""
+        with self._storage.environment.read() as transaction:
+            for commit in commits:
+                if commit.error is None and commit.last_entry is not None:
+                    seq, data = commit.last_entry
+                    if self._storage.log.get(transaction, seq) == data:
+                        continue
+                commit.error = commit.error or StorageError("interrupted in another thread: nothing was written")
+
 
 class _Commit:
-    __slots__ = ("atomic", "done", "error", "intents")
+    __slots__ = ("atomic", "done", "error", "intents", "last_entry")
 
     def __init__(self, intents: Sequence[Intent], *, atomic: bool) -> None:
         self.intents = intents
         self.atomic = atomic
         self.done = False
         self.error: BaseException | None = None
+        # Seq and bytes of its last operation, once it is in the transaction.
+        self.last_entry: tuple[int, bytes] | None = None
 
 
 class _Builder:
@@ -186,6 +205,11 @@ class _Builder:
 
     def write(self) -> None:
         self._storage.write_commit(self._transaction, self._operations, self._encoded, self._views)
+
+    @property
+    def last_entry(self) -> tuple[int, bytes]:
+        """Seq and bytes of the last operation."""
+        return self._operations[-1].seq, self._encoded[-1]
 
     def _view(self, key: bytes) -> tuple[ViewRecord | None, ViewRecord | None]:
         """Return the object's record before this commit and as this commit has left it so far."""

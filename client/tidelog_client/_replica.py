@@ -16,8 +16,9 @@ import uuid_utils
 from tidelog._address import check_address
 from tidelog._constraints import Constraint, Where, constraint_of
 from tidelog._environment import MAP_BYTES_DEFAULT
-from tidelog._errors import InvalidValue, SynchronizationError
+from tidelog._errors import InvalidValue, StorageError, SynchronizationError
 from tidelog._failure import SynchronizationFailure
+from tidelog._logging import get_logger
 from tidelog._operation import Operation
 from tidelog._patch import Patch
 from tidelog._schema import Schema
@@ -25,7 +26,7 @@ from tidelog._values import Attributes, check_id, check_name, decode_trusted, so
 from tidelog.v1 import schema_pb2
 from tidelog_client._commit import Committer, Transaction
 from tidelog_client._object import Object
-from tidelog_client._report import OnProgress, Report
+from tidelog_client._report import Failures, OnProgress, Report
 from tidelog_client._selection import Selection, select
 from tidelog_client._storage import Storage
 from tidelog_client._synchronization import Mode
@@ -35,6 +36,8 @@ LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
 LOG_RETENTION_BYTES_DEFAULT: Final = 1024**3
 TRIM_STEP_OPERATIONS: Final = 10_000
 TAIL_POLL_SECONDS: Final = 0.05
+
+_log = get_logger("tidelog.replica")
 
 Durability: TypeAlias = Literal["full", "relaxed"]
 
@@ -294,6 +297,12 @@ class Replica:
         """Iterate over the operations of this replica that the server refused, oldest first."""
         return map(SynchronizationFailure.from_message, self._storage.failures())
 
+    def _failure(self, failure_id: str) -> SynchronizationFailure:
+        message = self._storage.failure(failure_id)
+        if message is None:
+            raise StorageError(f"the failure {failure_id} is no longer recorded in {self.path}")
+        return SynchronizationFailure.from_message(message)
+
     def trim_log(self) -> int:
         """
         Remove settled operations that are past the retention, and return how many went.
@@ -383,7 +392,7 @@ class Replica:
     ) -> Report:
         if timeout is not None and not timeout >= 0:
             raise InvalidValue(f"a timeout of {timeout} seconds")
-        report = Report()
+        report = Report(failures=Failures(self._failure))
 
         def selection() -> Selection:
             report.skipped.clear()
@@ -401,7 +410,11 @@ class Replica:
         except SynchronizationError as error:
             error.report = report if report.attempts else None
             raise
-        self.trim_log()
+        try:
+            self.trim_log()
+        except StorageError as error:
+            # Housekeeping does not undo what was done; whoever reads the log is told.
+            _log.warning("the log could not be trimmed", path=str(self.path), detail=str(error))
         return report
 
     def _known_schema(self) -> Schema:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from tidelog._failure import SynchronizationFailure
 
@@ -50,6 +50,40 @@ class PublishedCounts(NamedTuple):
         return PublishedCounts(*map(sum, zip(self, other, strict=True)))
 
 
+class Failures(Sequence[SynchronizationFailure]):
+    """
+    The refusals of one synchronization, in the order they were learnt.
+
+    Read from the replica's own record when they are looked at, while the replica is
+    open: payloads may be large, and many.
+    """
+
+    def __init__(self, load: Callable[[str], SynchronizationFailure] | None) -> None:
+        self._load = load
+        self._ids: list[str] = []
+
+    def add(self, failure_ids: Iterable[str]) -> None:
+        """Append refusals by their ids."""
+        self._ids.extend(failure_ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> SynchronizationFailure: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SynchronizationFailure]: ...
+    def __getitem__(self, index: int | slice) -> SynchronizationFailure | list[SynchronizationFailure]:
+        if self._load is None:
+            raise IndexError(index)
+        if isinstance(index, slice):
+            return [self._load(failure_id) for failure_id in self._ids[index]]
+        return self._load(self._ids[index])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} failures>"
+
+
 @dataclass(slots=True)
 class Report:
     """
@@ -67,7 +101,8 @@ class Report:
         attempts: How many times the server was called: 1 unless the network failed.
         upload_seconds: Time until the server had settled the upload.
         download_seconds: Time from then to the end.
-        failures: The refusals, each with its payload.
+        failures: The refusals, each with its payload: a sequence that reads them from
+            the replica, so look at it while the replica is open.
         skipped: What was left out.
         added: Keys of objects that a selection did not name and that had to be uploaded with it.
     """
@@ -83,7 +118,7 @@ class Report:
     attempts: int = 0
     upload_seconds: float = 0.0
     download_seconds: float = 0.0
-    failures: list[SynchronizationFailure] = field(default_factory=list)
+    failures: Failures = field(default_factory=lambda: Failures(None))
     skipped: list[Skipped] = field(default_factory=list)
     added: list[tuple[str, str]] = field(default_factory=list)
 

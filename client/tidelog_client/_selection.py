@@ -70,6 +70,11 @@ class _Closure:
         self.seqs: set[int] = set()
         # Objects whose pending operations are needed up to a seq (None: all of them).
         self._needed: deque[tuple[ObjectKey, int | None]] = deque()
+        # What was looked at already, so that nothing is twice: how far an object's operations were taken in,
+        # commit groups by their first seq, and the newest pending creation of objects referred to.
+        self._taken_until: dict[ObjectKey, int] = {}
+        self._groups: set[int] = set()
+        self._creations: dict[ObjectKey, int] = {}
 
     def why_not(self, key: ObjectKey, *, is_new: bool) -> Skipped | None:
         """Return why an object cannot be selected, or None if it can."""
@@ -92,6 +97,8 @@ class _Closure:
         """Take in what the operations taken in so far need."""
         while self._needed:
             key, until = self._needed.popleft()
+            if until is not None and until <= self._taken_until.get(key, 0):
+                continue
             for one in self._pending_of(key):
                 if until is not None and one.seq > until:
                     break
@@ -99,6 +106,7 @@ class _Closure:
                     self.seqs.add(one.seq)
                     self.keys[key] = None
                     self._needed.extend(self._needs(one))
+                self._taken_until[key] = one.seq
 
     def leaves_earlier(self) -> bool:
         """Tell whether operations stay behind that came before some that are taken in."""
@@ -107,24 +115,31 @@ class _Closure:
         return self._storage.has_other_pending(self._transaction, self.seqs, below=max(self.seqs))
 
     def _needs(self, one: PendingOperation) -> Iterator[tuple[ObjectKey, int]]:
-        for seq in range(one.seq - one.group_position, one.seq - one.group_position + one.group_size):
-            member = self._storage.pending_at(self._transaction, seq)
-            if member is not None:
-                yield member.key, seq
+        first = one.seq - one.group_position
+        if first not in self._groups:
+            self._groups.add(first)
+            for seq in range(first, first + one.group_size):
+                member = self._storage.pending_at(self._transaction, seq)
+                if member is not None:
+                    yield member.key, seq
         data = self._storage.log.get(self._transaction, one.seq)
         if data is None or not self._schema.references(one.key[0]):
             return
         patch = decode_operation(data).decoded_patch()
         for _attribute, target in self._schema.referenced(one.key[0], {**patch.set, **patch.add}):
-            creations = [
-                pending.seq for pending in self._pending_of(target) if self._kind_of(pending) is OperationKind.CREATE
-            ]
-            if creations:
-                yield target, creations[-1]
+            if target not in self._creations:
+                self._creations[target] = self._last_creation(target)
+            creation = self._creations[target]
+            if creation:
+                yield target, creation
+
+    def _last_creation(self, key: ObjectKey) -> int:
+        """Return the seq of the newest pending creation of an object, 0 if there is none."""
+        for pending in reversed(self._pending_of(key)):
+            data = self._storage.log.get(self._transaction, pending.seq)
+            if data is not None and decode_operation(data).kind is OperationKind.CREATE:
+                return pending.seq
+        return 0
 
     def _pending_of(self, key: ObjectKey) -> list[PendingOperation]:
         return self._storage.pending_of(self._transaction, pack_object_key(*key))
-
-    def _kind_of(self, pending: PendingOperation) -> OperationKind | None:
-        data = self._storage.log.get(self._transaction, pending.seq)
-        return None if data is None else decode_operation(data).kind

@@ -27,15 +27,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._environment import Environment, put_many
-from tidelog._errors import LogCorrupt
+from tidelog._errors import InvalidValue, LogCorrupt
 from tidelog._keys import (
+    POSITION_BYTES,
     ObjectKey,
     pack_object_key,
     pack_position,
     unpack_object_key,
     unpack_position,
 )
-from tidelog._limits import PAGE_OBJECTS_MAX
+from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog._log import OperationLog
 from tidelog._operation import Operation, decode_operation
 from tidelog.v1 import failure_pb2, operation_pb2, sync_pb2
@@ -77,11 +78,11 @@ class Outcome(NamedTuple):
 
 
 class SettledCounts(NamedTuple):
-    """What a set of results brought: how many were applied, how many refused, and the failures."""
+    """What a set of results brought: how many were applied, how many refused, and the ids of the failures."""
 
     applied: int
     rejected: int
-    failures: list[failure_pb2.SynchronizationFailure]
+    failure_ids: list[str]
 
 
 class Storage:
@@ -253,6 +254,12 @@ class Storage:
             return Outcome(unpack_position(value[1:]), "")
         return Outcome(0, value[1:].decode())
 
+    def failure(self, failure_id: str) -> failure_pb2.SynchronizationFailure | None:
+        """Return a recorded failure, or None."""
+        with self.environment.read() as transaction:
+            value = transaction.get(failure_id.encode(), db=self._failures)
+        return None if value is None else failure_pb2.SynchronizationFailure.FromString(value)
+
     def failures(self) -> Iterator[failure_pb2.SynchronizationFailure]:
         """Iterate over the recorded failures, oldest first."""
         start = b""
@@ -261,12 +268,14 @@ class Storage:
                 cursor = transaction.cursor(self._failures)
                 found = cursor.set_range(start) if start else cursor.first()
                 page: list[tuple[bytes, bytes]] = []
-                while found and len(page) < READ_PAGE_ENTRIES:
+                room_bytes = PAGE_BYTES_MAX
+                while found and len(page) < READ_PAGE_ENTRIES and room_bytes > 0:
                     page.append(cursor.item())
+                    room_bytes -= len(page[-1][1])
                     found = cursor.next()
             for _key, value in page:
                 yield failure_pb2.SynchronizationFailure.FromString(value)
-            if len(page) < READ_PAGE_ENTRIES:
+            if not page:
                 return
             start = page[-1][0] + b"\0"
 
@@ -331,12 +340,26 @@ class Storage:
         self.view.settle_applied(transaction, applied)
         members = [member for group in refused.values() for member in group]
         self.view.settle_refused(transaction, [(key, result.seq) for result, key in members])
-        failures = [self._record_failure(transaction, group) for group in refused.values()]
-        return SettledCounts(len(applied), len(members), failures)
+        for group in refused.values():
+            self._record_failure(transaction, group)
+        self._note_newest_settled(transaction, max((result.seq for result in results), default=0))
+        return SettledCounts(len(applied), len(members), list(refused))
+
+    def _note_newest_settled(self, transaction: LmdbTransaction, seq: int) -> None:
+        """Remember the newest settled operation's seq and nonce: they outlive its entry in the log."""
+        data = self.log.get(transaction, seq) if seq > self.newest_settled(transaction)[0] else None
+        if data is not None:
+            nonce = decode_operation(data).nonce
+            self._put_meta(transaction, newest_settled=pack_position(seq) + pack_position(nonce))
+
+    def newest_settled(self, transaction: LmdbTransaction) -> tuple[int, int]:
+        """Return (seq, nonce) of the newest operation that was settled, zeros if none was."""
+        value = self._get_meta(transaction, "newest_settled")
+        return unpack_position(value[:POSITION_BYTES]), unpack_position(value[POSITION_BYTES:])
 
     def _record_failure(
         self, transaction: LmdbTransaction, members: list[tuple[operation_pb2.OperationResult, bytes]]
-    ) -> failure_pb2.SynchronizationFailure:
+    ) -> None:
         """Keep one failure, of one operation or of the members of a commit group."""
         culprit, key = next(
             (member for member in members if member[0].reason != operation_pb2.FAILURE_REASON_GROUP_REJECTED),
@@ -357,7 +380,6 @@ class Storage:
         )
         failure.create_time.GetCurrentTime()
         transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
-        return failure
 
     # --- download -------------------------------------------------------------
 
@@ -563,7 +585,10 @@ class Storage:
 
         def may_go(seq: int, data: bytes) -> bool:
             nonlocal excess_bytes
-            operation = decode_operation(data)
+            try:
+                operation = decode_operation(data)
+            except InvalidValue as error:
+                raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
             if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
                 return False
             excess_bytes -= share_bytes

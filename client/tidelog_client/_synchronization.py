@@ -18,7 +18,6 @@ from google.protobuf.message import DecodeError, Message
 
 from tidelog import _limits
 from tidelog._errors import ForeignServer, InvalidSchema, ProtocolUnsupported, ProtocolViolated, ReplicaForked
-from tidelog._failure import SynchronizationFailure
 from tidelog._operation import decode_operation
 from tidelog._schema import Schema
 from tidelog.internal.v1 import splice_pb2
@@ -205,8 +204,12 @@ class Synchronization:
         storage = self._storage
         with storage.environment.read() as transaction:
             last_seq = storage.last_seq(transaction)
-            data = storage.log.get(transaction, settled.newest_seq)
-        if settled.newest_seq > last_seq or (data and decode_operation(data).nonce != settled.newest_nonce):
+            known_seq, nonce = storage.newest_settled(transaction)
+            data = storage.log.get(transaction, settled.newest_seq) if known_seq != settled.newest_seq else None
+        if data is not None:
+            known_seq, nonce = settled.newest_seq, decode_operation(data).nonce
+        is_other = known_seq == settled.newest_seq and nonce != settled.newest_nonce
+        if settled.newest_seq > last_seq or is_other:
             raise ReplicaForked(
                 f"the server has settled seq {settled.newest_seq} of replica {storage.replica_id}, "
                 "which is not in this log: the directory is a copy, or was restored from one"
@@ -281,9 +284,11 @@ class Synchronization:
                 self._not_ready(result)
             else:
                 final.append(result)
+        self._settle(final)
+        if message.more_follow:
+            return
         if self._held:
             raise ProtocolViolated("the server ended the upload with operations unsettled")
-        self._settle(final)
         self._stage = _Stage.DOWNLOADING
         self._on_progress(Progress(Phase.DOWNLOAD, 0, None))
 
@@ -295,7 +300,7 @@ class Synchronization:
             counts = self._storage.settle(results)
             self._report.applied += counts.applied
             self._report.rejected += counts.rejected
-            self._report.failures.extend(map(SynchronizationFailure.from_message, counts.failures))
+            self._report.failures.add(counts.failure_ids)
         self._results_count += len(results)
         self._on_progress(Progress(Phase.UPLOAD, self._results_count, self._total))
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from tidelog._environment import put_many
 from tidelog._errors import InvalidValue, LogCorrupt
 from tidelog._keys import POSITION_BYTES, entity_prefix, pack_position, unpack_position
+from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._values import EMPTY_MAP, Attributes, decode_trusted, encode
 
@@ -88,18 +89,20 @@ class View:
         start = prefix
         while True:
             page: list[tuple[bytes, ViewRecord]] = []
+            room_bytes = PAGE_BYTES_MAX
             with self._environment.read() as transaction:
                 cursor = transaction.cursor(self._objects)
                 found = cursor.set_range(start)
-                while found and len(page) < PAGE_OBJECTS:
+                while found and len(page) < PAGE_OBJECTS and room_bytes > 0:
                     key, value = cursor.item()
                     if not key.startswith(prefix):
                         break
                     page.append((key, _unpack(value)))
+                    room_bytes -= len(value)
                     found = cursor.next()
             for key, record in page:
                 yield key[len(prefix) :].decode(), record
-            if len(page) < PAGE_OBJECTS:
+            if not page:
                 return
             start = page[-1][0] + b"\0"
 

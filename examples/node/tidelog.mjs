@@ -263,10 +263,11 @@ class Session {
     this.#sendBatches();
   }
 
-  #uploadSettled({ results }) {
+  #uploadSettled({ results, moreFollow }) {
     const operations = results.map((result) => this.#held.get(BigInt(result.seq)));
     if (operations.includes(undefined)) throw violated('settled what was not held');
     this.#settle(results, operations, { mayHold: false });
+    if (moreFollow) return;
     if (this.#held.size) throw violated('ended the upload with operations held');
     this.#stage = 'downloading';
   }

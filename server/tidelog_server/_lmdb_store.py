@@ -328,12 +328,15 @@ class LmdbReader:
     def failure(self, failure_id: bytes) -> bytes | None:
         return self._transaction.get(self._prefix + failure_id, db=self._databases.failures)
 
-    def failures(self, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+    def failures(self, after: bytes, limit: int, bytes_max: int) -> list[tuple[bytes, bytes]]:
         start = self._prefix + after + b"\0" if after else self._prefix
-        return [
-            (key[len(self._prefix) :], value)
-            for key, value in islice(self._scan(self._databases.failures, start, self._prefix), limit)
-        ]
+        found = []
+        for key, value in islice(self._scan(self._databases.failures, start, self._prefix), limit):
+            found.append((key[len(self._prefix) :], value))
+            bytes_max -= len(value)
+            if bytes_max <= 0:
+                break
+        return found
 
     def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
         return self._transaction.get(self._prefix + replica + pack_object_key(*key), db=self._databases.refused)

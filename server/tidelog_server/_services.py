@@ -44,6 +44,7 @@ from tidelog_server._session import (
     check_protocol_version,
     parse_replica_id,
     put_results,
+    settled_messages,
 )
 from tidelog_server._status import status_of
 from tidelog_server._store import Store
@@ -113,10 +114,11 @@ class Services:
                 yield splice_pb2.SynchronizeResponseSplice(
                     batch_results=results.SerializeToString()
                 ).SerializeToString()
-            settled = sync_pb2.UploadSettled()
             held = await asyncio.wrap_future(session.settle_held())
-            put_results(held, settled.results)
-            yield splice_pb2.SynchronizeResponseSplice(upload_settled=settled.SerializeToString()).SerializeToString()
+            for settled in settled_messages(held):
+                yield splice_pb2.SynchronizeResponseSplice(
+                    upload_settled=settled.SerializeToString()
+                ).SerializeToString()
             async for page in self._read_ahead(session.pages()):
                 yield splice_pb2.SynchronizeResponseSplice(page=page).SerializeToString()
             complete = session.complete()
@@ -205,23 +207,15 @@ class Services:
 
         def read() -> failure_pb2.ListFailuresResponse:
             response = failure_pb2.ListFailuresResponse()
-            position = after
-            size_bytes = 0
             with self._store.read(principal.tenant) as reader:
-                # What is filtered out is read too; a page of the scan per page of the answer bounds it.
-                found = reader.failures(position, LIST_PAGE_MAX)
-            for failure_id, record in found:
-                if len(response.failures) == limit or size_bytes >= _limits.PAGE_BYTES_MAX:
-                    response.next_page_token = str(uuid_utils.UUID(bytes=position))
-                    return response
-                position = failure_id
+                # What is filtered out is read too: a page of the scan per page of the answer bounds both.
+                found = reader.failures(after, limit, _limits.PAGE_BYTES_MAX)
+            for _id, record in found:
                 failure = failure_pb2.SynchronizationFailure.FromString(record)
                 if failure.user_id == principal.user_id and replica_id in ("", failure.replica_id):
-                    failure = _for_people(failure)
-                    size_bytes += failure.ByteSize()
-                    response.failures.append(failure)
-            if len(found) == LIST_PAGE_MAX:
-                response.next_page_token = str(uuid_utils.UUID(bytes=position))
+                    response.failures.append(_for_people(failure))
+            if found:
+                response.next_page_token = str(uuid_utils.UUID(bytes=found[-1][0]))
             return response
 
         return await self._in_pool(read)

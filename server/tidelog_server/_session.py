@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from tidelog.v1.operation_pb2 import OperationResult
 
+# As many as one commit group has; see REASON_BYTES_MAX.
+RESULTS_A_MESSAGE_MAX: Final = _limits.GROUP_OPERATIONS_MAX
 SELECTION_OBJECTS_MAX: Final = 100_000
 
 LIMITS: Final = sync_pb2.Limits(
@@ -318,6 +320,15 @@ def put_results(results: Iterable[Result], container: RepeatedCompositeFieldCont
             reason=result.reason.number if result.reason is not None else operation_pb2.FAILURE_REASON_UNSPECIFIED,
             message=result.message,
         )
+
+
+def settled_messages(results: Sequence[Result]) -> Iterator[sync_pb2.UploadSettled]:
+    """Yield the messages that bring the results of held operations, each small enough to be sent."""
+    for first in range(0, max(1, len(results)), RESULTS_A_MESSAGE_MAX):
+        end = first + RESULTS_A_MESSAGE_MAX
+        message = sync_pb2.UploadSettled(more_follow=end < len(results))
+        put_results(results[first:end], message.results)
+        yield message
 
 
 def _then(

@@ -78,8 +78,12 @@ class Reader(Protocol):
         """Return a serialized `SynchronizationFailure`, or None."""
         ...
 
-    def failures(self, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-        """Return up to *limit* (id, serialized failure) in the order of their ids above *after*."""
+    def failures(self, after: bytes, limit: int, bytes_max: int) -> list[tuple[bytes, bytes]]:
+        """
+        Return (id, serialized failure) in the order of their ids above *after*.
+
+        Up to *limit*, or until their size reaches *bytes_max*; empty at the end only.
+        """
         ...
 
     def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:

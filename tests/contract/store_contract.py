@@ -127,7 +127,7 @@ class StoreContract:
             assert reader.replica(REPLICA_A) is None
             assert reader.settled(REPLICA_A, [1]) == {}
             assert reader.failure(bytes(16)) is None
-            assert reader.failures(b"", 10) == []
+            assert reader.failures(b"", 10, 1 << 30) == []
             assert reader.refused_creation(REPLICA_A, task("t1")) is None
 
     def test_what_a_job_returns_is_written_and_yielded(self, store: Store) -> None:
@@ -437,9 +437,9 @@ class StoreContract:
         store.submit(TENANT, failing(*records)).result(10)
 
         with store.read(TENANT) as reader:
-            assert reader.failures(b"", 100) == [(id_, id_[-1:]) for id_ in ids]
-            assert [id_ for id_, _ in reader.failures(ids[2], 2)] == ids[3:5]
-            assert reader.failures(ids[-1], 2) == []
+            assert reader.failures(b"", 100, 1 << 30) == [(id_, id_[-1:]) for id_ in ids]
+            assert [id_ for id_, _ in reader.failures(ids[2], 2, 1 << 30)] == ids[3:5]
+            assert reader.failures(ids[-1], 2, 1 << 30) == []
             assert reader.failure(ids[3]) == b"\x03"
 
     def test_refused_creations(self, store: Store) -> None:
@@ -492,7 +492,7 @@ class StoreContract:
             assert reader.commit_id(2) is None
             assert reader.replica(REPLICA_A) is None
             assert reader.settled(REPLICA_A, [1]) == {}
-            assert reader.failures(b"", 10) == []
+            assert reader.failures(b"", 10, 1 << 30) == []
             assert reader.refused_creation(REPLICA_A, task("t9")) is None
         with store.read("three") as reader:
             assert reader.head() == Head(0, b"")

@@ -173,7 +173,7 @@ class TestGroupCommit:
         with store.read(TENANT) as reader:
             assert reader.head() == head
             assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t0"]
-            assert reader.failures(b"", 10) == []
+            assert reader.failures(b"", 10, 1 << 30) == []
         store.submit(TENANT, writing(task("t2"))).result(10)
         with store.read(TENANT) as reader:
             assert reader.head().version == 2

@@ -188,7 +188,7 @@ def read_server(
         by_version = [(state.version, key) for key, state in reader.latest_objects(0, 2**62, 2**62).objects]
         failures: dict[str, failure_pb2.SynchronizationFailure] = {}
         after = b""
-        while found := reader.failures(after, SCAN_ENTRIES):
+        while found := reader.failures(after, SCAN_ENTRIES, SCAN_BYTES):
             failures.update(
                 (str(UUID(bytes=id_)), failure_pb2.SynchronizationFailure.FromString(data)) for id_, data in found
             )

@@ -139,7 +139,9 @@ class ListFailuresRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """How many at the most: 1 to 1,000. 0: 100."""
+    """How many at the most: 1 to 1,000. 0: 100. A page may hold fewer, even none,
+    although more follow.
+    """
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty: the first page."""
     replica_id: _builtins.str

@@ -120,7 +120,7 @@ class SynchronizeResponse(_message.Message):
 
     @_builtins.property
     def upload_settled(self) -> Global___UploadSettled:
-        """The answer to `upload_complete`."""
+        """The answer to `upload_complete`. More than one if there are many results."""
 
     @_builtins.property
     def page(self) -> Global___SnapshotPage:
@@ -508,11 +508,16 @@ Global___UploadComplete: _TypeAlias = UploadComplete  # noqa: Y015
 
 @_typing.final
 class UploadSettled(_message.Message):
-    """The answer to `UploadComplete`: all that could be settled is."""
+    """The answer to `UploadComplete`: all that could be settled is, once the last of
+    these messages has come.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
+    MORE_FOLLOW_FIELD_NUMBER: _builtins.int
+    more_follow: _builtins.bool
+    """True if another one of these messages follows, with further results."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[_operation_pb2.OperationResult]:
         """Final results of the operations that were held, in the order held."""
@@ -521,10 +526,11 @@ class UploadSettled(_message.Message):
         self,
         *,
         results: _abc.Iterable[_operation_pb2.OperationResult] | None = ...,
+        more_follow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more_follow", b"more_follow", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
