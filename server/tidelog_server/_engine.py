@@ -210,6 +210,7 @@ class _Evaluator:
         self._parked = dict(state.parked)
         self._settled: list[tuple[int, Settled]] = []
         self._failures: dict[bytes, FailureRecord] = {}
+        self._causes: dict[bytes, bytes] = {}
         self._refused_creations: dict[ObjectKey, bytes] = {}
         # While held operations are settled: the creations taken for granted, and those of them a unit used.
         self._assumed: Counter[ObjectKey] = Counter()
@@ -326,7 +327,8 @@ class _Evaluator:
         live = list(range(len(units)))
         for _ in range(HELD_ROUNDS_MAX):
             applied = self._held_round(units, live, results)
-            if len(applied) == len(live):
+            withdrawn = self._withdraw_behind_parked(units, results)
+            if len(applied) == len(live) and not withdrawn:
                 results.update({index: self._settle(units[index], applied[index]) for index in live})
                 break
             self.overlay.rollback(mark)
@@ -389,13 +391,17 @@ class _Evaluator:
         for index in applied:
             for key in _created_keys(units[index]):
                 creators.setdefault(key, set()).add(index)
-        for index in sorted(dropped):
-            fallen = _fallen(units, users, creators, index)
+        fallen: dict[int, ObjectKey] = {}
+        trusted = set(dropped)
+        for root in sorted(dropped):
+            fallen = _fallen(units, users, creators, root)
             if fallen:
-                trusted = {index, *(one for one in dropped if one < min(fallen))}
+                trusted = {index for index in dropped if index < min(fallen)}
+                # What takes others with it may itself have been judged on top of them.
+                touched = {key for index in fallen for key in _keys_of(units[index])}
+                if touched.isdisjoint(_keys_of(units[root])):
+                    trusted.add(root)
                 break
-        else:
-            fallen, trusted = {}, set(dropped)
         for index in sorted(trusted):
             verdict = dropped[index]
             if verdict is None:
@@ -407,6 +413,30 @@ class _Evaluator:
         for index, (entity, id_) in sorted(fallen.items()):
             missing = Waits((entity, id_), f"refers to {entity} {id_!r}, which was not created")
             results[index] = self._give_up(units[index], missing)
+
+    def _withdraw_behind_parked(self, units: list[Unit], results: dict[int, list[Result]]) -> bool:
+        """
+        Take back refusals that stand behind an operation which stays pending after all; tell whether there were any.
+
+        Operations on one object settle in order: what comes behind stays pending too,
+        and what was refused because of such a refusal.
+        """
+        withdrawn: set[bytes] = set()
+        settled_count = len(self._settled)
+        again = bool(self._parked)
+        while again:
+            again = False
+            for index in sorted(results):
+                failure_id = results[index][0].failure_id
+                if failure_id and (self._is_parked(units[index]) or self._causes.get(failure_id) in withdrawn):
+                    withdrawn.add(failure_id)
+                    self._failures.pop(failure_id, None)
+                    self._settled = [one for one in self._settled if one[1].failure_id != failure_id]
+                    for key in _created_keys(units[index]):
+                        self._refused_creations.pop(key, None)
+                    results[index] = self._park(units[index], _BEHIND_ANOTHER)
+                    again = True
+        return len(self._settled) != settled_count
 
     def _give_up(self, unit: Unit, wait: Waits) -> list[Result]:
         cause = self._refused_creation(wait.target)
@@ -450,6 +480,7 @@ class _Evaluator:
             failure_id = hashlib.sha256(self.uploader.replica + culprit.data).digest()[:16]
             if self.reader.failure(failure_id) is not None:
                 return failure_id
+        self._causes[failure_id] = refusal.cause
         entity, object_id = culprit.operation.key if culprit.operation is not None else ("", "")
         record = failure_pb2.SynchronizationFailure(
             id=str(uuid_utils.UUID(bytes=failure_id)),

@@ -106,7 +106,7 @@ class TestBuilding:
         """`and`, `or` and `not` would drop a part of the constraint, so they are an error."""
         for combine in (
             lambda: (A == 1) and (A == 2),
-            lambda: (A == 1) or (A == 2),
+            lambda: (A == 1) or attribute("b").exists(),
             lambda: not (A == 1),  # noqa: SIM201 - the point
             lambda: 1 < A < 5,
         ):
