@@ -23,7 +23,7 @@ from typing import Any, Final, Self, TypeVar
 import grpc
 import msgpack
 
-from tidelog._errors import ResourceClosed
+from tidelog._errors import ResourceClosed, StorageError
 from tidelog._keys import ObjectKey
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch, decode_patch
@@ -259,7 +259,9 @@ class MemoryStore:
                 if writes is not None:
                     _write(data, writes)
             except BaseException as error:  # noqa: BLE001 - the job's owner gets it
-                future.set_exception(error)
+                future.set_exception(
+                    error if isinstance(error, Exception) else StorageError(f"a job ended with {type(error).__name__}")
+                )
             else:
                 self._tenants[tenant] = data
                 future.set_result(result)

@@ -137,7 +137,7 @@ class OperationLog:
 
 def _checked(seq: int, entry: bytes) -> bytes:
     data = entry[_CRC_BYTES:]
-    if zlib.crc32(data) != int.from_bytes(entry[:_CRC_BYTES], "big"):
+    if not data or zlib.crc32(data) != int.from_bytes(entry[:_CRC_BYTES], "big"):
         raise LogCorrupt(
             f"the operation at seq {seq} fails its check sum: the file was damaged outside tidelog", seq=seq
         )

@@ -8,7 +8,8 @@ deeper, with `by_hook` set on the change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +55,28 @@ class Waits(Exception):
         self.target = target
 
 
+class References:
+    """
+    Decides about references to objects that are not there.
+
+    While held operations are settled, some creations are taken for granted.
+
+    Attributes:
+        assumed: How many creations of each object are taken for granted.
+        used: Those objects that the references of one unit relied upon.
+    """
+
+    def __init__(self) -> None:
+        self.assumed: Counter[ObjectKey] = Counter()
+        self.used: set[ObjectKey] = set()
+
+    def require(self, target: ObjectKey, message: str) -> None:
+        """Pass, or raise Waits."""
+        if not self.assumed[target]:
+            raise Waits(target, message)
+        self.used.add(target)
+
+
 class Action:
     """
     Applies operations to an overlay, with everything that their hooks do meanwhile.
@@ -68,8 +91,7 @@ class Action:
         replica: Id of the replica whose operations are applied.
         principal: Who sent them.
         time_us: The server's clock.
-        require: Decides about a reference to an object that is not there: returns,
-            or raises `Refused` or `Waits`.
+        references: Decides about references to objects that are not there.
     """
 
     def __init__(
@@ -80,7 +102,7 @@ class Action:
         replica: bytes,
         principal: Principal,
         time_us: int,
-        require: Callable[[ObjectKey, str], None],
+        references: References,
     ) -> None:
         self.principal = principal
         self.overlay = overlay
@@ -92,7 +114,7 @@ class Action:
         self._hooks = application.hooks
         self._replica = replica
         self._time_us = time_us
-        self._require = require
+        self._references = references
 
     def begin(self, operation: Operation) -> None:
         """Attribute what follows to an operation."""
@@ -191,7 +213,7 @@ class Action:
         entity, id_ = key
         for attribute, target in self._schema.referenced(entity, written):
             if target != key and not self.overlay.exists(target):
-                self._require(
+                self._references.require(
                     target,
                     f"{entity} {id_!r}: attribute {attribute!r} refers to {target[0]} {target[1]!r}, "
                     "which does not exist",
@@ -256,16 +278,17 @@ class Action:
     def _run(self, hooks: list[Hook], hooked: _HookedObject) -> None:
         for hook in hooks:
             try:
-                hook(hooked, _HookContext(self))
+                result: object = hook(hooked, _HookContext(self))
+                if isinstance(result, Awaitable):
+                    raise TypeError("the hook returned an awaitable, which nobody awaits")
             except Reject as rejection:
                 raise Refused(FailureReason.HOOK_REJECTED, rejection.message) from rejection
             except (Refused, Waits, TransientError):
                 raise
-            except (KeyboardInterrupt, MemoryError):
-                raise
             except BaseException as error:
                 # Whatever the application's code raises settles the operation as a failure: it must not
-                # end the session, and the traceback must not reach the client.
+                # end the session, and the traceback must not reach the client. Not even what ends a
+                # program elsewhere ends this thread, which serves everybody.
                 name = getattr(hook, "__qualname__", repr(hook))
                 _log.exception("hook failed", hook=name, entity=hooked.entity, id=hooked.id)
                 raise Refused(
@@ -326,8 +349,7 @@ class _HookContext:
     def query(self, entity: str, where: Where = None) -> Iterator[tuple[str, dict[str, Any]]]:
         constraint = constraint_of(where)
         overlay = self._action.overlay
-        for key in overlay.entity_keys(entity):
-            attributes = overlay.attributes(key)
+        for key, attributes in overlay.entity_objects(entity):
             if constraint is None or constraint.matches(attributes):
                 yield key[1], copied(attributes)
 

@@ -6,6 +6,7 @@ An application is declared once, when a program starts, and then only read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -158,6 +159,8 @@ class Application:
             raise InvalidSchema(str(error)) from error
 
         def register(hook: _H) -> _H:
+            if inspect.iscoroutinefunction(hook) or inspect.isgeneratorfunction(hook):
+                raise InvalidSchema(f"a hook is a plain function, which {hook.__qualname__} is not")
             self._hooks.setdefault((moment, entity), []).append(hook)
             return hook
 

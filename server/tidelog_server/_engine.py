@@ -33,7 +33,7 @@ from tidelog._logging import get_logger
 from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
 from tidelog._patch import Patch, encoded_attributes
 from tidelog.v1 import failure_pb2
-from tidelog_server._action import Action, Refused, Waits
+from tidelog_server._action import Action, References, Refused, Waits
 from tidelog_server._application import Application
 from tidelog_server._errors import OperationForked, OperationsOutOfOrder, RequestInvalid, SessionSuperseded
 from tidelog_server._overlay import Overlay
@@ -193,13 +193,14 @@ class _Evaluator:
         self.reader = reader
         self.time_us = time_us
         self.overlay = Overlay(reader)
+        self._references = References()
         self._action = Action(
             application,
             self.overlay,
             replica=uploader.replica,
             principal=uploader.principal,
             time_us=time_us,
-            require=self._require,
+            references=self._references,
         )
         self._replica_state = known
         self._head_version = self.overlay.version
@@ -212,9 +213,6 @@ class _Evaluator:
         self._failures: dict[bytes, FailureRecord] = {}
         self._causes: dict[bytes, bytes] = {}
         self._refused_creations: dict[ObjectKey, bytes] = {}
-        # While held operations are settled: the creations taken for granted, and those of them a unit used.
-        self._assumed: Counter[ObjectKey] = Counter()
-        self._used: set[ObjectKey] = set()
 
     # --- a batch --------------------------------------------------------------
 
@@ -344,7 +342,8 @@ class _Evaluator:
         self, units: list[Unit], live: list[int], results: dict[int, list[Result]]
     ) -> dict[int, list[_Applied]]:
         """Try all live units; put the results of those dropped into *results*, return what the others did."""
-        self._assumed = Counter(key for index in live for key in _created_keys(units[index]))
+        references = self._references
+        references.assumed = Counter(key for index in live for key in _created_keys(units[index]))
         applied: dict[int, list[_Applied]] = {}
         dropped: dict[int, Refused | Waits | None] = {}
         users: dict[ObjectKey, list[int]] = {}
@@ -355,18 +354,19 @@ class _Evaluator:
             if undecided and not undecided.isdisjoint(_keys_of(unit)):
                 undecided.update(_keys_of(unit))
                 continue
-            self._used = set()
+            references.used = set()
             try:
                 if self._is_parked(unit):
                     dropped[index] = None
                 else:
                     applied[index] = self._apply_unit(unit)
-                    for key in self._used:
+                    for key in references.used:
                         users.setdefault(key, []).append(index)
                     continue
             except (Refused, Waits) as verdict:
-                dropped[index] = verdict
-            self._assumed.subtract(_created_keys(unit))
+                # With its traceback it would hold on to this frame, and so to itself.
+                dropped[index] = verdict.with_traceback(None)
+            references.assumed.subtract(_created_keys(unit))
             if not isinstance(dropped[index], Refused):
                 undecided.update(_keys_of(unit))
         self._drop(units, applied, dropped, users, results)
@@ -539,12 +539,6 @@ class _Evaluator:
             self._parked,
         )
         return Evaluation(writes, results, state)
-
-    def _require(self, target: ObjectKey, message: str) -> None:
-        """Decide about a reference to an object that is not there: pass, or raise Waits."""
-        if not self._assumed[target]:
-            raise Waits(target, message)
-        self._used.add(target)
 
     # --- one unit -------------------------------------------------------------
 

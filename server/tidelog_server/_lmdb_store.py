@@ -180,8 +180,11 @@ class LmdbStore:
         for job, (result, refusal) in zip(group, outcomes, strict=True):
             if refusal is None:
                 job.future.set_result(result)
-            else:
+            elif isinstance(refusal, Exception):
                 job.future.set_exception(refusal)
+            else:
+                # What would end a program must not end whoever awaits this.
+                job.future.set_exception(StorageError(f"a job ended with {type(refusal).__name__}"))
 
     def _run_group(self, transaction: LmdbTransaction, group: list[_Job]) -> list[tuple[Any, BaseException | None]]:
         commit_id = secrets.token_bytes(COMMIT_ID_BYTES)

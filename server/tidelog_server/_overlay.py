@@ -67,24 +67,30 @@ class Overlay:
             attributes = self._decoded[key] = decode_trusted(state.attributes)
         return attributes
 
-    def entity_keys(self, entity: str) -> Iterator[ObjectKey]:
-        """Iterate over the keys of the entity's objects that exist, in no particular order."""
-        yielded: set[ObjectKey] = set()
+    def entity_objects(self, entity: str) -> Iterator[tuple[ObjectKey, Attributes]]:
+        """
+        Iterate over the entity's objects that exist, in no particular order. Their attributes are not to be changed.
+
+        What is only passed by is not kept, however many there are.
+        """
         after_id = ""
         more = True
         while more:
             page, more = self._reader.entity_objects(entity, after_id, _SCAN_PAGE_OBJECTS, PAGE_BYTES_MAX)
             for key, state in page:
-                if key not in self._states:
-                    self._states[key] = state
-                if self.exists(key):
-                    yielded.add(key)
-                    yield key
-            after_id = page[-1][0][1] if page else ""
-        # What was created on top of the store, also by whoever iterates.
-        for key in [key for key in self._written if key[0] == entity and key not in yielded]:
-            if self.exists(key):
-                yield key
+                after_id = key[1]
+                if state.deleted:
+                    continue  # created anew on top of the store or not: see below
+                if key not in self._written:
+                    yield key, decode_trusted(state.attributes)
+                elif self.exists(key):
+                    yield key, self.attributes(key)
+        # What exists on top of the store only, created meanwhile by whoever iterates, too.
+        written = [key for key in self._written if key[0] == entity]
+        stored = self._reader.objects(written)
+        for key in written:
+            if self.exists(key) and (key not in stored or stored[key].deleted):
+                yield key, self.attributes(key)
 
     def write(self, change: Change, state: ObjectState, attributes: Attributes | None) -> None:
         """Take in a change and the state that it leads to. Its version must be the next one."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import grpc
 import pytest
@@ -85,7 +86,7 @@ class Call(grpc.RpcError):
         """Return the text."""
         return self._details
 
-    def trailing_metadata(self) -> object:
+    def trailing_metadata(self) -> Any:
         """Return what came behind the text."""
         return self._metadata
 

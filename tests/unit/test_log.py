@@ -120,6 +120,7 @@ class TestScanning:
             lambda entry: entry[:3],
             lambda entry: b"",
         ],
+        ids=["value", "check sum", "cut short", "emptied"],
     )
     def test_a_damaged_entry(self, environment: Environment, log: OperationLog, damage: Any) -> None:
         """An entry that fails its check sum is named, by scan and by position."""

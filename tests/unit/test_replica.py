@@ -1201,6 +1201,7 @@ class TestDamage:
             lambda entry: b"",
             lambda entry: entry + b"\0",
         ],
+        ids=["value", "check sum", "cut short", "emptied", "more"],
     )
     def test_a_corrupt_entry(self, replica: Replica, flip: Callable[[bytes], bytes]) -> None:
         """A damaged entry is found by its check sum and named; what lies before it reads, and work goes on."""
