@@ -113,7 +113,8 @@ def served(data: Path) -> Iterator[str]:
         yield line.split()[-1]
     finally:
         process.terminate()
-        process.wait()
+        if process.wait() != 0:
+            raise SystemExit("the server did not stop as it should")
 
 
 def step(title: str) -> None:

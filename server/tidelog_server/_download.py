@@ -82,14 +82,15 @@ class Download:
     Args:
         store: Where the data are.
         tenant: Whose data.
-        replica: The replica's id in 16 bytes, which gets confirmations in place of
-            what it wrote itself; `NO_REPLICA` gets none.
+        replica: The replica's id in 16 bytes.
+        confirms: Whether it gets confirmations in place of what it wrote itself.
     """
 
-    def __init__(self, store: Store, tenant: str, *, replica: bytes = NO_REPLICA) -> None:
+    def __init__(self, store: Store, tenant: str, *, replica: bytes = NO_REPLICA, confirms: bool = False) -> None:
         self._store = store
         self._tenant = tenant
         self._replica = replica
+        self._confirmed = replica if confirms else NO_REPLICA
         self._identity = store.identity
         self.head = Head(0, b"")
 
@@ -138,7 +139,7 @@ class Download:
         while position < last_version:
             with self._store.read(self._tenant) as reader:
                 changes = reader.changes(position, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
-                page = _Page(self._replica)
+                page = _Page(self._confirmed)
                 for change in changes:
                     if page.is_full or change.version > last_version:
                         break
@@ -193,7 +194,7 @@ class Download:
     def _delta_page(self, reader: Reader, start: Start, position: int) -> tuple[sync_pb2.SnapshotPage, int, bool]:
         """Return a page, the position after it, and whether this transaction has nothing above."""
         objects, has_more = reader.latest_objects(position, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
-        page = _Page(self._replica)
+        page = _Page(self._confirmed)
         for key, state in objects:
             if not state.deleted or _may_be_known(reader, state, start, position):
                 page.add(key, state)

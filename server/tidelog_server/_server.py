@@ -103,12 +103,14 @@ class Server:
         """Stop serving: sessions under way have *grace_seconds* to end. Does nothing if stopped already."""
         if self._loop is None or self._grpc is None:
             return
-        asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
-        self._grpc = None
-        self._address = ""
-        self._services.close()
-        self._end_loop()
-        self._close_store()
+        try:
+            asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
+            self._services.close()
+            self._end_loop()
+        finally:
+            self._grpc = None
+            self._address = ""
+            self._close_store()
         _log.info("stopped")
 
     def __enter__(self) -> Self:

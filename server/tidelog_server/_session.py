@@ -179,9 +179,7 @@ class Session:
         self._upload: Upload | None = None
         self._selection: list[ObjectKey] = []
         self._start = Start(None, 0, resumed=False)
-        self._download = Download(
-            store, principal.tenant, replica=self._replica if start.accepts_confirmations else bytes(16)
-        )
+        self._download = Download(store, principal.tenant, replica=self._replica, confirms=start.accepts_confirmations)
 
     def open(self) -> Future[sync_pb2.SessionStarted]:
         """Begin. A session that uploads takes the replica's next session number and so ends older ones."""

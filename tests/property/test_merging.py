@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ class TestIntents:
         dice.shuffle(shuffled)
 
         assert equal(after(present, "increment", amounts), after(present, "increment", shuffled))
-        assert after(present, "increment", amounts) == (present or 0) + sum(amounts)
+        exact = sum(map(Fraction, amounts), Fraction(present or 0))
+        assert Fraction(after(present, "increment", amounts)) == exact
 
     @checked
     @given(
