@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, cast
 
 import grpc
 import msgpack
@@ -124,8 +124,7 @@ def group(*operations: Operation) -> list[bytes]:
 
 def packed(value: Any) -> bytes:
     """Return plain MessagePack, with none of tidelog's checks."""
-    data: bytes = msgpack.packb(value)
-    return data
+    return cast("bytes", msgpack.packb(value))
 
 
 def nested(levels: int) -> Any:
@@ -489,7 +488,8 @@ class World:
 
     def replica(self, name: str = "a", **options: Any) -> Replica:
         """Open a replica of this server; it is closed with the world."""
-        return self._open.enter_context(Replica(self.folder / name, **{"server": self.server.address} | options))
+        options.setdefault("server", self.server.address)
+        return self._open.enter_context(Replica(self.folder / name, **options))
 
     def channel(self) -> grpc.Channel:
         """Open a channel to the server; it is closed with the world."""

@@ -311,7 +311,8 @@ class Environment:
                 self._shared.opened.set_mapsize(before * 2)
 
 
-os.register_at_fork(after_in_child=Environment._forget_after_fork)  # noqa: SLF001 - its own module
+if hasattr(os, "register_at_fork"):  # where there are forks
+    os.register_at_fork(after_in_child=Environment._forget_after_fork)  # noqa: SLF001 - its own module
 
 
 def put_many(transaction: LmdbTransaction, database: LmdbDatabase, items: list[tuple[bytes, bytes]]) -> None:

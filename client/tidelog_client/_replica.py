@@ -72,8 +72,9 @@ class Replica:
         server: "host:port" of the server, needed to synchronize only.
         schema: The program's schema; its version goes with each operation. None: the
             references that the server names at the first synchronization are used.
-        durability: "full": each commit waits for the disk. "relaxed": it does not,
-            and a power cut may take the newest commits, never order or integrity.
+        durability: "full": each commit waits until it is on disk. "relaxed": it skips
+            the last of two syncs, and a power cut may take the newest commits, never
+            order or integrity.
         log_retention: How long settled operations stay in the log.
         log_retention_bytes: How large the log may get before settled operations
             leave it earlier.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, overload
+from typing import Final, NamedTuple, overload
 
 from tidelog._failure import SynchronizationFailure
+from tidelog.v1 import failure_pb2
+
+FAILURES_KEPT_BYTES_MAX: Final = 1024 * 1024
 
 
 class SkipReason(enum.StrEnum):
@@ -54,17 +57,23 @@ class Failures(Sequence[SynchronizationFailure]):
     """
     The refusals of one synchronization, in the order they were learnt.
 
-    Read from the replica's own record when they are looked at, while the replica is
-    open: payloads may be large, and many.
+    Payloads may be large, and many: the first ones, up to 1 MiB, are kept, the others
+    are read from the replica's own record when they are looked at, while it is open.
     """
 
     def __init__(self, load: Callable[[str], SynchronizationFailure] | None) -> None:
         self._load = load
+        self._kept: list[SynchronizationFailure] = []
+        self._kept_bytes = 0
         self._ids: list[str] = []
 
-    def add(self, failure_ids: Iterable[str]) -> None:
-        """Append refusals by their ids."""
-        self._ids.extend(failure_ids)
+    def add(self, messages: Iterable[failure_pb2.SynchronizationFailure]) -> None:
+        """Append refusals."""
+        for message in messages:
+            self._kept_bytes += message.ByteSize()
+            if self._kept_bytes <= FAILURES_KEPT_BYTES_MAX:
+                self._kept.append(SynchronizationFailure.from_message(message))
+            self._ids.append(message.id)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -74,11 +83,12 @@ class Failures(Sequence[SynchronizationFailure]):
     @overload
     def __getitem__(self, index: slice) -> list[SynchronizationFailure]: ...
     def __getitem__(self, index: int | slice) -> SynchronizationFailure | list[SynchronizationFailure]:
-        if self._load is None:
-            raise IndexError(index)
         if isinstance(index, slice):
-            return [self._load(failure_id) for failure_id in self._ids[index]]
-        return self._load(self._ids[index])
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        if position < len(self._kept) or self._load is None:
+            return self._kept[position]
+        return self._load(self._ids[position])
 
     def __repr__(self) -> str:
         return f"<{len(self)} failures>"
@@ -101,8 +111,8 @@ class Report:
         attempts: How many times the server was called: 1 unless the network failed.
         upload_seconds: Time until the server had settled the upload.
         download_seconds: Time from then to the end.
-        failures: The refusals, each with its payload: a sequence that reads them from
-            the replica, so look at it while the replica is open.
+        failures: The refusals, each with its payload: a sequence. Many or large ones are
+            read from the replica when they are looked at, so do that while it is open.
         skipped: What was left out.
         added: Keys of objects that a selection did not name and that had to be uploaded with it.
     """

@@ -118,10 +118,10 @@ class _Closure:
         first = one.seq - one.group_position
         if first not in self._groups:
             self._groups.add(first)
-            for seq in range(first, first + one.group_size):
-                member = self._storage.pending_at(self._transaction, seq)
-                if member is not None:
-                    yield member.key, seq
+            members = [
+                self._storage.pending_at(self._transaction, seq) for seq in range(first, first + one.group_size)
+            ]
+            yield from {member.key: member.seq for member in members if member is not None}.items()
         data = self._storage.log.get(self._transaction, one.seq)
         if data is None or not self._schema.references(one.key[0]):
             return

@@ -78,11 +78,11 @@ class Outcome(NamedTuple):
 
 
 class SettledCounts(NamedTuple):
-    """What a set of results brought: how many were applied, how many refused, and the ids of the failures."""
+    """What a set of results brought: how many were applied, how many refused, and the failures."""
 
     applied: int
     rejected: int
-    failure_ids: list[str]
+    failures: list[failure_pb2.SynchronizationFailure]
 
 
 class Storage:
@@ -340,10 +340,9 @@ class Storage:
         self.view.settle_applied(transaction, applied)
         members = [member for group in refused.values() for member in group]
         self.view.settle_refused(transaction, [(key, result.seq) for result, key in members])
-        for group in refused.values():
-            self._record_failure(transaction, group)
+        failures = [self._record_failure(transaction, group) for group in refused.values()]
         self._note_newest_settled(transaction, max((result.seq for result in results), default=0))
-        return SettledCounts(len(applied), len(members), list(refused))
+        return SettledCounts(len(applied), len(members), failures)
 
     def _note_newest_settled(self, transaction: LmdbTransaction, seq: int) -> None:
         """Remember the newest settled operation's seq and nonce: they outlive its entry in the log."""
@@ -359,7 +358,7 @@ class Storage:
 
     def _record_failure(
         self, transaction: LmdbTransaction, members: list[tuple[operation_pb2.OperationResult, bytes]]
-    ) -> None:
+    ) -> failure_pb2.SynchronizationFailure:
         """Keep one failure, of one operation or of the members of a commit group."""
         culprit, key = next(
             (member for member in members if member[0].reason != operation_pb2.FAILURE_REASON_GROUP_REJECTED),
@@ -380,6 +379,7 @@ class Storage:
         )
         failure.create_time.GetCurrentTime()
         transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
+        return failure
 
     # --- download -------------------------------------------------------------
 

@@ -300,7 +300,7 @@ class Synchronization:
             counts = self._storage.settle(results)
             self._report.applied += counts.applied
             self._report.rejected += counts.rejected
-            self._report.failures.add(counts.failure_ids)
+            self._report.failures.add(counts.failures)
         self._results_count += len(results)
         self._on_progress(Progress(Phase.UPLOAD, self._results_count, self._total))
 

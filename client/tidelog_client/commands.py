@@ -114,17 +114,19 @@ def sync(
     if timeout is not None and not math.isfinite(timeout):
         raise typer.BadParameter("expected a number of seconds", param_hint="--timeout")
     keys = [_key(one) for one in select or ()]
-    with _opened(replica, server=server, create=create) as opened, _progress_bar() as on_progress:
-        if keys:
-            report = opened.synchronize_selected(keys, timeout=timeout, on_progress=on_progress)
-        elif mode is SyncMode.UNSYNCHRONIZED:
-            report = opened.synchronize_unsynchronized(timeout=timeout, on_progress=on_progress)
+    with _opened(replica, server=server, create=create) as opened:
+        with _progress_bar() as on_progress:
+            if keys:
+                report = opened.synchronize_selected(keys, timeout=timeout, on_progress=on_progress)
+            elif mode is SyncMode.UNSYNCHRONIZED:
+                report = opened.synchronize_unsynchronized(timeout=timeout, on_progress=on_progress)
+            else:
+                report = opened.synchronize_all(timeout=timeout, on_progress=on_progress)
+        # Still open: the report reads large failures from the replica.
+        if json_:
+            print_json(_report_as_data(report))
         else:
-            report = opened.synchronize_all(timeout=timeout, on_progress=on_progress)
-    if json_:
-        print_json(_report_as_data(report))
-    else:
-        _print_report(report)
+            _print_report(report)
     if report.rejected:
         raise typer.Exit(ExitCode.REJECTED)
 

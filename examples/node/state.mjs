@@ -136,13 +136,15 @@ export class State {
   }
 
   /** Take in a page that says nothing of the objects not in it. */
-  merge(page) {
+  merge(pages) {
     this.#change(() => {
-      this.#apply(page, { reconcile: false });
-      // The server tells of a deletion only what was there at the cursor. The next download
-      // brings these again; if it does not, they are gone.
-      for (const one of [...page.snapshots, ...page.confirmations]) {
-        if (BigInt(one.version) > this.cursorVersion) this.#ahead.add(keyOf(one));
+      for (const page of pages) {
+        this.#apply(page, { reconcile: false });
+        // The server tells of a deletion only what was there at the cursor. The next download
+        // brings these again; if it does not, they are gone.
+        for (const one of [...page.snapshots, ...page.confirmations]) {
+          if (BigInt(one.version) > this.cursorVersion) this.#ahead.add(keyOf(one));
+        }
       }
     });
   }

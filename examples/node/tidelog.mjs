@@ -291,8 +291,7 @@ class Session {
   // --- download --------------------------------------------------------------
 
   #page(page) {
-    if (this.#mode === 'ALL') this.#pages.push(page);
-    else this.#take([page], () => this.#state.merge(page));
+    this.#pages.push(page);
   }
 
   #complete({ cursor, version }) {
@@ -301,7 +300,7 @@ class Session {
       // Nothing of the download shows before all of it is here; then it and the cursor go together.
       const end = { reconcile: this.#reconcile, cursor, version: BigInt(version) };
       this.#take(this.#pages, () => this.#state.publish(this.#pages, end));
-    }
+    } else this.#take(this.#pages, () => this.#state.merge(this.#pages));
     this.#stage = 'done';
   }
 

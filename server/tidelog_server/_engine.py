@@ -369,13 +369,13 @@ class _Evaluator:
             references.assumed.subtract(_created_keys(unit))
             if not isinstance(dropped[index], Refused):
                 undecided.update(_keys_of(unit))
-        self._drop(units, applied, dropped, users, results)
+        self._drop(units, [index for index in live if index not in dropped], dropped, users, results)
         return applied
 
     def _drop(
         self,
         units: list[Unit],
-        applied: Iterable[int],
+        kept: Iterable[int],
         dropped: dict[int, Refused | Waits | None],
         users: dict[ObjectKey, list[int]],
         results: dict[int, list[Result]],
@@ -388,7 +388,7 @@ class _Evaluator:
         round, without it.
         """
         creators: dict[ObjectKey, set[int]] = {}
-        for index in applied:
+        for index in kept:
             for key in _created_keys(units[index]):
                 creators.setdefault(key, set()).add(index)
         fallen: dict[int, ObjectKey] = {}

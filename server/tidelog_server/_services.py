@@ -2,8 +2,8 @@
 The gRPC services: messages in, messages out, nothing decided.
 
 Requests of `SyncService` are taken as bytes and read with the mirror messages, so
-that operations stay serialized on their way to the engine. Work that touches the
-store runs on its writer thread or in a small pool, never on the event loop.
+that operations stay serialized on their way to the engine. Jobs run on the store's
+writer thread, scans in a small pool; the event loop itself reads no more than a head.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Session:
     """
     One session of a replica.
 
-    Raises from every method what `_errors.STATUS` knows.
+    Raises from every method what `_status.STATUS` knows.
     """
 
     def __init__(

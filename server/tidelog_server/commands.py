@@ -27,7 +27,7 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 _log = get_logger("tidelog.server")
 
 # What every record has; the rest came as `extra` of whoever logged it.
-_RECORD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_RECORD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "fields"}
 
 
 def register(app: typer.Typer) -> None:
@@ -118,23 +118,36 @@ def _place(error: BaseException) -> str:
     return "" if "importlib" in frame.filename else f" ({frame.filename}, line {frame.lineno})"
 
 
+class _PlainFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s%(fields)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = _fields(record)
+        record.fields = "".join(f" {name}={value!r}" for name, value in fields.items())
+        return super().format(record)
+
+
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        data = {
+        data: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        data.update((name, value) for name, value in vars(record).items() if name not in _RECORD_ATTRIBUTES)
+        data.update(_fields(record))
         if record.exc_info:
             data["exception"] = self.formatException(record.exc_info)
         return json.dumps(data, default=str)
 
 
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    """Return what was logged beside the message."""
+    return {name: value for name, value in vars(record).items() if name not in _RECORD_ATTRIBUTES}
+
+
 def _set_up_logging(level: str, *, as_json: bool) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        _JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
-    )
+    handler.setFormatter(_JsonFormatter() if as_json else _PlainFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from tests.builders import contents, quick_folder
 from tests.property.strategies import few_names, patches, values
 
-from tidelog import InvalidValue, ObjectExists, ObjectNotFound, Patch, attribute
+from tidelog import InvalidValue, ObjectExists, ObjectNotFound, Patch, ResourceClosed, attribute
 from tidelog._values import equal
 from tidelog_client import Object, Replica
 
@@ -146,7 +146,7 @@ class ReplicaAgainstAModel(RuleBasedStateMachine):
     @rule(handle=handles, name=few_names, value=values)
     def set_attribute(self, handle: Object | None, name: str, value: Any) -> None:
         """Set an attribute of a handle; nobody else sees it."""
-        if handle is None:
+        if handle is None or self.is_of_before(handle):
             return
         if handle.exists or handle.uncommitted:
             handle[name] = value
@@ -159,7 +159,7 @@ class ReplicaAgainstAModel(RuleBasedStateMachine):
     @rule(handle=consumes(handles), commit=st.booleans())
     def end_of_a_handle(self, handle: Object | None, *, commit: bool) -> None:
         """Commit or roll back what a handle has changed."""
-        if handle is None:
+        if handle is None or self.is_of_before(handle):
             return
         key = (handle.entity, handle.id)
         changes = handle.uncommitted
@@ -196,14 +196,22 @@ class ReplicaAgainstAModel(RuleBasedStateMachine):
         self.open()
 
     @rule(handle=handles)
-    def after_reopening(self, handle: Object | None) -> None:
+    def look(self, handle: Object | None) -> None:
         """A handle shows what the model has, its own changes in front."""
-        if handle is None or handle._storage is not self.replica._storage:
+        if handle is None or self.is_of_before(handle):
             return
         key = (handle.entity, handle.id)
         assert handle.exists == (key in self.model)
         if handle.exists:
             assert equal(handle.to_dict(), {**self.model[key], **handle.uncommitted})
+
+    def is_of_before(self, handle: Object) -> bool:
+        """Tell whether a handle belongs to a replica that was closed, which it then says."""
+        if handle._storage is self.replica._storage:
+            return False
+        with pytest.raises(ResourceClosed):
+            assert handle.exists
+        return True
 
     @invariant()
     def shows_the_model(self) -> None:

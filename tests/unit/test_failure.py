@@ -55,6 +55,7 @@ class TestReading:
         assert failure.operation == make_operation(set={"a": 1})
         assert failure.operation_bytes == make_operation(set={"a": 1}).encode()
         assert failure.group_operations == ()
+        assert failure.time is not None
         assert failure.time == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
         assert failure.time.tzinfo is UTC
 
