@@ -29,6 +29,8 @@ BATCHES_IN_FLIGHT_MAX: Final = 4
 PAGE_OBJECTS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 1024 * 1024
 
+SELECTION_OBJECTS_MAX: Final = 100_000
+
 # What is said to people about one operation: a thousand of them must fit a message.
 REASON_BYTES_MAX: Final = 1_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tidelog._errors import ObjectNotFound
+from tidelog._errors import ObjectNotFound, ResourceClosed
 from tidelog._keys import pack_object_key
 from tidelog._operation import OperationKind
 from tidelog._patch import Patch, check_attribute_name
@@ -103,7 +103,10 @@ class Object:
     def __repr__(self) -> str:
         if self._new:
             return f"<new {self.entity} {self.id!r} {self._set!r}>"
-        attributes = self._current()
+        try:
+            attributes = self._current()
+        except ResourceClosed:
+            return f"<{self.entity} {self.id!r} closed>"
         return f"<{self.entity} {self.id!r} {'removed' if attributes is None else repr(attributes)}>"
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import uuid_utils
 from tidelog._address import check_address
 from tidelog._constraints import Constraint, Where, constraint_of
 from tidelog._environment import MAP_BYTES_DEFAULT
-from tidelog._errors import InvalidValue, StorageError, SynchronizationError
+from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
 from tidelog._failure import SynchronizationFailure
+from tidelog._limits import SELECTION_OBJECTS_MAX
 from tidelog._logging import get_logger
 from tidelog._operation import Operation
 from tidelog._patch import Patch
@@ -376,12 +377,15 @@ class Replica:
 
         Raises:
             InvalidValue: One of *objects* is neither.
+            LimitExceeded: They are more than 100,000.
             SynchronizationError: As for `synchronize_all`.
         """
         selected = {}
         for one in objects:
             key, is_new = ((one.entity, one.id), one.is_new) if isinstance(one, Object) else (_pair(one), False)
             selected[key] = is_new
+        if len(selected) > SELECTION_OBJECTS_MAX:
+            raise LimitExceeded(f"{len(selected)} objects are selected: the limit is {SELECTION_OBJECTS_MAX}")
         return self._synchronize(Mode.SELECTED, timeout, on_progress, selected)
 
     def _synchronize(

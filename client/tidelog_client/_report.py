@@ -132,6 +132,12 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     added: list[tuple[str, str]] = field(default_factory=list)
 
+    def begin_attempt(self) -> None:
+        """Count an attempt; what an earlier one said of operations left open is said anew."""
+        self.attempts += 1
+        self.held = 0
+        self.skipped = [one for one in self.skipped if one.seq is None]
+
     def count_published(self, counts: PublishedCounts) -> None:
         """Add what a part of the download brought."""
         self.downloaded += counts.downloaded

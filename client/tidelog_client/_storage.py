@@ -22,7 +22,7 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 FORMAT: Final = "tidelog-replica-1"
 
 PUBLISH_OBJECTS_MAX: Final = 100_000
+PUBLISH_BYTES_MAX: Final = 128 * 1024 * 1024
 PUBLISH_STEP_PAGES: Final = 20
 MERGE_STEP_PAGES: Final = PUBLISH_OBJECTS_MAX // PAGE_OBJECTS_MAX
 READ_PAGE_ENTRIES: Final = 500
@@ -389,7 +390,13 @@ class Storage:
         def work(transaction: LmdbTransaction) -> None:
             _append_pages(transaction, self._incoming, pages)
             count = object_count + unpack_position(self._get_meta(transaction, "staged_count"))
-            self._put_meta(transaction, staged_count=pack_position(count), resume_token=resume_token)
+            size_bytes = sum(map(len, pages)) + unpack_position(self._get_meta(transaction, "staged_bytes"))
+            self._put_meta(
+                transaction,
+                staged_count=pack_position(count),
+                staged_bytes=pack_position(size_bytes),
+                resume_token=resume_token,
+            )
 
         self.environment.write(work)
 
@@ -401,7 +408,7 @@ class Storage:
 
         def work(transaction: LmdbTransaction) -> None:
             transaction.drop(self._incoming, delete=False)
-            self._put_meta(transaction, staged_count=b"", resume_token=b"")
+            self._put_meta(transaction, staged_count=b"", staged_bytes=b"", resume_token=b"")
 
         self.environment.write(work)
 
@@ -411,17 +418,18 @@ class Storage:
         """
         Put the staged pages, then *pages*, into the view, and the cursor with them.
 
-        Up to 100,000 objects change in one transaction. More are published in steps,
-        which are taken up again after a crash by `finish_publishing`.
+        Up to 100,000 objects and 128 MiB change in one transaction. More are published
+        in steps, which are taken up again after a crash by `finish_publishing`.
 
         Raises:
             StateLost: A confirmation has nothing to confirm. Nothing was published.
         """
         if not pages and self._stands_at(cursor):
             return PublishedCounts()
-        staged = unpack_position(self.meta("staged_count"))
+        staged_count = unpack_position(self.meta("staged_count"))
+        staged_bytes = unpack_position(self.meta("staged_bytes"))
         end = _PublishingEnd(cursor, version, reconcile, track_seen=reconcile and self._has_objects())
-        if staged + object_count <= PUBLISH_OBJECTS_MAX:
+        if staged_count + object_count <= PUBLISH_OBJECTS_MAX and staged_bytes <= PUBLISH_BYTES_MAX:
             return self.environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
         self.stage(pages, object_count, b"")
         self.set_meta(publishing=end.pack())
@@ -450,7 +458,7 @@ class Storage:
         """
         Put the pages that `stage_merge` kept, then *pages*, into the view without moving the cursor.
 
-        Up to 100,000 objects change in one transaction.
+        Up to 100,000 objects and 128 MiB change in one transaction.
         """
         counts = PublishedCounts()
         more = True
@@ -462,12 +470,17 @@ class Storage:
     def _merge_step(self, transaction: LmdbTransaction, pages: Sequence[bytes]) -> tuple[PublishedCounts, bool]:
         counts = PublishedCounts()
         cursor = transaction.cursor(self._merging)
+        room_bytes = PUBLISH_BYTES_MAX
         for _ in range(MERGE_STEP_PAGES):
+            if room_bytes <= 0:
+                break
             if not cursor.first():
                 for page in pages:
                     counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(page)))
                 return counts, False
-            counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(cursor.value())))
+            page = cursor.value()
+            counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(page)))
+            room_bytes -= len(page)
             cursor.delete()
         return counts, True
 
@@ -478,7 +491,13 @@ class Storage:
             transaction.drop(self._incoming, delete=False)
             transaction.drop(self._seen, delete=False)
             self._put_meta(
-                transaction, cursor=b"", state_lost=b"1", staged_count=b"", resume_token=b"", publishing=b""
+                transaction,
+                cursor=b"",
+                state_lost=b"1",
+                staged_count=b"",
+                staged_bytes=b"",
+                resume_token=b"",
+                publishing=b"",
             )
 
         self.environment.write(work)
@@ -516,8 +535,8 @@ class Storage:
     ) -> PublishedCounts:
         publisher = self._publisher(transaction, end)
         counts = PublishedCounts()
-        staged = [page for _, page in transaction.cursor(self._incoming)]
-        for page in (*staged, *pages):
+        staged = (page for _, page in transaction.cursor(self._incoming))
+        for page in chain(staged, pages):
             counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(page)))
         publisher.check()
         return counts.plus(self._end_publishing(transaction, publisher, end))
@@ -546,6 +565,7 @@ class Storage:
             cursor=end.cursor,
             cursor_version=pack_position(end.version),
             staged_count=b"",
+            staged_bytes=b"",
             resume_token=b"",
             publishing=b"",
             state_lost=b"",

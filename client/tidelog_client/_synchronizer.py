@@ -84,7 +84,7 @@ class Synchronizer:
             deadline = _Deadline(timeout)
             backoff = BACKOFF_SECONDS_FIRST
             while True:
-                report.attempts += 1
+                report.begin_attempt()
                 try:
                     report.count_published(self._storage.finish_publishing())
                     attempt = Synchronization(

@@ -177,13 +177,12 @@ class Download:
             page = _Page(NO_REPLICA)
             with self._store.read(self._tenant) as reader:
                 head = reader.head()
-                states = reader.objects(remaining[:PAGE_OBJECTS_MAX])
                 taken = 0
                 for key in remaining[:PAGE_OBJECTS_MAX]:
                     if page.is_full:
                         break
                     taken += 1
-                    state = states.get(key)
+                    state = reader.objects((key,)).get(key)
                     if state is None:
                         page.add_removal(key, head.version)
                     else:

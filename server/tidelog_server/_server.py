@@ -133,7 +133,9 @@ class Server:
         try:
             port = server.add_insecure_port(self._listen)
         except RuntimeError as error:
-            raise AddressUnavailable(f"cannot listen on {self._listen}: is it in use?") from error
+            raise AddressUnavailable(
+                f"cannot listen on {self._listen}: in use, or no address of this machine?"
+            ) from error
         if port == 0:
             raise AddressUnavailable(f"cannot listen on {self._listen!r}: expected host:port")
         await server.start()

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 # As many as one commit group has; see REASON_BYTES_MAX.
 RESULTS_A_MESSAGE_MAX: Final = _limits.GROUP_OPERATIONS_MAX
-SELECTION_OBJECTS_MAX: Final = 100_000
 
 LIMITS: Final = sync_pb2.Limits(
     batch_operation_count=_limits.BATCH_OPERATIONS_MAX,
@@ -209,8 +208,8 @@ class Session:
         """Add objects to be downloaded."""
         if self.mode != sync_pb2.SYNCHRONIZE_MODE_SELECTED:
             raise RequestInvalid("a selection came in a session of another mode")
-        if len(self._selection) + len(selection.keys) > SELECTION_OBJECTS_MAX:
-            raise RequestInvalid(f"more than {SELECTION_OBJECTS_MAX} objects are selected")
+        if len(self._selection) + len(selection.keys) > _limits.SELECTION_OBJECTS_MAX:
+            raise RequestInvalid(f"more than {_limits.SELECTION_OBJECTS_MAX} objects are selected")
         for key in selection.keys:
             check_name(key.entity, "an entity name")
             check_id(key.id)
