@@ -28,7 +28,7 @@ from tidelog._values import (
     decode_flat_map,
     decode_map,
     encode,
-    equal,
+    identity,
 )
 
 _SET_PREFIX = b"\x81\xa3set"  # a MessagePack map of one pair whose key is "set"
@@ -93,8 +93,9 @@ class Patch(NamedTuple):
         for name, members in self.add.items():
             result[name] = _with_members(_members_of(name, result.get(name)), members)
         for name, members in self.remove.items():
+            gone = set(map(identity, members))
             present = _members_of(name, result.get(name))
-            result[name] = [one for one in present if not any(equal(one, member) for member in members)]
+            result[name] = [one for one in present if identity(one) not in gone]
         return result
 
     def encode(self) -> bytes:
@@ -237,7 +238,10 @@ def _members_of(name: str, present: Any) -> list[Any]:
 
 def _with_members(present: list[Any], members: list[Any]) -> list[Any]:
     result = list(present)
+    known = set(map(identity, present))
     for member in members:
-        if not any(equal(one, member) for one in result):
+        key = identity(member)
+        if key not in known:
+            known.add(key)
             result.append(member)
     return result

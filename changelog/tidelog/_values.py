@@ -21,6 +21,7 @@ import json
 import math
 import re
 import threading
+from collections.abc import Hashable
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -223,6 +224,18 @@ def equal(left: Any, right: Any) -> bool:
     if kind is float and left != left:
         return bool(right != right)
     return bool(left == right)
+
+
+def identity(value: Any) -> Hashable:
+    """Return a key that two values share exactly if they are `equal`."""
+    kind = type(value)
+    if kind is list:
+        return (kind, tuple(map(identity, value)))
+    if kind is dict:
+        return (kind, frozenset((key, identity(member)) for key, member in value.items()))
+    if kind is float and value != value:
+        return (kind, "NaN")
+    return (kind, value)
 
 
 _TYPE_RANK: Final = {

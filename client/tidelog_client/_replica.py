@@ -377,15 +377,13 @@ class Replica:
 
         Raises:
             InvalidValue: One of *objects* is neither.
-            LimitExceeded: They are more than 100,000.
+            LimitExceeded: They are, with those that they need, more than 100,000.
             SynchronizationError: As for `synchronize_all`.
         """
         selected = {}
         for one in objects:
             key, is_new = ((one.entity, one.id), one.is_new) if isinstance(one, Object) else (_pair(one), False)
             selected[key] = is_new
-        if len(selected) > SELECTION_OBJECTS_MAX:
-            raise LimitExceeded(f"{len(selected)} objects are selected: the limit is {SELECTION_OBJECTS_MAX}")
         return self._synchronize(Mode.SELECTED, timeout, on_progress, selected)
 
     def _synchronize(
@@ -402,7 +400,13 @@ class Replica:
         def selection() -> Selection:
             report.skipped.clear()
             report.added.clear()
-            return select(self._storage, self._known_schema(), selected or {}, report)
+            found = select(self._storage, self._known_schema(), selected or {}, report)
+            if len(found.keys) > SELECTION_OBJECTS_MAX:
+                raise LimitExceeded(
+                    f"{len(found.keys)} objects, of which {len(report.added)} are needed by those selected: "
+                    f"the limit is {SELECTION_OBJECTS_MAX}"
+                )
+            return found
 
         try:
             self._synchronizer.run(

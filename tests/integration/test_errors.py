@@ -55,7 +55,6 @@ from tidelog.v1 import (
 from tidelog_client import Phase, Progress
 from tidelog_client import _synchronizer as synchronizer
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, TransientError
-from tidelog_server import _session as session
 from tidelog_server._errors import ReplicaOwned
 
 REPLICA = "00000000-0000-4000-8000-000000000001"
@@ -741,7 +740,7 @@ class TestBadRequests:
 
     def test_more_selected_than_is_allowed(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A selection over all its messages is bounded."""
-        monkeypatch.setattr(session, "SELECTION_OBJECTS_MAX", 3)
+        monkeypatch.setattr("tidelog._limits.SELECTION_OBJECTS_MAX", 3)
         keys = [("Task", f"t{n}") for n in range(4)]
 
         fits = stream(world, f"{SYNC}/Synchronize", [start(mode=3), selection(*keys[:3]), COMPLETE])
@@ -908,6 +907,7 @@ class TestBadOperations:
             assert (report.rejected, report.attempts) == (200, 1)
             assert len(list(a.failures())) == 200
 
+    @pytest.mark.slow
     def test_large_failures_can_be_listed(self, world: World) -> None:
         """Failures with large payloads come page by page; each can be had, that of a large commit group too."""
         a = world.replica()

@@ -17,7 +17,7 @@ from tests.builders import (
     update,
 )
 
-from tidelog import FailureReason, ForeignServer, InvalidValue, ObjectNotFound, Schema, attribute
+from tidelog import FailureReason, ForeignServer, InvalidValue, LimitExceeded, ObjectNotFound, Schema, attribute
 from tidelog._environment import Environment
 from tidelog._values import decode_map
 from tidelog.v1 import (
@@ -480,6 +480,18 @@ class TestSelected:
         """Selecting what is neither a handle nor a pair is an error before anything is done."""
         with pytest.raises(InvalidValue):
             world.replica().synchronize_selected([wrong])
+
+    def test_more_than_may_be_selected(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A selection over the limit is an error before anything is done."""
+        monkeypatch.setattr("tidelog_client._replica.SELECTION_OBJECTS_MAX", 3)
+        a = world.replica()
+        a.create("Task", {}, "t1")
+
+        with pytest.raises(LimitExceeded):
+            a.synchronize_selected([("Task", f"t{n}") for n in range(4)])
+
+        assert a.pending_count() == 1
+        assert a.synchronize_selected([("Task", "t1"), ("Task", "t1"), ("Task", "t2"), ("Task", "t3")]).applied == 1
 
     def test_nothing_selected(self, world: World) -> None:
         """An empty selection does nothing."""

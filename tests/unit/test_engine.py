@@ -1447,7 +1447,7 @@ class TestReferences:
 
     def test_a_reference_to_itself(self) -> None:
         """An object may refer to itself from the first."""
-        assert said(with_orders().settle(order(1, "o1", parent="o1").encode())) == ["APPLIED"]
+        assert said(with_orders().session().batch(order(1, "o1", parent="o1").encode())) == ["APPLIED"]
 
     def test_an_update_is_asked_about_what_it_writes(self) -> None:
         """A reference that dangles already does not block changes to other attributes."""
