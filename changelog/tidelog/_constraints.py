@@ -24,6 +24,7 @@ from tidelog._values import check, decode, encode, equal
 from tidelog.v1 import constraint_pb2
 
 CONSTRAINT_DEPTH_MAX = 32
+CONSTRAINT_VALUES_MAX = 1_000
 
 _ORDERED = (int, float, str, bytes, datetime, Decimal)
 
@@ -75,6 +76,10 @@ class Comparison(Constraint):
             check(self.value, "the value of a constraint")
         except InvalidValue as error:
             raise InvalidConstraint(str(error)) from error
+        if type(self.value) is list and len(self.value) > CONSTRAINT_VALUES_MAX:
+            raise InvalidConstraint(
+                f"a constraint over {len(self.value)} values: the limit is {CONSTRAINT_VALUES_MAX}"
+            )
         if self.operator == "in" and type(self.value) is not list:
             raise InvalidConstraint(f"`in` needs a list of values, got {type(self.value).__name__}")
         if self.operator in ("<", "<=", ">", ">=") and type(self.value) not in _ORDERED:

@@ -182,11 +182,12 @@ def check_attribute_name(name: str) -> None:
 
 def _check_shape(patch: Patch) -> None:
     written = patch.written
+    seen: set[str] = set()
     for name in written:
         check_attribute_name(name)
-    if len(set(written)) != len(written):
-        twice = next(name for name in written if written.count(name) > 1)
-        raise InvalidValue(f"attribute {twice!r} stands twice in one patch")
+        if name in seen:
+            raise InvalidValue(f"attribute {name!r} stands twice in one patch")
+        seen.add(name)
     for name, amount in patch.increment.items():
         if type(amount) not in (int, float, Decimal):
             raise InvalidValue(f"attribute {name!r} is incremented by {_short(amount)}, which is no number")

@@ -97,11 +97,11 @@ def make_application(weather: Weather, *, schema_version: int) -> Application:
 def may_hooks_refuse(reason: FailureReason, operation: Operation, states: list[Attributes | None]) -> bool:
     """Tell whether the hooks have a reason to refuse an operation on an object that was in one of *states*."""
     entity = operation.entity
+    if operation.group is not None:
+        # What earlier operations of its commit group had made of the object is gone without a trace.
+        return entity in {"Task", "Order"}
     if operation.kind is OperationKind.DELETE:
-        # Locked here, or by an earlier operation of its commit group.
-        return entity == "Task" and (
-            operation.group is not None or any(state is not None and state.get("locked") for state in states)
-        )
+        return entity == "Task" and any(state is not None and state.get("locked") for state in states)
     results = [result for state in states if (result := _result(operation, state)) is not None]
     if reason is FailureReason.HOOK_REJECTED:
         # An ephemeral task may be locked as well: then it is its hook's deletion that is refused.
@@ -116,8 +116,7 @@ def _result(operation: Operation, state: Attributes | None) -> Attributes | None
     if operation.kind is OperationKind.CREATE:
         return patch.set
     if state is None:
-        # What a commit group made of it before is not in the history.
-        return patch.set if operation.group is not None else None
+        return None
     try:
         return patched(state, patch)
     except Misfit:
