@@ -197,7 +197,7 @@ class Environment:
                     self._shared.opened.close()
 
     def database(self, name: str) -> LmdbDatabase:
-        """Return the database of this name, creating it if need be."""
+        """Return the database of this name, creating it if need be. Not inside a transaction."""
         databases = self._shared.databases
         if name not in databases:
             databases[name] = self._retried(lambda: self._open_database(name))
@@ -252,11 +252,10 @@ class Environment:
         return int(self._shared.opened.info()["last_txnid"])
 
     def _open_database(self, name: str) -> LmdbDatabase:
-        self._gate.enter()  # LMDB begins a transaction of its own here
-        try:
+        # LMDB begins a write transaction of its own here, and waits for it with the interpreter's lock held:
+        # no other thread of this process may be inside one.
+        with self._gate.closed():
             return self._shared.opened.open_db(name.encode())
-        finally:
-            self._gate.leave()
 
     def _write_once(self, work: Callable[[LmdbTransaction], T]) -> T:
         transaction = self._begin(write=True)

@@ -42,6 +42,7 @@ INTEGER_MIN: Final = -(2**63)
 INTEGER_MAX: Final = 2**63 - 1
 EMPTY_MAP: Final = b"\x80"
 
+_WIDE: Final = decimal.Context(prec=4 * DECIMAL_BYTES_MAX, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
 _CONTAINERS: Final = frozenset((list, dict))
 _SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes, datetime, Decimal))
 
@@ -233,6 +234,9 @@ def identity(value: Any) -> Hashable:
         return (kind, tuple(map(identity, value)))
     if kind is dict:
         return (kind, frozenset((key, identity(member)) for key, member in value.items()))
+    if kind is Decimal:
+        # Its own hash is one that a hostile author can make collide.
+        return (kind, str(value.normalize(_WIDE)) if value else "0")
     if kind is float and value != value:
         return (kind, "NaN")
     return (kind, value)

@@ -524,6 +524,10 @@ class Storage:
         publisher = self._publisher(transaction, _MERGE)
         counts = publisher.apply(page)
         publisher.check()
+        if self._get_meta(transaction, "resume_token"):
+            # An interrupted download would later put older states over these: it starts over.
+            transaction.drop(self._incoming, delete=False)
+            self._put_meta(transaction, staged_count=b"", staged_bytes=b"", resume_token=b"")
         put_many(transaction, self._ahead, [(key, b"") for key in newer])
         return counts
 
