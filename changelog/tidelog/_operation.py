@@ -177,15 +177,19 @@ def _checked(message: operation_pb2.Operation) -> Operation:
     nanos = time.nanos
     if not 0 <= nanos < 1_000_000_000:  # noqa: PLR2004 - a second
         raise InvalidValue(f"a client time with {nanos} nanoseconds")
-    return Operation(
-        seq,
-        message.nonce,
-        kind,
-        entity,
-        id_,
-        message.patch,
-        base_version,
-        group,
-        message.schema_version,
-        seconds * 1_000_000 + nanos // 1000,
+    # As Operation(...) would, in half the time: its constructor is a Python function.
+    return tuple.__new__(
+        Operation,
+        (
+            seq,
+            message.nonce,
+            kind,
+            entity,
+            id_,
+            message.patch,
+            base_version,
+            group,
+            message.schema_version,
+            seconds * 1_000_000 + nanos // 1000,
+        ),
     )

@@ -241,18 +241,16 @@ class View:
         Raises:
             StateLost: There is no such state.
         """
-        unconfirmed = self.unconfirmed(transaction, key)
-        confirmed = [seq for seq, applied in unconfirmed if 0 < applied <= version]
+        confirmed, others = self._take_confirmed(transaction, key, version)
         view = transaction.get(key, db=self._objects)
-        if not unconfirmed:
+        if not confirmed and not others:
             if view is None or _unpack(view).version < version:
                 raise StateLost(key)
             return
-        if len(confirmed) == len(unconfirmed):
+        if not others:
             # Nothing else is replayed: the view is what is confirmed.
             if view is None:
                 raise StateLost(key)
-            self._drop_confirmed(transaction, key, unconfirmed, version)
             transaction.put(key, _RECORD.pack(version, 0) + view[_RECORD.size :], db=self._objects)
             transaction.delete(key, db=self._base)
             return
@@ -261,9 +259,28 @@ class View:
         attributes, _ = self._replayed(transaction, attributes, confirmed)
         if attributes is None:
             raise StateLost(key)
-        self._drop_confirmed(transaction, key, unconfirmed, version)
         transaction.put(key, _RECORD.pack(version, 0) + _encoded(attributes), db=self._base)
         self._rebuild(transaction, key)
+
+    def _take_confirmed(self, transaction: LmdbTransaction, key: bytes, version: int) -> tuple[list[int], bool]:
+        """Stop replaying what was applied up to *version*; return those seqs, and whether others are left."""
+        prefix = key + b"\0"
+        last = pack_position(version)
+        taken: list[int] = []
+        others = False
+        cursor = transaction.cursor(self._unconfirmed)
+        found = cursor.set_range(prefix)
+        while found:
+            entry, applied = cursor.item()
+            if not entry.startswith(prefix):
+                break
+            if _PENDING < applied <= last:
+                taken.append(unpack_position(entry[-POSITION_BYTES:]))
+                found = cursor.delete() and bool(cursor.key())
+            else:
+                others = True
+                found = cursor.next()
+        return taken, others
 
     def drop_stale(self, transaction: LmdbTransaction, version: int) -> None:
         """

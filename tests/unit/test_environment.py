@@ -181,6 +181,7 @@ class TestGrowing:
 
     def test_under_many_threads(self, environment: Environment) -> None:
         """Readers and writers of many threads go on while the map grows under them."""
+        database = environment.database("d")
 
         def work(name: int) -> None:
             for n in range(20):
@@ -191,7 +192,7 @@ class TestGrowing:
             list(pool.map(work, range(8)))
 
         with environment.read() as transaction:
-            assert transaction.stat(environment.database("d"))["entries"] == 160
+            assert transaction.stat(database)["entries"] == 160
 
     @pytest.mark.slow
     def test_by_another_process(self, environment: Environment) -> None:
@@ -244,6 +245,33 @@ class TestSharing:
         assert get(second, b"a") == b"1"
         first.close()
         second.close()
+
+    @pytest.mark.slow
+    def test_opened_by_many_threads_at_once(self, folder: Path) -> None:
+        """Threads that open one directory and its databases at the same moment do not hold each other up."""
+        # In a process of its own: where they do, nothing in the process moves any more.
+        script = """
+            import sys, threading
+            from concurrent.futures import ThreadPoolExecutor
+            from pathlib import Path
+            from tidelog._environment import Environment
+
+            def work(path, start):
+                start.wait()
+                environment = Environment.open(path, format_name="test")
+                for name in ("a", "b", "c", "d"):
+                    database = environment.database(name)
+                    environment.write(lambda transaction: transaction.put(b"x", b"1", db=database))
+                environment.close()
+
+            with ThreadPoolExecutor(8) as pool:
+                for number in range(30):
+                    start = threading.Barrier(8)
+                    path = Path(sys.argv[1]) / str(number)
+                    for future in [pool.submit(work, path, start) for _ in range(8)]:
+                        future.result()
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(folder)], timeout=60, check=True)
 
     def test_closing_is_everybodys_own(self, folder: Path) -> None:
         """Who closed it cannot use it, and closing twice takes nothing from others."""
