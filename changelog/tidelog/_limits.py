@@ -24,7 +24,8 @@ OBJECT_BYTES_MAX: Final = 2 * 1024 * 1024
 
 BATCH_OPERATIONS_MAX: Final = 500
 BATCH_BYTES_MAX: Final = 1024 * 1024
-BATCHES_IN_FLIGHT_MAX: Final = 4
+# Enough that the server's writer always finds some to commit together while the replica settles others.
+BATCHES_IN_FLIGHT_MAX: Final = 8
 
 PAGE_OBJECTS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 1024 * 1024

@@ -417,6 +417,25 @@ class TestUnsynchronized:
         assert (report.downloaded, report.confirmed) == (5, 4)
         assert contents(a) == {f"t{n}": {"n": 1} if n % 2 == 0 else {} for n in range(10) if n != 1}
 
+    def test_what_all_batches_changed_comes(self, folder: Path) -> None:
+        """What hooks made of objects of the first batch comes like that of the last one."""
+        application = Application()
+
+        @application.before_commit("Task")
+        def stamps(task: HookObject, context: HookContext) -> None:
+            task["stamp"] = 1
+
+        with World(folder, application) as world:
+            a = world.replica()
+            with a.transaction() as tx:
+                for n in range(1_100):
+                    tx.create("Task", {}, f"t{n:04}")
+
+            report = a.synchronize_unsynchronized()
+
+            assert (report.applied, report.downloaded) == (1_100, 1_100)
+            assert a.count("Task", {"stamp": 1}) == 1_100
+
     def test_an_object_fetched_ahead_of_the_cursor_and_deleted_later(self, world: World) -> None:
         """What was downloaded ahead of the cursor and deleted elsewhere since is removed by the next *all*."""
         a = world.replica()
