@@ -67,7 +67,8 @@ class SynchronizationFailure:
         operation_bytes: The operation as it was sent.
         group_operations: All operations of its commit group in order; empty without one.
         replica_id: The replica that sent it.
-        version: The tenant's version when it was refused.
+        version: The tenant's version when it was refused; 0 in a replica's own record,
+            which is made from the result alone.
         time: The recorder's clock then; None if it was not recorded.
     """
 
