@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btidelog/v1/constraint.proto\x12\ntidelog.v1\"\xc5\x01\n\nConstraint\x12,\n\ncomparison\x18\x01 \x01(\x0b\x32\x16.tidelog.v1.ComparisonH\x00\x12)\n\x03\x61ll\x18\x02 \x01(\x0b\x32\x1a.tidelog.v1.ConstraintListH\x00\x12)\n\x03\x61ny\x18\x03 \x01(\x0b\x32\x1a.tidelog.v1.ConstraintListH\x00\x12%\n\x03not\x18\x04 \x01(\x0b\x32\x16.tidelog.v1.ConstraintH\x00\x42\x0c\n\nexpression\"=\n\x0e\x43onstraintList\x12+\n\x0b\x63onstraints\x18\x01 \x03(\x0b\x32\x16.tidelog.v1.Constraint\"`\n\nComparison\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\x30\n\x08operator\x18\x02 \x01(\x0e\x32\x1e.tidelog.v1.ComparisonOperator\x12\r\n\x05value\x18\x03 \x01(\x0c*\xe9\x02\n\x12\x43omparisonOperator\x12#\n\x1f\x43OMPARISON_OPERATOR_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43OMPARISON_OPERATOR_EQUAL\x10\x01\x12!\n\x1d\x43OMPARISON_OPERATOR_NOT_EQUAL\x10\x02\x12\x1c\n\x18\x43OMPARISON_OPERATOR_LESS\x10\x03\x12%\n!COMPARISON_OPERATOR_LESS_OR_EQUAL\x10\x04\x12\x1f\n\x1b\x43OMPARISON_OPERATOR_GREATER\x10\x05\x12(\n$COMPARISON_OPERATOR_GREATER_OR_EQUAL\x10\x06\x12\x1a\n\x16\x43OMPARISON_OPERATOR_IN\x10\x07\x12 \n\x1c\x43OMPARISON_OPERATOR_CONTAINS\x10\x08\x12\x1e\n\x1a\x43OMPARISON_OPERATOR_EXISTS\x10\tBx\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btidelog/v1/constraint.proto\x12\ntidelog.v1\"\xc5\x01\n\nConstraint\x12,\n\ncomparison\x18\x01 \x01(\x0b\x32\x16.tidelog.v1.ComparisonH\x00\x12)\n\x03\x61ll\x18\x02 \x01(\x0b\x32\x1a.tidelog.v1.ConstraintListH\x00\x12)\n\x03\x61ny\x18\x03 \x01(\x0b\x32\x1a.tidelog.v1.ConstraintListH\x00\x12%\n\x03not\x18\x04 \x01(\x0b\x32\x16.tidelog.v1.ConstraintH\x00\x42\x0c\n\nexpression\"=\n\x0e\x43onstraintList\x12+\n\x0b\x63onstraints\x18\x01 \x03(\x0b\x32\x16.tidelog.v1.Constraint\"o\n\nComparison\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\x30\n\x08operator\x18\x02 \x01(\x0e\x32\x1e.tidelog.v1.ComparisonOperator\x12\r\n\x05value\x18\x03 \x01(\x0c\x12\r\n\x05\x63laim\x18\x04 \x01(\t*\xe9\x02\n\x12\x43omparisonOperator\x12#\n\x1f\x43OMPARISON_OPERATOR_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43OMPARISON_OPERATOR_EQUAL\x10\x01\x12!\n\x1d\x43OMPARISON_OPERATOR_NOT_EQUAL\x10\x02\x12\x1c\n\x18\x43OMPARISON_OPERATOR_LESS\x10\x03\x12%\n!COMPARISON_OPERATOR_LESS_OR_EQUAL\x10\x04\x12\x1f\n\x1b\x43OMPARISON_OPERATOR_GREATER\x10\x05\x12(\n$COMPARISON_OPERATOR_GREATER_OR_EQUAL\x10\x06\x12\x1a\n\x16\x43OMPARISON_OPERATOR_IN\x10\x07\x12 \n\x1c\x43OMPARISON_OPERATOR_CONTAINS\x10\x08\x12\x1e\n\x1a\x43OMPARISON_OPERATOR_EXISTS\x10\tBx\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,12 +32,12 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidelog.v1.constraint_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.tidelog.v1P\001Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\242\002\003TLG\252\002\nTidelog.V1\312\002\nTidelog\\V1\352\002\013Tidelog::V1'
-  _globals['_COMPARISONOPERATOR']._serialized_start=405
-  _globals['_COMPARISONOPERATOR']._serialized_end=766
+  _globals['_COMPARISONOPERATOR']._serialized_start=420
+  _globals['_COMPARISONOPERATOR']._serialized_end=781
   _globals['_CONSTRAINT']._serialized_start=44
   _globals['_CONSTRAINT']._serialized_end=241
   _globals['_CONSTRAINTLIST']._serialized_start=243
   _globals['_CONSTRAINTLIST']._serialized_end=304
   _globals['_COMPARISON']._serialized_start=306
-  _globals['_COMPARISON']._serialized_end=402
+  _globals['_COMPARISON']._serialized_end=417
 # @@protoc_insertion_point(module_scope)

@@ -153,6 +153,7 @@ class Comparison(_message.Message):
     ATTRIBUTE_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
     attribute: _builtins.str
     """Name of the attribute."""
     operator: Global___ComparisonOperator.ValueType
@@ -161,16 +162,22 @@ class Comparison(_message.Message):
     """The value, in MessagePack. For the operator in: an array of values.
     Not set for the operator exists. See `Operation.patch` for the values.
     """
+    claim: _builtins.str
+    """Name of a claim of the principal whose value is compared with, in place of
+    `value`: "user_id", "tenant", "roles", or one that the authentication
+    brought. A comparison with a claim that the principal lacks is false.
+    """
     def __init__(
         self,
         *,
         attribute: _builtins.str = ...,
         operator: Global___ComparisonOperator.ValueType = ...,
         value: _builtins.bytes = ...,
+        claim: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "operator", b"operator", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "claim", b"claim", "operator", b"operator", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tidelog.v1 import operation_pb2 as tidelog_dot_v1_dot_operation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tidelog/v1/failure.proto\x12\ntidelog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidelog/v1/operation.proto\"\xf4\x02\n\x16SynchronizationFailure\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x0e\n\x06\x65ntity\x18\x04 \x01(\t\x12\x11\n\tobject_id\x18\x05 \x01(\t\x12)\n\x06reason\x18\x06 \x01(\x0e\x32\x19.tidelog.v1.FailureReason\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x11\n\toperation\x18\x08 \x01(\x0c\x12\x18\n\x10group_operations\x18\t \x03(\x0c\x12\x0f\n\x07version\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06status\x18\x0c \x01(\x0e\x32\x19.tidelog.v1.FailureStatus\x12\x18\n\x10\x63\x61use_failure_id\x18\r \x01(\t\x12\x16\n\x0eoperation_json\x18\x0e \x01(\t\"P\n\x13ListFailuresRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x12\n\nreplica_id\x18\x03 \x01(\t\"e\n\x14ListFailuresResponse\x12\x34\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\".tidelog.v1.SynchronizationFailure\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x11GetFailureRequest\x12\n\n\x02id\x18\x01 \x01(\t\"I\n\x12GetFailureResponse\x12\x33\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\".tidelog.v1.SynchronizationFailure*\x82\x01\n\rFailureStatus\x12\x1e\n\x1a\x46\x41ILURE_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x41ILURE_STATUS_OPEN\x10\x01\x12\x1a\n\x16\x46\x41ILURE_STATUS_RETRIED\x10\x02\x12\x1c\n\x18\x46\x41ILURE_STATUS_DISMISSED\x10\x03\x32\xb0\x01\n\x0e\x46\x61ilureService\x12Q\n\x0cListFailures\x12\x1f.tidelog.v1.ListFailuresRequest\x1a .tidelog.v1.ListFailuresResponse\x12K\n\nGetFailure\x12\x1d.tidelog.v1.GetFailureRequest\x1a\x1e.tidelog.v1.GetFailureResponseBx\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tidelog/v1/failure.proto\x12\ntidelog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atidelog/v1/operation.proto\"\x9b\x04\n\x16SynchronizationFailure\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x0e\n\x06\x65ntity\x18\x04 \x01(\t\x12\x11\n\tobject_id\x18\x05 \x01(\t\x12)\n\x06reason\x18\x06 \x01(\x0e\x32\x19.tidelog.v1.FailureReason\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x11\n\toperation\x18\x08 \x01(\x0c\x12\x18\n\x10group_operations\x18\t \x03(\x0c\x12\x0f\n\x07version\x18\n \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06status\x18\x0c \x01(\x0e\x32\x19.tidelog.v1.FailureStatus\x12\x18\n\x10\x63\x61use_failure_id\x18\r \x01(\t\x12\x16\n\x0eoperation_json\x18\x0e \x01(\t\x12\x0c\n\x04\x63ode\x18\x0f \x01(\t\x12\x12\n\nsettled_by\x18\x10 \x01(\t\x12/\n\x0bsettle_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x61\x63tions\x18\x12 \x03(\x0b\x32\x19.tidelog.v1.FailureAction\x12\x17\n\x0fpayload_removed\x18\x13 \x01(\x08\x12\r\n\x05roles\x18\x14 \x03(\t\"\xd2\x01\n\rFailureAction\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.tidelog.v1.FailureActionKind\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63ted_as\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04note\x18\x05 \x01(\t\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\x18\n\x10\x65\x64ited_operation\x18\x07 \x01(\x0c\x12\x0e\n\x06\x66orced\x18\x08 \x01(\x08\"\xce\x02\n\x13ListFailuresRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12+\n\x08statuses\x18\x04 \x03(\x0e\x32\x19.tidelog.v1.FailureStatus\x12\x0e\n\x06\x65ntity\x18\x05 \x01(\t\x12\x11\n\tobject_id\x18\x06 \x01(\t\x12\x0f\n\x07user_id\x18\x07 \x01(\t\x12*\n\x07reasons\x18\x08 \x03(\x0e\x32\x19.tidelog.v1.FailureReason\x12)\n\x05since\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x06\x62\x65\x66ore\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10\x63\x61use_failure_id\x18\x0b \x01(\t\"e\n\x14ListFailuresResponse\x12\x34\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32\".tidelog.v1.SynchronizationFailure\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x11GetFailureRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x84\x01\n\x12GetFailureResponse\x12\x33\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\".tidelog.v1.SynchronizationFailure\x12%\n\x07present\x18\x02 \x01(\x0b\x32\x14.tidelog.v1.Snapshot\x12\x12\n\ndependents\x18\x03 \x03(\t\"M\n\x13RetryFailureRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\r\n\x05patch\x18\x03 \x01(\x0c\x12\x0c\n\x04note\x18\x04 \x01(\t\"@\n\x14RetryFailureResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.tidelog.v1.RetryResult\"\x8f\x01\n\x0bRetryResult\x12\x33\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\".tidelog.v1.SynchronizationFailure\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12)\n\x06reason\x18\x03 \x01(\x0e\x32\x19.tidelog.v1.FailureReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"1\n\x15\x44ismissFailureRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04note\x18\x02 \x01(\t\"M\n\x16\x44ismissFailureResponse\x12\x33\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\".tidelog.v1.SynchronizationFailure*\x9d\x01\n\x11\x46\x61ilureActionKind\x12#\n\x1f\x46\x41ILURE_ACTION_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x46\x41ILURE_ACTION_KIND_RETRIED\x10\x01\x12\x1f\n\x1b\x46\x41ILURE_ACTION_KIND_REFUSED\x10\x02\x12!\n\x1d\x46\x41ILURE_ACTION_KIND_DISMISSED\x10\x03*\x82\x01\n\rFailureStatus\x12\x1e\n\x1a\x46\x41ILURE_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x41ILURE_STATUS_OPEN\x10\x01\x12\x1a\n\x16\x46\x41ILURE_STATUS_RETRIED\x10\x02\x12\x1c\n\x18\x46\x41ILURE_STATUS_DISMISSED\x10\x03\x32\xdc\x02\n\x0e\x46\x61ilureService\x12Q\n\x0cListFailures\x12\x1f.tidelog.v1.ListFailuresRequest\x1a .tidelog.v1.ListFailuresResponse\x12K\n\nGetFailure\x12\x1d.tidelog.v1.GetFailureRequest\x1a\x1e.tidelog.v1.GetFailureResponse\x12Q\n\x0cRetryFailure\x12\x1f.tidelog.v1.RetryFailureRequest\x1a .tidelog.v1.RetryFailureResponse\x12W\n\x0e\x44ismissFailure\x12!.tidelog.v1.DismissFailureRequest\x1a\".tidelog.v1.DismissFailureResponseBx\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +34,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidelog.v1.failure_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.tidelog.v1P\001Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\242\002\003TLG\252\002\nTidelog.V1\312\002\nTidelog\\V1\352\002\013Tidelog::V1'
-  _globals['_FAILURESTATUS']._serialized_start=770
-  _globals['_FAILURESTATUS']._serialized_end=900
+  _globals['_FAILUREACTIONKIND']._serialized_start=1886
+  _globals['_FAILUREACTIONKIND']._serialized_end=2043
+  _globals['_FAILURESTATUS']._serialized_start=2046
+  _globals['_FAILURESTATUS']._serialized_end=2176
   _globals['_SYNCHRONIZATIONFAILURE']._serialized_start=102
-  _globals['_SYNCHRONIZATIONFAILURE']._serialized_end=474
-  _globals['_LISTFAILURESREQUEST']._serialized_start=476
-  _globals['_LISTFAILURESREQUEST']._serialized_end=556
-  _globals['_LISTFAILURESRESPONSE']._serialized_start=558
-  _globals['_LISTFAILURESRESPONSE']._serialized_end=659
-  _globals['_GETFAILUREREQUEST']._serialized_start=661
-  _globals['_GETFAILUREREQUEST']._serialized_end=692
-  _globals['_GETFAILURERESPONSE']._serialized_start=694
-  _globals['_GETFAILURERESPONSE']._serialized_end=767
-  _globals['_FAILURESERVICE']._serialized_start=903
-  _globals['_FAILURESERVICE']._serialized_end=1079
+  _globals['_SYNCHRONIZATIONFAILURE']._serialized_end=641
+  _globals['_FAILUREACTION']._serialized_start=644
+  _globals['_FAILUREACTION']._serialized_end=854
+  _globals['_LISTFAILURESREQUEST']._serialized_start=857
+  _globals['_LISTFAILURESREQUEST']._serialized_end=1191
+  _globals['_LISTFAILURESRESPONSE']._serialized_start=1193
+  _globals['_LISTFAILURESRESPONSE']._serialized_end=1294
+  _globals['_GETFAILUREREQUEST']._serialized_start=1296
+  _globals['_GETFAILUREREQUEST']._serialized_end=1327
+  _globals['_GETFAILURERESPONSE']._serialized_start=1330
+  _globals['_GETFAILURERESPONSE']._serialized_end=1462
+  _globals['_RETRYFAILUREREQUEST']._serialized_start=1464
+  _globals['_RETRYFAILUREREQUEST']._serialized_end=1541
+  _globals['_RETRYFAILURERESPONSE']._serialized_start=1543
+  _globals['_RETRYFAILURERESPONSE']._serialized_end=1607
+  _globals['_RETRYRESULT']._serialized_start=1610
+  _globals['_RETRYRESULT']._serialized_end=1753
+  _globals['_DISMISSFAILUREREQUEST']._serialized_start=1755
+  _globals['_DISMISSFAILUREREQUEST']._serialized_end=1804
+  _globals['_DISMISSFAILURERESPONSE']._serialized_start=1806
+  _globals['_DISMISSFAILURERESPONSE']._serialized_end=1883
+  _globals['_FAILURESERVICE']._serialized_start=2179
+  _globals['_FAILURESERVICE']._serialized_end=2527
 # @@protoc_insertion_point(module_scope)

@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _FailureActionKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FailureActionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureActionKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FAILURE_ACTION_KIND_UNSPECIFIED: _FailureActionKind.ValueType  # 0
+    """Never sent."""
+    FAILURE_ACTION_KIND_RETRIED: _FailureActionKind.ValueType  # 1
+    """Its operation was applied."""
+    FAILURE_ACTION_KIND_REFUSED: _FailureActionKind.ValueType  # 2
+    """A retry was refused."""
+    FAILURE_ACTION_KIND_DISMISSED: _FailureActionKind.ValueType  # 3
+    """It was dismissed."""
+
+class FailureActionKind(_FailureActionKind, metaclass=_FailureActionKindEnumTypeWrapper):
+    """What can be done about a failure."""
+
+FAILURE_ACTION_KIND_UNSPECIFIED: FailureActionKind.ValueType  # 0
+"""Never sent."""
+FAILURE_ACTION_KIND_RETRIED: FailureActionKind.ValueType  # 1
+"""Its operation was applied."""
+FAILURE_ACTION_KIND_REFUSED: FailureActionKind.ValueType  # 2
+"""A retry was refused."""
+FAILURE_ACTION_KIND_DISMISSED: FailureActionKind.ValueType  # 3
+"""It was dismissed."""
+Global___FailureActionKind: _TypeAlias = FailureActionKind  # noqa: Y015
+
 class _FailureStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -69,6 +97,12 @@ class SynchronizationFailure(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     CAUSE_FAILURE_ID_FIELD_NUMBER: _builtins.int
     OPERATION_JSON_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    SETTLED_BY_FIELD_NUMBER: _builtins.int
+    SETTLE_TIME_FIELD_NUMBER: _builtins.int
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_REMOVED_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id: a UUID."""
     replica_id: _builtins.str
@@ -93,6 +127,12 @@ class SynchronizationFailure(_message.Message):
     """The failure that caused this one. Empty if none did."""
     operation_json: _builtins.str
     """The operation as JSON, for people. Not set on a replica's own records."""
+    code: _builtins.str
+    """The application's own code for the refusal, for programs. Empty: none."""
+    settled_by: _builtins.str
+    """User id of who settled it. Empty while it is open."""
+    payload_removed: _builtins.bool
+    """True if it was settled so long ago that the payload is no longer kept."""
     @_builtins.property
     def group_operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """All operations of the commit group in order, each as it came, when the
@@ -102,6 +142,18 @@ class SynchronizationFailure(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The server's clock then."""
+
+    @_builtins.property
+    def settle_time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock when it was settled."""
+
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailureAction]:
+        """What was done about it, oldest first."""
+
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The principal's roles when the operation was refused."""
 
     def __init__(
         self,
@@ -120,14 +172,74 @@ class SynchronizationFailure(_message.Message):
         status: Global___FailureStatus.ValueType = ...,
         cause_failure_id: _builtins.str = ...,
         operation_json: _builtins.str = ...,
+        code: _builtins.str = ...,
+        settled_by: _builtins.str = ...,
+        settle_time: _timestamp_pb2.Timestamp | None = ...,
+        actions: _abc.Iterable[Global___FailureAction] | None = ...,
+        payload_removed: _builtins.bool = ...,
+        roles: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "settle_time", b"settle_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause_failure_id", b"cause_failure_id", "create_time", b"create_time", "entity", b"entity", "group_operations", b"group_operations", "id", b"id", "message", b"message", "object_id", b"object_id", "operation", b"operation", "operation_json", b"operation_json", "reason", b"reason", "replica_id", b"replica_id", "status", b"status", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "cause_failure_id", b"cause_failure_id", "code", b"code", "create_time", b"create_time", "entity", b"entity", "group_operations", b"group_operations", "id", b"id", "message", b"message", "object_id", b"object_id", "operation", b"operation", "operation_json", b"operation_json", "payload_removed", b"payload_removed", "reason", b"reason", "replica_id", b"replica_id", "roles", b"roles", "settle_time", b"settle_time", "settled_by", b"settled_by", "status", b"status", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SynchronizationFailure: _TypeAlias = SynchronizationFailure  # noqa: Y015
+
+@_typing.final
+class FailureAction(_message.Message):
+    """Something that was done about a failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    ACTED_AS_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    EDITED_OPERATION_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
+    kind: Global___FailureActionKind.ValueType
+    """What was done."""
+    user_id: _builtins.str
+    """User id of who did it."""
+    acted_as: _builtins.str
+    """User id of the principal with whose rights it was done. Retries only."""
+    note: _builtins.str
+    """What the person said about it."""
+    outcome: _builtins.str
+    """The outcome in a sentence for people."""
+    edited_operation: _builtins.bytes
+    """The operation that was applied in place of the refused one, if the person
+    edited it.
+    """
+    forced: _builtins.bool
+    """True if changes made since the refusal were overruled."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock then."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___FailureActionKind.ValueType = ...,
+        user_id: _builtins.str = ...,
+        acted_as: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        note: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        edited_operation: _builtins.bytes = ...,
+        forced: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acted_as", b"acted_as", "edited_operation", b"edited_operation", "forced", b"forced", "kind", b"kind", "note", b"note", "outcome", b"outcome", "time", b"time", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailureAction: _TypeAlias = FailureAction  # noqa: Y015
 
 @_typing.final
 class ListFailuresRequest(_message.Message):
@@ -138,6 +250,14 @@ class ListFailuresRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     REPLICA_ID_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    ENTITY_FIELD_NUMBER: _builtins.int
+    OBJECT_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    CAUSE_FAILURE_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at the most: 1 to 1,000. 0: 100. A page may hold fewer, even none,
     although more follow.
@@ -146,16 +266,48 @@ class ListFailuresRequest(_message.Message):
     """`next_page_token` of the page before. Empty: the first page."""
     replica_id: _builtins.str
     """Only those of this replica. Empty: of every replica."""
+    entity: _builtins.str
+    """Only those of operations on this entity. Empty: any."""
+    object_id: _builtins.str
+    """Only those of operations on the object of this id. Empty: any."""
+    user_id: _builtins.str
+    """Only those of this user's operations. Empty: any."""
+    cause_failure_id: _builtins.str
+    """Only those that this failure caused. Empty: any."""
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[Global___FailureStatus.ValueType]:
+        """Only those with one of these statuses. Empty: all."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_operation_pb2.FailureReason.ValueType]:
+        """Only those with one of these reasons. Empty: all."""
+
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Only those refused at this time or later."""
+
+    @_builtins.property
+    def before(self) -> _timestamp_pb2.Timestamp:
+        """Only those refused before this time."""
+
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         replica_id: _builtins.str = ...,
+        statuses: _abc.Iterable[Global___FailureStatus.ValueType] | None = ...,
+        entity: _builtins.str = ...,
+        object_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        reasons: _abc.Iterable[_operation_pb2.FailureReason.ValueType] | None = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        before: _timestamp_pb2.Timestamp | None = ...,
+        cause_failure_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "cause_failure_id", b"cause_failure_id", "entity", b"entity", "object_id", b"object_id", "page_size", b"page_size", "page_token", b"page_token", "reasons", b"reasons", "replica_id", b"replica_id", "since", b"since", "statuses", b"statuses", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -218,9 +370,170 @@ class GetFailureResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FAILURE_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    DEPENDENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def failure(self) -> Global___SynchronizationFailure:
         """The failure."""
+
+    @_builtins.property
+    def present(self) -> _operation_pb2.Snapshot:
+        """The object as it is now, as far as the caller may read it. Not set: there is
+        none.
+        """
+
+    @_builtins.property
+    def dependents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the failures that this one caused directly."""
+
+    def __init__(
+        self,
+        *,
+        failure: Global___SynchronizationFailure | None = ...,
+        present: _operation_pb2.Snapshot | None = ...,
+        dependents: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "present", b"present"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dependents", b"dependents", "failure", b"failure", "present", b"present"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFailureResponse: _TypeAlias = GetFailureResponse  # noqa: Y015
+
+@_typing.final
+class RetryFailureRequest(_message.Message):
+    """Retries a failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    PATCH_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id."""
+    force: _builtins.bool
+    """Apply it even if what it writes was changed since it was refused."""
+    patch: _builtins.bytes
+    """Patch to be applied in place of the refused operation's, in MessagePack; see
+    `Operation.patch`. Empty: the operation as it is. For a commit group it
+    replaces the patch of the operation that was refused.
+    """
+    note: _builtins.str
+    """Why, for the record. At most 1,000 bytes."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        force: _builtins.bool = ...,
+        patch: _builtins.bytes = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "id", b"id", "note", b"note", "patch", b"patch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryFailureRequest: _TypeAlias = RetryFailureRequest  # noqa: Y015
+
+@_typing.final
+class RetryFailureResponse(_message.Message):
+    """What came of a retry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___RetryResult]:
+        """What came of the failure, then of each that depended on it, in order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___RetryResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryFailureResponse: _TypeAlias = RetryFailureResponse  # noqa: Y015
+
+@_typing.final
+class RetryResult(_message.Message):
+    """What came of retrying one failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version that the operation was applied at. 0: refused again."""
+    reason: _operation_pb2.FailureReason.ValueType
+    """Why it was refused again."""
+    message: _builtins.str
+    """The refusal in a sentence for people."""
+    @_builtins.property
+    def failure(self) -> Global___SynchronizationFailure:
+        """The failure as it is now: retried if its operation was applied, else open."""
+
+    def __init__(
+        self,
+        *,
+        failure: Global___SynchronizationFailure | None = ...,
+        version: _builtins.int = ...,
+        reason: _operation_pb2.FailureReason.ValueType = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "message", b"message", "reason", b"reason", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryResult: _TypeAlias = RetryResult  # noqa: Y015
+
+@_typing.final
+class DismissFailureRequest(_message.Message):
+    """Dismisses a failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id."""
+    note: _builtins.str
+    """Why, for the record. At most 1,000 bytes."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "note", b"note"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DismissFailureRequest: _TypeAlias = DismissFailureRequest  # noqa: Y015
+
+@_typing.final
+class DismissFailureResponse(_message.Message):
+    """A dismissed failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___SynchronizationFailure:
+        """The failure as it is now."""
 
     def __init__(
         self,
@@ -233,4 +546,4 @@ class GetFailureResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetFailureResponse: _TypeAlias = GetFailureResponse  # noqa: Y015
+Global___DismissFailureResponse: _TypeAlias = DismissFailureResponse  # noqa: Y015

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class FailureServiceStub:
-    """Reads synchronization failures. A principal sees those of its own.
+    """Works off synchronization failures. A principal sees those of its own, an
+    operator all of the tenant; only an operator retries and dismisses.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,21 @@ class FailureServiceStub:
                 request_serializer=tidelog_dot_v1_dot_failure__pb2.GetFailureRequest.SerializeToString,
                 response_deserializer=tidelog_dot_v1_dot_failure__pb2.GetFailureResponse.FromString,
                 _registered_method=True)
+        self.RetryFailure = channel.unary_unary(
+                '/tidelog.v1.FailureService/RetryFailure',
+                request_serializer=tidelog_dot_v1_dot_failure__pb2.RetryFailureRequest.SerializeToString,
+                response_deserializer=tidelog_dot_v1_dot_failure__pb2.RetryFailureResponse.FromString,
+                _registered_method=True)
+        self.DismissFailure = channel.unary_unary(
+                '/tidelog.v1.FailureService/DismissFailure',
+                request_serializer=tidelog_dot_v1_dot_failure__pb2.DismissFailureRequest.SerializeToString,
+                response_deserializer=tidelog_dot_v1_dot_failure__pb2.DismissFailureResponse.FromString,
+                _registered_method=True)
 
 
 class FailureServiceServicer:
-    """Reads synchronization failures. A principal sees those of its own.
+    """Works off synchronization failures. A principal sees those of its own, an
+    operator all of the tenant; only an operator retries and dismisses.
     """
 
     def ListFailures(self, request, context):
@@ -68,6 +80,31 @@ class FailureServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryFailure(self, request, context):
+        """Applies the refused operation (its whole commit group) by today's rules, as
+        its author, then those that were refused because of it, in order.
+
+        Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+        `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`, if it is no longer open, or
+        `FAILURE_STALE`, if what it writes was changed since it was refused and
+        `force` is not set; with `PERMISSION_DENIED`, reason `OPERATOR_REQUIRED`. An
+        operation that is refused again is no error: see the response.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DismissFailure(self, request, context):
+        """Closes a failure: its operation is given up.
+
+        Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+        `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`; with `PERMISSION_DENIED`,
+        reason `OPERATOR_REQUIRED`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FailureServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +118,16 @@ def add_FailureServiceServicer_to_server(servicer, server):
                     request_deserializer=tidelog_dot_v1_dot_failure__pb2.GetFailureRequest.FromString,
                     response_serializer=tidelog_dot_v1_dot_failure__pb2.GetFailureResponse.SerializeToString,
             ),
+            'RetryFailure': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryFailure,
+                    request_deserializer=tidelog_dot_v1_dot_failure__pb2.RetryFailureRequest.FromString,
+                    response_serializer=tidelog_dot_v1_dot_failure__pb2.RetryFailureResponse.SerializeToString,
+            ),
+            'DismissFailure': grpc.unary_unary_rpc_method_handler(
+                    servicer.DismissFailure,
+                    request_deserializer=tidelog_dot_v1_dot_failure__pb2.DismissFailureRequest.FromString,
+                    response_serializer=tidelog_dot_v1_dot_failure__pb2.DismissFailureResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tidelog.v1.FailureService', rpc_method_handlers)
@@ -90,7 +137,8 @@ def add_FailureServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FailureService:
-    """Reads synchronization failures. A principal sees those of its own.
+    """Works off synchronization failures. A principal sees those of its own, an
+    operator all of the tenant; only an operator retries and dismisses.
     """
 
     @staticmethod
@@ -137,6 +185,60 @@ class FailureService:
             '/tidelog.v1.FailureService/GetFailure',
             tidelog_dot_v1_dot_failure__pb2.GetFailureRequest.SerializeToString,
             tidelog_dot_v1_dot_failure__pb2.GetFailureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryFailure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidelog.v1.FailureService/RetryFailure',
+            tidelog_dot_v1_dot_failure__pb2.RetryFailureRequest.SerializeToString,
+            tidelog_dot_v1_dot_failure__pb2.RetryFailureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DismissFailure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidelog.v1.FailureService/DismissFailure',
+            tidelog_dot_v1_dot_failure__pb2.DismissFailureRequest.SerializeToString,
+            tidelog_dot_v1_dot_failure__pb2.DismissFailureResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FailureServiceStub:
-    """Reads synchronization failures. A principal sees those of its own."""
+    """Works off synchronization failures. A principal sees those of its own, an
+    operator all of the tenant; only an operator retries and dismisses.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,10 +44,29 @@ class FailureServiceStub:
 
     Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`.
     """
+    RetryFailure: _grpc.UnaryUnaryMultiCallable[_failure_pb2.RetryFailureRequest, _failure_pb2.RetryFailureResponse]
+    """Applies the refused operation (its whole commit group) by today's rules, as
+    its author, then those that were refused because of it, in order.
+
+    Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+    `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`, if it is no longer open, or
+    `FAILURE_STALE`, if what it writes was changed since it was refused and
+    `force` is not set; with `PERMISSION_DENIED`, reason `OPERATOR_REQUIRED`. An
+    operation that is refused again is no error: see the response.
+    """
+    DismissFailure: _grpc.UnaryUnaryMultiCallable[_failure_pb2.DismissFailureRequest, _failure_pb2.DismissFailureResponse]
+    """Closes a failure: its operation is given up.
+
+    Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+    `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`; with `PERMISSION_DENIED`,
+    reason `OPERATOR_REQUIRED`.
+    """
 
 @_typing.type_check_only
 class FailureServiceAsyncStub(FailureServiceStub):
-    """Reads synchronization failures. A principal sees those of its own."""
+    """Works off synchronization failures. A principal sees those of its own, an
+    operator all of the tenant; only an operator retries and dismisses.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListFailures: _aio.UnaryUnaryMultiCallable[_failure_pb2.ListFailuresRequest, _failure_pb2.ListFailuresResponse]  # type: ignore[assignment]
@@ -57,9 +78,28 @@ class FailureServiceAsyncStub(FailureServiceStub):
 
     Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`.
     """
+    RetryFailure: _aio.UnaryUnaryMultiCallable[_failure_pb2.RetryFailureRequest, _failure_pb2.RetryFailureResponse]  # type: ignore[assignment]
+    """Applies the refused operation (its whole commit group) by today's rules, as
+    its author, then those that were refused because of it, in order.
+
+    Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+    `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`, if it is no longer open, or
+    `FAILURE_STALE`, if what it writes was changed since it was refused and
+    `force` is not set; with `PERMISSION_DENIED`, reason `OPERATOR_REQUIRED`. An
+    operation that is refused again is no error: see the response.
+    """
+    DismissFailure: _aio.UnaryUnaryMultiCallable[_failure_pb2.DismissFailureRequest, _failure_pb2.DismissFailureResponse]  # type: ignore[assignment]
+    """Closes a failure: its operation is given up.
+
+    Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+    `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`; with `PERMISSION_DENIED`,
+    reason `OPERATOR_REQUIRED`.
+    """
 
 class FailureServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reads synchronization failures. A principal sees those of its own."""
+    """Works off synchronization failures. A principal sees those of its own, an
+    operator all of the tenant; only an operator retries and dismisses.
+    """
 
     @_abc_1.abstractmethod
     def ListFailures(
@@ -80,6 +120,35 @@ class FailureServiceServicer(metaclass=_abc_1.ABCMeta):
         """Gets one failure.
 
         Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`.
+        """
+
+    @_abc_1.abstractmethod
+    def RetryFailure(
+        self,
+        request: _failure_pb2.RetryFailureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_failure_pb2.RetryFailureResponse, _abc.Awaitable[_failure_pb2.RetryFailureResponse]]:
+        """Applies the refused operation (its whole commit group) by today's rules, as
+        its author, then those that were refused because of it, in order.
+
+        Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+        `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`, if it is no longer open, or
+        `FAILURE_STALE`, if what it writes was changed since it was refused and
+        `force` is not set; with `PERMISSION_DENIED`, reason `OPERATOR_REQUIRED`. An
+        operation that is refused again is no error: see the response.
+        """
+
+    @_abc_1.abstractmethod
+    def DismissFailure(
+        self,
+        request: _failure_pb2.DismissFailureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_failure_pb2.DismissFailureResponse, _abc.Awaitable[_failure_pb2.DismissFailureResponse]]:
+        """Closes a failure: its operation is given up.
+
+        Fails with `NOT_FOUND`, reason `FAILURE_NOT_FOUND`; with
+        `FAILED_PRECONDITION`, reason `FAILURE_SETTLED`; with `PERMISSION_DENIED`,
+        reason `OPERATOR_REQUIRED`.
         """
 
 def add_FailureServiceServicer_to_server(servicer: FailureServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

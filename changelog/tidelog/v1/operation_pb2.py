@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atidelog/v1/operation.proto\x12\ntidelog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x02\n\tOperation\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\x06\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.tidelog.v1.OperationKind\x12\x0e\n\x06\x65ntity\x18\x04 \x01(\t\x12\n\n\x02id\x18\x05 \x01(\t\x12\r\n\x05patch\x18\x06 \x01(\x0c\x12\x14\n\x0c\x62\x61se_version\x18\x07 \x01(\x03\x12&\n\x05group\x18\x08 \x01(\x0b\x32\x17.tidelog.v1.CommitGroup\x12\x16\n\x0eschema_version\x18\t \x01(\x03\x12/\n\x0b\x63lient_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\x0b\x43ommitGroup\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x0c\n\x04size\x18\x03 \x01(\x05\"K\n\x08Snapshot\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x12\n\nattributes\x18\x04 \x01(\x0c\"6\n\x07Removal\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\";\n\x0c\x43onfirmation\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\xc7\x01\n\x0fOperationResult\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12+\n\x06status\x18\x02 \x01(\x0e\x32\x1b.tidelog.v1.OperationStatus\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x19\n\x11\x63hanged_by_server\x18\x04 \x01(\x08\x12\x12\n\nfailure_id\x18\x05 \x01(\t\x12)\n\x06reason\x18\x06 \x01(\x0e\x32\x19.tidelog.v1.FailureReason\x12\x0f\n\x07message\x18\x07 \x01(\t*\x80\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15OPERATION_KIND_CREATE\x10\x01\x12\x19\n\x15OPERATION_KIND_UPDATE\x10\x02\x12\x19\n\x15OPERATION_KIND_DELETE\x10\x03*\xab\x01\n\x0fOperationStatus\x12 \n\x1cOPERATION_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPERATION_STATUS_APPLIED\x10\x01\x12\x1d\n\x19OPERATION_STATUS_REJECTED\x10\x02\x12\x19\n\x15OPERATION_STATUS_HELD\x10\x03\x12\x1e\n\x1aOPERATION_STATUS_NOT_READY\x10\x04*\xef\x04\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46\x41ILURE_REASON_OBJECT_GONE\x10\x01\x12!\n\x1d\x46\x41ILURE_REASON_ALREADY_EXISTS\x10\x02\x12 \n\x1c\x46\x41ILURE_REASON_ACCESS_DENIED\x10\x03\x12#\n\x1f\x46\x41ILURE_REASON_ATTRIBUTE_DENIED\x10\x04\x12$\n FAILURE_REASON_VALIDATION_FAILED\x10\x05\x12\"\n\x1e\x46\x41ILURE_REASON_UNIQUE_VIOLATED\x10\x06\x12%\n!FAILURE_REASON_DANGLING_REFERENCE\x10\x07\x12\x1d\n\x19\x46\x41ILURE_REASON_REFERENCED\x10\x08\x12\x1b\n\x17\x46\x41ILURE_REASON_CONFLICT\x10\t\x12 \n\x1c\x46\x41ILURE_REASON_HOOK_REJECTED\x10\n\x12\x1d\n\x19\x46\x41ILURE_REASON_HOOK_ERROR\x10\x0b\x12\"\n\x1e\x46\x41ILURE_REASON_SCHEMA_MISMATCH\x10\x0c\x12!\n\x1d\x46\x41ILURE_REASON_GROUP_REJECTED\x10\r\x12$\n FAILURE_REASON_DEPENDENCY_FAILED\x10\x0e\x12\x1d\n\x19\x46\x41ILURE_REASON_SUPERSEDED\x10\x0f\x12\x1c\n\x18\x46\x41ILURE_REASON_MALFORMED\x10\x10\x12\x1c\n\x18\x46\x41ILURE_REASON_TOO_LARGE\x10\x11\x42x\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atidelog/v1/operation.proto\x12\ntidelog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x02\n\tOperation\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\x06\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.tidelog.v1.OperationKind\x12\x0e\n\x06\x65ntity\x18\x04 \x01(\t\x12\n\n\x02id\x18\x05 \x01(\t\x12\r\n\x05patch\x18\x06 \x01(\x0c\x12\x14\n\x0c\x62\x61se_version\x18\x07 \x01(\x03\x12&\n\x05group\x18\x08 \x01(\x0b\x32\x17.tidelog.v1.CommitGroup\x12\x16\n\x0eschema_version\x18\t \x01(\x03\x12/\n\x0b\x63lient_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\x0b\x43ommitGroup\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x10\n\x08position\x18\x02 \x01(\x05\x12\x0c\n\x04size\x18\x03 \x01(\x05\"g\n\x08Snapshot\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x12\n\nattributes\x18\x04 \x01(\x0c\x12\x1a\n\x12outside_projection\x18\x05 \x01(\x08\"6\n\x07Removal\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\";\n\x0c\x43onfirmation\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\xd5\x01\n\x0fOperationResult\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12+\n\x06status\x18\x02 \x01(\x0e\x32\x1b.tidelog.v1.OperationStatus\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x19\n\x11\x63hanged_by_server\x18\x04 \x01(\x08\x12\x12\n\nfailure_id\x18\x05 \x01(\t\x12)\n\x06reason\x18\x06 \x01(\x0e\x32\x19.tidelog.v1.FailureReason\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x0c\n\x04\x63ode\x18\x08 \x01(\t*\x80\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15OPERATION_KIND_CREATE\x10\x01\x12\x19\n\x15OPERATION_KIND_UPDATE\x10\x02\x12\x19\n\x15OPERATION_KIND_DELETE\x10\x03*\xab\x01\n\x0fOperationStatus\x12 \n\x1cOPERATION_STATUS_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPERATION_STATUS_APPLIED\x10\x01\x12\x1d\n\x19OPERATION_STATUS_REJECTED\x10\x02\x12\x19\n\x15OPERATION_STATUS_HELD\x10\x03\x12\x1e\n\x1aOPERATION_STATUS_NOT_READY\x10\x04*\xef\x04\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x46\x41ILURE_REASON_OBJECT_GONE\x10\x01\x12!\n\x1d\x46\x41ILURE_REASON_ALREADY_EXISTS\x10\x02\x12 \n\x1c\x46\x41ILURE_REASON_ACCESS_DENIED\x10\x03\x12#\n\x1f\x46\x41ILURE_REASON_ATTRIBUTE_DENIED\x10\x04\x12$\n FAILURE_REASON_VALIDATION_FAILED\x10\x05\x12\"\n\x1e\x46\x41ILURE_REASON_UNIQUE_VIOLATED\x10\x06\x12%\n!FAILURE_REASON_DANGLING_REFERENCE\x10\x07\x12\x1d\n\x19\x46\x41ILURE_REASON_REFERENCED\x10\x08\x12\x1b\n\x17\x46\x41ILURE_REASON_CONFLICT\x10\t\x12 \n\x1c\x46\x41ILURE_REASON_HOOK_REJECTED\x10\n\x12\x1d\n\x19\x46\x41ILURE_REASON_HOOK_ERROR\x10\x0b\x12\"\n\x1e\x46\x41ILURE_REASON_SCHEMA_MISMATCH\x10\x0c\x12!\n\x1d\x46\x41ILURE_REASON_GROUP_REJECTED\x10\r\x12$\n FAILURE_REASON_DEPENDENCY_FAILED\x10\x0e\x12\x1d\n\x19\x46\x41ILURE_REASON_SUPERSEDED\x10\x0f\x12\x1c\n\x18\x46\x41ILURE_REASON_MALFORMED\x10\x10\x12\x1c\n\x18\x46\x41ILURE_REASON_TOO_LARGE\x10\x11\x42x\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,22 +33,22 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidelog.v1.operation_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.tidelog.v1P\001Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\242\002\003TLG\252\002\nTidelog.V1\312\002\nTidelog\\V1\352\002\013Tidelog::V1'
-  _globals['_OPERATIONKIND']._serialized_start=792
-  _globals['_OPERATIONKIND']._serialized_end=920
-  _globals['_OPERATIONSTATUS']._serialized_start=923
-  _globals['_OPERATIONSTATUS']._serialized_end=1094
-  _globals['_FAILUREREASON']._serialized_start=1097
-  _globals['_FAILUREREASON']._serialized_end=1720
+  _globals['_OPERATIONKIND']._serialized_start=834
+  _globals['_OPERATIONKIND']._serialized_end=962
+  _globals['_OPERATIONSTATUS']._serialized_start=965
+  _globals['_OPERATIONSTATUS']._serialized_end=1136
+  _globals['_FAILUREREASON']._serialized_start=1139
+  _globals['_FAILUREREASON']._serialized_end=1762
   _globals['_OPERATION']._serialized_start=76
   _globals['_OPERATION']._serialized_end=334
   _globals['_COMMITGROUP']._serialized_start=336
   _globals['_COMMITGROUP']._serialized_end=393
   _globals['_SNAPSHOT']._serialized_start=395
-  _globals['_SNAPSHOT']._serialized_end=470
-  _globals['_REMOVAL']._serialized_start=472
-  _globals['_REMOVAL']._serialized_end=526
-  _globals['_CONFIRMATION']._serialized_start=528
-  _globals['_CONFIRMATION']._serialized_end=587
-  _globals['_OPERATIONRESULT']._serialized_start=590
-  _globals['_OPERATIONRESULT']._serialized_end=789
+  _globals['_SNAPSHOT']._serialized_end=498
+  _globals['_REMOVAL']._serialized_start=500
+  _globals['_REMOVAL']._serialized_end=554
+  _globals['_CONFIRMATION']._serialized_start=556
+  _globals['_CONFIRMATION']._serialized_end=615
+  _globals['_OPERATIONRESULT']._serialized_start=618
+  _globals['_OPERATIONRESULT']._serialized_end=831
 # @@protoc_insertion_point(module_scope)

@@ -299,6 +299,7 @@ class Snapshot(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    OUTSIDE_PROJECTION_FIELD_NUMBER: _builtins.int
     entity: _builtins.str
     """Type of the object."""
     id: _builtins.str
@@ -306,7 +307,13 @@ class Snapshot(_message.Message):
     version: _builtins.int
     """Version of the change that led to this state."""
     attributes: _builtins.bytes
-    """All attributes, as a MessagePack map. See `Operation.patch` for the values."""
+    """All attributes that the reader may read, as a MessagePack map. See
+    `Operation.patch` for the values.
+    """
+    outside_projection: _builtins.bool
+    """True if the object is not in the projection that a session of mode all
+    downloads (mode selected fetched it): the next session of mode all drops it.
+    """
     def __init__(
         self,
         *,
@@ -314,10 +321,11 @@ class Snapshot(_message.Message):
         id: _builtins.str = ...,
         version: _builtins.int = ...,
         attributes: _builtins.bytes = ...,
+        outside_projection: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "entity", b"entity", "id", b"id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "entity", b"entity", "id", b"id", "outside_projection", b"outside_projection", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -402,6 +410,7 @@ class OperationResult(_message.Message):
     FAILURE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """The operation's `seq`; 0 if the operation could not be read."""
     status: Global___OperationStatus.ValueType
@@ -418,6 +427,8 @@ class OperationResult(_message.Message):
     """Why it was refused, or why it is not ready."""
     message: _builtins.str
     """The refusal, or what it waits for, in a sentence for people."""
+    code: _builtins.str
+    """The application's own code for the refusal, for programs. Empty: none."""
     def __init__(
         self,
         *,
@@ -428,10 +439,11 @@ class OperationResult(_message.Message):
         failure_id: _builtins.str = ...,
         reason: Global___FailureReason.ValueType = ...,
         message: _builtins.str = ...,
+        code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_by_server", b"changed_by_server", "failure_id", b"failure_id", "message", b"message", "reason", b"reason", "seq", b"seq", "status", b"status", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_by_server", b"changed_by_server", "code", b"code", "failure_id", b"failure_id", "message", b"message", "reason", b"reason", "seq", b"seq", "status", b"status", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

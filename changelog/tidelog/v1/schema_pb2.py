@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tidelog/v1/schema.proto\x12\ntidelog.v1\"?\n\x06Schema\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12$\n\x08\x65ntities\x18\x02 \x03(\x0b\x32\x12.tidelog.v1.Entity\"A\n\x06\x45ntity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\nreferences\x18\x02 \x03(\x0b\x32\x15.tidelog.v1.Reference\".\n\tReference\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\tBx\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tidelog/v1/schema.proto\x12\ntidelog.v1\"\x12\n\x10GetSchemaRequest\"7\n\x11GetSchemaResponse\x12\"\n\x06schema\x18\x01 \x01(\x0b\x32\x12.tidelog.v1.Schema\"t\n\x06Schema\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12$\n\x08\x65ntities\x18\x02 \x03(\x0b\x32\x12.tidelog.v1.Entity\x12\x0e\n\x06\x63losed\x18\x03 \x01(\x08\x12#\n\x07renames\x18\x04 \x03(\x0b\x32\x12.tidelog.v1.Rename\"H\n\x06Rename\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0e\n\x06\x65ntity\x18\x02 \x01(\t\x12\x11\n\tattribute\x18\x03 \x01(\t\x12\n\n\x02to\x18\x04 \x01(\t\"\xa7\x01\n\x06\x45ntity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\nreferences\x18\x02 \x03(\x0b\x32\x15.tidelog.v1.Reference\x12)\n\nattributes\x18\x03 \x03(\x0b\x32\x15.tidelog.v1.Attribute\x12(\n\x06unique\x18\x04 \x03(\x0b\x32\x18.tidelog.v1.AttributeSet\x12\x0f\n\x07indexes\x18\x05 \x03(\t\"\"\n\x0c\x41ttributeSet\x12\x12\n\nattributes\x18\x01 \x03(\t\"\xfe\x02\n\tAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x04type\x18\x02 \x01(\x0e\x32\x19.tidelog.v1.AttributeType\x12\x10\n\x08required\x18\x03 \x01(\x08\x12\x15\n\rdefault_value\x18\x04 \x01(\x0c\x12\x0f\n\x07minimum\x18\x05 \x01(\x0c\x12\x0f\n\x07maximum\x18\x06 \x01(\x0c\x12\x17\n\nmin_length\x18\x07 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmax_length\x18\x08 \x01(\x03H\x01\x88\x01\x01\x12\x0f\n\x07pattern\x18\t \x01(\t\x12\x0e\n\x06values\x18\n \x03(\t\x12.\n\x0bmember_type\x18\x0b \x01(\x0e\x32\x19.tidelog.v1.AttributeType\x12\x0e\n\x06target\x18\x0c \x01(\t\x12\x0c\n\x04many\x18\r \x01(\x08\x12\x30\n\ton_delete\x18\x0e \x01(\x0e\x32\x1d.tidelog.v1.DeletionBehaviourB\r\n\x0b_min_lengthB\r\n\x0b_max_length\".\n\tReference\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t*\xf8\x02\n\rAttributeType\x12\x1e\n\x1a\x41TTRIBUTE_TYPE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41TTRIBUTE_TYPE_STRING\x10\x01\x12\x1a\n\x16\x41TTRIBUTE_TYPE_INTEGER\x10\x02\x12\x18\n\x14\x41TTRIBUTE_TYPE_FLOAT\x10\x03\x12\x1a\n\x16\x41TTRIBUTE_TYPE_DECIMAL\x10\x04\x12\x1a\n\x16\x41TTRIBUTE_TYPE_BOOLEAN\x10\x05\x12\x1c\n\x18\x41TTRIBUTE_TYPE_TIMESTAMP\x10\x06\x12\x18\n\x14\x41TTRIBUTE_TYPE_BYTES\x10\x07\x12\x17\n\x13\x41TTRIBUTE_TYPE_LIST\x10\x08\x12\x16\n\x12\x41TTRIBUTE_TYPE_MAP\x10\t\x12\x1e\n\x1a\x41TTRIBUTE_TYPE_ENUMERATION\x10\n\x12\x1c\n\x18\x41TTRIBUTE_TYPE_REFERENCE\x10\x0b\x12\x17\n\x13\x41TTRIBUTE_TYPE_FILE\x10\x0c*\xb3\x01\n\x11\x44\x65letionBehaviour\x12\"\n\x1e\x44\x45LETION_BEHAVIOUR_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44\x45LETION_BEHAVIOUR_RESTRICT\x10\x01\x12\x1e\n\x1a\x44\x45LETION_BEHAVIOUR_CASCADE\x10\x02\x12\x1c\n\x18\x44\x45LETION_BEHAVIOUR_CLEAR\x10\x03\x12\x1b\n\x17\x44\x45LETION_BEHAVIOUR_KEEP\x10\x04\x32Y\n\rSchemaService\x12H\n\tGetSchema\x12\x1c.tidelog.v1.GetSchemaRequest\x1a\x1d.tidelog.v1.GetSchemaResponseBx\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,10 +32,26 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidelog.v1.schema_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.tidelog.v1P\001Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\242\002\003TLG\252\002\nTidelog.V1\312\002\nTidelog\\V1\352\002\013Tidelog::V1'
-  _globals['_SCHEMA']._serialized_start=39
-  _globals['_SCHEMA']._serialized_end=102
-  _globals['_ENTITY']._serialized_start=104
-  _globals['_ENTITY']._serialized_end=169
-  _globals['_REFERENCE']._serialized_start=171
-  _globals['_REFERENCE']._serialized_end=217
+  _globals['_ATTRIBUTETYPE']._serialized_start=948
+  _globals['_ATTRIBUTETYPE']._serialized_end=1324
+  _globals['_DELETIONBEHAVIOUR']._serialized_start=1327
+  _globals['_DELETIONBEHAVIOUR']._serialized_end=1506
+  _globals['_GETSCHEMAREQUEST']._serialized_start=39
+  _globals['_GETSCHEMAREQUEST']._serialized_end=57
+  _globals['_GETSCHEMARESPONSE']._serialized_start=59
+  _globals['_GETSCHEMARESPONSE']._serialized_end=114
+  _globals['_SCHEMA']._serialized_start=116
+  _globals['_SCHEMA']._serialized_end=232
+  _globals['_RENAME']._serialized_start=234
+  _globals['_RENAME']._serialized_end=306
+  _globals['_ENTITY']._serialized_start=309
+  _globals['_ENTITY']._serialized_end=476
+  _globals['_ATTRIBUTESET']._serialized_start=478
+  _globals['_ATTRIBUTESET']._serialized_end=512
+  _globals['_ATTRIBUTE']._serialized_start=515
+  _globals['_ATTRIBUTE']._serialized_end=897
+  _globals['_REFERENCE']._serialized_start=899
+  _globals['_REFERENCE']._serialized_end=945
+  _globals['_SCHEMASERVICE']._serialized_start=1508
+  _globals['_SCHEMASERVICE']._serialized_end=1597
 # @@protoc_insertion_point(module_scope)

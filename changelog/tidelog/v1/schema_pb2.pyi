@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,147 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _AttributeType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AttributeTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttributeType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ATTRIBUTE_TYPE_UNSPECIFIED: _AttributeType.ValueType  # 0
+    """Any value."""
+    ATTRIBUTE_TYPE_STRING: _AttributeType.ValueType  # 1
+    """A string."""
+    ATTRIBUTE_TYPE_INTEGER: _AttributeType.ValueType  # 2
+    """An integer of 64 bits with a sign."""
+    ATTRIBUTE_TYPE_FLOAT: _AttributeType.ValueType  # 3
+    """A float 64."""
+    ATTRIBUTE_TYPE_DECIMAL: _AttributeType.ValueType  # 4
+    """A decimal."""
+    ATTRIBUTE_TYPE_BOOLEAN: _AttributeType.ValueType  # 5
+    """A boolean."""
+    ATTRIBUTE_TYPE_TIMESTAMP: _AttributeType.ValueType  # 6
+    """A timestamp."""
+    ATTRIBUTE_TYPE_BYTES: _AttributeType.ValueType  # 7
+    """A binary."""
+    ATTRIBUTE_TYPE_LIST: _AttributeType.ValueType  # 8
+    """A list."""
+    ATTRIBUTE_TYPE_MAP: _AttributeType.ValueType  # 9
+    """A map with string keys."""
+    ATTRIBUTE_TYPE_ENUMERATION: _AttributeType.ValueType  # 10
+    """One of a few strings."""
+    ATTRIBUTE_TYPE_REFERENCE: _AttributeType.ValueType  # 11
+    """The id of another object, or a list of ids."""
+    ATTRIBUTE_TYPE_FILE: _AttributeType.ValueType  # 12
+    """A file: a map of "name" (string), "size" (bytes, an integer), "media_type"
+    (string) and "sha256" (32 bytes).
+    """
+
+class AttributeType(_AttributeType, metaclass=_AttributeTypeEnumTypeWrapper):
+    """Type of an attribute's values."""
+
+ATTRIBUTE_TYPE_UNSPECIFIED: AttributeType.ValueType  # 0
+"""Any value."""
+ATTRIBUTE_TYPE_STRING: AttributeType.ValueType  # 1
+"""A string."""
+ATTRIBUTE_TYPE_INTEGER: AttributeType.ValueType  # 2
+"""An integer of 64 bits with a sign."""
+ATTRIBUTE_TYPE_FLOAT: AttributeType.ValueType  # 3
+"""A float 64."""
+ATTRIBUTE_TYPE_DECIMAL: AttributeType.ValueType  # 4
+"""A decimal."""
+ATTRIBUTE_TYPE_BOOLEAN: AttributeType.ValueType  # 5
+"""A boolean."""
+ATTRIBUTE_TYPE_TIMESTAMP: AttributeType.ValueType  # 6
+"""A timestamp."""
+ATTRIBUTE_TYPE_BYTES: AttributeType.ValueType  # 7
+"""A binary."""
+ATTRIBUTE_TYPE_LIST: AttributeType.ValueType  # 8
+"""A list."""
+ATTRIBUTE_TYPE_MAP: AttributeType.ValueType  # 9
+"""A map with string keys."""
+ATTRIBUTE_TYPE_ENUMERATION: AttributeType.ValueType  # 10
+"""One of a few strings."""
+ATTRIBUTE_TYPE_REFERENCE: AttributeType.ValueType  # 11
+"""The id of another object, or a list of ids."""
+ATTRIBUTE_TYPE_FILE: AttributeType.ValueType  # 12
+"""A file: a map of "name" (string), "size" (bytes, an integer), "media_type"
+(string) and "sha256" (32 bytes).
+"""
+Global___AttributeType: _TypeAlias = AttributeType  # noqa: Y015
+
+class _DeletionBehaviour:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeletionBehaviourEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeletionBehaviour.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DELETION_BEHAVIOUR_UNSPECIFIED: _DeletionBehaviour.ValueType  # 0
+    """As restrict."""
+    DELETION_BEHAVIOUR_RESTRICT: _DeletionBehaviour.ValueType  # 1
+    """The deletion is refused."""
+    DELETION_BEHAVIOUR_CASCADE: _DeletionBehaviour.ValueType  # 2
+    """The object is deleted too."""
+    DELETION_BEHAVIOUR_CLEAR: _DeletionBehaviour.ValueType  # 3
+    """The reference is cleared."""
+    DELETION_BEHAVIOUR_KEEP: _DeletionBehaviour.ValueType  # 4
+    """Nothing: the reference may lead nowhere. What schemas without rules do."""
+
+class DeletionBehaviour(_DeletionBehaviour, metaclass=_DeletionBehaviourEnumTypeWrapper):
+    """What becomes of an object when an object that it refers to is deleted."""
+
+DELETION_BEHAVIOUR_UNSPECIFIED: DeletionBehaviour.ValueType  # 0
+"""As restrict."""
+DELETION_BEHAVIOUR_RESTRICT: DeletionBehaviour.ValueType  # 1
+"""The deletion is refused."""
+DELETION_BEHAVIOUR_CASCADE: DeletionBehaviour.ValueType  # 2
+"""The object is deleted too."""
+DELETION_BEHAVIOUR_CLEAR: DeletionBehaviour.ValueType  # 3
+"""The reference is cleared."""
+DELETION_BEHAVIOUR_KEEP: DeletionBehaviour.ValueType  # 4
+"""Nothing: the reference may lead nowhere. What schemas without rules do."""
+Global___DeletionBehaviour: _TypeAlias = DeletionBehaviour  # noqa: Y015
+
+@_typing.final
+class GetSchemaRequest(_message.Message):
+    """Asks for the schema."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSchemaRequest: _TypeAlias = GetSchemaRequest  # noqa: Y015
+
+@_typing.final
+class GetSchemaResponse(_message.Message):
+    """The schema."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEMA_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def schema(self) -> Global___Schema:
+        """The schema."""
+
+    def __init__(
+        self,
+        *,
+        schema: Global___Schema | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSchemaResponse: _TypeAlias = GetSchemaResponse  # noqa: Y015
+
 @_typing.final
 class Schema(_message.Message):
     """The entities of an application."""
@@ -26,25 +168,73 @@ class Schema(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     ENTITIES_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    RENAMES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the schema. Rises with each change."""
+    closed: _builtins.bool
+    """True if entities and attributes that the schema does not name are refused."""
     @_builtins.property
     def entities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entity]:
         """The entities, by name."""
+
+    @_builtins.property
+    def renames(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rename]:
+        """Names that were given up. Operations of older schema versions that use them
+        are read as if they used the new ones.
+        """
 
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         entities: _abc.Iterable[Global___Entity] | None = ...,
+        closed: _builtins.bool = ...,
+        renames: _abc.Iterable[Global___Rename] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "entities", b"entities", "renames", b"renames", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Schema: _TypeAlias = Schema  # noqa: Y015
+
+@_typing.final
+class Rename(_message.Message):
+    """A name that was given up for another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    ENTITY_FIELD_NUMBER: _builtins.int
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version of the schema that first has the new name."""
+    entity: _builtins.str
+    """The entity, by the name it has in that version; if `attribute` is empty,
+    by the name that it had before.
+    """
+    attribute: _builtins.str
+    """The attribute's name before. Empty: the entity itself was renamed."""
+    to: _builtins.str
+    """The new name."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        entity: _builtins.str = ...,
+        attribute: _builtins.str = ...,
+        to: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "entity", b"entity", "to", b"to", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rename: _TypeAlias = Rename  # noqa: Y015
 
 @_typing.final
 class Entity(_message.Message):
@@ -54,25 +244,156 @@ class Entity(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    UNIQUE_FIELD_NUMBER: _builtins.int
+    INDEXES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     @_builtins.property
     def references(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reference]:
         """Its references to other objects."""
 
+    @_builtins.property
+    def attributes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attribute]:
+        """Its attributes, references among them."""
+
+    @_builtins.property
+    def unique(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttributeSet]:
+        """Sets of attributes whose values together no two objects share."""
+
+    @_builtins.property
+    def indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Attributes by which objects are found quickly."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         references: _abc.Iterable[Global___Reference] | None = ...,
+        attributes: _abc.Iterable[Global___Attribute] | None = ...,
+        unique: _abc.Iterable[Global___AttributeSet] | None = ...,
+        indexes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "references", b"references"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "indexes", b"indexes", "name", b"name", "references", b"references", "unique", b"unique"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Entity: _TypeAlias = Entity  # noqa: Y015
+
+@_typing.final
+class AttributeSet(_message.Message):
+    """Some attributes of one entity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attributes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their names."""
+
+    def __init__(
+        self,
+        *,
+        attributes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributeSet: _TypeAlias = AttributeSet  # noqa: Y015
+
+@_typing.final
+class Attribute(_message.Message):
+    """One attribute of an entity, and the rules that its values obey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    REQUIRED_FIELD_NUMBER: _builtins.int
+    DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    MIN_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    PATTERN_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    MEMBER_TYPE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    MANY_FIELD_NUMBER: _builtins.int
+    ON_DELETE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    type: Global___AttributeType.ValueType
+    """Type of its values."""
+    required: _builtins.bool
+    """True if an object must have a value that is not null."""
+    default_value: _builtins.bytes
+    """The value that an object gets which is created without one, in MessagePack.
+    Empty: none.
+    """
+    minimum: _builtins.bytes
+    """Least value, in MessagePack: integers, floats, decimals and timestamps.
+    Empty: no bound.
+    """
+    maximum: _builtins.bytes
+    """Greatest value, in MessagePack. Empty: no bound."""
+    min_length: _builtins.int
+    """Least length: code points of a string, bytes of a binary, members of a list
+    or map. Not set: no bound.
+    """
+    max_length: _builtins.int
+    """Greatest length. Not set: no bound."""
+    pattern: _builtins.str
+    """A regular expression that a whole string must match. Empty: any."""
+    member_type: Global___AttributeType.ValueType
+    """Type of the members of a list. Not set: any."""
+    target: _builtins.str
+    """Entity of the object that a reference names."""
+    many: _builtins.bool
+    """Whether a reference is a list of ids instead of one id."""
+    on_delete: Global___DeletionBehaviour.ValueType
+    """What becomes of the object when the object that it names is deleted."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The values of an enumeration."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        type: Global___AttributeType.ValueType = ...,
+        required: _builtins.bool = ...,
+        default_value: _builtins.bytes = ...,
+        minimum: _builtins.bytes = ...,
+        maximum: _builtins.bytes = ...,
+        min_length: _builtins.int | None = ...,
+        max_length: _builtins.int | None = ...,
+        pattern: _builtins.str = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        member_type: Global___AttributeType.ValueType = ...,
+        target: _builtins.str = ...,
+        many: _builtins.bool = ...,
+        on_delete: Global___DeletionBehaviour.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_length", b"_max_length", "_min_length", b"_min_length", "max_length", b"max_length", "min_length", b"min_length"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_length", b"_max_length", "_min_length", b"_min_length", "default_value", b"default_value", "many", b"many", "max_length", b"max_length", "maximum", b"maximum", "member_type", b"member_type", "min_length", b"min_length", "minimum", b"minimum", "name", b"name", "on_delete", b"on_delete", "pattern", b"pattern", "required", b"required", "target", b"target", "type", b"type", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
+    _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    _WhichOneofReturnType__min_length: _TypeAlias = _typing.Literal["min_length"]  # noqa: Y015
+    _WhichOneofArgType__min_length: _TypeAlias = _typing.Literal["_min_length", b"_min_length"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_length) -> _WhichOneofReturnType__min_length | None: ...
+
+Global___Attribute: _TypeAlias = Attribute  # noqa: Y015
 
 @_typing.final
 class Reference(_message.Message):

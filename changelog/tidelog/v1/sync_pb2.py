@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from tidelog.v1 import constraint_pb2 as tidelog_dot_v1_dot_constraint__pb2
 from tidelog.v1 import operation_pb2 as tidelog_dot_v1_dot_operation__pb2
 from tidelog.v1 import schema_pb2 as tidelog_dot_v1_dot_schema__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tidelog/v1/sync.proto\x12\ntidelog.v1\x1a\x1atidelog/v1/operation.proto\x1a\x17tidelog/v1/schema.proto\"\xda\x01\n\x12SynchronizeRequest\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.tidelog.v1.SessionStartH\x00\x12+\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1a.tidelog.v1.OperationBatchH\x00\x12*\n\tselection\x18\x03 \x01(\x0b\x32\x15.tidelog.v1.SelectionH\x00\x12\x35\n\x0fupload_complete\x18\x04 \x01(\x0b\x32\x1a.tidelog.v1.UploadCompleteH\x00\x42\t\n\x07message\"\x92\x02\n\x13SynchronizeResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.tidelog.v1.SessionStartedH\x00\x12\x31\n\rbatch_results\x18\x02 \x01(\x0b\x32\x18.tidelog.v1.BatchResultsH\x00\x12\x33\n\x0eupload_settled\x18\x03 \x01(\x0b\x32\x19.tidelog.v1.UploadSettledH\x00\x12(\n\x04page\x18\x04 \x01(\x0b\x32\x18.tidelog.v1.SnapshotPageH\x00\x12/\n\x08\x63omplete\x18\x05 \x01(\x0b\x32\x1b.tidelog.v1.SessionCompleteH\x00\x42\t\n\x07message\"\xfa\x01\n\x0cSessionStart\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12)\n\x04mode\x18\x03 \x01(\x0e\x32\x1b.tidelog.v1.SynchronizeMode\x12\x16\n\x0eschema_version\x18\x04 \x01(\x03\x12\x0e\n\x06\x63ursor\x18\x05 \x01(\x0c\x12\x14\n\x0cresume_token\x18\x06 \x01(\x0c\x12\x11\n\tuploading\x18\x07 \x01(\x08\x12!\n\x19leaves_earlier_operations\x18\x08 \x01(\x08\x12\x1d\n\x15\x61\x63\x63\x65pts_confirmations\x18\t \x01(\x08\"\x90\x02\n\x0eSessionStarted\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x16\n\x0esession_number\x18\x02 \x01(\x03\x12.\n\x07settled\x18\x03 \x01(\x0b\x32\x1d.tidelog.v1.SettledOperations\x12\"\n\x06limits\x18\x04 \x01(\x0b\x32\x12.tidelog.v1.Limits\x12\x0f\n\x07version\x18\x05 \x01(\x03\x12\r\n\x05\x65poch\x18\x06 \x01(\t\x12\x10\n\x08timeline\x18\x07 \x01(\t\x12\x0f\n\x07resumed\x18\x08 \x01(\x08\x12\x11\n\treconcile\x18\t \x01(\x08\x12\"\n\x06schema\x18\n \x01(\x0b\x32\x12.tidelog.v1.Schema\"c\n\x11SettledOperations\x12$\n\x06ranges\x18\x01 \x03(\x0b\x32\x14.tidelog.v1.SeqRange\x12\x12\n\nnewest_seq\x18\x02 \x01(\x03\x12\x14\n\x0cnewest_nonce\x18\x03 \x01(\x06\"\'\n\x08SeqRange\x12\r\n\x05\x66irst\x18\x01 \x01(\x03\x12\x0c\n\x04last\x18\x02 \x01(\x03\"\xa4\x01\n\x06Limits\x12\x1d\n\x15\x62\x61tch_operation_count\x18\x01 \x01(\x05\x12\x13\n\x0b\x62\x61tch_bytes\x18\x02 \x01(\x05\x12\x19\n\x11\x62\x61tches_in_flight\x18\x03 \x01(\x05\x12\x17\n\x0foperation_bytes\x18\x04 \x01(\x05\x12\x1d\n\x15group_operation_count\x18\x05 \x01(\x05\x12\x13\n\x0bgroup_bytes\x18\x06 \x01(\x05\";\n\x0eOperationBatch\x12)\n\noperations\x18\x01 \x03(\x0b\x32\x15.tidelog.v1.Operation\"<\n\x0c\x42\x61tchResults\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.tidelog.v1.OperationResult\"0\n\tSelection\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.tidelog.v1.ObjectKey\"\'\n\tObjectKey\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"\x10\n\x0eUploadComplete\"R\n\rUploadSettled\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.tidelog.v1.OperationResult\x12\x13\n\x0bmore_follow\x18\x02 \x01(\x08\"\xa5\x01\n\x0cSnapshotPage\x12\'\n\tsnapshots\x18\x01 \x03(\x0b\x32\x14.tidelog.v1.Snapshot\x12%\n\x08removals\x18\x02 \x03(\x0b\x32\x13.tidelog.v1.Removal\x12/\n\rconfirmations\x18\x03 \x03(\x0b\x32\x18.tidelog.v1.Confirmation\x12\x14\n\x0cresume_token\x18\x04 \x01(\x0c\"2\n\x0fSessionComplete\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x87\x01\n\x17UploadOperationsRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12)\n\noperations\x18\x03 \x03(\x0b\x32\x15.tidelog.v1.Operation\x12\x13\n\x0bmore_follow\x18\x04 \x01(\x08\"Y\n\x18UploadOperationsResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.tidelog.v1.OperationResult\x12\x0f\n\x07version\x18\x02 \x01(\x03\"Z\n\x18\x44ownloadSnapshotsRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x0c\x12\x14\n\x0cresume_token\x18\x03 \x01(\x0c\"\xb1\x01\n\x19\x44ownloadSnapshotsResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.tidelog.v1.DownloadStartedH\x00\x12(\n\x04page\x18\x02 \x01(\x0b\x32\x18.tidelog.v1.SnapshotPageH\x00\x12/\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1b.tidelog.v1.SessionCompleteH\x00\x42\t\n\x07message\"z\n\x0f\x44ownloadStarted\x12\x0f\n\x07resumed\x18\x01 \x01(\x08\x12\x11\n\treconcile\x18\x02 \x01(\x08\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08timeline\x18\x04 \x01(\t\x12\"\n\x06schema\x18\x05 \x01(\x0b\x32\x12.tidelog.v1.Schema*\x91\x01\n\x0fSynchronizeMode\x12 \n\x1cSYNCHRONIZE_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14SYNCHRONIZE_MODE_ALL\x10\x01\x12#\n\x1fSYNCHRONIZE_MODE_UNSYNCHRONIZED\x10\x02\x12\x1d\n\x19SYNCHRONIZE_MODE_SELECTED\x10\x03\x32\xa4\x02\n\x0bSyncService\x12R\n\x0bSynchronize\x12\x1e.tidelog.v1.SynchronizeRequest\x1a\x1f.tidelog.v1.SynchronizeResponse(\x01\x30\x01\x12]\n\x10UploadOperations\x12#.tidelog.v1.UploadOperationsRequest\x1a$.tidelog.v1.UploadOperationsResponse\x12\x62\n\x11\x44ownloadSnapshots\x12$.tidelog.v1.DownloadSnapshotsRequest\x1a%.tidelog.v1.DownloadSnapshotsResponse0\x01\x42x\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tidelog/v1/sync.proto\x12\ntidelog.v1\x1a\x1btidelog/v1/constraint.proto\x1a\x1atidelog/v1/operation.proto\x1a\x17tidelog/v1/schema.proto\"\xda\x01\n\x12SynchronizeRequest\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.tidelog.v1.SessionStartH\x00\x12+\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1a.tidelog.v1.OperationBatchH\x00\x12*\n\tselection\x18\x03 \x01(\x0b\x32\x15.tidelog.v1.SelectionH\x00\x12\x35\n\x0fupload_complete\x18\x04 \x01(\x0b\x32\x1a.tidelog.v1.UploadCompleteH\x00\x42\t\n\x07message\"\x92\x02\n\x13SynchronizeResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.tidelog.v1.SessionStartedH\x00\x12\x31\n\rbatch_results\x18\x02 \x01(\x0b\x32\x18.tidelog.v1.BatchResultsH\x00\x12\x33\n\x0eupload_settled\x18\x03 \x01(\x0b\x32\x19.tidelog.v1.UploadSettledH\x00\x12(\n\x04page\x18\x04 \x01(\x0b\x32\x18.tidelog.v1.SnapshotPageH\x00\x12/\n\x08\x63omplete\x18\x05 \x01(\x0b\x32\x1b.tidelog.v1.SessionCompleteH\x00\x42\t\n\x07message\"\xd6\x02\n\x0cSessionStart\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12)\n\x04mode\x18\x03 \x01(\x0e\x32\x1b.tidelog.v1.SynchronizeMode\x12\x16\n\x0eschema_version\x18\x04 \x01(\x03\x12\x0e\n\x06\x63ursor\x18\x05 \x01(\x0c\x12\x14\n\x0cresume_token\x18\x06 \x01(\x0c\x12\x11\n\tuploading\x18\x07 \x01(\x08\x12!\n\x19leaves_earlier_operations\x18\x08 \x01(\x08\x12\x1d\n\x15\x61\x63\x63\x65pts_confirmations\x18\t \x01(\x08\x12-\n\tdownloads\x18\n \x03(\x0b\x32\x1a.tidelog.v1.EntityDownload\x12\x14\n\x0c\x62ound_tenant\x18\x0b \x01(\t\x12\x15\n\rbound_user_id\x18\x0c \x01(\t\"o\n\x0e\x45ntityDownload\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.tidelog.v1.DownloadMode\x12%\n\x05where\x18\x03 \x01(\x0b\x32\x16.tidelog.v1.Constraint\"p\n\nEntityPlan\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.tidelog.v1.DownloadMode\x12\x17\n\x0fupload_excluded\x18\x03 \x01(\x08\x12\x11\n\treconcile\x18\x04 \x01(\x08\"\xdb\x02\n\x0eSessionStarted\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x16\n\x0esession_number\x18\x02 \x01(\x03\x12.\n\x07settled\x18\x03 \x01(\x0b\x32\x1d.tidelog.v1.SettledOperations\x12\"\n\x06limits\x18\x04 \x01(\x0b\x32\x12.tidelog.v1.Limits\x12\x0f\n\x07version\x18\x05 \x01(\x03\x12\r\n\x05\x65poch\x18\x06 \x01(\t\x12\x10\n\x08timeline\x18\x07 \x01(\t\x12\x0f\n\x07resumed\x18\x08 \x01(\x08\x12\x11\n\treconcile\x18\t \x01(\x08\x12\"\n\x06schema\x18\n \x01(\x0b\x32\x12.tidelog.v1.Schema\x12(\n\x08\x65ntities\x18\x0b \x03(\x0b\x32\x16.tidelog.v1.EntityPlan\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12\x0f\n\x07user_id\x18\r \x01(\t\"c\n\x11SettledOperations\x12$\n\x06ranges\x18\x01 \x03(\x0b\x32\x14.tidelog.v1.SeqRange\x12\x12\n\nnewest_seq\x18\x02 \x01(\x03\x12\x14\n\x0cnewest_nonce\x18\x03 \x01(\x06\"\'\n\x08SeqRange\x12\r\n\x05\x66irst\x18\x01 \x01(\x03\x12\x0c\n\x04last\x18\x02 \x01(\x03\"\xa4\x01\n\x06Limits\x12\x1d\n\x15\x62\x61tch_operation_count\x18\x01 \x01(\x05\x12\x13\n\x0b\x62\x61tch_bytes\x18\x02 \x01(\x05\x12\x19\n\x11\x62\x61tches_in_flight\x18\x03 \x01(\x05\x12\x17\n\x0foperation_bytes\x18\x04 \x01(\x05\x12\x1d\n\x15group_operation_count\x18\x05 \x01(\x05\x12\x13\n\x0bgroup_bytes\x18\x06 \x01(\x05\";\n\x0eOperationBatch\x12)\n\noperations\x18\x01 \x03(\x0b\x32\x15.tidelog.v1.Operation\"<\n\x0c\x42\x61tchResults\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.tidelog.v1.OperationResult\"0\n\tSelection\x12#\n\x04keys\x18\x01 \x03(\x0b\x32\x15.tidelog.v1.ObjectKey\"\'\n\tObjectKey\x12\x0e\n\x06\x65ntity\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"\x10\n\x0eUploadComplete\"R\n\rUploadSettled\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.tidelog.v1.OperationResult\x12\x13\n\x0bmore_follow\x18\x02 \x01(\x08\"\xa5\x01\n\x0cSnapshotPage\x12\'\n\tsnapshots\x18\x01 \x03(\x0b\x32\x14.tidelog.v1.Snapshot\x12%\n\x08removals\x18\x02 \x03(\x0b\x32\x13.tidelog.v1.Removal\x12/\n\rconfirmations\x18\x03 \x03(\x0b\x32\x18.tidelog.v1.Confirmation\x12\x14\n\x0cresume_token\x18\x04 \x01(\x0c\"2\n\x0fSessionComplete\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x87\x01\n\x17UploadOperationsRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12)\n\noperations\x18\x03 \x03(\x0b\x32\x15.tidelog.v1.Operation\x12\x13\n\x0bmore_follow\x18\x04 \x01(\x08\"Y\n\x18UploadOperationsResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.tidelog.v1.OperationResult\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\x89\x01\n\x18\x44ownloadSnapshotsRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x0c\x12\x14\n\x0cresume_token\x18\x03 \x01(\x0c\x12-\n\tdownloads\x18\x04 \x03(\x0b\x32\x1a.tidelog.v1.EntityDownload\"\xb1\x01\n\x19\x44ownloadSnapshotsResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.tidelog.v1.DownloadStartedH\x00\x12(\n\x04page\x18\x02 \x01(\x0b\x32\x18.tidelog.v1.SnapshotPageH\x00\x12/\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1b.tidelog.v1.SessionCompleteH\x00\x42\t\n\x07message\"\xa4\x01\n\x0f\x44ownloadStarted\x12\x0f\n\x07resumed\x18\x01 \x01(\x08\x12\x11\n\treconcile\x18\x02 \x01(\x08\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08timeline\x18\x04 \x01(\t\x12\"\n\x06schema\x18\x05 \x01(\x0b\x32\x12.tidelog.v1.Schema\x12(\n\x08\x65ntities\x18\x06 \x03(\x0b\x32\x16.tidelog.v1.EntityPlan*\xbb\x01\n\x0c\x44ownloadMode\x12\x1d\n\x19\x44OWNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44OWNLOAD_MODE_ALL\x10\x01\x12\x17\n\x13\x44OWNLOAD_MODE_WHERE\x10\x02\x12\x1f\n\x1b\x44OWNLOAD_MODE_NOTHING_CLEAR\x10\x03\x12\"\n\x1e\x44OWNLOAD_MODE_NOTHING_PRESERVE\x10\x04\x12\x17\n\x13\x44OWNLOAD_MODE_NEVER\x10\x05*\x91\x01\n\x0fSynchronizeMode\x12 \n\x1cSYNCHRONIZE_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14SYNCHRONIZE_MODE_ALL\x10\x01\x12#\n\x1fSYNCHRONIZE_MODE_UNSYNCHRONIZED\x10\x02\x12\x1d\n\x19SYNCHRONIZE_MODE_SELECTED\x10\x03\x32\xa4\x02\n\x0bSyncService\x12R\n\x0bSynchronize\x12\x1e.tidelog.v1.SynchronizeRequest\x1a\x1f.tidelog.v1.SynchronizeResponse(\x01\x30\x01\x12]\n\x10UploadOperations\x12#.tidelog.v1.UploadOperationsRequest\x1a$.tidelog.v1.UploadOperationsResponse\x12\x62\n\x11\x44ownloadSnapshots\x12$.tidelog.v1.DownloadSnapshotsRequest\x1a%.tidelog.v1.DownloadSnapshotsResponse0\x01\x42x\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,48 +35,54 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidelog.v1.sync_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.tidelog.v1P\001Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\242\002\003TLG\252\002\nTidelog.V1\312\002\nTidelog\\V1\352\002\013Tidelog::V1'
-  _globals['_SYNCHRONIZEMODE']._serialized_start=2587
-  _globals['_SYNCHRONIZEMODE']._serialized_end=2732
-  _globals['_SYNCHRONIZEREQUEST']._serialized_start=91
-  _globals['_SYNCHRONIZEREQUEST']._serialized_end=309
-  _globals['_SYNCHRONIZERESPONSE']._serialized_start=312
-  _globals['_SYNCHRONIZERESPONSE']._serialized_end=586
-  _globals['_SESSIONSTART']._serialized_start=589
-  _globals['_SESSIONSTART']._serialized_end=839
-  _globals['_SESSIONSTARTED']._serialized_start=842
-  _globals['_SESSIONSTARTED']._serialized_end=1114
-  _globals['_SETTLEDOPERATIONS']._serialized_start=1116
-  _globals['_SETTLEDOPERATIONS']._serialized_end=1215
-  _globals['_SEQRANGE']._serialized_start=1217
-  _globals['_SEQRANGE']._serialized_end=1256
-  _globals['_LIMITS']._serialized_start=1259
-  _globals['_LIMITS']._serialized_end=1423
-  _globals['_OPERATIONBATCH']._serialized_start=1425
-  _globals['_OPERATIONBATCH']._serialized_end=1484
-  _globals['_BATCHRESULTS']._serialized_start=1486
-  _globals['_BATCHRESULTS']._serialized_end=1546
-  _globals['_SELECTION']._serialized_start=1548
-  _globals['_SELECTION']._serialized_end=1596
-  _globals['_OBJECTKEY']._serialized_start=1598
-  _globals['_OBJECTKEY']._serialized_end=1637
-  _globals['_UPLOADCOMPLETE']._serialized_start=1639
-  _globals['_UPLOADCOMPLETE']._serialized_end=1655
-  _globals['_UPLOADSETTLED']._serialized_start=1657
-  _globals['_UPLOADSETTLED']._serialized_end=1739
-  _globals['_SNAPSHOTPAGE']._serialized_start=1742
-  _globals['_SNAPSHOTPAGE']._serialized_end=1907
-  _globals['_SESSIONCOMPLETE']._serialized_start=1909
-  _globals['_SESSIONCOMPLETE']._serialized_end=1959
-  _globals['_UPLOADOPERATIONSREQUEST']._serialized_start=1962
-  _globals['_UPLOADOPERATIONSREQUEST']._serialized_end=2097
-  _globals['_UPLOADOPERATIONSRESPONSE']._serialized_start=2099
-  _globals['_UPLOADOPERATIONSRESPONSE']._serialized_end=2188
-  _globals['_DOWNLOADSNAPSHOTSREQUEST']._serialized_start=2190
-  _globals['_DOWNLOADSNAPSHOTSREQUEST']._serialized_end=2280
-  _globals['_DOWNLOADSNAPSHOTSRESPONSE']._serialized_start=2283
-  _globals['_DOWNLOADSNAPSHOTSRESPONSE']._serialized_end=2460
-  _globals['_DOWNLOADSTARTED']._serialized_start=2462
-  _globals['_DOWNLOADSTARTED']._serialized_end=2584
-  _globals['_SYNCSERVICE']._serialized_start=2735
-  _globals['_SYNCSERVICE']._serialized_end=3027
+  _globals['_DOWNLOADMODE']._serialized_start=3101
+  _globals['_DOWNLOADMODE']._serialized_end=3288
+  _globals['_SYNCHRONIZEMODE']._serialized_start=3291
+  _globals['_SYNCHRONIZEMODE']._serialized_end=3436
+  _globals['_SYNCHRONIZEREQUEST']._serialized_start=120
+  _globals['_SYNCHRONIZEREQUEST']._serialized_end=338
+  _globals['_SYNCHRONIZERESPONSE']._serialized_start=341
+  _globals['_SYNCHRONIZERESPONSE']._serialized_end=615
+  _globals['_SESSIONSTART']._serialized_start=618
+  _globals['_SESSIONSTART']._serialized_end=960
+  _globals['_ENTITYDOWNLOAD']._serialized_start=962
+  _globals['_ENTITYDOWNLOAD']._serialized_end=1073
+  _globals['_ENTITYPLAN']._serialized_start=1075
+  _globals['_ENTITYPLAN']._serialized_end=1187
+  _globals['_SESSIONSTARTED']._serialized_start=1190
+  _globals['_SESSIONSTARTED']._serialized_end=1537
+  _globals['_SETTLEDOPERATIONS']._serialized_start=1539
+  _globals['_SETTLEDOPERATIONS']._serialized_end=1638
+  _globals['_SEQRANGE']._serialized_start=1640
+  _globals['_SEQRANGE']._serialized_end=1679
+  _globals['_LIMITS']._serialized_start=1682
+  _globals['_LIMITS']._serialized_end=1846
+  _globals['_OPERATIONBATCH']._serialized_start=1848
+  _globals['_OPERATIONBATCH']._serialized_end=1907
+  _globals['_BATCHRESULTS']._serialized_start=1909
+  _globals['_BATCHRESULTS']._serialized_end=1969
+  _globals['_SELECTION']._serialized_start=1971
+  _globals['_SELECTION']._serialized_end=2019
+  _globals['_OBJECTKEY']._serialized_start=2021
+  _globals['_OBJECTKEY']._serialized_end=2060
+  _globals['_UPLOADCOMPLETE']._serialized_start=2062
+  _globals['_UPLOADCOMPLETE']._serialized_end=2078
+  _globals['_UPLOADSETTLED']._serialized_start=2080
+  _globals['_UPLOADSETTLED']._serialized_end=2162
+  _globals['_SNAPSHOTPAGE']._serialized_start=2165
+  _globals['_SNAPSHOTPAGE']._serialized_end=2330
+  _globals['_SESSIONCOMPLETE']._serialized_start=2332
+  _globals['_SESSIONCOMPLETE']._serialized_end=2382
+  _globals['_UPLOADOPERATIONSREQUEST']._serialized_start=2385
+  _globals['_UPLOADOPERATIONSREQUEST']._serialized_end=2520
+  _globals['_UPLOADOPERATIONSRESPONSE']._serialized_start=2522
+  _globals['_UPLOADOPERATIONSRESPONSE']._serialized_end=2611
+  _globals['_DOWNLOADSNAPSHOTSREQUEST']._serialized_start=2614
+  _globals['_DOWNLOADSNAPSHOTSREQUEST']._serialized_end=2751
+  _globals['_DOWNLOADSNAPSHOTSRESPONSE']._serialized_start=2754
+  _globals['_DOWNLOADSNAPSHOTSRESPONSE']._serialized_end=2931
+  _globals['_DOWNLOADSTARTED']._serialized_start=2934
+  _globals['_DOWNLOADSTARTED']._serialized_end=3098
+  _globals['_SYNCSERVICE']._serialized_start=3439
+  _globals['_SYNCSERVICE']._serialized_end=3731
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from tidelog.v1 import constraint_pb2 as _constraint_pb2
 from tidelog.v1 import operation_pb2 as _operation_pb2
 from tidelog.v1 import schema_pb2 as _schema_pb2
 import builtins as _builtins
@@ -20,6 +21,46 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DownloadMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DownloadModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DownloadMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DOWNLOAD_MODE_UNSPECIFIED: _DownloadMode.ValueType  # 0
+    """As the server offers it."""
+    DOWNLOAD_MODE_ALL: _DownloadMode.ValueType  # 1
+    """Every visible object."""
+    DOWNLOAD_MODE_WHERE: _DownloadMode.ValueType  # 2
+    """The visible objects that match a constraint. What no longer matches is
+    removed.
+    """
+    DOWNLOAD_MODE_NOTHING_CLEAR: _DownloadMode.ValueType  # 3
+    """Nothing; an object leaves the replica when its last operation is settled."""
+    DOWNLOAD_MODE_NOTHING_PRESERVE: _DownloadMode.ValueType  # 4
+    """Nothing; objects on the replica stay as they are."""
+    DOWNLOAD_MODE_NEVER: _DownloadMode.ValueType  # 5
+    """Nothing, and nothing is uploaded either, but in sessions of mode selected."""
+
+class DownloadMode(_DownloadMode, metaclass=_DownloadModeEnumTypeWrapper):
+    """How much of an entity a session of mode all downloads."""
+
+DOWNLOAD_MODE_UNSPECIFIED: DownloadMode.ValueType  # 0
+"""As the server offers it."""
+DOWNLOAD_MODE_ALL: DownloadMode.ValueType  # 1
+"""Every visible object."""
+DOWNLOAD_MODE_WHERE: DownloadMode.ValueType  # 2
+"""The visible objects that match a constraint. What no longer matches is
+removed.
+"""
+DOWNLOAD_MODE_NOTHING_CLEAR: DownloadMode.ValueType  # 3
+"""Nothing; an object leaves the replica when its last operation is settled."""
+DOWNLOAD_MODE_NOTHING_PRESERVE: DownloadMode.ValueType  # 4
+"""Nothing; objects on the replica stay as they are."""
+DOWNLOAD_MODE_NEVER: DownloadMode.ValueType  # 5
+"""Nothing, and nothing is uploaded either, but in sessions of mode selected."""
+Global___DownloadMode: _TypeAlias = DownloadMode  # noqa: Y015
 
 class _SynchronizeMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -164,6 +205,9 @@ class SessionStart(_message.Message):
     UPLOADING_FIELD_NUMBER: _builtins.int
     LEAVES_EARLIER_OPERATIONS_FIELD_NUMBER: _builtins.int
     ACCEPTS_CONFIRMATIONS_FIELD_NUMBER: _builtins.int
+    DOWNLOADS_FIELD_NUMBER: _builtins.int
+    BOUND_TENANT_FIELD_NUMBER: _builtins.int
+    BOUND_USER_ID_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the client speaks: 1. Another is refused with
     `FAILED_PRECONDITION`, reason `PROTOCOL_VERSION_UNSUPPORTED`.
@@ -194,6 +238,19 @@ class SessionStart(_message.Message):
     """True if the replica still has whatever its own operations led to, so that
     a `Confirmation` can stand for a snapshot. If false, all states are sent.
     """
+    bound_tenant: _builtins.str
+    """The tenant that the replica is bound to, as given in its first session.
+    Empty: none yet. Another one than the principal's is refused with
+    `PERMISSION_DENIED`, reason `REPLICA_OWNED`.
+    """
+    bound_user_id: _builtins.str
+    """The user that the replica is bound to. See `bound_tenant`."""
+    @_builtins.property
+    def downloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntityDownload]:
+        """What the replica wants to have of each entity. Entities not named: what the
+        server offers.
+        """
+
     def __init__(
         self,
         *,
@@ -206,14 +263,90 @@ class SessionStart(_message.Message):
         uploading: _builtins.bool = ...,
         leaves_earlier_operations: _builtins.bool = ...,
         accepts_confirmations: _builtins.bool = ...,
+        downloads: _abc.Iterable[Global___EntityDownload] | None = ...,
+        bound_tenant: _builtins.str = ...,
+        bound_user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_confirmations", b"accepts_confirmations", "cursor", b"cursor", "leaves_earlier_operations", b"leaves_earlier_operations", "mode", b"mode", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "resume_token", b"resume_token", "schema_version", b"schema_version", "uploading", b"uploading"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_confirmations", b"accepts_confirmations", "bound_tenant", b"bound_tenant", "bound_user_id", b"bound_user_id", "cursor", b"cursor", "downloads", b"downloads", "leaves_earlier_operations", b"leaves_earlier_operations", "mode", b"mode", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "resume_token", b"resume_token", "schema_version", b"schema_version", "uploading", b"uploading"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionStart: _TypeAlias = SessionStart  # noqa: Y015
+
+@_typing.final
+class EntityDownload(_message.Message):
+    """What a replica wants to have of one entity. It can only be less than the server
+    offers: a wider mode is read as the server's.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTITY_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    entity: _builtins.str
+    """The entity."""
+    mode: Global___DownloadMode.ValueType
+    """How much of it."""
+    @_builtins.property
+    def where(self) -> _constraint_pb2.Constraint:
+        """Which objects. Mode where only. It may use attributes that the principal
+        may read; another one is refused with `INVALID_ARGUMENT`, reason
+        `CONSTRAINT_INVALID`.
+        """
+
+    def __init__(
+        self,
+        *,
+        entity: _builtins.str = ...,
+        mode: Global___DownloadMode.ValueType = ...,
+        where: _constraint_pb2.Constraint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["where", b"where"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "mode", b"mode", "where", b"where"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntityDownload: _TypeAlias = EntityDownload  # noqa: Y015
+
+@_typing.final
+class EntityPlan(_message.Message):
+    """What a session does with one entity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTITY_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    UPLOAD_EXCLUDED_FIELD_NUMBER: _builtins.int
+    RECONCILE_FIELD_NUMBER: _builtins.int
+    entity: _builtins.str
+    """The entity."""
+    mode: Global___DownloadMode.ValueType
+    """How much of it a session of mode all downloads."""
+    upload_excluded: _builtins.bool
+    """True if its operations stay behind in sessions of other modes than selected."""
+    reconcile: _builtins.bool
+    """True if this session's download reconciles the entity: every visible object
+    of it is streamed, and what is not among them is to be removed.
+    """
+    def __init__(
+        self,
+        *,
+        entity: _builtins.str = ...,
+        mode: Global___DownloadMode.ValueType = ...,
+        upload_excluded: _builtins.bool = ...,
+        reconcile: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "mode", b"mode", "reconcile", b"reconcile", "upload_excluded", b"upload_excluded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntityPlan: _TypeAlias = EntityPlan  # noqa: Y015
 
 @_typing.final
 class SessionStarted(_message.Message):
@@ -231,6 +364,9 @@ class SessionStarted(_message.Message):
     RESUMED_FIELD_NUMBER: _builtins.int
     RECONCILE_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
+    ENTITIES_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the server speaks."""
     session_number: _builtins.int
@@ -251,6 +387,10 @@ class SessionStarted(_message.Message):
     """True if the download is a reconciliation: every visible object is
     streamed, and what is not among them is to be removed.
     """
+    tenant: _builtins.str
+    """The principal's tenant. The replica is bound to it from now on."""
+    user_id: _builtins.str
+    """The principal's user id. The replica is bound to it from now on."""
     @_builtins.property
     def settled(self) -> Global___SettledOperations:
         """What the server has settled of this replica."""
@@ -263,6 +403,12 @@ class SessionStarted(_message.Message):
     def schema(self) -> _schema_pb2.Schema:
         """The application's schema, if it has one. Its references tell a replica
         what a selected object needs.
+        """
+
+    @_builtins.property
+    def entities(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntityPlan]:
+        """What the session does with those entities that differ from the rest: the
+        others are downloaded whole, and reconciled if `reconcile` says so.
         """
 
     def __init__(
@@ -278,10 +424,13 @@ class SessionStarted(_message.Message):
         resumed: _builtins.bool = ...,
         reconcile: _builtins.bool = ...,
         schema: _schema_pb2.Schema | None = ...,
+        entities: _abc.Iterable[Global___EntityPlan] | None = ...,
+        tenant: _builtins.str = ...,
+        user_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "schema", b"schema", "settled", b"settled"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "limits", b"limits", "protocol_version", b"protocol_version", "reconcile", b"reconcile", "resumed", b"resumed", "schema", b"schema", "session_number", b"session_number", "settled", b"settled", "timeline", b"timeline", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "epoch", b"epoch", "limits", b"limits", "protocol_version", b"protocol_version", "reconcile", b"reconcile", "resumed", b"resumed", "schema", b"schema", "session_number", b"session_number", "settled", b"settled", "tenant", b"tenant", "timeline", b"timeline", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -683,6 +832,7 @@ class DownloadSnapshotsRequest(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    DOWNLOADS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the client speaks: 1."""
     cursor: _builtins.bytes
@@ -691,16 +841,21 @@ class DownloadSnapshotsRequest(_message.Message):
     """Where an interrupted download stands, from the last page kept. Empty: from
     `cursor`.
     """
+    @_builtins.property
+    def downloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntityDownload]:
+        """See `SessionStart.downloads`."""
+
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         cursor: _builtins.bytes = ...,
         resume_token: _builtins.bytes = ...,
+        downloads: _abc.Iterable[Global___EntityDownload] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "protocol_version", b"protocol_version", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "downloads", b"downloads", "protocol_version", b"protocol_version", "resume_token", b"resume_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -755,6 +910,7 @@ class DownloadStarted(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
+    ENTITIES_FIELD_NUMBER: _builtins.int
     resumed: _builtins.bool
     """See `SessionStarted.resumed`."""
     reconcile: _builtins.bool
@@ -767,6 +923,10 @@ class DownloadStarted(_message.Message):
     def schema(self) -> _schema_pb2.Schema:
         """The application's schema, if it has one."""
 
+    @_builtins.property
+    def entities(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntityPlan]:
+        """See `SessionStarted.entities`."""
+
     def __init__(
         self,
         *,
@@ -775,10 +935,11 @@ class DownloadStarted(_message.Message):
         epoch: _builtins.str = ...,
         timeline: _builtins.str = ...,
         schema: _schema_pb2.Schema | None = ...,
+        entities: _abc.Iterable[Global___EntityPlan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "reconcile", b"reconcile", "resumed", b"resumed", "schema", b"schema", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "epoch", b"epoch", "reconcile", b"reconcile", "resumed", b"resumed", "schema", b"schema", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -194,11 +194,32 @@ class Cursor(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class EntitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EPOCH_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     COMMIT_ID_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
+    ENTITIES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
     """The store it speaks of."""
     timeline: _builtins.str
@@ -208,7 +229,13 @@ class Cursor(_message.Message):
     commit_id: _builtins.bytes
     """Id of the commit that ended at `version`."""
     scope: _builtins.bytes
-    """What the projection was made of: another one needs a reconciliation."""
+    """What the projection was made of, for entities not in `entities`: another one
+    needs a reconciliation.
+    """
+    @_builtins.property
+    def entities(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """The same for single entities."""
+
     def __init__(
         self,
         *,
@@ -217,10 +244,11 @@ class Cursor(_message.Message):
         version: _builtins.int = ...,
         commit_id: _builtins.bytes = ...,
         scope: _builtins.bytes = ...,
+        entities: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_id", b"commit_id", "epoch", b"epoch", "scope", b"scope", "timeline", b"timeline", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_id", b"commit_id", "entities", b"entities", "epoch", b"epoch", "scope", b"scope", "timeline", b"timeline", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,12 +260,36 @@ class ResumeToken(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class EntitiesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     START_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
     FIRST_HEAD_FIELD_NUMBER: _builtins.int
+    ENTITIES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ROUND_HEAD_FIELD_NUMBER: _builtins.int
+    PREVIOUS_ROUND_HEAD_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """The download has sent every object whose latest version is up to this one."""
     epoch: _builtins.str
@@ -250,9 +302,21 @@ class ResumeToken(_message.Message):
     """The newest version when the download began. An object deleted above it may
     have been sent before.
     """
+    source: _builtins.bytes
+    """The scan that `position` is a place in: sources are scanned in the order of
+    these bytes, round after round.
+    """
+    round_head: _builtins.int
+    """Newest version when the present round of scans began."""
+    previous_round_head: _builtins.int
+    """The same of the round before. 0: this is the first one."""
     @_builtins.property
     def start(self) -> Global___Cursor:
         """The cursor that the download started from. Not set: from nowhere."""
+
+    @_builtins.property
+    def entities(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """See `Cursor.entities`."""
 
     def __init__(
         self,
@@ -263,10 +327,14 @@ class ResumeToken(_message.Message):
         timeline: _builtins.str = ...,
         scope: _builtins.bytes = ...,
         first_head: _builtins.int = ...,
+        entities: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+        source: _builtins.bytes = ...,
+        round_head: _builtins.int = ...,
+        previous_round_head: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_head", b"first_head", "position", b"position", "scope", b"scope", "start", b"start", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "epoch", b"epoch", "first_head", b"first_head", "position", b"position", "previous_round_head", b"previous_round_head", "round_head", b"round_head", "scope", b"scope", "source", b"source", "start", b"start", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
