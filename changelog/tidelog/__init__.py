@@ -6,12 +6,14 @@ operations, constraints, the schema and the errors.
 """
 
 from tidelog._constraints import Constraint, attribute
+from tidelog._downloads import Download, DownloadMode
 from tidelog._errors import (
     DiskFull,
     ForeignServer,
     FormatUnsupported,
     InheritedEnvironment,
     InvalidConstraint,
+    InvalidRule,
     InvalidSchema,
     InvalidValue,
     LimitExceeded,
@@ -42,11 +44,14 @@ __all__ = [
     "CommitGroup",
     "Constraint",
     "DiskFull",
+    "Download",
+    "DownloadMode",
     "FailureReason",
     "ForeignServer",
     "FormatUnsupported",
     "InheritedEnvironment",
     "InvalidConstraint",
+    "InvalidRule",
     "InvalidSchema",
     "InvalidValue",
     "LimitExceeded",

@@ -6,6 +6,7 @@ What tidelog raises.
     - LimitExceeded              it is over a limit
   + InvalidConstraint            a constraint that makes no sense
   + InvalidSchema                a schema that contradicts itself
+  + InvalidRule                  a rule of an application that contradicts itself or the schema
   + ObjectNotFound               the object to be changed is not there (or no longer)
   + ObjectExists                 an object of this id is there already
   + StorageError                 the directory on disk
@@ -52,6 +53,10 @@ class InvalidConstraint(TidelogError, ValueError):
 
 class InvalidSchema(TidelogError, ValueError):
     """A schema that contradicts itself."""
+
+
+class InvalidRule(TidelogError, ValueError):
+    """A rule of an application (access, download, conflicts) that contradicts itself or the schema."""
 
 
 class _ObjectError(TidelogError):

@@ -7,30 +7,39 @@ An application is declared once, when a program starts, and then only read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from tidelog._constraints import Where
-from tidelog._errors import InvalidSchema, InvalidValue
+from tidelog._constraints import Constraint, Where, constraint_of
+from tidelog._downloads import Download, DownloadMode, DownloadWish, download_of
+from tidelog._errors import InvalidConstraint, InvalidRule, InvalidValue
+from tidelog._patch import check_attribute_name
 from tidelog._schema import Schema
 from tidelog._values import check_name
+from tidelog_server._access import EVERYTHING, AccessRule, Rights
+from tidelog_server._principal import Principal
 
 if TYPE_CHECKING:
     from tidelog._operation import Operation
-    from tidelog_server._principal import Principal
 
 
 class Reject(Exception):
     """
-    Raised by a hook to refuse the operation; the message reaches its author.
+    Raised by a hook to refuse the operation; message and code reach its author.
 
     Args:
         message: Why, in a sentence for people. Cut after 1,000 bytes.
+        code: Why, for programs: 1 to 64 bytes, or empty for none.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, code: str = "") -> None:
         super().__init__(message)
+        if code:
+            check_name(code, "the code of a rejection")
         self.message = message
+        self.code = code
 
 
 class TransientError(Exception):
@@ -107,9 +116,41 @@ Hook = Callable[[Any, Any], None]
 _H = TypeVar("_H", bound=Hook)
 
 
+# What an object becomes where two authors changed the same: a function of its attributes at the version that the
+# author saw, as they are now, and as the author wants them (None: deleted).
+Merge = Callable[[dict[str, Any], dict[str, Any], dict[str, Any] | None], dict[str, Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class EntitySynchronization:
+    """
+    What replicas get and may send of an entity.
+
+    Attributes:
+        offer: How much of it a replica can have.
+        uploads: Whether operations on it are taken.
+        uploads_until: Until then operations are taken that *uploads*, or the mode never, would refuse.
+    """
+
+    offer: Download = field(default_factory=Download)
+    uploads: bool = True
+    uploads_until: datetime | None = None
+
+    def takes_uploads(self, time_us: int) -> bool:
+        """Tell whether operations on the entity are taken at this time of the server's clock."""
+        return self.uploads or self._is_lenient(time_us)
+
+    def excludes_uploads(self, time_us: int, mode: DownloadMode) -> bool:
+        """Tell whether a replica with this mode leaves its operations out of sessions of other modes than selected."""
+        return mode is DownloadMode.NEVER and not self._is_lenient(time_us)
+
+    def _is_lenient(self, time_us: int) -> bool:
+        return self.uploads_until is not None and time_us < self.uploads_until.timestamp() * 1e6
+
+
 class Application:
     """
-    Schema and hooks.
+    The rules of a business: schema, access, downloads, conflicts, hooks.
 
     A hook is a plain function of (object, context). It runs inside the transaction
     that applies the operation, on the one thread that writes: what it writes
@@ -120,12 +161,149 @@ class Application:
 
     Args:
         schema: The application's entities. None: everything is accepted.
+        operators: Roles that work off the synchronization failures of everybody. None
+            named and no access rules: everybody does.
     """
 
-    def __init__(self, *, schema: Schema | None = None) -> None:
-        self.schema = schema if schema is not None else Schema(version=1)
+    def __init__(self, *, schema: Schema | None = None, operators: Iterable[str] = ()) -> None:
+        self.schema = schema if schema is not None else Schema(version=1, open=True)
         self.has_schema = schema is not None
+        self.access_rules: list[AccessRule] = []
+        self.synchronization: dict[str, EntitySynchronization] = {}
+        self.conflict_policies: dict[str, Merge | Literal["reject_stale"]] = {}
+        self._operators = frozenset(operators)
         self._hooks: dict[tuple[str, str], list[Hook]] = {}
+        self._user_lookup: Callable[[str, str], Principal | None] | None = None
+        if isinstance(operators, str):
+            raise InvalidRule(f"operators are a list of roles, got {operators!r}")
+
+    def allow(
+        self,
+        role: str,
+        entity: str,
+        *,
+        create: bool = False,
+        delete: bool = False,
+        read: Iterable[str] = EVERYTHING,
+        write: Iterable[str] = (),
+        where: Where = None,
+        check: Where = None,
+    ) -> None:
+        """
+        Grant a role something on an entity. Rules add up; with the first one, what none grants is denied.
+
+        Args:
+            role: The role, or "*" for everybody.
+            entity: The entity, or "*" for every one.
+            create: Whether objects may be created, with the attributes of *write*.
+            delete: Whether objects may be deleted.
+            read: Attributes that may be read, "*" for all. None of them: objects are not seen.
+            write: Attributes that may be written, "*" for all.
+            where: Which objects the rule is about, as they are before; it may use
+                claims. None: all.
+            check: What objects must be after they were written. None: what *where* says.
+
+        Raises:
+            InvalidRule: It names what the schema does not have, or compares with a value of another type.
+        """
+        if not role:
+            raise InvalidRule("a role has a name; '*' is everybody")
+        what = f"the access rule of {role!r} on {entity!r}"
+        if entity != EVERYTHING:
+            self._check_entity(entity, what)
+        self.access_rules.append(
+            AccessRule(
+                role,
+                entity,
+                create,
+                delete,
+                self._attribute_names(entity, read, what),
+                self._attribute_names(entity, write, what),
+                self._constraint(entity, where, what),
+                self._constraint(entity, check, what),
+            )
+        )
+
+    def synchronize(
+        self,
+        entity: str,
+        download: DownloadWish = DownloadMode.ALL,
+        *,
+        uploads: bool = True,
+        uploads_until: datetime | None = None,
+    ) -> None:
+        """
+        Say what replicas get and may send of an entity. Entities not named: everything.
+
+        Args:
+            entity: The entity.
+            download: How much a replica can have: a mode or a constraint. A replica may ask for less.
+            uploads: False: operations on it are refused.
+            uploads_until: Until then operations are taken although *uploads* is false or
+                the mode is `never`: for replicas that worked with what was allowed before.
+
+        Raises:
+            InvalidRule: It names what the schema does not have, or a date without a time zone.
+        """
+        what = f"the synchronization of {entity!r}"
+        self._check_entity(entity, what)
+        try:
+            offer = download_of(download)
+        except (InvalidValue, InvalidConstraint) as error:
+            raise InvalidRule(f"{what}: {error}") from error
+        self._constraint(entity, offer.where, what)
+        if uploads_until is not None and uploads_until.utcoffset() is None:
+            raise InvalidRule(f"{what}: {uploads_until} has no time zone")
+        self.synchronization[entity] = EntitySynchronization(offer, uploads, uploads_until)
+
+    def on_conflict(self, entity: str, policy: Merge | Literal["reject_stale"]) -> None:
+        """
+        Say what happens to an operation that writes what somebody else changed since its author looked.
+
+        Without a policy the last one to arrive wins, attribute by attribute. Intents of one
+        kind are never in conflict with each other.
+
+        Args:
+            entity: The entity.
+            policy: "reject_stale" refuses the operation. A function of (base, theirs,
+                mine) returns what the object becomes, or None to delete it; it may
+                raise `Reject`. *mine* is None where the author deleted.
+
+        Raises:
+            InvalidRule: The schema has no such entity, or it is no policy.
+        """
+        self._check_entity(entity, f"the conflict policy of {entity!r}")
+        if policy != "reject_stale" and not callable(policy):
+            raise InvalidRule(f"a conflict policy is 'reject_stale' or a function, got {policy!r}")
+        self.conflict_policies[entity] = policy
+
+    def users(self, lookup: Callable[[str, str], Principal | None]) -> Callable[[str, str], Principal | None]:
+        """
+        Register a function of (tenant, user id) that says who a user is today. Use it as a decorator.
+
+        A retried operation is judged by the present rights of its author; without the
+        function, or where it returns None, by those of the operator who retries it.
+        """
+        self._user_lookup = lookup
+        return lookup
+
+    def user(self, tenant: str, user_id: str) -> Principal | None:
+        """Return who a user is today, or None if that is not known."""
+        return self._user_lookup(tenant, user_id) if self._user_lookup is not None else None
+
+    def rights(self, principal: Principal) -> Rights:
+        """Return what a principal may do."""
+        return Rights(self.access_rules, principal)
+
+    def is_operator(self, principal: Principal) -> bool:
+        """Tell whether a principal works off the failures of everybody."""
+        if not self._operators and not self.access_rules:
+            return True
+        return not self._operators.isdisjoint(principal.roles)
+
+    def synchronization_of(self, entity: str) -> EntitySynchronization:
+        """Return what replicas get and may send of an entity."""
+        return self.synchronization.get(entity, _EVERYTHING_SYNCHRONIZED)
 
     def before_commit(self, entity: str) -> Callable[[_H], _H]:
         """Run the decorated hook before a creation or update of *entity* is applied; it may change the object."""
@@ -153,18 +331,49 @@ class Application:
         return self._hooks.get((moment, entity), _NO_HOOKS)
 
     def _registrar(self, moment: str, entity: str) -> Callable[[_H], _H]:
-        try:
-            check_name(entity, "an entity name")
-        except InvalidValue as error:
-            raise InvalidSchema(str(error)) from error
+        self._check_entity(entity, f"a hook on {entity!r}")
 
         def register(hook: _H) -> _H:
             if inspect.iscoroutinefunction(hook) or inspect.isgeneratorfunction(hook):
-                raise InvalidSchema(f"a hook is a plain function, which {hook.__qualname__} is not")
+                raise InvalidRule(f"a hook is a plain function, which {hook.__qualname__} is not")
             self._hooks.setdefault((moment, entity), []).append(hook)
             return hook
 
         return register
 
+    def _check_entity(self, entity: str, what: str) -> None:
+        try:
+            check_name(entity, "an entity name")
+        except InvalidValue as error:
+            raise InvalidRule(f"{what}: {error}") from error
+        if not self.schema.open and self.schema.entity(entity) is None:
+            raise InvalidRule(f"{what}: the schema has no entity {entity!r}")
 
+    def _attribute_names(self, entity: str, names: Iterable[str], what: str) -> frozenset[str] | None:
+        if names == EVERYTHING:
+            return None
+        if isinstance(names, str):
+            raise InvalidRule(f"{what}: attributes are a list of names or '*', got {names!r}")
+        found = frozenset(names)
+        declared = self.schema.entity(entity)
+        for name in sorted(found):
+            try:
+                check_attribute_name(name)
+            except InvalidValue as error:
+                raise InvalidRule(f"{what}: {error}") from error
+            if not self.schema.open and declared is not None and name not in declared.attributes:
+                raise InvalidRule(f"{what}: {entity} has no attribute {name!r}")
+        return found
+
+    def _constraint(self, entity: str, where: Where, what: str) -> Constraint | None:
+        try:
+            constraint = constraint_of(where)
+            if constraint is not None and entity != EVERYTHING:
+                self.schema.check_constraint(entity, constraint)
+        except InvalidConstraint as error:
+            raise InvalidRule(f"{what}: {error}") from error
+        return constraint
+
+
+_EVERYTHING_SYNCHRONIZED = EntitySynchronization()
 _NO_HOOKS: list[Hook] = []

@@ -26,5 +26,14 @@ class Principal:
     roles: frozenset[str] = frozenset()
     claims: Mapping[str, Any] = field(default_factory=dict)
 
+    def claims_and_identity(self) -> dict[str, Any]:
+        """Return what constraints can compare with: the claims, and user_id, tenant and roles."""
+        return {
+            **self.claims,
+            "user_id": self.user_id,
+            "tenant": self.tenant,
+            "roles": sorted(self.roles),
+        }
+
 
 ANONYMOUS = Principal("anonymous")

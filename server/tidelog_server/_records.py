@@ -7,6 +7,8 @@ own business.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from tidelog._keys import ObjectKey
@@ -17,6 +19,8 @@ COMMIT_ID_BYTES: Final = 8
 
 # The writer of what no replica wrote: the service itself.
 NO_REPLICA: Final = bytes(REPLICA_ID_BYTES)
+
+_NO_INDEX: Final[Mapping[bytes, bytes | None]] = MappingProxyType({})
 
 
 class ObjectState(NamedTuple):
@@ -59,6 +63,7 @@ class Change(NamedTuple):
         by_hook: Whether a hook made the change while that operation was applied.
         user_id: The principal it is attributed to.
         time_us: The server's clock in microseconds since 1970. Information only.
+        failure: Id of the synchronization failure whose retry made it; empty otherwise.
     """
 
     version: int
@@ -72,6 +77,7 @@ class Change(NamedTuple):
     by_hook: bool
     user_id: str
     time_us: int
+    failure: bytes = b""
 
 
 class Settled(NamedTuple):
@@ -165,8 +171,9 @@ class Writes(NamedTuple):
         changes: New changes, in version order without gaps.
         replica: Id and new state of the replica, or None to leave it.
         settled: Outcomes of the replica's operations by seq.
-        failures: New failures.
+        failures: Failures, new ones and those that changed.
         version: The tenant's newest version after this.
+        index: What changes in the table of indexes: new values by key, None to remove.
     """
 
     objects: dict[ObjectKey, tuple[ObjectState, int]]
@@ -175,6 +182,7 @@ class Writes(NamedTuple):
     settled: list[tuple[int, Settled]]
     failures: list[FailureRecord]
     version: int
+    index: Mapping[bytes, bytes | None] = _NO_INDEX
 
 
 def merged_ranges(ranges: tuple[tuple[int, int], ...], seqs: list[int]) -> tuple[tuple[int, int], ...]:

@@ -50,11 +50,27 @@ class Reader(Protocol):
         """Return objects of an entity, tombstones too, in id order above *after_id*."""
         ...
 
-    def latest_objects(self, after: int, limit: int, bytes_max: int) -> ObjectsPage:
+    def entities(self) -> list[str]:
+        """Return the entities that ever had an object, in byte order."""
+        ...
+
+    def latest_objects(self, entity: str, after: int, limit: int, bytes_max: int) -> ObjectsPage:
         """
-        Return the objects, tombstones too, whose latest version is above *after*, in version order.
+        Return the entity's objects, tombstones too, whose latest version is above *after*, in version order.
 
         The page ends after *limit* objects, or once their attributes reach *bytes_max*.
+        """
+        ...
+
+    def index(self, key: bytes) -> bytes | None:
+        """Return the value of a key in the table of indexes, or None."""
+        ...
+
+    def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """
+        Return entries of the table of indexes whose keys start with *prefix*, in key order.
+
+        At most *limit*, and only those above the key *after* (empty: from the first one).
         """
         ...
 
@@ -112,6 +128,18 @@ class Store(Protocol):
         job may run more than once and sees the writes of the jobs before it; it must
         change nothing else.
         """
+        ...
+
+    def tenants(self) -> list[str]:
+        """Return the tenants that anything was ever written for."""
+        ...
+
+    def note(self, name: str) -> bytes:
+        """Return what the server noted about the whole store under a name; empty if nothing."""
+        ...
+
+    def set_note(self, name: str, value: bytes) -> None:
+        """Note something about the whole store, durably. Any later `note` returns it."""
         ...
 
     def close(self) -> None:

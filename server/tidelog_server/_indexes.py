@@ -1,0 +1,176 @@
+"""
+Indexes: what a schema wants to be found without a scan, as keys and values of one ordered table.
+
+A store keeps the table and knows nothing of its meaning. The first byte of a key
+tells what it is about:
+
+    u  entity NUL digest             -> id              who has a unique value
+    r  target key NUL key NUL name   -> nothing         who refers to an object, by which attribute
+    v  entity NUL name NUL digest version -> id         objects that have, or had, a value: by version
+    p  entity NUL name NUL digest id -> version         where in `v` an object stands
+    d  cause failure                 -> nothing         failures because of a failure
+
+Values are represented by a digest, because a key has a limited length: whoever looks
+something up compares with the record itself. Under `v` an object that no longer has
+the value keeps an entry, at the version at which it lost it: a download that follows
+one value sees it leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
+from typing import Any, Final, NamedTuple
+
+from tidelog._keys import POSITION_BYTES, ObjectKey, pack_object_key, pack_position, unpack_object_key, unpack_position
+from tidelog._schema import Schema
+from tidelog._values import Attributes, encode
+
+DIGEST_BYTES: Final = 16
+
+_UNIQUE: Final = b"u"
+_REFERRER: Final = b"r"
+_BY_VERSION: Final = b"v"
+_PLACE: Final = b"p"
+_DEPENDENT: Final = b"d"
+
+IndexWrites = dict[bytes, bytes | None]
+
+
+class Written(NamedTuple):
+    """
+    What became of one object in a transaction.
+
+    Attributes:
+        key: Its key.
+        before: Its attributes before, or None if it was not there.
+        after: Its attributes now, or None if it is gone.
+        version: Its version now.
+    """
+
+    key: ObjectKey
+    before: Attributes | None
+    after: Attributes | None
+    version: int
+
+
+def index_writes(schema: Schema, written: Iterable[Written], lookup: Callable[[bytes], bytes | None]) -> IndexWrites:
+    """
+    Return what changes in the table: new values by key, None to remove.
+
+    Args:
+        schema: Says what is indexed.
+        written: The objects that a transaction wrote, each once.
+        lookup: Reads the table as it is before the transaction.
+    """
+    removed: IndexWrites = {}
+    added: IndexWrites = {}
+    for one in written:
+        entity = schema.entity(one.key[0])
+        if entity is None:
+            continue
+        before = _plain_entries(schema, one.key, one.before)
+        after = _plain_entries(schema, one.key, one.after)
+        removed.update(dict.fromkeys(before.keys() - after.keys()))
+        added.update(after)
+        for attribute in entity.indexes:
+            _follow(attribute, one, lookup, removed, added)
+    return {**removed, **added}
+
+
+def unique_key(entity: str, attributes: Iterable[str], values: Mapping[str, Any]) -> bytes | None:
+    """Return the key of a unique value, or None if one of its attributes is missing or null: then it binds nobody."""
+    parts: list[Any] = []
+    for name in attributes:
+        value = values.get(name)
+        if value is None:
+            return None
+        parts += (name, _canonical(value))
+    return _UNIQUE + entity.encode() + b"\0" + _digest(parts)
+
+
+def referrers_prefix(target: ObjectKey) -> bytes:
+    """Return what the keys of all references to an object start with."""
+    return _REFERRER + pack_object_key(*target) + b"\0"
+
+
+def referrer_of(key: bytes, target: ObjectKey) -> tuple[ObjectKey, str]:
+    """Return the object that refers to *target*, and its attribute, from a key under `referrers_prefix`."""
+    rest, _, attribute = key[len(referrers_prefix(target)) :].rpartition(b"\0")
+    return unpack_object_key(rest), attribute.decode()
+
+
+def by_version_prefix(entity: str, attribute: str, value: Any) -> bytes:
+    """Return what the keys of the objects start with that have, or had, a value; the version follows."""
+    return _BY_VERSION + _value_prefix(entity, attribute, value)
+
+
+def dependents_prefix(failure_id: bytes) -> bytes:
+    """Return what the keys of the failures start with that a failure caused; their ids follow."""
+    return _DEPENDENT + failure_id
+
+
+def _follow(
+    attribute: str,
+    one: Written,
+    lookup: Callable[[bytes], bytes | None],
+    removed: IndexWrites,
+    added: IndexWrites,
+) -> None:
+    """Move an object to its new version under the value that it has, and under the one that it loses."""
+    entity, id_ = one.key
+    now = one.after.get(attribute) if one.after is not None else None
+    lost = one.before.get(attribute) if one.before is not None else None
+    prefixes = {_value_prefix(entity, attribute, value) for value in (now, lost) if value is not None}
+    for prefix in prefixes:
+        place = _PLACE + prefix + id_.encode()
+        known = lookup(place)
+        if known is not None:
+            removed[_BY_VERSION + prefix + known] = None
+        added[place] = pack_position(one.version)
+        added[_BY_VERSION + prefix + pack_position(one.version)] = id_.encode()
+
+
+def _plain_entries(schema: Schema, key: ObjectKey, attributes: Attributes | None) -> dict[bytes, bytes]:
+    """Return the entries that follow from what an object holds now."""
+    entries: dict[bytes, bytes] = {}
+    if attributes is None:
+        return entries
+    name, id_ = key
+    entity = schema.entity(name)
+    for names in entity.unique if entity is not None else ():
+        found = unique_key(name, names, attributes)
+        if found is not None:
+            entries[found] = id_.encode()
+    for attribute, target in schema.referenced(name, attributes):
+        entries[referrers_prefix(target) + pack_object_key(*key) + b"\0" + attribute.encode()] = b""
+    return entries
+
+
+def _value_prefix(entity: str, attribute: str, value: Any) -> bytes:
+    return f"{entity}\0{attribute}\0".encode() + _digest([_canonical(value)])
+
+
+def _digest(parts: list[Any]) -> bytes:
+    return hashlib.sha256(encode(parts)).digest()[:DIGEST_BYTES]
+
+
+def _canonical(value: Any) -> Any:
+    """Return one spelling for all that are `equal`."""
+    kind = type(value)
+    if kind is Decimal:
+        return value.normalize() if value else Decimal(0)
+    if kind is float:
+        return value + 0.0  # -0.0 equals 0.0
+    if kind is list:
+        return [_canonical(member) for member in value]
+    if kind is dict:
+        return {name: _canonical(value[name]) for name in sorted(value)}
+    return value
+
+
+def versions_of(entries: Iterable[tuple[bytes, bytes]], prefix: bytes) -> Iterator[tuple[int, str]]:
+    """Yield (version, id) from entries under a `by_version_prefix`."""
+    for key, id_ in entries:
+        yield unpack_position(key[len(prefix) : len(prefix) + POSITION_BYTES]), id_.decode()
