@@ -129,13 +129,13 @@ class EntityRights:
             names |= rule.read
         return names
 
-    def check_create(self, after: Attributes) -> None:
-        """Raise Denied unless an object may be created like this."""
+    def check_create(self, after: Attributes, written: Iterable[str]) -> None:
+        """Raise Denied unless these attributes may be written to create an object, so that it becomes *after*."""
         if not self.writes_everything:
             rules = [rule for rule in self.rules or () if rule.create and rule.accepts(after)]
             if not rules:
                 raise Denied
-            _check_written(rules, after)
+            _check_written(rules, written)
 
     def check_update(self, before: Attributes, after: Attributes, written: Iterable[str]) -> None:
         """Raise Denied unless these attributes of an object may be written, so that it becomes *after*."""

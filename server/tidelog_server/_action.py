@@ -1,58 +1,39 @@
 """
-Applying one operation: what it does to its object, and what the application's hooks do besides.
+Applying one operation: what it does to its object, and what the application's rules and hooks do besides.
 
-In order: object there -> patch applied -> before-hooks -> references resolve ->
-written -> after-hooks. What a hook does runs through the same steps, one level
-deeper, with `by_hook` set on the change.
+In order: object there -> access -> conflict -> before-hooks -> validation ->
+references resolve -> written -> after-hooks; and when all operations of a unit are
+applied: unique values, and references to what was deleted. What a hook or a deletion
+rule does runs through the same steps with the rights of the system, one level deeper,
+with `by_hook` set on the change.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Awaitable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Final
 
-import uuid_utils
-
-from tidelog._constraints import Where, constraint_of
-from tidelog._errors import InvalidValue
+from tidelog._errors import InvalidValue, ValidationFailed
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import OBJECT_BYTES_MAX
-from tidelog._logging import get_logger
 from tidelog._operation import Operation, OperationKind
-from tidelog._patch import Patch, check_attribute_name, check_attributes, patch_setting
-from tidelog._values import Attributes, check, check_id, check_name, copied, encode, equal
-from tidelog_server._application import Application, Hook, Reject, TransientError
-from tidelog_server._errors import for_people
+from tidelog._patch import Patch, check_attributes, patch_setting
+from tidelog._values import Attributes, copied, encode, equal
+from tidelog_server._access import Denied, Rights
+from tidelog_server._application import Application, Hook
+from tidelog_server._conflicts import divergence
+from tidelog_server._hooks import ActionContext, HookedObject, call
+from tidelog_server._integrity import Integrity
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import Change, ObjectState
+from tidelog_server._refusal import Refused, Waits
 
-HOOK_DEPTH_MAX = 16
-
-_log = get_logger("tidelog.hooks")
-
-
-class Refused(Exception):
-    """The operation is refused."""
-
-    def __init__(self, reason: FailureReason, message: object, *, cause: bytes = b"") -> None:
-        self.message = for_people(message)
-        super().__init__(self.message)
-        self.reason = reason
-        self.cause = cause
-        self.position = 0
-
-
-class Waits(Exception):
-    """The operation refers to an object that has not arrived."""
-
-    def __init__(self, target: ObjectKey, message: str) -> None:
-        self.message = for_people(message)
-        super().__init__(self.message)
-        self.target = target
+HOOK_DEPTH_MAX: Final = 16
+CASCADE_OBJECTS_MAX: Final = 10_000
 
 
 class References:
@@ -83,13 +64,15 @@ class Action:
 
     `begin` says whose effects follow: what is written from then on is attributed to
     that operation. `depth` is 0 for the operation itself and rises with each hook
-    that writes.
+    that writes. `end_unit` checks what only holds once all operations of a unit are
+    applied. All raise Refused; what was written until then is the caller's to undo.
 
     Args:
-        application: Schema and hooks.
+        application: The rules.
         overlay: Takes the changes.
         replica: Id of the replica whose operations are applied.
         principal: Who sent them.
+        rights: What the principal may do. None: everything, it is the system itself.
         time_us: The server's clock.
         references: Decides about references to objects that are not there.
     """
@@ -101,6 +84,7 @@ class Action:
         *,
         replica: bytes,
         principal: Principal,
+        rights: Rights | None,
         time_us: int,
         references: References,
     ) -> None:
@@ -108,19 +92,57 @@ class Action:
         self.overlay = overlay
         self.depth = 0
         self.changed_own_object = False
+        self._application = application
         self._schema = application.schema
+        self._has_rules = application.schema.has_rules
         self._has_references = application.schema.has_references
+        self._integrity = Integrity(application.schema, overlay) if application.indexed_entities else None
         self._has_hooks = application.has_hooks
         self._hooks = application.hooks
+        self._policies = application.conflict_policies
+        self._rights = rights if application.access_rules else None
         self._replica = replica
         self._time_us = time_us
         self._references = references
+        self._failure = b""
+        self._position = 0
+        self._begin_unit()
 
-    def begin(self, operation: Operation) -> None:
-        """Attribute what follows to an operation."""
+    def begin(self, operation: Operation, position: int, *, renamed: bool = False, failure: bytes = b"") -> None:
+        """
+        Attribute what follows to an operation.
+
+        Args:
+            operation: The operation.
+            position: Its place in its unit; 0 begins a new unit.
+            renamed: Whether it was translated from names that the schema has given up.
+            failure: Id of the failure that is retried; empty: none is.
+        """
+        if position == 0:
+            self._begin_unit()
         self.operation = operation
         self.depth = 0
-        self.changed_own_object = False
+        # What is retried has left its replica long ago.
+        self.changed_own_object = renamed or bool(failure)
+        self._failure = failure
+        self._position = position
+
+    def end_unit(self) -> None:
+        """Check what the operations of a unit must leave behind together."""
+        integrity = self._integrity
+        if integrity is None:
+            return
+        for key, position in self._touched.items():
+            if self.overlay.exists(key):
+                names = integrity.taken(key)
+                if names is not None:
+                    raise self._blamed(position, FailureReason.UNIQUE_VIOLATED, self._taken_message(key, names))
+            elif key in self._restricting:
+                for source, attribute in integrity.referrers(key):
+                    if self._behaviour(source[0], attribute) == "restrict":
+                        who = f"{source[0]} {source[1]!r}" if self._is_seen(source) else "another object"
+                        message = f"{key[0]} {key[1]!r} cannot be deleted: {who} refers to it"
+                        raise self._blamed(position, FailureReason.REFERENCED, message)
 
     def create(self, key: ObjectKey, attributes: Attributes, encoded: bytes | None) -> int:
         """Create an object; *encoded* are its attributes' bytes, if the caller has them."""
@@ -128,14 +150,30 @@ class Action:
         state = self.overlay.state(key)
         if state is not None and not state.deleted:
             raise Refused(FailureReason.ALREADY_EXISTS, f"{entity} {id_!r} exists already")
+        wanted = attributes
+        if self._has_rules:
+            attributes = self._schema.with_defaults(entity, attributes)
+        if self._rights is not None and self.depth == 0:
+            try:
+                self._rights.entity(entity).check_create(attributes, wanted)
+            except Denied as denied:
+                raise self._denied(key, "created", denied) from denied
         if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
-            wanted, attributes = attributes, self._run_before(hooks, key, attributes, state)
-            if attributes is not wanted:
-                encoded = None
+            attributes = self._run_before(hooks, key, attributes, state)
+        if attributes is not wanted:
+            encoded = None
+            if key == self.operation.key:
+                self.changed_own_object = True
+        if self._has_rules:
+            try:
+                self._schema.check_object(entity, attributes, id_)
+            except ValidationFailed as error:
+                raise self._invalid(error) from error
         if encoded is None:
             encoded = encode(attributes)
         self._check_size(key, encoded)
-        self._check_references(key, attributes)
+        if self._has_references:
+            self._check_references(key, attributes, _NOTHING)
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
@@ -145,20 +183,103 @@ class Action:
 
     def update(self, key: ObjectKey, patch: Patch, encoded: bytes) -> int:
         """Change an object; *encoded* are the patch's bytes."""
-        entity, id_ = key
         state = self._existing(key)
         before = self.overlay.attributes(key)
         try:
             after = patch.apply(before)
         except InvalidValue as error:
-            raise Refused(FailureReason.VALIDATION_FAILED, f"{entity} {id_!r}: {error}") from error
-        if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
+            raise Refused(FailureReason.VALIDATION_FAILED, f"{key[0]} {key[1]!r}: {error}") from error
+        if self._rights is not None and self.depth == 0:
+            try:
+                self._rights.entity(key[0]).check_update(before, after, patch.written)
+            except Denied as denied:
+                raise self._denied(key, "changed", denied) from denied
+        if self._policies and self.depth == 0:
+            merged = self._merged(key, state, before, patch, after)
+            if merged is None:
+                return self._delete(key, state)
+            if merged is not after:
+                after = merged
+                patch = _difference(before, after)
+                encoded = patch.encode()
+        return self._update(key, state, before, after, patch, encoded)
+
+    def delete(self, key: ObjectKey) -> int:
+        """Delete an object."""
+        state = self._existing(key)
+        if self.depth == 0:
+            before = self.overlay.attributes(key)
+            if self._rights is not None:
+                try:
+                    self._rights.entity(key[0]).check_delete(before)
+                except Denied as denied:
+                    raise self._denied(key, "deleted", denied) from denied
+            if self._policies:
+                merged = self._merged(key, state, before, None, None)
+                if merged is not None:
+                    patch = _difference(before, merged)
+                    return self._update(key, state, before, merged, patch, patch.encode())
+        return self._delete(key, state)
+
+    @contextmanager
+    def deeper(self) -> Iterator[None]:
+        """Do what follows one level deeper; an error leaves nothing of it, should somebody catch it."""
+        if self.depth >= HOOK_DEPTH_MAX:
+            raise Refused(
+                FailureReason.HOOK_ERROR,
+                f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep",
+            )
+        self.depth += 1
+        mark = self.overlay.mark()
+        try:
+            yield
+        except BaseException:
+            self.overlay.rollback(mark)
+            raise
+        finally:
+            self.depth -= 1
+
+    # --- the steps ------------------------------------------------------------
+
+    def _begin_unit(self) -> None:
+        # The objects that the unit wrote, each with the place of the operation that did it last.
+        self._touched: dict[ObjectKey, int] = {}
+        self._restricting: set[ObjectKey] = set()
+        # Deleted objects whose referrers are still to be dealt with.
+        self._deleted: deque[ObjectKey] = deque()
+        self._is_releasing = False
+        self._cascaded_count = 0
+
+    def _existing(self, key: ObjectKey) -> ObjectState:
+        state = self.overlay.state(key)
+        if state is None or state.deleted or not (self.depth or self._is_seen(key)):
+            what = "is deleted" if state is not None and state.deleted else "does not exist"
+            raise Refused(FailureReason.OBJECT_GONE, f"{key[0]} {key[1]!r} {what}")
+        return state
+
+    def _is_seen(self, key: ObjectKey) -> bool:
+        """Tell whether the principal may know of an object that exists."""
+        if self._rights is None:
+            return True
+        rights = self._rights.entity(key[0])
+        return rights.reads_everything or rights.sees(self.overlay.attributes(key))
+
+    def _update(  # noqa: PLR0917 - the parts of one change
+        self, key: ObjectKey, state: ObjectState, before: Attributes, after: Attributes, patch: Patch, encoded: bytes
+    ) -> int:
+        if self._has_hooks and (hooks := self._hooks("before_commit", key[0])):
             wanted, after = after, self._run_before(hooks, key, after, state)
             if after is not wanted:
                 patch = _difference(before, after)
                 encoded = patch.encode()
         written = patch.written
-        self._check_references(key, {name: after[name] for name in written if name in after})
+        if self._has_rules:
+            try:
+                self._schema.check_written(key[0], after, written, key[1])
+            except ValidationFailed as error:
+                raise self._invalid(error) from error
+        if self._has_references:
+            self._check_references(key, {name: after[name] for name in written if name in after}, before)
         after_encoded = encode(after)
         self._check_size(key, after_encoded)
         images = encode(
@@ -180,25 +301,66 @@ class Action:
         self._run_after("after_commit", key, after)
         return version
 
-    def delete(self, key: ObjectKey) -> int:
-        """Delete an object."""
-        state = self._existing(key)
+    def _delete(self, key: ObjectKey, state: ObjectState) -> int:
         if self._has_hooks and (hooks := self._hooks("before_delete", key[0])):
-            self._run(hooks, _HookedObject(key, self.overlay.attributes(key), frozen=True))
-            state = self._existing(key)  # the hook may have changed it through its context
+            self._run(hooks, HookedObject(key, self.overlay.attributes(key), frozen=True))
+            found = self.overlay.state(key)  # the hook may have changed it through its context
+            if found is None or found.deleted:
+                raise Refused(FailureReason.OBJECT_GONE, f"{key[0]} {key[1]!r} is deleted")
+            state = found
         before = self.overlay.attributes(key)
         version = self.overlay.version + 1
         tombstone = ObjectState(version, state.created, state.creator, True, False, b"")
         self._write(key, OperationKind.DELETE, b"", state.attributes, state, tombstone, None)
         self._run_after("after_delete", key, before)
+        if self._integrity is not None:
+            self._release_referrers(key, self._integrity)
         return version
 
-    def _existing(self, key: ObjectKey) -> ObjectState:
-        state = self.overlay.state(key)
-        if state is None or state.deleted:
-            what = "does not exist" if state is None else "is deleted"
-            raise Refused(FailureReason.OBJECT_GONE, f"{key[0]} {key[1]!r} {what}")
-        return state
+    def _merged(
+        self, key: ObjectKey, state: ObjectState, before: Attributes, patch: Patch | None, after: Attributes | None
+    ) -> Attributes | None:
+        """Return what an operation makes of its object by the entity's conflict policy: *after* without a conflict."""
+        policy = self._policies.get(key[0])
+        if policy is None:
+            return after
+        found = divergence(self.overlay, state, before, self.operation.base_version, self._replica, patch)
+        if found is None:
+            return after
+        if policy == "reject_stale":
+            what = (
+                f"attribute {found.attribute!r} of {key[0]} {key[1]!r}" if found.attribute else f"{key[0]} {key[1]!r}"
+            )
+            raise Refused(FailureReason.CONFLICT, f"{what} was changed by somebody else since its author saw it")
+        try:
+            mine = None if patch is None else patch.apply(found.mine)
+        except InvalidValue as error:
+            raise Refused(FailureReason.VALIDATION_FAILED, f"{key[0]} {key[1]!r}: {error}") from error
+        merged = call(
+            policy, copied(found.base), copied(before), copied(mine), key=key, rejected_as=FailureReason.CONFLICT
+        )
+        if merged is not None:
+            try:
+                if type(merged) is not dict:
+                    raise InvalidValue(f"expected a dict of attributes or None, got {type(merged).__name__}")
+                check_attributes(merged)
+            except InvalidValue as error:
+                message = f"the conflict policy of {key[0]}: {error}"
+                raise Refused(FailureReason.HOOK_ERROR, message) from error
+        self.changed_own_object = True
+        return merged
+
+    def _denied(self, key: ObjectKey, what: str, denied: Denied) -> Refused:
+        if denied.attribute:
+            message = f"attribute {denied.attribute!r} of {key[0]} {key[1]!r} may not be written by this user"
+            return Refused(FailureReason.ATTRIBUTE_DENIED, message)
+        return Refused(FailureReason.ACCESS_DENIED, f"{key[0]} {key[1]!r} may not be {what} like this by this user")
+
+    def _invalid(self, error: ValidationFailed) -> Refused:
+        """Refuse what breaks a rule of the schema; an author with an older schema could not know the rule."""
+        is_old = self.depth == 0 and 0 < self.operation.schema_version < self._schema.version
+        reason = FailureReason.SCHEMA_MISMATCH if error.is_mismatch or is_old else FailureReason.VALIDATION_FAILED
+        return Refused(reason, error)
 
     def _check_size(self, key: ObjectKey, encoded: bytes) -> None:
         if len(encoded) > OBJECT_BYTES_MAX:
@@ -207,17 +369,66 @@ class Action:
                 f"{key[0]} {key[1]!r} would have {len(encoded)} bytes of attributes: the limit is {OBJECT_BYTES_MAX}",
             )
 
-    def _check_references(self, key: ObjectKey, written: Attributes) -> None:
-        if not self._has_references:
-            return
+    def _check_references(self, key: ObjectKey, written: Attributes, before: Attributes) -> None:
         entity, id_ = key
+        known: set[tuple[str, ObjectKey]] | None = None
         for attribute, target in self._schema.referenced(entity, written):
-            if target != key and not self.overlay.exists(target):
-                self._references.require(
-                    target,
-                    f"{entity} {id_!r}: attribute {attribute!r} refers to {target[0]} {target[1]!r}, "
-                    "which does not exist",
-                )
+            if target == key:
+                continue
+            if self.overlay.exists(target):
+                if self.depth or self._is_seen(target):
+                    continue
+                # Who may not see the target cannot refer to it anew, but may leave it referred to.
+                if known is None:
+                    known = set(self._schema.referenced(entity, before))
+                if (attribute, target) in known:
+                    continue
+            self._references.require(
+                target,
+                f"{entity} {id_!r}: attribute {attribute!r} refers to {target[0]} {target[1]!r}, which does not exist",
+            )
+
+    def _release_referrers(self, key: ObjectKey, integrity: Integrity) -> None:
+        """Do what the schema says to the objects that refer to a deleted one, and to those that refer to them."""
+        if not self._schema.referrers(key[0]):
+            return
+        self._deleted.append(key)
+        if self._is_releasing:
+            return  # further up: a chain of any length needs no deeper stack
+        self._is_releasing = True
+        while self._deleted:
+            target = self._deleted.popleft()
+            for source, attribute in integrity.referrers(target):
+                behaviour = self._behaviour(source[0], attribute)
+                if behaviour == "restrict":
+                    self._restricting.add(target)
+                    continue
+                if behaviour == "keep" or not self.overlay.exists(source):
+                    continue
+                self._cascaded_count += 1
+                if self._cascaded_count > CASCADE_OBJECTS_MAX:
+                    message = f"the deletion would change more than {CASCADE_OBJECTS_MAX} objects that refer to it"
+                    raise Refused(FailureReason.TOO_LARGE, message)
+                with self.deeper():
+                    if behaviour == "cascade":
+                        self.delete(source)
+                    else:
+                        cleared = _clearing(attribute, self.overlay.attributes(source)[attribute], target[1])
+                        self.update(source, cleared, cleared.encode())
+        self._is_releasing = False
+
+    def _behaviour(self, entity: str, attribute: str) -> str:
+        return next((one.on_delete for one in self._schema.references(entity) if one.attribute == attribute), "keep")
+
+    def _taken_message(self, key: ObjectKey, names: tuple[str, ...]) -> str:
+        attributes = self.overlay.attributes(key)
+        values = ", ".join(f"{name} {attributes.get(name)!r}" for name in names)
+        return f"{key[0]} {key[1]!r}: {values} is taken by another {key[0]}"
+
+    def _blamed(self, position: int, reason: FailureReason, message: str) -> Refused:
+        refusal = Refused(reason, message)
+        refusal.position = position
+        return refusal
 
     def _write(  # noqa: PLR0917 - the parts of one change
         self,
@@ -244,8 +455,13 @@ class Action:
             by_hook,
             self.principal.user_id,
             self._time_us,
+            self._failure,
         )
         self.overlay.write(change, new_state, attributes)
+        if self._integrity is not None:
+            self._touched[key] = self._position
+            if attributes is not None:
+                self._integrity.note(key, attributes)
 
     # --- hooks ----------------------------------------------------------------
 
@@ -253,7 +469,7 @@ class Action:
         self, hooks: list[Hook], key: ObjectKey, attributes: Attributes, state: ObjectState | None
     ) -> Attributes:
         """Run before-commit hooks and return the attributes as they leave them: the same object if unchanged."""
-        hooked = _HookedObject(key, attributes)
+        hooked = HookedObject(key, attributes)
         self._run(hooks, hooked)
         if self.overlay.state(key) is not state:
             raise Refused(
@@ -273,122 +489,17 @@ class Action:
 
     def _run_after(self, moment: str, key: ObjectKey, attributes: Attributes) -> None:
         if self._has_hooks and (hooks := self._hooks(moment, key[0])):
-            self._run(hooks, _HookedObject(key, attributes, frozen=True))
+            self._run(hooks, HookedObject(key, attributes, frozen=True))
 
-    def _run(self, hooks: list[Hook], hooked: _HookedObject) -> None:
+    def _run(self, hooks: list[Hook], hooked: HookedObject) -> None:
         for hook in hooks:
-            try:
-                result: object = hook(hooked, _HookContext(self))
-                if isinstance(result, Awaitable):
-                    raise TypeError("the hook returned an awaitable, which nobody awaits")
-            except Reject as rejection:
-                raise Refused(FailureReason.HOOK_REJECTED, rejection.message) from rejection
-            except (Refused, Waits, TransientError):
-                raise
-            except BaseException as error:
-                # Whatever the application's code raises settles the operation as a failure: it must not
-                # end the session, and the traceback must not reach the client. Not even what ends a
-                # program elsewhere ends this thread, which serves everybody.
-                name = getattr(hook, "__qualname__", repr(hook))
-                _log.exception("hook failed", hook=name, entity=hooked.entity, id=hooked.id)
-                raise Refused(
-                    FailureReason.HOOK_ERROR,
-                    f"the application failed on {hooked.entity} {hooked.id!r}: the server's log has the details",
-                ) from error
-
-
-class _HookedObject:
-    """The object that a hook gets, with attributes of its own. See `HookObject`."""
-
-    def __init__(self, key: ObjectKey, attributes: Attributes, *, frozen: bool = False) -> None:
-        self.entity, self.id = key
-        self.attributes: Attributes = copied(attributes)
-        self._frozen = frozen
-
-    def __getitem__(self, attribute: str) -> Any:
-        return self.attributes.get(attribute)
-
-    def __contains__(self, attribute: object) -> bool:
-        return attribute in self.attributes
-
-    def __setitem__(self, attribute: str, value: Any) -> None:
-        check_attribute_name(attribute)
-        check(value, f"attribute {attribute!r}")
-        self._writable()[attribute] = value
-
-    def __delitem__(self, attribute: str) -> None:
-        self._writable().pop(attribute, None)
-
-    def to_dict(self) -> dict[str, Any]:
-        return copied(self.attributes)  # type: ignore[no-any-return]
-
-    def _writable(self) -> Attributes:
-        if self._frozen:
-            raise TypeError("only a before-commit hook sets attributes: use context.update here")
-        return self.attributes
-
-
-class _HookContext:
-    """What a hook may use besides its object. See `HookContext`."""
-
-    def __init__(self, action: Action) -> None:
-        self._action = action
-
-    @property
-    def principal(self) -> Principal:
-        return self._action.principal
-
-    @property
-    def operation(self) -> Operation:
-        return self._action.operation
-
-    def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002
-        overlay = self._action.overlay
-        return copied(overlay.attributes((entity, id))) if overlay.exists((entity, id)) else None
-
-    def query(self, entity: str, where: Where = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        constraint = constraint_of(where)
-        overlay = self._action.overlay
-        for key, attributes in overlay.entity_objects(entity):
-            if constraint is None or constraint.matches(attributes):
-                yield key[1], copied(attributes)
-
-    def create(self, entity: str, attributes: dict[str, Any], id: str | None = None) -> str:  # noqa: A002
-        id_ = str(uuid_utils.uuid7()) if id is None else id
-        check_name(entity, "an entity name")
-        check_id(id_)
-        Patch(attributes).check()
-        with self._deeper():
-            self._action.create((entity, id_), copied(attributes), None)
-        return id_
-
-    def update(self, entity: str, id: str, attributes: dict[str, Any]) -> None:  # noqa: A002
-        patch = Patch(copied(attributes))
-        patch.check()
-        with self._deeper():
-            self._action.update((entity, id), patch, patch.encode())
-
-    def delete(self, entity: str, id: str) -> None:  # noqa: A002
-        with self._deeper():
-            self._action.delete((entity, id))
-
-    @contextmanager
-    def _deeper(self) -> Iterator[None]:
-        action = self._action
-        if action.depth >= HOOK_DEPTH_MAX:
-            raise Refused(
-                FailureReason.HOOK_ERROR,
-                f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep",
+            call(
+                hook,
+                hooked,
+                ActionContext(self),
+                key=(hooked.entity, hooked.id),
+                rejected_as=FailureReason.HOOK_REJECTED,
             )
-        action.depth += 1
-        mark = action.overlay.mark()
-        try:
-            yield
-        except BaseException:
-            action.overlay.rollback(mark)  # should the hook catch it, no half of a write stays behind
-            raise
-        finally:
-            action.depth -= 1
 
 
 def _difference(before: Attributes, after: Attributes) -> Patch:
@@ -396,3 +507,11 @@ def _difference(before: Attributes, after: Attributes) -> Patch:
         {name: value for name, value in after.items() if name not in before or not equal(before[name], value)},
         tuple(name for name in before if name not in after),
     )
+
+
+def _clearing(attribute: str, value: object, id_: str) -> Patch:
+    """Return the patch that takes a reference to *id_* out of an attribute."""
+    return Patch(remove={attribute: [id_]}) if type(value) is list else Patch(unset=(attribute,))
+
+
+_NOTHING: Final[Attributes] = {}

@@ -9,12 +9,19 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + OperationForked         a settled position was sent with another nonce
   + ReplicaOwned            the replica id belongs to another principal
   + NotFound                what was asked for by name is not there (to this principal)
+  + OperationRefused        a rule or a hook refuses what the service itself wanted to do
+  + ChangedMeanwhile        what a transaction of the service read was changed before its end
+  + FailureSettled          the failure is no longer open
+  + FailureStale            what the failure's operation writes was changed since it was refused
+  + OperatorRequired        only an operator may do this
+  + SchemaContradicted      what the store holds does not fit the application's schema
   + AddressUnavailable      the server cannot listen where it should
 """
 
 from __future__ import annotations
 
-from tidelog._errors import TidelogError
+from tidelog._errors import StorageError, TidelogError
+from tidelog._failure import FailureReason
 from tidelog._limits import REASON_BYTES_MAX
 
 
@@ -56,6 +63,59 @@ class NotFound(TidelogError):
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class OperationRefused(TidelogError):
+    """
+    A rule or a hook refuses what the service itself wanted to do. Nothing was done.
+
+    Attributes:
+        entity: Type of the object.
+        id: Its id.
+        reason: Why, as for a synchronization failure.
+        code: The application's own code for it; empty: none.
+    """
+
+    def __init__(self, message: str, *, entity: str, id: str, reason: FailureReason, code: str = "") -> None:  # noqa: A002
+        super().__init__(message)
+        self.entity = entity
+        self.id = id
+        self.reason = reason
+        self.code = code
+
+
+class ChangedMeanwhile(TidelogError):
+    """What a transaction of the service read was changed before its end. Nothing was done: repeat it."""
+
+
+class FailureSettled(TidelogError):
+    """The failure was retried or dismissed already."""
+
+
+class FailureStale(TidelogError):
+    """What the failure's operation writes was changed since it was refused."""
+
+
+class OperatorRequired(TidelogError):
+    """Only an operator may do this."""
+
+
+class SchemaContradicted(StorageError):
+    """
+    What the store holds does not fit the application's schema. Nothing was changed.
+
+    Attributes:
+        objects: The first contradictions, each a sentence that names tenant and object.
+        count: How many there are.
+    """
+
+    def __init__(self, objects: list[str], *, count: int, can_migrate: bool) -> None:
+        hint = "migrate the store, declare renames, defaults or a migration, or correct the schema"
+        if not can_migrate:
+            hint = "renames, defaults and migrations do not mend it: declare what is missing"
+        super().__init__(f"{count} objects of the store do not fit the schema ({hint}): {'; '.join(objects)}")
+        self.objects = objects
+        self.count = count
 
 
 class AddressUnavailable(TidelogError):

@@ -35,6 +35,9 @@ _BY_VERSION: Final = b"v"
 _PLACE: Final = b"p"
 _DEPENDENT: Final = b"d"
 
+# The tables that follow from a schema and the objects alone.
+TABLES: Final = (_UNIQUE, _REFERRER, _BY_VERSION, _PLACE)
+
 IndexWrites = dict[bytes, bytes | None]
 
 
@@ -77,6 +80,15 @@ def index_writes(schema: Schema, written: Iterable[Written], lookup: Callable[[b
         for attribute in entity.indexes:
             _follow(attribute, one, lookup, removed, added)
     return {**removed, **added}
+
+
+def indexed_entities(schema: Schema) -> frozenset[str]:
+    """Return the entities whose objects have entries in the table."""
+    return frozenset(
+        name
+        for name, entity in schema.entities.items()
+        if entity.unique or entity.indexes or any(one.on_delete != "keep" for one in entity.references)
+    )
 
 
 def unique_key(entity: str, attributes: Iterable[str], values: Mapping[str, Any]) -> bytes | None:
@@ -143,8 +155,10 @@ def _plain_entries(schema: Schema, key: ObjectKey, attributes: Attributes | None
         found = unique_key(name, names, attributes)
         if found is not None:
             entries[found] = id_.encode()
+    ruled = {one.attribute for one in schema.references(name) if one.on_delete != "keep"}
     for attribute, target in schema.referenced(name, attributes):
-        entries[referrers_prefix(target) + pack_object_key(*key) + b"\0" + attribute.encode()] = b""
+        if attribute in ruled:
+            entries[referrers_prefix(target) + pack_object_key(*key) + b"\0" + attribute.encode()] = b""
     return entries
 
 

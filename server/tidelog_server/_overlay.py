@@ -10,11 +10,12 @@ a trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from tidelog._keys import ObjectKey
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._values import Attributes, decode_trusted
+from tidelog_server._indexes import Written
 from tidelog_server._records import Change, ObjectState
 from tidelog_server._store import Reader
 
@@ -34,7 +35,9 @@ class Overlay:
         self.changes: list[Change] = []
         self._states: dict[ObjectKey, ObjectState | None] = {}
         self._decoded: dict[ObjectKey, Attributes] = {}
-        self._written: dict[ObjectKey, int] = {}
+        self._first_version = self.version + 1
+        # What was written, with what the store has of it.
+        self._written: dict[ObjectKey, ObjectState | None] = {}
         self._journal: list[tuple[ObjectKey, ObjectState | None, Attributes | None, bool]] = []
 
     def prefetch(self, keys: Iterable[ObjectKey]) -> None:
@@ -66,6 +69,23 @@ class Overlay:
                 raise KeyError(key)
             attributes = self._decoded[key] = decode_trusted(state.attributes)
         return attributes
+
+    def change(self, version: int) -> Change | None:
+        """Return the change of a version, or None if it is not kept."""
+        if version >= self._first_version:
+            return self.changes[version - self._first_version]
+        return self._reader.change(version)
+
+    def index(self, key: bytes) -> bytes | None:
+        """Return a value of the table of indexes, as it is without this batch."""
+        return self._reader.index(key)
+
+    def index_entries(self, prefix: bytes) -> Iterator[bytes]:
+        """Yield the keys of the table of indexes that start with *prefix*, as they are without this batch."""
+        after = b""
+        while page := self._reader.index_range(prefix, after, _SCAN_PAGE_OBJECTS):
+            for after, _value in page:
+                yield after
 
     def entity_objects(self, entity: str) -> Iterator[tuple[ObjectKey, Attributes]]:
         """
@@ -99,7 +119,7 @@ class Overlay:
         first = key not in self._written
         self._journal.append((key, before, self._decoded.pop(key, None), first))
         if first:
-            self._written[key] = before.version if before is not None else 0
+            self._written[key] = before
         self._states[key] = state
         if attributes is not None:
             self._decoded[key] = attributes
@@ -131,5 +151,14 @@ class Overlay:
         for key, replaced in self._written.items():
             state = self._states[key]
             if state is not None:
-                result[key] = (state, replaced)
+                result[key] = (state, replaced.version if replaced is not None else 0)
         return result
+
+    def written(self, entities: Container[str]) -> Iterator[Written]:
+        """Yield what became of the objects of some entities."""
+        for key, replaced in self._written.items():
+            if key[0] in entities:
+                state = self._states[key]
+                if state is not None:
+                    before = decode_trusted(replaced.attributes) if replaced and not replaced.deleted else None
+                    yield Written(key, before, None if state.deleted else self.attributes(key), state.version)

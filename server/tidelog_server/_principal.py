@@ -8,6 +8,9 @@ from typing import Any
 
 DEFAULT_TENANT = "default"
 
+# To whom the changes are attributed that the service itself makes.
+SYSTEM_USER = "system"
+
 
 @dataclass(frozen=True, slots=True)
 class Principal:

@@ -13,9 +13,12 @@ import grpc
 from tidelog._errors import DiskFull, InvalidConstraint, InvalidValue, ResourceClosed, StorageError
 from tidelog_server._application import TransientError
 from tidelog_server._errors import (
+    FailureSettled,
+    FailureStale,
     NotFound,
     OperationForked,
     OperationsOutOfOrder,
+    OperatorRequired,
     ProtocolVersionUnknown,
     ReplicaOwned,
     RequestInvalid,
@@ -33,6 +36,9 @@ STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
     (SessionSuperseded, grpc.StatusCode.ABORTED, "SESSION_SUPERSEDED"),
     (OperationForked, grpc.StatusCode.FAILED_PRECONDITION, "REPLICA_FORKED"),
     (ReplicaOwned, grpc.StatusCode.PERMISSION_DENIED, "REPLICA_OWNED"),
+    (FailureSettled, grpc.StatusCode.FAILED_PRECONDITION, "FAILURE_SETTLED"),
+    (FailureStale, grpc.StatusCode.FAILED_PRECONDITION, "FAILURE_STALE"),
+    (OperatorRequired, grpc.StatusCode.PERMISSION_DENIED, "OPERATOR_REQUIRED"),
     (NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     (TransientError, grpc.StatusCode.UNAVAILABLE, "HOOK_TRANSIENT"),
     (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),

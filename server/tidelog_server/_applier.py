@@ -1,0 +1,176 @@
+"""
+Applying units: all operations of one, or none and no trace of them.
+
+What can be said of an operation before the rules are asked is said here: it can be
+read, its entity takes uploads, its object is there and is the one that its author saw.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tidelog._errors import LimitExceeded, ValidationFailed
+from tidelog._failure import FailureReason
+from tidelog._keys import ObjectKey
+from tidelog._logging import get_logger
+from tidelog._operation import OperationKind
+from tidelog._patch import encoded_attributes
+from tidelog_server._access import Rights
+from tidelog_server._action import Action, References
+from tidelog_server._application import Application
+from tidelog_server._history import undone
+from tidelog_server._indexes import IndexWrites, index_writes
+from tidelog_server._outcomes import Applied, Outcomes
+from tidelog_server._overlay import Overlay
+from tidelog_server._principal import Principal
+from tidelog_server._records import ObjectState
+from tidelog_server._refusal import Refused
+from tidelog_server._units import Member, Unit
+
+# What a mistake in a program raises, as opposed to a failing disk or a lack of memory.
+_DEFECTS: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+
+_log = get_logger("tidelog.engine")
+
+
+class UnitApplier:
+    """
+    Applies the units of one replica to an overlay.
+
+    Args:
+        application: The rules.
+        overlay: Takes what they do.
+        references: Decides about references to objects that are not there.
+        outcomes: Knows which creations were refused.
+        replica: Id of the replica.
+        principal: Whose operations they are.
+        rights: What the principal may do.
+        time_us: The server's clock.
+    """
+
+    def __init__(
+        self,
+        application: Application,
+        overlay: Overlay,
+        references: References,
+        outcomes: Outcomes,
+        *,
+        replica: bytes,
+        principal: Principal,
+        rights: Rights,
+        time_us: int,
+    ) -> None:
+        self._application = application
+        self._overlay = overlay
+        self._outcomes = outcomes
+        self._replica = replica
+        self._rights = rights if application.access_rules else None
+        self._time_us = time_us
+        self._action = Action(
+            application,
+            overlay,
+            replica=replica,
+            principal=principal,
+            rights=rights,
+            time_us=time_us,
+            references=references,
+        )
+
+    def apply(self, unit: Unit, failure: bytes = b"") -> list[Applied]:
+        """
+        Apply all members, or leave no trace.
+
+        Args:
+            unit: The operations.
+            failure: Id of the failure that is retried; empty: none is.
+
+        Raises:
+            Refused, Waits: Nothing of the unit is applied.
+            TransientError: The application cannot tell now.
+        """
+        mark = self._overlay.mark()
+        applied: list[Applied] = []
+        try:
+            for member in unit:
+                applied.append(self._apply(member, len(applied), failure))
+            self._action.end_unit()
+        except Refused as refusal:
+            if len(applied) < len(unit):
+                refusal.position = len(applied)
+            self._overlay.rollback(mark)
+            raise
+        except _DEFECTS as error:
+            # A defect of this program must not stop what comes behind the operation that shows it.
+            self._overlay.rollback(mark)
+            position = min(len(applied), len(unit) - 1)
+            _log.exception("evaluation failed", seq=unit[position].seq)
+            failed = Refused(FailureReason.HOOK_ERROR, "the server failed on it: the server's log has the details")
+            failed.position = position
+            raise failed from error
+        except BaseException:
+            self._overlay.rollback(mark)
+            raise
+        return applied
+
+    def index_writes(self) -> IndexWrites:
+        """Return what changes in the table of indexes because of what was applied."""
+        indexed = self._application.indexed_entities
+        if not indexed:
+            return {}
+        return index_writes(self._application.schema, self._overlay.written(indexed), self._overlay.index)
+
+    def _apply(self, member: Member, position: int, failure: bytes) -> Applied:
+        operation = member.operation
+        if member.error is not None or operation is None:
+            raise Refused(_reason_of(member.error), str(member.error))
+        key = (operation.entity, operation.id)
+        if self._application.synchronization and not self._application.synchronization_of(key[0]).takes_uploads(
+            self._time_us
+        ):
+            raise Refused(FailureReason.ACCESS_DENIED, f"{key[0]} is not changed by replicas")
+        action = self._action
+        action.begin(operation, position, renamed=member.renamed, failure=failure)
+        if operation.kind is OperationKind.CREATE:
+            version = action.create(key, member.patch.set, encoded_attributes(operation.patch))
+        else:
+            state = self._overlay.state(key)
+            if state is None or not self._is_known(key, state):
+                cause = self._outcomes.refused_creation(key)
+                raise Refused(
+                    FailureReason.DEPENDENCY_FAILED if cause else FailureReason.OBJECT_GONE,
+                    f"{key[0]} {key[1]!r} " + ("could not be created" if cause else "does not exist"),
+                    cause=cause or b"",
+                )
+            if operation.kind is OperationKind.DELETE and state.deleted:
+                # Nothing changes, and that has been so up to this version.
+                return (self._overlay.version, False)
+            # Another incarnation than the author saw; an author who created this one has seen it.
+            if operation.base_version < state.created and state.creator != self._replica:
+                raise Refused(
+                    FailureReason.OBJECT_GONE,
+                    f"{key[0]} {key[1]!r} was deleted and created again since its author saw it",
+                )
+            if operation.kind is OperationKind.DELETE:
+                version = action.delete(key)
+            else:
+                version = action.update(key, member.patch, operation.patch)
+        return (version, action.changed_own_object)
+
+    def _is_known(self, key: ObjectKey, state: ObjectState) -> bool:
+        """Tell whether the author may know of an object that is there, or that was deleted."""
+        if self._rights is None:
+            return True
+        rights = self._rights.entity(key[0])
+        if rights.reads_everything:
+            return True
+        if not state.deleted:
+            return rights.sees(self._overlay.attributes(key))
+        deletion = self._overlay.change(state.version)
+        before = undone(deletion, None) if deletion is not None else None
+        return before is not None and rights.sees(before)
+
+
+def _reason_of(error: Exception | None) -> FailureReason:
+    if isinstance(error, LimitExceeded):
+        return FailureReason.TOO_LARGE
+    return FailureReason.SCHEMA_MISMATCH if isinstance(error, ValidationFailed) else FailureReason.MALFORMED

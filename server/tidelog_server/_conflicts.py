@@ -1,0 +1,100 @@
+"""
+Conflicts: what others did to an object since the author of an operation looked at it.
+
+Changes of the author's own replica are no conflict, nor is what a hook wrote while its
+operation was applied; intents of one kind merge with each other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tidelog._errors import InvalidValue
+from tidelog._operation import OperationKind
+from tidelog._patch import Patch, decode_patch
+from tidelog._values import Attributes
+from tidelog_server._history import changes_since, undone
+from tidelog_server._overlay import Overlay
+from tidelog_server._records import Change, ObjectState
+
+
+class Divergence(NamedTuple):
+    """
+    Two histories of one object.
+
+    Attributes:
+        attribute: An attribute that both change; empty if one of them deletes the object.
+        base: The object as the author saw it at its base version.
+        mine: The same with what the author's replica did to it since.
+    """
+
+    attribute: str
+    base: Attributes
+    mine: Attributes
+
+
+def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
+    overlay: Overlay,
+    state: ObjectState,
+    attributes: Attributes,
+    base_version: int,
+    replica: bytes,
+    patch: Patch | None,
+) -> Divergence | None:
+    """
+    Return what an operation collides with, or None if nobody else changed what it writes.
+
+    Args:
+        overlay: Where the changes are.
+        state: The object as it is.
+        attributes: Its attributes.
+        base_version: Version that the author saw.
+        replica: The author's replica.
+        patch: What the operation writes; None: it deletes the object.
+    """
+    if state.version <= base_version:
+        return None
+    changes = list(changes_since(max(base_version, state.created - 1), state.version, overlay.change))
+    foreign = (change for change in changes if _is_foreign(change, replica))
+    attribute = next((found for change in foreign if (found := collision(change, patch)) is not None), None)
+    if attribute is None:
+        return None
+    base: Attributes | None = attributes
+    for change in changes:
+        base = undone(change, base)
+    mine = base = base or {}
+    for change in reversed(changes):
+        if not _is_foreign(change, replica):
+            mine = _redone(change, mine)
+    return Divergence(attribute, base, mine)
+
+
+def collision(change: Change, patch: Patch | None) -> str | None:
+    """Return the attribute that a change and an operation both write ("": the object), or None if they get along."""
+    if patch is None or change.kind is not OperationKind.UPDATE:
+        return ""
+    theirs = decode_patch(change.patch)
+    for mine_by_name, merging in (
+        (patch.set, {}),
+        (dict.fromkeys(patch.unset), {}),
+        (patch.increment, theirs.increment),
+        (patch.add, theirs.add),
+        (patch.remove, theirs.remove),
+    ):
+        for name in theirs.written:
+            if name in mine_by_name and name not in merging:
+                return name
+    return None
+
+
+def _is_foreign(change: Change, replica: bytes) -> bool:
+    return change.replica != replica or bool(change.failure)
+
+
+def _redone(change: Change, attributes: Attributes) -> Attributes:
+    if change.kind is not OperationKind.UPDATE:
+        return decode_patch(change.patch).set if change.kind is OperationKind.CREATE else attributes
+    try:
+        return decode_patch(change.patch).apply(attributes)
+    except InvalidValue:
+        return attributes  # an intent that fitted only what others had made of it

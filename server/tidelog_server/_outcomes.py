@@ -1,0 +1,234 @@
+"""
+Outcomes: what became of the units of a batch, and what of that is written.
+
+A refused unit becomes one failure record with the whole payload. An operation that
+can be neither applied nor refused in this session is parked: it stays pending, and so
+does what comes behind it on the same object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import uuid_utils
+
+from tidelog._failure import FailureReason
+from tidelog._keys import ObjectKey
+from tidelog._operation import OperationKind
+from tidelog.v1 import failure_pb2
+from tidelog_server._indexes import IndexWrites, dependents_prefix
+from tidelog_server._overlay import Overlay
+from tidelog_server._principal import Principal
+from tidelog_server._records import FailureRecord, ReplicaState, Settled, merged_ranges
+from tidelog_server._refusal import Refused, Waits
+from tidelog_server._store import Reader
+from tidelog_server._units import Member, Unit, created_keys, keys_of
+
+BEHIND_ANOTHER = "waits for an earlier operation on the same object"
+
+# A named tuple's own constructor is a Python function, and costs twice as much. Where every operation passes, the
+# tuple is made directly.
+_new = tuple.__new__
+
+# At which version an operation was applied, and whether its object changed in more than it said.
+Applied = tuple[int, bool]
+
+
+class Status:
+    """What became of an operation. The values are those of `tidelog.v1.OperationStatus`."""
+
+    APPLIED = 1
+    REJECTED = 2
+    HELD = 3
+    NOT_READY = 4
+
+
+class Result(NamedTuple):
+    """What became of one operation. See `tidelog.v1.OperationResult`."""
+
+    seq: int
+    status: int
+    version: int = 0
+    changed_by_server: bool = False
+    failure_id: bytes = b""
+    reason: FailureReason | None = None
+    message: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Uploader:
+    """
+    Who uploads, and how.
+
+    Attributes:
+        replica: The replica's id in 16 bytes.
+        principal: Who is calling.
+        session_number: The session's number, which fences older sessions.
+        leaves_earlier: Whether operations with lower seqs stay behind on the replica.
+    """
+
+    replica: bytes
+    principal: Principal
+    session_number: int
+    leaves_earlier: bool
+
+
+class Outcomes:
+    """
+    What becomes of the units of one batch.
+
+    Attributes:
+        settled: Outcomes by seq.
+        parked: Objects with an operation that cannot be settled in this session, each
+            with the first such seq. What comes behind it cannot either.
+    """
+
+    def __init__(
+        self, uploader: Uploader, reader: Reader, overlay: Overlay, parked: Mapping[ObjectKey, int], time_us: int
+    ) -> None:
+        self.settled: list[tuple[int, Settled]] = []
+        self.parked = dict(parked)
+        self._uploader = uploader
+        self._reader = reader
+        self._overlay = overlay
+        self._time_us = time_us
+        self._failures: dict[bytes, FailureRecord] = {}
+        self._causes: dict[bytes, bytes] = {}
+        self._refused_creations: dict[ObjectKey, bytes] = {}
+
+    @property
+    def failures(self) -> list[FailureRecord]:
+        """The failures to be recorded."""
+        return list(self._failures.values())
+
+    def settle(self, unit: Unit, applied: list[Applied]) -> list[Result]:
+        """Note a unit as applied."""
+        results = []
+        for member, (version, changed) in zip(unit, applied, strict=True):
+            self.settled.append((member.seq, _new(Settled, (member.nonce, version, changed, b"", False))))
+            results.append(_new(Result, (member.seq, Status.APPLIED, version, changed, b"", None, "", "")))
+        return results
+
+    def refuse(self, unit: Unit, refusal: Refused) -> list[Result]:
+        """Make one failure record for the unit, with the whole payload; or park it, if what stays behind may help."""
+        if refusal.reason is FailureReason.UNIQUE_VIOLATED and (self._uploader.leaves_earlier or self.parked):
+            return self.park(unit, refusal.message)
+        culprit = unit[refusal.position]
+        failure_id = self._record_failure(unit, culprit, refusal)
+        results = []
+        for member in unit:
+            is_culprit = member is culprit
+            if member.seq:
+                self.settled.append((member.seq, Settled(member.nonce, 0, False, failure_id, is_culprit)))
+            if member.operation is not None and member.operation.kind is OperationKind.CREATE:
+                self._refused_creations[member.operation.key] = failure_id
+            reason = refusal.reason if is_culprit else FailureReason.GROUP_REJECTED
+            code = refusal.code if is_culprit else ""
+            results.append(Result(member.seq, Status.REJECTED, 0, False, failure_id, reason, refusal.message, code))
+        return results
+
+    def _record_failure(self, unit: Unit, culprit: Member, refusal: Refused) -> bytes:
+        if culprit.seq:
+            failure_id = uuid_utils.uuid7().bytes
+        else:
+            # Nothing tells a repetition of unreadable bytes but the bytes themselves.
+            failure_id = hashlib.sha256(self._uploader.replica + culprit.data).digest()[:16]
+            if self._reader.failure(failure_id) is not None:
+                return failure_id
+        self._causes[failure_id] = refusal.cause
+        entity, object_id = culprit.operation.key if culprit.operation is not None else ("", "")
+        record = failure_pb2.SynchronizationFailure(
+            id=str(uuid_utils.UUID(bytes=failure_id)),
+            replica_id=str(uuid_utils.UUID(bytes=self._uploader.replica)),
+            user_id=self._uploader.principal.user_id,
+            entity=entity,
+            object_id=object_id,
+            reason=refusal.reason.number,
+            message=refusal.message,
+            code=refusal.code,
+            roles=sorted(self._uploader.principal.roles),
+            operation=culprit.data,
+            group_operations=[member.data for member in unit] if len(unit) > 1 else [],
+            version=self._overlay.version,
+            status=failure_pb2.FAILURE_STATUS_OPEN,
+            cause_failure_id=str(uuid_utils.UUID(bytes=refusal.cause)) if refusal.cause else "",
+        )
+        record.create_time.FromMicroseconds(self._time_us)
+        self._failures[failure_id] = FailureRecord(
+            failure_id, record.SerializeToString(), self._uploader.replica, tuple(created_keys(unit))
+        )
+        return failure_id
+
+    def refused_creation(self, key: ObjectKey) -> bytes | None:
+        """Return the failure because of which this replica could not create an object that never was there."""
+        if self._overlay.state(key) is not None:
+            return None
+        return self._refused_creations.get(key) or self._reader.refused_creation(self._uploader.replica, key)
+
+    def give_up(self, unit: Unit, wait: Waits) -> list[Result]:
+        """Refuse a unit that waited in vain; or park it, if what it waits for may still come."""
+        cause = self.refused_creation(wait.target)
+        if cause:
+            return self.refuse(unit, Refused(FailureReason.DEPENDENCY_FAILED, wait.message, cause=cause))
+        if self._uploader.leaves_earlier or wait.target in self.parked:
+            return self.park(unit, wait.message)
+        return self.refuse(unit, Refused(FailureReason.DANGLING_REFERENCE, wait.message))
+
+    def is_parked(self, unit: Unit) -> bool:
+        """Tell whether an earlier operation on one of the unit's objects stays unsettled."""
+        return bool(self.parked) and any(self.parked.get(key, unit[0].seq) < unit[0].seq for key in keys_of(unit))
+
+    def park(self, unit: Unit, message: str) -> list[Result]:
+        """Leave a unit pending."""
+        for key in keys_of(unit):
+            self.parked[key] = min(unit[0].seq, self.parked.get(key, unit[0].seq))
+        return [Result(member.seq, Status.NOT_READY, message=message) for member in unit]
+
+    def withdraw_behind_parked(self, units: Sequence[Unit], results: dict[int, list[Result]]) -> bool:
+        """
+        Take back refusals that stand behind an operation which stays pending after all; tell whether there were any.
+
+        Operations on one object settle in order: what comes behind stays pending too,
+        and what was refused because of such a refusal.
+        """
+        withdrawn: set[bytes] = set()
+        settled_count = len(self.settled)
+        again = bool(self.parked)
+        while again:
+            again = False
+            for index in sorted(results):
+                failure_id = results[index][0].failure_id
+                if failure_id and (self.is_parked(units[index]) or self._causes.get(failure_id) in withdrawn):
+                    withdrawn.add(failure_id)
+                    self._failures.pop(failure_id, None)
+                    self.settled = [one for one in self.settled if one[1].failure_id != failure_id]
+                    for key in created_keys(units[index]):
+                        self._refused_creations.pop(key, None)
+                    results[index] = self.park(units[index], BEHIND_ANOTHER)
+                    again = True
+        return len(self.settled) != settled_count
+
+    def replica_state(self, known: ReplicaState) -> ReplicaState | None:
+        """Return the replica's state with what was settled, or None if nothing was."""
+        if not self.settled:
+            return None
+        self.settled.sort()
+        newest_seq, newest = self.settled[-1]
+        if newest_seq <= known.newest_seq:
+            newest_seq, newest_nonce = known.newest_seq, known.newest_nonce
+        else:
+            newest_nonce = newest.nonce
+        ranges = merged_ranges(known.settled_ranges, [seq for seq, _ in self.settled])
+        return known._replace(newest_seq=newest_seq, newest_nonce=newest_nonce, settled_ranges=ranges)
+
+    def index_writes(self) -> IndexWrites:
+        """Return what finds the failures that others caused."""
+        return {
+            dependents_prefix(cause) + failure_id: b""
+            for failure_id, cause in self._causes.items()
+            if cause and failure_id in self._failures
+        }
