@@ -5,7 +5,8 @@ What replicas (`tidelog_client`) and servers (`tidelog_server`) share: values,
 operations, constraints, the schema and the errors.
 """
 
-from tidelog._constraints import Constraint, attribute
+from tidelog._constraint_text import parse_constraint
+from tidelog._constraints import Constraint, attribute, claim
 from tidelog._errors import (
     DiskFull,
     ForeignServer,
@@ -74,4 +75,6 @@ __all__ = [
     "Unauthenticated",
     "Value",
     "attribute",
+    "claim",
+    "parse_constraint",
 ]
