@@ -18,7 +18,7 @@ from tidelog._patch import encoded_attributes
 from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
 from tidelog_server._application import Application
-from tidelog_server._history import undone
+from tidelog_server._history import attributes_before
 from tidelog_server._indexes import IndexWrites, index_writes
 from tidelog_server._outcomes import Applied, Outcomes
 from tidelog_server._overlay import Overlay
@@ -166,7 +166,7 @@ class UnitApplier:
         if not state.deleted:
             return rights.sees(self._overlay.attributes(key))
         deletion = self._overlay.change(state.version)
-        before = undone(deletion, None) if deletion is not None else None
+        before = attributes_before(deletion, None) if deletion is not None else None
         return before is not None and rights.sees(before)
 
 

@@ -13,7 +13,7 @@ from tidelog._errors import InvalidValue
 from tidelog._operation import OperationKind
 from tidelog._patch import Patch, decode_patch
 from tidelog._values import Attributes
-from tidelog_server._history import changes_since, undone
+from tidelog_server._history import attributes_before, changes_since
 from tidelog_server._overlay import Overlay
 from tidelog_server._records import Change, ObjectState
 
@@ -61,7 +61,7 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
         return None
     base: Attributes | None = attributes
     for change in changes:
-        base = undone(change, base)
+        base = attributes_before(change, base)
     mine = base = base or {}
     for change in reversed(changes):
         if not _is_foreign(change, replica):

@@ -27,7 +27,7 @@ def changes_since(version: int, newest: int, change_of: Callable[[int], Change |
         position = change.previous
 
 
-def undone(change: Change, after: Attributes | None) -> Attributes | None:
+def attributes_before(change: Change, after: Attributes | None) -> Attributes | None:
     """Return an object's attributes before a change that led to *after*; None: it was not there."""
     if change.kind is OperationKind.CREATE:
         return None
