@@ -5,7 +5,24 @@ What replicas (`tidelog_client`) and servers (`tidelog_server`) share: values,
 operations, constraints, the schema and the errors.
 """
 
+from tidelog._attributes import (
+    AnyValue,
+    Attribute,
+    Boolean,
+    Bytes,
+    DecimalNumber,
+    Enumeration,
+    File,
+    Float,
+    Integer,
+    List,
+    Map,
+    Reference,
+    String,
+    Timestamp,
+)
 from tidelog._constraints import Constraint, attribute
+from tidelog._entity import Entity, EntityReference, Rename
 from tidelog._errors import (
     DiskFull,
     ForeignServer,
@@ -31,26 +48,40 @@ from tidelog._errors import (
     SynchronizationInProgress,
     TidelogError,
     Unauthenticated,
+    ValidationFailed,
 )
 from tidelog._failure import FailureReason, SynchronizationFailure
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch
-from tidelog._schema import Reference, Schema
+from tidelog._schema import Schema
 from tidelog._values import Value
 
 __all__ = [
+    "AnyValue",
+    "Attribute",
+    "Boolean",
+    "Bytes",
     "CommitGroup",
     "Constraint",
+    "DecimalNumber",
     "DiskFull",
+    "Entity",
+    "EntityReference",
+    "Enumeration",
     "FailureReason",
+    "File",
+    "Float",
     "ForeignServer",
     "FormatUnsupported",
     "InheritedEnvironment",
+    "Integer",
     "InvalidConstraint",
     "InvalidSchema",
     "InvalidValue",
     "LimitExceeded",
+    "List",
     "LogCorrupt",
+    "Map",
     "NotConfigured",
     "ObjectExists",
     "ObjectNotFound",
@@ -61,17 +92,21 @@ __all__ = [
     "ProtocolUnsupported",
     "ProtocolViolated",
     "Reference",
+    "Rename",
     "ReplicaForked",
     "ResourceClosed",
     "Schema",
     "ServerUnavailable",
     "StorageError",
     "StoreInUse",
+    "String",
     "SynchronizationError",
     "SynchronizationFailure",
     "SynchronizationInProgress",
     "TidelogError",
+    "Timestamp",
     "Unauthenticated",
+    "ValidationFailed",
     "Value",
     "attribute",
 ]

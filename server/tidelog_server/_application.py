@@ -123,7 +123,7 @@ class Application:
     """
 
     def __init__(self, *, schema: Schema | None = None) -> None:
-        self.schema = schema if schema is not None else Schema(version=1)
+        self.schema = schema if schema is not None else Schema(open=True)
         self.has_schema = schema is not None
         self._hooks: dict[tuple[str, str], list[Hook]] = {}
 
