@@ -171,7 +171,7 @@ class Application:
     """
 
     def __init__(self, *, schema: Schema | None = None, operators: Iterable[str] = ()) -> None:
-        self.schema = schema if schema is not None else Schema(version=1, open=True)
+        self.schema = schema if schema is not None else Schema(open=True)
         self.has_schema = schema is not None
         self.indexed_entities = indexed_entities(self.schema)
         self.access_rules: list[AccessRule] = []
