@@ -5,7 +5,8 @@ What replicas (`tidelog_client`) and servers (`tidelog_server`) share: values,
 operations, constraints, the schema and the errors.
 """
 
-from tidelog._constraints import Constraint, attribute
+from tidelog._constraint_text import parse_constraint
+from tidelog._constraints import Constraint, attribute, claim
 from tidelog._downloads import Download, DownloadMode
 from tidelog._errors import (
     DiskFull,
@@ -79,4 +80,6 @@ __all__ = [
     "Unauthenticated",
     "Value",
     "attribute",
+    "claim",
+    "parse_constraint",
 ]

@@ -32,6 +32,11 @@ PAGE_BYTES_MAX: Final = 1024 * 1024
 
 SELECTION_OBJECTS_MAX: Final = 100_000
 
+# A constraint is evaluated for each object of an entity, and one per entity fits the start of a session.
+CONSTRAINT_DEPTH_MAX: Final = 32
+CONSTRAINT_PARTS_MAX: Final = 1_000
+CONSTRAINT_BYTES_MAX: Final = 64 * 1024
+
 # What is said to people about one operation: a thousand of them must fit a message.
 REASON_BYTES_MAX: Final = 1_000
 

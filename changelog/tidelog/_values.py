@@ -274,6 +274,29 @@ def as_json(value: Any) -> str:
     return json.dumps(_plain(value), ensure_ascii=False)
 
 
+def literal(value: Any) -> str:
+    """
+    Return a value as constraints spell it: as JSON, and what JSON lacks in a way of its own.
+
+    `12.50d` is a decimal, `t"2026-01-31T12:00:00Z"` a timestamp, `b"AP8="` a binary in base64,
+    `inf` and `nan` are floats. Nothing is lost, and the keys of a map are in order.
+    """
+    kind = type(value)
+    if kind is dict:
+        return "{" + ", ".join(f"{literal(key)}: {literal(value[key])}" for key in sorted(value)) + "}"
+    if kind is list:
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if kind is bytes:
+        return f'b"{base64.b64encode(value).decode()}"'
+    if kind is datetime:
+        return f't"{value.astimezone(UTC).replace(tzinfo=None).isoformat()}Z"'
+    if kind is Decimal:
+        return f"{value}d"
+    if kind is float:
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _plain(value: Any) -> Any:
     kind = type(value)
     if kind is dict:

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import operator
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tidelog import Constraint, ObjectNotFound, Operation, SynchronizationFailure, attribute
+from tidelog import (
+    Constraint,
+    InvalidConstraint,
+    ObjectNotFound,
+    Operation,
+    SynchronizationFailure,
+    attribute,
+    parse_constraint,
+)
 from tidelog._failure import operation_as_data
 from tidelog._values import as_json
 from tidelog.cli import (
@@ -43,11 +52,14 @@ IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the object.
 WhereOption = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=JSON",
-        help="Only objects whose attribute equals the value, in type too; what is no JSON is text. "
-        "null: it has none. Repeat it to ask for several.",
+        metavar="CONSTRAINT|NAME=JSON",
+        help="Only objects that it holds for, such as 'n >= 3 and not exists(due)'. NAME=JSON: the attribute "
+        "equals the value, in type too; what is no JSON is text; null: it has none. Repeat it to ask for several.",
     ),
 ]
+
+# What stands before the sign has nothing of a constraint in it; `==` is one's operator.
+_NAME_AND_JSON = re.compile(r"""([^\s"`()<>!=]+)=(?!=)(.*)""", re.DOTALL)
 
 _OPERATION_COLUMNS = (
     Column("SEQ", live_width=6),
@@ -258,19 +270,36 @@ def _key(text: str) -> tuple[str, str]:
 
 
 def _constraint(where: Iterable[str] | None) -> Constraint | None:
-    """Read NAME=JSON pairs, all of which must hold."""
-    constraints = []
-    for text in where or ():
-        name, sign, value_text = text.partition("=")
-        if not sign:
-            raise typer.BadParameter(f"expected NAME=JSON, got {text!r}", param_hint="--where")
-        try:
-            value = json.loads(value_text, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            value = value_text
-        # Nothing compares with null, so that it can stand for an attribute that is missing.
-        constraints.append(~attribute(name).exists() if value is None else attribute(name) == value)
-    return functools.reduce(operator.and_, constraints) if constraints else None
+    """Read conditions, all of which must hold."""
+    conditions = [_condition(text) for text in where or ()]
+    return functools.reduce(operator.and_, conditions) if conditions else None
+
+
+def _condition(text: str) -> Constraint:
+    """Read NAME=JSON or a constraint."""
+    pair = _NAME_AND_JSON.fullmatch(text)
+    if pair is None:
+        return _parsed(text)
+    name, value_text = pair.groups()
+    try:
+        value = json.loads(value_text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        value = value_text
+    # Nothing compares with null, so that it can stand for an attribute that is missing.
+    return ~attribute(name).exists() if value is None else attribute(name) == value
+
+
+def _parsed(text: str) -> Constraint:
+    try:
+        constraint = parse_constraint(text)
+    except InvalidConstraint as error:
+        raise typer.BadParameter(str(error), param_hint="--where") from error
+    if claims := constraint.claims():
+        raise typer.BadParameter(
+            f"give the value itself in place of claim.{min(claims)}: a replica has nobody's claims",
+            param_hint="--where",
+        )
+    return constraint
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.builders import make_operation
 
 from tidelog import CommitGroup, Constraint, Operation, Patch
-from tidelog._constraints import All, Any_, Comparison, Not
+from tidelog._constraints import RESERVED_WORDS, All, Any_, Comparison, Not
 from tidelog._values import DECIMAL_BYTES_MAX
 
 # The same examples every time: a test fails today or never.
@@ -86,27 +86,56 @@ def operations(draw: st.DrawFn) -> Operation:
     return operation._replace(client_time_us=draw(st.integers(-(10**15), 10**17)))
 
 
-comparisons: st.SearchStrategy[Constraint] = st.one_of(
-    st.builds(Comparison, few_names, st.sampled_from(["==", "!="]), values),
-    st.builds(
-        Comparison,
-        few_names,
-        st.sampled_from(["<", "<=", ">", ">="]),
-        integers | st.integers(-3, 3) | st.floats() | texts | st.binary(max_size=4) | decimals,
-    ),
-    st.builds(Comparison, few_names, st.just("in"), st.lists(values, max_size=4)),
-    st.builds(Comparison, few_names, st.just("contains"), values | texts),
-    st.builds(Comparison, few_names, st.just("exists")),
+awkward_names = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8
+) | st.sampled_from([*sorted(RESERVED_WORDS), "claim", "inf", "nan", "t", "`", "due date", "É", "_1"])
+constraint_names = few_names | few_names | awkward_names
+constants: st.SearchStrategy[Any] = (
+    st.integers(-3, 3) | st.sampled_from([None, "", "a", "ab", True, False, 1.0, float("nan")]) | values
 )
-constraints: st.SearchStrategy[Constraint] = st.recursive(
-    comparisons,
-    lambda members: st.one_of(
+ordered: st.SearchStrategy[Any] = (
+    st.integers(-3, 3)
+    | integers
+    | st.floats()
+    | texts
+    | st.binary(max_size=4)
+    | decimals
+    | st.datetimes(timezones=st.just(UTC))
+)
+comparisons: st.SearchStrategy[Constraint] = st.one_of(
+    st.builds(Comparison, constraint_names, st.sampled_from(["==", "!="]), constants),
+    st.builds(Comparison, constraint_names, st.sampled_from(["<", "<=", ">", ">="]), ordered),
+    st.builds(Comparison, constraint_names, st.just("in"), st.lists(constants, max_size=4)),
+    st.builds(Comparison, constraint_names, st.just("contains"), constants | texts),
+    st.builds(Comparison, constraint_names, st.just("exists")),
+)
+few_claims = st.sampled_from(["user_id", "regions", "https://example.com/level"])
+claimed: st.SearchStrategy[Constraint] = st.builds(
+    Comparison,
+    constraint_names,
+    st.sampled_from(["==", "!=", "<", "<=", ">", ">=", "in", "contains"]),
+    st.none(),
+    few_claims | awkward_names,
+)
+claims: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
+    few_claims,
+    constants
+    | st.lists(constants, max_size=3)
+    | st.lists(texts, max_size=3).map(tuple)
+    | st.frozensets(texts | st.integers(-3, 3), max_size=3),
+)
+
+
+def _combined(members: st.SearchStrategy[Constraint]) -> st.SearchStrategy[Constraint]:
+    return st.one_of(
         st.builds(Not, members),
         st.builds(All, st.lists(members, max_size=3).map(tuple)),
         st.builds(Any_, st.lists(members, max_size=3).map(tuple)),
-    ),
-    max_leaves=6,
-)
+    )
+
+
+constraints: st.SearchStrategy[Constraint] = st.recursive(comparisons, _combined, max_leaves=6)
+claiming: st.SearchStrategy[Constraint] = st.recursive(comparisons | claimed, _combined, max_leaves=6)
 
 
 @st.composite

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.property.strategies import attributes, checked, constraints, integers, patches, sums, values
+from tests.property.strategies import attributes, checked, integers, patches, sums, values
 
-from tidelog import Constraint, InvalidValue, Patch
-from tidelog._constraints import All, Any_, Comparison, Not
+from tidelog import InvalidValue, Patch
 from tidelog._values import copied, encode, equal
 from tidelog_server._action import _difference
 from tidelog_server._records import merged_ranges
@@ -122,60 +121,6 @@ class TestPatches:
 
         assert equal(patch.apply(before), wanted)
         assert _difference(before, before) == Patch()
-
-
-class TestConstraints:
-    @checked
-    @given(constraints, attributes)
-    def test_against_a_plain_evaluator(self, constraint: Constraint, state: dict[str, Any]) -> None:
-        """A constraint holds exactly where a naive evaluation of its definition does."""
-        assert constraint.matches(state) is _holds(constraint, state)
-
-
-def _tagged(value: Any) -> Any:
-    """Return a value in a form in which Python's own equality tells types apart."""
-    if type(value) is list:
-        return ("list", tuple(_tagged(member) for member in value))
-    if type(value) is dict:
-        return ("dict", frozenset((key, _tagged(member)) for key, member in value.items()))
-    if type(value) is float and value != value:
-        return ("float", "NaN")
-    return (type(value).__name__, value)
-
-
-def _holds(constraint: Constraint, state: dict[str, Any]) -> bool:
-    if isinstance(constraint, Not):
-        return not _holds(constraint.member, state)
-    if isinstance(constraint, All):
-        return all(_holds(member, state) for member in constraint.members)
-    if isinstance(constraint, Any_):
-        return any(_holds(member, state) for member in constraint.members)
-    assert isinstance(constraint, Comparison)
-    present, value = state.get(constraint.attribute), constraint.value
-    if present is None:
-        return False
-    same_type = type(present) is type(value)
-    match constraint.operator:
-        case "exists":
-            return True
-        case "==":
-            return bool(_tagged(present) == _tagged(value))
-        case "!=":
-            return same_type and _tagged(present) != _tagged(value)
-        case "in":
-            return _tagged(present) in [_tagged(one) for one in value]
-        case "contains" if type(present) is list:
-            return _tagged(value) in [_tagged(one) for one in present]
-        case "contains":
-            return type(present) is str and same_type and present.find(value) >= 0
-        case "<":
-            return same_type and bool(present < value)
-        case "<=":
-            return same_type and bool(present <= value)
-        case ">":
-            return same_type and bool(value < present)
-        case _:
-            return same_type and bool(value <= present)
 
 
 def _ranges_of(seqs: set[int]) -> tuple[tuple[int, int], ...]:

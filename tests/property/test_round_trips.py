@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.property.strategies import attributes, checked, constraints, mutated, operations, patches, values
+from tests.property.strategies import attributes, checked, mutated, operations, patches, values
 
-from tidelog import Constraint, InvalidConstraint, InvalidValue, Operation, Patch
-from tidelog._constraints import constraint_from_message
+from tidelog import InvalidValue, Operation, Patch
 from tidelog._failure import operation_as_data
 from tidelog._operation import decode_operation, identity_of
 from tidelog._patch import decode_patch
@@ -25,7 +24,6 @@ from tidelog._values import (
     equal,
     sort_key,
 )
-from tidelog.v1 import constraint_pb2
 
 pytestmark = pytest.mark.slow
 
@@ -146,28 +144,3 @@ class TestOperations:
             operation.decoded_patch()
         except InvalidValue:
             return
-
-
-class TestConstraints:
-    @checked
-    @given(constraints)
-    def test_there_and_back(self, constraint: Constraint) -> None:
-        """Every constraint comes back as it was."""
-        message = constraint_pb2.Constraint.FromString(constraint.to_message().SerializeToString())
-
-        assert constraint_from_message(message).to_message() == constraint.to_message()
-
-    @checked
-    @given(mutated(constraints.map(lambda one: one.to_message().SerializeToString())) | st.binary(max_size=60))
-    def test_damaged_bytes(self, data: bytes) -> None:
-        """A message that makes no sense is an InvalidConstraint; one that does can be evaluated."""
-        message = constraint_pb2.Constraint()
-        try:
-            message.ParseFromString(data)
-        except Exception:  # noqa: BLE001 - the transport's business
-            return
-        try:
-            constraint = constraint_from_message(message)
-        except InvalidConstraint:
-            return
-        constraint.matches({"a": 1, "b": "x", "c": [1], "d": None})
