@@ -447,9 +447,7 @@ class _Page:
             self.message.removals.add(entity=key[0], id=key[1], version=version)
 
 
-def _was_seen(
-    reader: Reader, state: ObjectState, sight: Sight, after: int, is_ours: Callable[[Change], bool]
-) -> bool:
+def _was_seen(reader: Reader, state: ObjectState, sight: Sight, after: int, is_ours: Callable[[Change], bool]) -> bool:
     """Tell whether an object was seen before the first of our changes above a version, or is one of our own."""
     seen = False
     for change, before in undone_changes(reader, state):

@@ -240,9 +240,7 @@ def _rows_seen(rights: EntityRights) -> Constraint | None:
     return Any_(constraints) if len(constraints) == len(seen) else None
 
 
-def _index_of(
-    indexes: Iterable[str], conditions: Iterable[Constraint | None]
-) -> tuple[str | None, Sequence[object]]:
+def _index_of(indexes: Iterable[str], conditions: Iterable[Constraint | None]) -> tuple[str | None, Sequence[object]]:
     """Return the index that leads to the fewest values, and these values; None if no index helps."""
     stated = tuple(one for one in conditions if one is not None)
     if NEVER in stated:

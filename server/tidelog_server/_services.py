@@ -95,9 +95,7 @@ class Services:
                 "tidelog.v1.ObjectService",
                 {"GetObject": _unary(self._get_object), "ListObjects": _unary(self._list_objects)},
             ),
-            grpc.method_handlers_generic_handler(
-                "tidelog.v1.SchemaService", {"GetSchema": _unary(self._get_schema)}
-            ),
+            grpc.method_handlers_generic_handler("tidelog.v1.SchemaService", {"GetSchema": _unary(self._get_schema)}),
         ]
 
     # --- SyncService ----------------------------------------------------------

@@ -182,9 +182,7 @@ class Session:
         self._selection: list[ObjectKey] = []
         self._projection = Projection(application, principal, wishes_of(start.downloads))
         self._start = Start(None, frozenset(), None)
-        self._download = Download(
-            store, self._projection, replica=self._replica, confirms=start.accepts_confirmations
-        )
+        self._download = Download(store, self._projection, replica=self._replica, confirms=start.accepts_confirmations)
 
     def open(self) -> Future[sync_pb2.SessionStarted]:
         """Begin. A session that uploads takes the replica's next session number and so ends older ones."""
