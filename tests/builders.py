@@ -183,6 +183,7 @@ class _Data:
     settled: dict[tuple[bytes, int], Settled] = field(default_factory=dict)
     failures: dict[bytes, bytes] = field(default_factory=dict)
     refused: dict[tuple[bytes, ObjectKey], bytes] = field(default_factory=dict)
+    indexes: dict[bytes, bytes] = field(default_factory=dict)
 
     def copy(self) -> _Data:
         return _Data(
@@ -194,6 +195,7 @@ class _Data:
             dict(self.settled),
             dict(self.failures),
             dict(self.refused),
+            dict(self.indexes),
         )
 
 
@@ -216,9 +218,19 @@ class _MemoryReader:
         found = [one for one in self._data.objects.items() if one[0][0] == entity and one[0][1] > after_id]
         return _page(sorted(found, key=lambda one: one[0][1].encode()), limit, bytes_max)
 
-    def latest_objects(self, after: int, limit: int, bytes_max: int) -> ObjectsPage:
-        found = [one for one in self._data.objects.items() if one[1].version > after]
+    def entities(self) -> list[str]:
+        return sorted({entity for entity, _ in self._data.objects}, key=str.encode)
+
+    def latest_objects(self, entity: str, after: int, limit: int, bytes_max: int) -> ObjectsPage:
+        found = [one for one in self._data.objects.items() if one[0][0] == entity and one[1].version > after]
         return _page(sorted(found, key=lambda one: one[1].version), limit, bytes_max)
+
+    def index(self, key: bytes) -> bytes | None:
+        return self._data.indexes.get(key)
+
+    def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        keys = sorted(key for key in self._data.indexes if key.startswith(prefix) and key > after)
+        return [(key, self._data.indexes[key]) for key in keys[:limit]]
 
     def change(self, version: int) -> Change | None:
         return self._data.changes.get(version)
@@ -262,6 +274,7 @@ class MemoryStore:
         self._disk = {} if disk is None else disk
         self._identity: Identity = self._disk.setdefault("identity", Identity(secrets.token_hex(8), "first"))
         self._tenants: dict[str, _Data] = self._disk.setdefault("tenants", {})
+        self._notes: dict[str, bytes] = self._disk.setdefault("notes", {})
         self._lock = threading.RLock()
         self._closed = False
 
@@ -295,9 +308,22 @@ class MemoryStore:
                     error if isinstance(error, Exception) else StorageError(f"a job ended with {type(error).__name__}")
                 )
             else:
-                self._tenants[tenant] = data
+                if writes is not None:
+                    self._tenants[tenant] = data
                 future.set_result(result)
         return future
+
+    def tenants(self) -> list[str]:
+        """Return the tenants that anything was ever written for."""
+        return sorted(self._tenants, key=str.encode)
+
+    def note(self, name: str) -> bytes:
+        """Return what was noted under a name."""
+        return self._notes.get(name, b"")
+
+    def set_note(self, name: str, value: bytes) -> None:
+        """Note something about the whole store."""
+        self._notes[name] = value
 
     def close(self) -> None:
         """Refuse everything from now on."""
@@ -318,6 +344,11 @@ def _page(found: list[tuple[ObjectKey, ObjectState]], limit: int, bytes_max: int
 def _write(data: _Data, writes: Writes) -> None:
     data.objects.update((key, state) for key, (state, _) in writes.objects.items())
     data.changes.update((change.version, change) for change in writes.changes)
+    for key, value in writes.index.items():
+        if value is None:
+            data.indexes.pop(key, None)
+        else:
+            data.indexes[key] = value
     if writes.changes:
         data.head = Head(writes.version, secrets.token_bytes(COMMIT_ID_BYTES))
         data.commits[writes.version] = data.head.commit_id

@@ -1,34 +1,61 @@
 """
 The download: which snapshots and removals a replica needs, page by page.
 
-Every object has one entry in the by-version index, at its latest version. A delta
-is a scan of that index from the cursor's version: each object once, at a cost that
-follows the number of changed objects. Each page is read in a transaction of its
-own; the scan ends in the page whose transaction has nothing above it, and the head
-seen there is the new cursor. So no change can slip in below a cursor.
+What a replica may have of a tenant lies in a few *sources*: an entity's objects by
+version, or those of them that have a value of an indexed attribute. Each object stands
+in a source once, at its latest version. A delta is a scan of the sources from the
+cursor's version: each object once, at a cost that follows the number of changed
+objects among those that the replica sees.
+
+The sources are scanned in rounds, each up to the head at which the round began. Pages
+are read in a transaction of their own; the download ends in the one whose head is
+where its round ends, and this head is the new cursor. So no change can slip in below
+a cursor, whatever is written meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from tidelog._keys import ObjectKey
+from tidelog._downloads import DownloadMode
+from tidelog._keys import ObjectKey, pack_position
 from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
-from tidelog._operation import OperationKind
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
+from tidelog_server._history import undone_changes
+from tidelog_server._indexes import versions_of
+from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
 from tidelog_server._store import Reader, Store
 
 CATCH_UP_ROUNDS_MAX: Final = 3
-
-# What the projection of a principal is made of. Everybody sees everything as yet.
-_SCOPE: Final = b""
+# Objects that an index leads to are read so many at a time: what they hold is known only then.
+INDEXED_OBJECTS_MAX: Final = 32
 
 _M = TypeVar("_M", splice_pb2.Cursor, splice_pb2.ResumeToken)
+
+
+class Place(NamedTuple):
+    """
+    How far a download has come.
+
+    Attributes:
+        source: The source being scanned. Those before it stand at *round_head*, those
+            behind it at *previous_round_head*.
+        position: The version that its scan has reached.
+        round_head: The newest version when this round began.
+        previous_round_head: The same of the round before. 0: this is the first one.
+        first_head: The same of the first round.
+    """
+
+    source: bytes
+    position: int
+    round_head: int
+    previous_round_head: int
+    first_head: int
 
 
 class Start(NamedTuple):
@@ -37,15 +64,13 @@ class Start(NamedTuple):
 
     Attributes:
         cursor: Where the replica's state stands; None: nowhere, so it is reconciled.
-        position: Everything whose latest version is up to here was sent already.
-        resumed: Whether the replica's resume token was taken up.
-        first_head: The newest version when the download began, 0 if it begins now.
+        reconciling: Entities that are reconciled although there is a cursor.
+        place: Where an interrupted download goes on; None: it begins now.
     """
 
     cursor: splice_pb2.Cursor | None
-    position: int
-    resumed: bool
-    first_head: int = 0
+    reconciling: frozenset[str]
+    place: Place | None
 
     @property
     def reconcile(self) -> bool:
@@ -53,26 +78,55 @@ class Start(NamedTuple):
         return self.cursor is None
 
     @property
-    def version(self) -> int:
-        """The version that the replica's state stands for. 0: none."""
-        return self.cursor.version if self.cursor is not None else 0
+    def resumed(self) -> bool:
+        """Whether the replica's resume token was taken up."""
+        return self.place is not None
+
+    @property
+    def reconciled(self) -> frozenset[str] | None:
+        """The entities that are reconciled; None: all."""
+        return None if self.cursor is None else self.reconciling
+
+    def version(self, entity: str) -> int | None:
+        """Return the version that the replica's objects of an entity stand for; None: they are reconciled."""
+        return None if self.cursor is None or entity in self.reconciling else self.cursor.version
+
+    def is_at(self, head: Head) -> bool:
+        """Tell whether the replica has everything up to *head*."""
+        return self.cursor is not None and not self.reconciling and self.cursor.version == head.version
 
 
-def start_of(reader: Reader, identity: Identity, cursor_bytes: bytes, resume_token: bytes) -> Start:
+def start_of(
+    reader: Reader, identity: Identity, projection: Projection, cursor_bytes: bytes, resume_token: bytes
+) -> Start:
     """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
     cursor = _valid_cursor(reader, identity, cursor_bytes)
+    reconciling: frozenset[str] = frozenset()
+    if cursor is not None:
+        scope, before = projection.scope, Scope(cursor.scope, cursor.entities)
+        names = {*scope.entities, *before.entities, *(reader.entities() if scope.default != before.default else ())}
+        reconciling = frozenset(
+            name for name in names if scope.of(name) != before.of(name) and projection.entity(name).mode.downloads
+        )
+    place = None
     token = _parsed(splice_pb2.ResumeToken, resume_token)
     if token is not None:
-        token_start = token.start if token.HasField("start") else None
-        fits = (token.epoch, token.timeline, token.scope) == (identity.epoch, identity.timeline, _SCOPE)
-        if fits and token_start == cursor and 0 <= token.position <= reader.head().version:
-            return Start(cursor, token.position, resumed=True, first_head=token.first_head)
-    return Start(cursor, cursor.version if cursor is not None else 0, resumed=False)
+        place = _place(token)
+        if token != _token(identity, projection, cursor, place) or not _is_sound(place, reader.head()):
+            place = None
+    return Start(cursor, reconciling, place)
 
 
-def cursor_at(identity: Identity, head: Head) -> bytes:
+def cursor_at(identity: Identity, head: Head, scope: Scope) -> bytes:
     """Return the cursor that stands for everything up to *head*."""
-    return _cursor(identity, head).SerializeToString()
+    return splice_pb2.Cursor(
+        epoch=identity.epoch,
+        timeline=identity.timeline,
+        version=head.version,
+        commit_id=head.commit_id,
+        scope=scope.default,
+        entities=scope.entities,
+    ).SerializeToString()
 
 
 class Download:
@@ -81,17 +135,19 @@ class Download:
 
     Args:
         store: Where the data are.
-        tenant: Whose data.
+        projection: What the replica has of them.
         replica: The replica's id in 16 bytes.
         confirms: Whether it gets confirmations in place of what it wrote itself.
     """
 
-    def __init__(self, store: Store, tenant: str, *, replica: bytes = NO_REPLICA, confirms: bool = False) -> None:
+    def __init__(
+        self, store: Store, projection: Projection, *, replica: bytes = NO_REPLICA, confirms: bool = False
+    ) -> None:
         self._store = store
-        self._tenant = tenant
+        self._projection = projection
+        self._tenant = projection.principal.tenant
         self._replica = replica
         self._confirmed = replica if confirms else NO_REPLICA
-        self._identity = store.identity
         self.head = Head(0, b"")
 
     def everything_since(self, start: Start) -> Iterator[sync_pb2.SnapshotPage]:
@@ -101,27 +157,24 @@ class Download:
         A tenant that changes faster than this reads is caught up with in the end by
         reading the rest in one transaction.
         """
-        position = start.position
-        round_end = 0
-        rounds = 0
+        scan = _Scan(self._projection, start, self._confirmed)
         caught_up = False
         while not caught_up:
+            pages = []
             with self._store.read(self._tenant) as reader:
                 self.head = reader.head()
-                if not start.first_head:
-                    start = start._replace(first_head=self.head.version)
-                if position >= round_end:
-                    rounds += 1
-                    round_end = self.head.version
-                pages = []
-                while True:
-                    page, position, caught_up = self._delta_page(reader, start, position)
+                caught_up = True
+                for page in scan.pages(reader, self.head):
                     pages.append(page)
-                    if caught_up or rounds <= CATCH_UP_ROUNDS_MAX:
+                    if scan.round_count <= CATCH_UP_ROUNDS_MAX:
+                        caught_up = False
                         break
             for page in pages:
-                if page.snapshots or page.removals or page.confirmations:
-                    yield page
+                if not page.is_empty:
+                    page.message.resume_token = _token(
+                        self._store.identity, self._projection, start.cursor, page.end
+                    ).SerializeToString()
+                    yield page.message
 
     def changed_by_operations(
         self, first_seq: int, first_version: int, last_version: int
@@ -129,13 +182,15 @@ class Download:
         """
         Yield each object that the replica's operations from *first_seq* on changed, as it is now.
 
-        The changes, of hooks too, lie between the two versions.
+        The changes, of hooks too, lie between the two versions. Entities that the
+        replica never synchronizes are left out; of those that it does not download,
+        it gets what it may read.
         """
 
         def is_ours(change: Change | None) -> bool:
             return change is not None and change.replica == self._replica and change.seq >= first_seq
 
-        position = self._before_operation(first_version)
+        first = position = self._before_operation(first_version)
         while position < last_version:
             with self._store.read(self._tenant) as reader:
                 changes = reader.changes(position, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
@@ -144,7 +199,8 @@ class Download:
                     if page.is_full or change.version > last_version:
                         break
                     position = change.version
-                    if not is_ours(change):
+                    entity = self._projection.entity(change.key[0])
+                    if not is_ours(change) or entity.mode is DownloadMode.NEVER:
                         continue
                     state = reader.objects((change.key,))[change.key]
                     # Only the newest of our changes to an object sends it, so that it comes once.
@@ -152,8 +208,14 @@ class Download:
                     while newest is not None and not is_ours(newest):
                         newest = reader.change(newest.previous)
                     if newest is not None and newest.version == change.version:
-                        page.add(change.key, state)
-            if page.count:
+                        page.take(state)
+                        sight = entity.shown if entity.mode.downloads else entity.readable
+                        seen = sight.encoded(state)
+                        if seen is not None:
+                            page.add(change.key, state, seen)
+                        elif _was_seen(reader, state, sight, first, is_ours):
+                            page.add_removal(change.key, state.version)
+            if not page.is_empty:
                 yield page.message
             if not changes:
                 return
@@ -171,114 +233,268 @@ class Download:
         return before
 
     def selected(self, keys: Sequence[ObjectKey]) -> Iterator[sync_pb2.SnapshotPage]:
-        """Yield the objects of these keys as they are; those that are not there come as removals."""
+        """Yield the objects of these keys as they are; those that are not there, or not to be read, as removals."""
         remaining = list(dict.fromkeys(keys))
         while remaining:
-            page = _Page(NO_REPLICA)
+            page = _Page()
             with self._store.read(self._tenant) as reader:
                 head = reader.head()
                 taken = 0
-                for key in remaining[:PAGE_OBJECTS_MAX]:
+                for key in remaining:
                     if page.is_full:
                         break
                     taken += 1
+                    entity = self._projection.entity(key[0])
                     state = reader.objects((key,)).get(key)
-                    if state is None:
+                    page.take(state)
+                    seen = entity.readable.encoded(state) if state is not None else None
+                    if state is None or seen is None:
+                        # All alike: the version must not tell what is hidden from what never was.
                         page.add_removal(key, head.version)
                     else:
-                        page.add(key, state)
+                        page.add(key, state, seen, outside=entity.shown.encoded(state) is None)
             remaining = remaining[taken:]
             yield page.message
 
-    def _delta_page(self, reader: Reader, start: Start, position: int) -> tuple[sync_pb2.SnapshotPage, int, bool]:
-        """Return a page, the position after it, and whether this transaction has nothing above."""
-        objects, has_more = reader.latest_objects(position, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
+
+class _Source(NamedTuple):
+    """
+    A part of the by-version index.
+
+    Attributes:
+        key: Its place in the order of sources.
+        entity: The entity whose objects it holds.
+        is_index: Whether it holds those only that have, or had, one value; the key is
+            then where they are found in the table of indexes.
+    """
+
+    key: bytes
+    entity: str
+    is_index: bool
+
+    def objects(
+        self, reader: Reader, after: int, limit: int, bytes_max: int
+    ) -> tuple[list[tuple[int, ObjectKey, ObjectState]], bool]:
+        """Return (version of the entry, key, state) in version order above *after*, and whether more may follow."""
+        if not self.is_index:
+            objects, has_more = reader.latest_objects(self.entity, after, limit, bytes_max)
+            return [(state.version, key, state) for key, state in objects], has_more
+        limit = min(limit, INDEXED_OBJECTS_MAX)
+        entries = reader.index_range(self.key, self.key + pack_position(after), limit)
+        found = [(version, (self.entity, id_)) for version, id_ in versions_of(entries, self.key)]
+        states = reader.objects(key for _, key in found)
+        return [(version, key, states[key]) for version, key in found], len(entries) == limit
+
+
+class _Scan:
+    """
+    Goes through the sources, round after round.
+
+    Attributes:
+        round_count: Number of the present round.
+    """
+
+    def __init__(self, projection: Projection, start: Start, confirmed: bytes) -> None:
+        self._projection = projection
+        self._start = start
+        self._confirmed = confirmed
+        self._place = start.place
+        self.round_count = 1
+
+    def pages(self, reader: Reader, head: Head) -> Iterator[_Page]:
+        """
+        Yield pages until everything up to *head* was scanned; the last one is what is left over.
+
+        Whoever stops before the end goes on with another reader.
+        """
+        if self._start.is_at(head):
+            return
+        place = self._place or Place(b"", 0, head.version, 0, head.version)
         page = _Page(self._confirmed)
-        for key, state in objects:
-            if not state.deleted or _may_be_known(reader, state, start, position):
-                page.add(key, state)
-        if objects:
-            position = objects[-1][1].version
-        page.message.resume_token = splice_pb2.ResumeToken(
-            start=start.cursor,
-            position=position,
-            epoch=self._identity.epoch,
-            timeline=self._identity.timeline,
-            scope=_SCOPE,
-            first_head=start.first_head,
-        ).SerializeToString()
-        return page.message, position, not has_more
+        while True:
+            for source in self._sources(reader, place.source):
+                if source.key != place.source:
+                    position = max(place.previous_round_head, self._start.version(source.entity) or 0)
+                    place = place._replace(source=source.key, position=position)
+                while place.position < place.round_head:
+                    place = self._read(reader, source, place, page)
+                    if page.is_full:
+                        self._place = page.end = place
+                        yield page
+                        page = _Page(self._confirmed)
+            self._place = page.end = place
+            if place.round_head == head.version:
+                if not page.is_empty:
+                    yield page
+                return
+            self.round_count += 1
+            place = Place(b"", 0, head.version, place.round_head, place.first_head)
+
+    def _sources(self, reader: Reader, first: bytes) -> list[_Source]:
+        """Return the sources from one on, in order."""
+        sources = []
+        for name in reader.entities():
+            prefixes = self._projection.entity(name).index_prefixes
+            if prefixes is None:
+                sources.append(_Source(name.encode(), name, is_index=False))
+            else:
+                sources += [_Source(prefix, name, is_index=True) for prefix in prefixes]
+        return sorted(source for source in sources if source.key >= first)
+
+    def _read(self, reader: Reader, source: _Source, place: Place, page: _Page) -> Place:
+        """Put what a source has next into the page; return where the scan stands then."""
+        entity = self._projection.entity(source.entity)
+        objects, has_more = source.objects(reader, place.position, page.objects_left, page.bytes_left)
+        confirms = source.entity not in self._start.reconciling
+        for version, key, state in objects:
+            if page.is_full:
+                return place
+            if version > place.round_head:
+                return place._replace(position=place.round_head)
+            page.take(state)
+            seen = entity.shown.encoded(state)
+            if seen is not None:
+                # What has changed since it lost a value stands under another one too, and comes from there.
+                if version == state.version:
+                    page.add(key, state, seen, confirms=confirms)
+            elif self._may_be_known(reader, entity, source, state, place):
+                page.add_removal(key, state.version)
+            place = place._replace(position=version)
+        return place if has_more else place._replace(position=place.round_head)
+
+    def _may_be_known(
+        self, reader: Reader, entity: EntityProjection, source: _Source, state: ObjectState, place: Place
+    ) -> bool:
+        """
+        Tell whether the replica may hold an object that it does not see any more, so that it must be told.
+
+        It does if the object was in its projection at its cursor, or was sent by an
+        earlier page of this download. Of any other object nothing is said: that would
+        only give away its id.
+        """
+        cursor_version = self._start.version(source.entity)
+        if cursor_version is None and state.version <= place.first_head:
+            return False
+        if cursor_version is not None and entity.shown.is_whole and state.created <= cursor_version:
+            return True  # it was deleted; spares the history
+        # Another source of the entity may have sent it in this round, this one only in an earlier round.
+        sent_up_to = place.round_head if source.is_index else place.previous_round_head
+        for change, before in undone_changes(reader, state):
+            was_sent = change.previous <= sent_up_to and change.version > place.first_head
+            was_there = cursor_version is not None and change.previous <= cursor_version
+            if (was_sent or was_there) and before is not None and entity.shown.of(before) is not None:
+                return True
+            if was_there:
+                return False
+        return False
 
 
 class _Page:
-    """A page being filled."""
+    """
+    A page being filled.
 
-    def __init__(self, replica: bytes) -> None:
+    It is full when enough was read for it, whatever came of that: so a transaction is
+    short although nearly all that it reads may be hidden from the replica.
+
+    Attributes:
+        message: The page on the wire.
+        end: Where the download stands after it.
+    """
+
+    end: Place
+
+    def __init__(self, confirmed: bytes = NO_REPLICA) -> None:
         self.message = sync_pb2.SnapshotPage()
-        self.count = 0
-        self._replica = replica
-        self._size_bytes = 0
+        self.objects_left = PAGE_OBJECTS_MAX
+        self.bytes_left = PAGE_BYTES_MAX
+        self._confirmed = confirmed
+        self._keys: set[ObjectKey] = set()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._keys
 
     @property
     def is_full(self) -> bool:
-        return self.count >= PAGE_OBJECTS_MAX or self._size_bytes >= PAGE_BYTES_MAX
+        return self.objects_left <= 0 or self.bytes_left <= 0
 
-    def add(self, key: ObjectKey, state: ObjectState) -> None:
-        entity, id_ = key
-        if state.deleted:
-            self.add_removal(key, state.version)
+    def take(self, state: ObjectState | None) -> None:
+        """Note that something was read for this page."""
+        self.objects_left -= 1
+        if state is not None:
+            # The page must fit a message whatever its last object is; see OBJECT_BYTES_MAX.
+            self.bytes_left -= len(state.attributes)
+
+    def add(
+        self, key: ObjectKey, state: ObjectState, seen: bytes, *, confirms: bool = True, outside: bool = False
+    ) -> None:
+        """Add an object with what is seen of it; confirm it if the replica made it all and sees it all."""
+        if key in self._keys:
             return
-        if state.sole_writer and state.creator == self._replica:
+        self._keys.add(key)
+        entity, id_ = key
+        if confirms and state.sole_writer and state.creator == self._confirmed and seen is state.attributes:
             self.message.confirmations.add(entity=entity, id=id_, version=state.version)
         else:
-            attributes = state.attributes
-            # The page must fit a message whatever its last object is; see OBJECT_BYTES_MAX.
-            self._size_bytes += len(attributes)
-            self.message.snapshots.add(entity=entity, id=id_, version=state.version, attributes=attributes)
-        self.count += 1
+            self.message.snapshots.add(
+                entity=entity, id=id_, version=state.version, attributes=seen, outside_projection=outside
+            )
 
     def add_removal(self, key: ObjectKey, version: int) -> None:
-        self.message.removals.add(entity=key[0], id=key[1], version=version)
-        self.count += 1
+        """Add an object that is gone, for this replica at least."""
+        if key not in self._keys:
+            self._keys.add(key)
+            self.message.removals.add(entity=key[0], id=key[1], version=version)
 
 
-def _may_be_known(reader: Reader, tombstone: ObjectState, start: Start, sent_up_to: int) -> bool:
-    """
-    Tell whether the replica may hold an object that is deleted, so that it must be told.
-
-    It does if the object was there at the replica's cursor, or was sent by an earlier
-    page of this download and deleted since. Of any other object that came and went
-    nothing is said: that would only give away its id.
-    """
-    if tombstone.created <= start.version:
-        return True
-    change = reader.change(tombstone.version)
-    deleted_meanwhile = tombstone.version > start.first_head
-    while change is not None and change.version > start.version:
-        if deleted_meanwhile and change.version <= sent_up_to and change.kind is not OperationKind.DELETE:
-            return True
-        change = reader.change(change.previous)
-    return change is not None and change.kind is not OperationKind.DELETE
+def _was_seen(reader: Reader, state: ObjectState, sight: Sight, after: int, is_ours: Callable[[Change], bool]) -> bool:
+    """Tell whether an object was seen before the first of our changes above a version, or is one of our own."""
+    seen = False
+    for change, before in undone_changes(reader, state):
+        if change.version <= after:
+            break
+        if is_ours(change):
+            if not change.by_hook:
+                return True  # whose id the replica gave, or was given
+            seen = before is not None and sight.of(before) is not None
+    return seen
 
 
 def _valid_cursor(reader: Reader, identity: Identity, data: bytes) -> splice_pb2.Cursor | None:
     cursor = _parsed(splice_pb2.Cursor, data)
-    if cursor is None or cursor.version < 0:
+    if cursor is None or (cursor.epoch, cursor.timeline) != (identity.epoch, identity.timeline):
         return None
-    if (cursor.epoch, cursor.timeline, cursor.scope) != (identity.epoch, identity.timeline, _SCOPE):
+    if cursor.version < 0 or (cursor.version and reader.commit_id(cursor.version)) != cursor.commit_id:
         return None
-    if cursor.version == 0:
-        return cursor
-    return cursor if reader.commit_id(cursor.version) == cursor.commit_id else None
+    # What has left the projection since is told from the change log: it must reach back.
+    is_old = cursor.version < reader.head().version
+    return None if is_old and reader.change(cursor.version + 1) is None else cursor
 
 
-def _cursor(identity: Identity, head: Head) -> splice_pb2.Cursor:
-    return splice_pb2.Cursor(
+def _token(
+    identity: Identity, projection: Projection, cursor: splice_pb2.Cursor | None, place: Place
+) -> splice_pb2.ResumeToken:
+    scope = projection.scope
+    return splice_pb2.ResumeToken(
+        start=cursor,
         epoch=identity.epoch,
         timeline=identity.timeline,
-        version=head.version,
-        commit_id=head.commit_id,
-        scope=_SCOPE,
+        # Without a cursor nothing else ties the positions to the tenant.
+        scope=scope.default + b"\0" + projection.principal.tenant.encode(),
+        entities=scope.entities,
+        **place._asdict(),
+    )
+
+
+def _place(token: splice_pb2.ResumeToken) -> Place:
+    return Place(*(getattr(token, name) for name in Place._fields))
+
+
+def _is_sound(place: Place, head: Head) -> bool:
+    return (
+        0 <= place.position <= place.round_head <= head.version
+        and 0 <= place.previous_round_head <= place.round_head
+        and 0 <= place.first_head <= place.round_head
     )
 
 

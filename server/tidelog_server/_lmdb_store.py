@@ -12,13 +12,14 @@ neighbours, and go on so that what is written together sorts together:
     heads      tenant                      -> version, commit id
     commits    tenant version              -> id of the commit that ended there
     objects    tenant entity NUL id        -> state
-    by_version tenant version              -> entity NUL id, at the latest version only
+    by_version tenant entity NUL version   -> id, at the latest version only
+    indexes    tenant key                  -> value; see `_indexes`
     changes    tenant version              -> change
     replicas   tenant replica              -> state
     settled    tenant replica seq          -> nonce, outcome
     failures   tenant failure              -> serialized SynchronizationFailure
     refused    tenant replica entity NUL id -> failure that kept the replica from creating the object
-    meta       epoch, timeline
+    meta       epoch, timeline; NUL name -> what the server noted
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import secrets
 import struct
 import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -58,7 +60,7 @@ from tidelog_server._store import ObjectsPage
 if TYPE_CHECKING:
     from tidelog._environment import LmdbDatabase, LmdbTransaction
 
-FORMAT: Final = "tidelog-server-store-1"
+FORMAT: Final = "tidelog-server-store-2"
 GROUP_JOBS_MAX: Final = 64
 
 _OBJECT: Final = struct.Struct(">QQ16sB")
@@ -104,7 +106,6 @@ class LmdbStore:
         except BaseException:
             self._lock.release()
             raise
-        self._tenants: dict[str, bytes] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = False
         self._writer = threading.Thread(target=self._write_jobs, name="tidelog-writer", daemon=True)
@@ -119,10 +120,7 @@ class LmdbStore:
     def read(self, tenant: str) -> Iterator[LmdbReader]:
         """Read a tenant's data as of one moment."""
         with self._environment.read() as transaction:
-            prefix = self._tenants.get(tenant)
-            if prefix is None:
-                prefix = transaction.get(tenant.encode(), db=self._databases.tenants)
-            yield LmdbReader(transaction, self._databases, prefix or _NO_TENANT)
+            yield LmdbReader(transaction, self._databases, self._known_prefix(transaction, tenant) or _NO_TENANT)
 
     def submit(self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]]) -> Future[T]:
         """Run a job in a write transaction. See `Store.submit`."""
@@ -133,6 +131,22 @@ class LmdbStore:
             raise ResourceClosed("the store is closed")
         self._jobs.put(_Job(tenant, job, future))
         return future
+
+    def tenants(self) -> list[str]:
+        """Return the tenants that anything was ever written for."""
+        with self._environment.read() as transaction:
+            names = transaction.cursor(self._databases.tenants).iternext(keys=True, values=False)
+            return [name.decode() for name in names]
+
+    def note(self, name: str) -> bytes:
+        """Return what the server noted about the whole store under a name; empty if nothing."""
+        with self._environment.read() as transaction:
+            return transaction.get(_NOTE + name.encode(), b"", db=self._databases.meta)
+
+    def set_note(self, name: str, value: bytes) -> None:
+        """Note something about the whole store, durably. Any later `note` returns it."""
+        meta = self._databases.meta
+        self._environment.write(lambda transaction: transaction.put(_NOTE + name.encode(), value, db=meta))
 
     def close(self) -> None:
         """Finish the jobs that were submitted, then close."""
@@ -187,36 +201,35 @@ class LmdbStore:
                 job.future.set_exception(StorageError(f"a job ended with {type(refusal).__name__}"))
 
     def _run_group(self, transaction: LmdbTransaction, group: list[_Job]) -> list[tuple[Any, BaseException | None]]:
-        commit_id = secrets.token_bytes(COMMIT_ID_BYTES)
+        # An id for each tenant: the cursor of one must never pass as another's.
+        commit_ids: dict[bytes, bytes] = defaultdict(lambda: secrets.token_bytes(COMMIT_ID_BYTES))
         outcomes: list[tuple[Any, BaseException | None]] = []
         heads: dict[bytes, int] = {}
         for job in group:
-            prefix = self._tenant_prefix(transaction, job.tenant)
-            reader = LmdbReader(transaction, self._databases, prefix)
+            known = self._known_prefix(transaction, job.tenant)
+            reader = LmdbReader(transaction, self._databases, known or _NO_TENANT)
             try:
                 writes, result = job.work(reader)
             except BaseException as error:  # noqa: BLE001 - handed to the job's owner; nothing of it was written
                 outcomes.append((None, error))
                 continue
             if writes is not None:
-                self._apply(transaction, prefix, writes, commit_id)
+                prefix = known or self._new_prefix(transaction, job.tenant)
+                self._apply(transaction, prefix, writes, commit_ids[prefix])
                 if writes.changes:
                     heads[prefix] = writes.version
             outcomes.append((result, None))
         for prefix, version in heads.items():
-            transaction.put(prefix + pack_position(version), commit_id, db=self._databases.commits, append=False)
+            transaction.put(prefix + pack_position(version), commit_ids[prefix], db=self._databases.commits)
         return outcomes
 
-    def _tenant_prefix(self, transaction: LmdbTransaction, tenant: str) -> bytes:
-        prefix = self._tenants.get(tenant)
-        if prefix is None:
-            database = self._databases.tenants
-            prefix = transaction.get(tenant.encode(), db=database)
-            if prefix is None:
-                prefix = _TENANT.pack(transaction.stat(database)["entries"] + 1)
-                transaction.put(tenant.encode(), prefix, db=database)
-            else:
-                self._tenants[tenant] = prefix
+    def _known_prefix(self, transaction: LmdbTransaction, tenant: str) -> bytes | None:
+        return transaction.get(tenant.encode(), db=self._databases.tenants)
+
+    def _new_prefix(self, transaction: LmdbTransaction, tenant: str) -> bytes:
+        database = self._databases.tenants
+        prefix = _TENANT.pack(transaction.stat(database)["entries"] + 1)
+        transaction.put(tenant.encode(), prefix, db=database)
         return prefix
 
     def _apply(self, transaction: LmdbTransaction, prefix: bytes, writes: Writes, commit_id: bytes) -> None:
@@ -225,13 +238,13 @@ class LmdbStore:
         objects = []
         by_version = []
         for (entity, id_), (state, replaced) in writes.objects.items():
-            key = pack_object_key(entity, id_)
+            place, id_bytes = prefix + entity_prefix(entity), id_.encode()
             version, created, creator, deleted, sole_writer, attributes = state
             flags = (_DELETED if deleted else 0) | (_SOLE_WRITER if sole_writer else 0)
-            objects.append((prefix + key, _OBJECT.pack(version, created, creator, flags) + attributes))
+            objects.append((place + id_bytes, _OBJECT.pack(version, created, creator, flags) + attributes))
             if replaced:
-                delete(prefix + pack_position(replaced), db=databases.by_version)
-            by_version.append((prefix + pack_position(version), key))
+                delete(place + pack_position(replaced), db=databases.by_version)
+            by_version.append((place + pack_position(version), id_bytes))
         put_many(transaction, databases.objects, objects)
         put_many(transaction, databases.by_version, by_version)
         put_many(
@@ -241,6 +254,13 @@ class LmdbStore:
         )
         if writes.changes:
             put(prefix, pack_position(writes.version) + commit_id, db=databases.heads)
+        indexed = []
+        for key, value in writes.index.items():
+            if value is None:
+                delete(prefix + key, db=databases.indexes)
+            else:
+                indexed.append((prefix + key, value))
+        put_many(transaction, databases.indexes, indexed)
         if writes.replica is not None:
             replica, replica_state = writes.replica
             put(prefix + replica, _packed(replica_state), db=databases.replicas)
@@ -287,17 +307,39 @@ class LmdbReader:
         for key, value in self._scan(self._databases.objects, start, prefix):
             if page.is_full:
                 return page.end(has_more=True)
-            page.add(key[len(self._prefix) :], value)
+            page.add(unpack_object_key(key[len(self._prefix) :]), value)
         return page.end(has_more=False)
 
-    def latest_objects(self, after: int, limit: int, bytes_max: int) -> ObjectsPage:
-        prefix, get, objects = self._prefix, self._transaction.get, self._databases.objects
+    def entities(self) -> list[str]:
+        found: list[str] = []
+        cursor = self._transaction.cursor(self._databases.by_version)
+        more = cursor.set_range(self._prefix)
+        while more and (key := cursor.key()).startswith(self._prefix):
+            entity, _, _ = key[len(self._prefix) :].partition(b"\0")
+            found.append(entity.decode())
+            # The byte after NUL: the first key behind all of the entity's.
+            more = cursor.set_range(self._prefix + entity + b"\1")
+        return found
+
+    def latest_objects(self, entity: str, after: int, limit: int, bytes_max: int) -> ObjectsPage:
+        prefix = self._prefix + entity_prefix(entity)
+        get, objects = self._transaction.get, self._databases.objects
         page = _PageBuilder(limit, bytes_max)
-        for _version, key in self._scan(self._databases.by_version, prefix + pack_position(after + 1), prefix):
+        for _place, id_ in self._scan(self._databases.by_version, prefix + pack_position(after + 1), prefix):
             if page.is_full:
                 return page.end(has_more=True)
-            page.add(key, get(prefix + key, b"", db=objects))
+            page.add((entity, id_.decode()), get(prefix + id_, b"", db=objects))
         return page.end(has_more=False)
+
+    def index(self, key: bytes) -> bytes | None:
+        return self._transaction.get(self._prefix + key, db=self._databases.indexes)
+
+    def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        # The shortest key above another one is that with a NUL appended.
+        start = self._prefix + (max(prefix, after + b"\0") if after else prefix)
+        skipped = len(self._prefix)
+        entries = self._scan(self._databases.indexes, start, self._prefix + prefix)
+        return [(key[skipped:], value) for key, value in islice(entries, limit)]
 
     def change(self, version: int) -> Change | None:
         value = self._transaction.get(self._prefix + pack_position(version), db=self._databases.changes)
@@ -365,8 +407,8 @@ class _PageBuilder:
     def is_full(self) -> bool:
         return len(self._objects) >= self._limit or self._bytes_left <= 0
 
-    def add(self, key: bytes, value: bytes) -> None:
-        self._objects.append((unpack_object_key(key), _unpack_object(value)))
+    def add(self, key: ObjectKey, value: bytes) -> None:
+        self._objects.append((key, _unpack_object(value)))
         self._bytes_left -= len(value)
 
     def end(self, *, has_more: bool) -> ObjectsPage:
@@ -389,6 +431,7 @@ class _Databases:
         self.commits = environment.database("commits")
         self.objects = environment.database("objects")
         self.by_version = environment.database("by_version")
+        self.indexes = environment.database("indexes")
         self.changes = environment.database("changes")
         self.replicas = environment.database("replicas")
         self.settled = environment.database("settled")
@@ -396,6 +439,9 @@ class _Databases:
         self.refused = environment.database("refused")
         self.meta = environment.database("meta")
 
+
+# Names of meta with a NUL in front are the server's notes: none can hide the store's own entries.
+_NOTE: Final = b"\0"
 
 # Sorts before every tenant's number: a tenant that was never written reads as empty.
 _NO_TENANT: Final = _TENANT.pack(0)

@@ -16,7 +16,7 @@ from tidelog._address import check_address
 from tidelog._errors import ResourceClosed
 from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
-from tidelog.v1 import failure_pb2, object_pb2, sync_pb2
+from tidelog.v1 import failure_pb2, object_pb2, schema_pb2, sync_pb2
 from tidelog_server._application import Application
 from tidelog_server._errors import AddressUnavailable
 from tidelog_server._lmdb_store import LmdbStore
@@ -31,6 +31,7 @@ _SERVICE_NAMES: Final = tuple(
         (sync_pb2, "SyncService"),
         (failure_pb2, "FailureService"),
         (object_pb2, "ObjectService"),
+        (schema_pb2, "SchemaService"),
     )
 )
 

@@ -26,17 +26,19 @@ from tidelog import _limits
 from tidelog._constraints import constraint_from_message
 from tidelog._errors import InvalidValue, StorageError
 from tidelog._failure import operation_as_data
+from tidelog._keys import ObjectKey
 from tidelog._logging import get_logger
 from tidelog._operation import decode_operation
-from tidelog._values import as_json, check_id, check_name, decode_trusted
+from tidelog._values import as_json, check_id, check_name
 from tidelog.internal.v1 import splice_pb2
-from tidelog.v1 import failure_pb2, object_pb2, operation_pb2, sync_pb2
+from tidelog.v1 import failure_pb2, object_pb2, operation_pb2, schema_pb2, sync_pb2
 from tidelog_server._application import Application
 from tidelog_server._download import Download, cursor_at, start_of
 from tidelog_server._engine import Result, Status, Uploader
 from tidelog_server._errors import NotFound, RequestInvalid
 from tidelog_server._principal import ANONYMOUS, Principal
-from tidelog_server._records import ObjectState, ReplicaState
+from tidelog_server._projection import Projection, matching
+from tidelog_server._records import ReplicaState
 from tidelog_server._session import (
     Session,
     Upload,
@@ -44,7 +46,9 @@ from tidelog_server._session import (
     check_protocol_version,
     parse_replica_id,
     put_results,
+    server_time_us,
     settled_messages,
+    wishes_of,
 )
 from tidelog_server._status import status_of
 from tidelog_server._store import Store
@@ -91,6 +95,7 @@ class Services:
                 "tidelog.v1.ObjectService",
                 {"GetObject": _unary(self._get_object), "ListObjects": _unary(self._list_objects)},
             ),
+            grpc.method_handlers_generic_handler("tidelog.v1.SchemaService", {"GetSchema": _unary(self._get_schema)}),
         ]
 
     # --- SyncService ----------------------------------------------------------
@@ -163,14 +168,16 @@ class Services:
             request = _parsed(sync_pb2.DownloadSnapshotsRequest, data)
             check_protocol_version(request.protocol_version)
             identity = self._store.identity
+            projection = Projection(self._application, principal, wishes_of(request.downloads))
             with self._store.read(principal.tenant) as reader:
-                start = start_of(reader, identity, request.cursor, request.resume_token)
-            download = Download(self._store, principal.tenant)
+                start = start_of(reader, identity, projection, request.cursor, request.resume_token)
+            download = Download(self._store, projection)
             started = sync_pb2.DownloadStarted(
                 resumed=start.resumed,
                 reconcile=start.reconcile,
                 epoch=identity.epoch,
                 timeline=identity.timeline,
+                entities=projection.plans(server_time_us(), start.reconciled),
             )
             if self._application.has_schema:
                 started.schema.CopyFrom(self._application.schema.to_message())
@@ -178,7 +185,7 @@ class Services:
             async for page in self._read_ahead(download.everything_since(start)):
                 yield splice_pb2.DownloadSnapshotsResponseSplice(page=page).SerializeToString()
             complete = sync_pb2.SessionComplete(
-                cursor=cursor_at(identity, download.head), version=download.head.version
+                cursor=cursor_at(identity, download.head, projection.scope), version=download.head.version
             )
             yield sync_pb2.DownloadSnapshotsResponse(complete=complete).SerializeToString()
         except Exception as error:  # noqa: BLE001 - becomes the status of the call
@@ -241,15 +248,18 @@ class Services:
         check_name(request.entity, "an entity name")
         check_id(request.id)
         key = (request.entity, request.id)
+        sight = matching(self._application, principal, request.entity, None)
 
-        def read() -> ObjectState | None:
+        def read() -> operation_pb2.Snapshot | None:
             with self._store.read(principal.tenant) as reader:
-                return reader.objects((key,)).get(key)
+                state = reader.objects((key,)).get(key)
+            seen = sight.encoded(state) if state is not None else None
+            return None if state is None or seen is None else _snapshot(key, state.version, seen)
 
-        state = await self._in_pool(read)
-        if state is None or state.deleted:
+        snapshot = await self._in_pool(read)
+        if snapshot is None:
             raise NotFound(f"there is no {request.entity} {request.id!r}", reason="OBJECT_NOT_FOUND")
-        return object_pb2.GetObjectResponse(object=_snapshot(request.entity, request.id, state))
+        return object_pb2.GetObjectResponse(object=snapshot)
 
     async def _list_objects(self, data: bytes, principal: Principal) -> object_pb2.ListObjectsResponse:
         request = _parsed(object_pb2.ListObjectsRequest, data)
@@ -258,6 +268,7 @@ class Services:
             check_id(request.page_token)
         limit = _page_size(request.page_size)
         where = constraint_from_message(request.where) if request.HasField("where") else None
+        sight = matching(self._application, principal, request.entity, where)
 
         def read() -> object_pb2.ListObjectsResponse:
             response = object_pb2.ListObjectsResponse()
@@ -266,18 +277,27 @@ class Services:
                 objects, has_more = reader.entity_objects(
                     request.entity, position, LIST_PAGE_MAX, _limits.PAGE_BYTES_MAX
                 )
-            for (entity, id_), state in objects:
+            for key, state in objects:
                 if len(response.objects) == limit:
                     response.next_page_token = position
                     return response
-                position = id_
-                if not state.deleted and (where is None or where.matches(decode_trusted(state.attributes))):
-                    response.objects.append(_snapshot(entity, id_, state))
+                position = key[1]
+                seen = sight.encoded(state)
+                if seen is not None:
+                    response.objects.append(_snapshot(key, state.version, seen))
             if has_more:
                 response.next_page_token = position
             return response
 
         return await self._in_pool(read)
+
+    # --- SchemaService --------------------------------------------------------
+
+    async def _get_schema(self, data: bytes, _principal: Principal) -> schema_pb2.GetSchemaResponse:
+        _parsed(schema_pb2.GetSchemaRequest, data)
+        if not self._application.has_schema:
+            raise NotFound("the application has no schema: everything is accepted", reason="SCHEMA_NOT_FOUND")
+        return schema_pb2.GetSchemaResponse(schema=self._application.schema.to_message())
 
     async def _in_pool(self, read: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, read)
@@ -377,8 +397,8 @@ def _uuid_bytes(text: str, what: str) -> bytes:
         raise RequestInvalid(f"{what} is a UUID, got {text[:60]!r}") from None
 
 
-def _snapshot(entity: str, id_: str, state: ObjectState) -> operation_pb2.Snapshot:
-    return operation_pb2.Snapshot(entity=entity, id=id_, version=state.version, attributes=state.attributes)
+def _snapshot(key: ObjectKey, version: int, attributes: bytes) -> operation_pb2.Snapshot:
+    return operation_pb2.Snapshot(entity=key[0], id=key[1], version=version, attributes=attributes)
 
 
 def _for_people(failure: failure_pb2.SynchronizationFailure) -> failure_pb2.SynchronizationFailure:

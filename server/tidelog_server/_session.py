@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import uuid_utils
 
 from tidelog import _limits
+from tidelog._downloads import Download as Wish
 from tidelog._keys import ObjectKey
 from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
@@ -25,6 +26,7 @@ from tidelog_server._download import Download, Start, cursor_at, start_of
 from tidelog_server._engine import Evaluation, Result, Status, Uploader, UploadState
 from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
 from tidelog_server._principal import Principal
+from tidelog_server._projection import Projection
 from tidelog_server._records import Head, ReplicaState, Writes
 from tidelog_server._store import Reader, Store
 
@@ -175,10 +177,12 @@ class Session:
         self._request = start
         self._clock = clock
         self._replica = parse_replica_id(start.replica_id)
+        check_binding(start, principal)
         self._upload: Upload | None = None
         self._selection: list[ObjectKey] = []
-        self._start = Start(None, 0, resumed=False)
-        self._download = Download(store, principal.tenant, replica=self._replica, confirms=start.accepts_confirmations)
+        self._projection = Projection(application, principal, wishes_of(start.downloads))
+        self._start = Start(None, frozenset(), None)
+        self._download = Download(store, self._projection, replica=self._replica, confirms=start.accepts_confirmations)
 
     def open(self) -> Future[sync_pb2.SessionStarted]:
         """Begin. A session that uploads takes the replica's next session number and so ends older ones."""
@@ -242,15 +246,16 @@ class Session:
         head: Head = self._download.head
         complete = sync_pb2.SessionComplete(version=head.version)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
-            complete.cursor = cursor_at(self._store.identity, head)
+            complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
         return complete
 
     def _started(self, known: ReplicaState | None, number: int | None = None) -> sync_pb2.SessionStarted:
         identity = self._store.identity
+        request, is_all = self._request, self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL
         with self._store.read(self._principal.tenant) as reader:
             head = reader.head()
-            if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
-                self._start = start_of(reader, identity, self._request.cursor, self._request.resume_token)
+            if is_all:
+                self._start = start_of(reader, identity, self._projection, request.cursor, request.resume_token)
         started = sync_pb2.SessionStarted(
             protocol_version=_limits.PROTOCOL_VERSION,
             limits=LIMITS,
@@ -258,7 +263,10 @@ class Session:
             epoch=identity.epoch,
             timeline=identity.timeline,
             resumed=self._start.resumed,
-            reconcile=self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL and self._start.reconcile,
+            reconcile=is_all and self._start.reconcile,
+            entities=self._projection.plans(self._clock(), self._start.reconciled if is_all else ()),
+            tenant=self._principal.tenant,
+            user_id=self._principal.user_id,
         )
         if self._application.has_schema:
             started.schema.CopyFrom(self._application.schema.to_message())
@@ -297,6 +305,21 @@ def check_owner(known: ReplicaState | None, principal: Principal) -> None:
     """Raise ReplicaOwned if the replica belongs to somebody else."""
     if known is not None and known.user_id != principal.user_id:
         raise ReplicaOwned("this replica id belongs to another user: a replica is used by one user only")
+
+
+def check_binding(start: sync_pb2.SessionStart, principal: Principal) -> None:
+    """Raise ReplicaOwned if the replica says that it is bound to another tenant or user."""
+    for what, bound, actual in (
+        ("tenant", start.bound_tenant, principal.tenant),
+        ("user", start.bound_user_id, principal.user_id),
+    ):
+        if bound not in ("", actual):
+            raise ReplicaOwned(f"this replica is bound to another {what}: a replica is used by one user of one tenant")
+
+
+def wishes_of(downloads: Iterable[sync_pb2.EntityDownload]) -> dict[str, Wish]:
+    """Return how much a replica wants, by entity. Raises InvalidConstraint."""
+    return {one.entity: Wish.from_message(one) for one in downloads}
 
 
 def put_results(results: Iterable[Result], container: RepeatedCompositeFieldContainer[OperationResult]) -> None:

@@ -71,6 +71,11 @@ def writing(*keys: ObjectKey, attributes: bytes = b"\x80", deleted: bool = False
     return job
 
 
+def indexing(index: dict[bytes, bytes | None]) -> Job:
+    """Return a job that changes the table of indexes."""
+    return lambda reader: (make_writes(index=index), None)
+
+
 def recording(*settled: tuple[int, Settled], replica: bytes = REPLICA_A, state: ReplicaState | None = None) -> Job:
     """Return a job that writes a replica's state and outcomes."""
     known = state or ReplicaState(1, "ann", 1, 1, ((1, 1),))
@@ -121,7 +126,10 @@ class StoreContract:
             assert reader.commit_id(1) is None
             assert reader.objects([task("t1")]) == {}
             assert reader.entity_objects("Task", "", 10, UNBOUNDED) == ([], False)
-            assert reader.latest_objects(0, 10, UNBOUNDED) == ([], False)
+            assert reader.latest_objects("Task", 0, 10, UNBOUNDED) == ([], False)
+            assert reader.entities() == []
+            assert reader.index(b"a") is None
+            assert reader.index_range(b"", b"", 10) == []
             assert reader.change(1) is None
             assert reader.changes(0, 10, UNBOUNDED) == []
             assert reader.replica(REPLICA_A) is None
@@ -180,7 +188,7 @@ class StoreContract:
             failed.result(10)
         with store.read(TENANT) as reader:
             assert reader.head().version == 2
-            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t1", "t2"]
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t1", "t2"]
 
     def test_jobs_run_in_order(self, store: Store) -> None:
         """Jobs run in the order they were submitted, each on top of what those before it wrote."""
@@ -292,7 +300,7 @@ class StoreContract:
         store.submit(TENANT, writing(task("c"), deleted=True)).result(10)
 
         with store.read(TENANT) as reader:
-            objects, has_more = reader.latest_objects(0, 100, UNBOUNDED)
+            objects, has_more = reader.latest_objects("Task", 0, 100, UNBOUNDED)
 
         assert [(key[1], state.version) for key, state in objects] == [("a", 5), ("b", 6), ("d", 7), ("c", 8)]
         assert objects[-1][1].deleted
@@ -308,7 +316,7 @@ class StoreContract:
         store.submit(TENANT, lambda reader: (writes, None)).result(10)
 
         with store.read(TENANT) as reader:
-            assert [state.version for _, state in reader.latest_objects(0, 10, UNBOUNDED).objects] == [3]
+            assert [state.version for _, state in reader.latest_objects("Task", 0, 10, UNBOUNDED).objects] == [3]
 
     @pytest.mark.parametrize(
         ("after", "limit", "expected", "more"),
@@ -325,7 +333,7 @@ class StoreContract:
         store.submit(TENANT, writing(*map(task, "abcde"))).result(10)
 
         with store.read(TENANT) as reader:
-            objects, has_more = reader.latest_objects(after, limit, UNBOUNDED)
+            objects, has_more = reader.latest_objects("Task", after, limit, UNBOUNDED)
 
         assert "".join(ids_of(objects)) == expected
         assert has_more is more
@@ -337,7 +345,7 @@ class StoreContract:
         with store.read(TENANT) as reader:
             for size, count in ((1, 1), (999, 1), (1_500, 2), (10_000, 5)):
                 for page in (
-                    reader.latest_objects(0, 10, size),
+                    reader.latest_objects("Task", 0, 10, size),
                     reader.entity_objects("Task", "", 10, size),
                 ):
                     assert (len(page.objects), page.has_more) == (count, count < 5)
@@ -364,6 +372,91 @@ class StoreContract:
         assert ids_of(objects) == ids == pages
         assert not has_more
         assert ids_of(between.objects) == ["ab", "b"]
+
+    def test_pages_by_version_of_an_entity(self, store: Store) -> None:
+        """By version an entity shows its own objects alone, whatever the entities beside it are called."""
+        names = ["T", "Tas", "Task", "Task2", "Ta\x01", "ä"]
+        store.submit(TENANT, writing(*((name, "x") for name in names))).result(10)
+        store.submit(TENANT, writing(("Task", "y"), ("Tas", "x"))).result(10)
+
+        with store.read(TENANT) as reader:
+            found = {
+                name: [state.version for _, state in reader.latest_objects(name, 0, 9, UNBOUNDED).objects]
+                for name in names
+            }
+            later = reader.latest_objects("Tas", 7, 9, UNBOUNDED)
+            none = reader.latest_objects("Ta", 0, 9, UNBOUNDED)
+
+        assert found == {"T": [1], "Tas": [8], "Task": [3, 7], "Task2": [4], "Ta\x01": [5], "ä": [6]}
+        assert [key for key, _ in later.objects] == [("Tas", "x")]
+        assert none == ([], False)
+
+    def test_entities(self, store: Store) -> None:
+        """Entities are listed once each in byte order, while they have tombstones only too; of failed jobs, none."""
+
+        def fails(reader: Reader) -> tuple[Writes, None]:
+            writing(("Bad", "x"))(reader)
+            raise Refusal("no")
+
+        store.submit(TENANT, writing(("b", "1"), ("a", "1"), ("ab", "1"), ("b", "2"), ("é", "1"), ("z", "1"))).result(
+            10
+        )
+        store.submit(TENANT, writing(("ab", "1"), deleted=True)).result(10)
+        store.submit(TENANT, fails).exception(10)
+        store.submit("other", writing(("Other", "1"))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.entities() == ["a", "ab", "b", "z", "é"]
+
+    # --- indexes --------------------------------------------------------------
+
+    def test_index_entries(self, store: Store) -> None:
+        """Entries are found by key until they are removed; one transaction may remove some and put others."""
+        store.submit(TENANT, indexing({b"a": b"1", b"b": b"", b"c": b"\x00\xff"})).result(10)
+        store.submit(TENANT, indexing({b"a": None, b"b": b"2", b"d": b"4", b"never": None})).result(10)
+
+        with store.read(TENANT) as reader:
+            assert [reader.index(key) for key in (b"a", b"b", b"c", b"d", b"never")] == [
+                None,
+                b"2",
+                b"\x00\xff",
+                b"4",
+                None,
+            ]
+            assert reader.index_range(b"", b"", 10) == [(b"b", b"2"), (b"c", b"\x00\xff"), (b"d", b"4")]
+
+    @pytest.mark.parametrize(
+        ("prefix", "after", "limit", "expected"),
+        [
+            (b"a", b"", 10, [b"a", b"a\x00", b"a\x00b", b"aa", b"a\xff", b"a\xff\xff"]),
+            (b"a\x00", b"", 10, [b"a\x00", b"a\x00b"]),
+            (b"aa", b"", 10, [b"aa"]),
+            (b"a\xff", b"", 10, [b"a\xff", b"a\xff\xff"]),
+            (b"a", b"a\x00", 2, [b"a\x00b", b"aa"]),
+            (b"a", b"a\x00a", 2, [b"a\x00b", b"aa"]),
+            (b"a", b"a\xff\xff", 2, []),
+            (b"a", b"", 1, [b"a"]),
+            (b"b", b"a", 10, [b"b"]),
+            (b"c", b"", 10, []),
+            (b"a\x00c", b"", 10, []),
+        ],
+    )
+    def test_index_ranges(self, store: Store, prefix: bytes, after: bytes, limit: int, expected: list[bytes]) -> None:
+        """A range starts above a key, ends with the prefix or at the limit, and is in key order."""
+        keys = [b"b", b"a\xff\xff", b"a", b"aa", b"a\x00b", b"a\x00", b"a\xff"]
+        store.submit(TENANT, indexing({key: key[::-1] for key in keys})).result(10)
+        store.submit("other", indexing({b"a": b"other", b"aaa": b"other"})).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.index_range(prefix, after, limit) == [(key, key[::-1]) for key in expected]
+
+    def test_a_job_sees_the_index_entries_of_those_before(self, store: Store) -> None:
+        """Jobs that share a commit read what the earlier ones of them wrote, and what they did not."""
+        futures = [store.submit(TENANT, indexing({bytes([number]): b"x"})) for number in range(5)]
+        seen = store.submit(TENANT, lambda reader: (None, reader.index_range(b"", b"", 10)))
+
+        assert all(future.result(10) is None for future in futures)
+        assert seen.result(10) == [(bytes([number]), b"x") for number in range(5)]
 
     # --- the change log -------------------------------------------------------
 
@@ -464,7 +557,7 @@ class StoreContract:
             assert reader.head().version == 1
             store.submit(TENANT, writing(task("t1"), task("t2"))).result(10)
             assert reader.head().version == 1
-            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t1"]
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t1"]
 
         with store.read(TENANT) as reader:
             assert reader.head().version == 3
@@ -476,7 +569,7 @@ class StoreContract:
             recording((1, Settled(1, 1, False, b"", False))),
             failing(FailureRecord(b"1" * 16, b"x", REPLICA_A, (task("t9"),))),
         ]
-        for job in jobs:
+        for job in (*jobs, indexing({b"a": b"1"})):
             store.submit("one", job).result(10)
         store.submit("two", writing(task("t1"), attributes=b"two")).result(10)
 
@@ -486,7 +579,7 @@ class StoreContract:
             assert len(reader.changes(0, 10, UNBOUNDED)) == 2
         with store.read("two") as reader:
             assert reader.head().version == 1
-            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t1"]
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t1"]
             assert ids_of(reader.entity_objects("Task", "", 10, UNBOUNDED).objects) == ["t1"]
             assert reader.objects([task("t1"), task("t2")])[task("t1")].attributes == b"two"
             assert len(reader.changes(0, 10, UNBOUNDED)) == 1
@@ -495,9 +588,48 @@ class StoreContract:
             assert reader.settled(REPLICA_A, [1]) == {}
             assert reader.failures(b"", 10, 1 << 30) == []
             assert reader.refused_creation(REPLICA_A, task("t9")) is None
+            assert reader.index(b"a") is None
+            assert reader.index_range(b"", b"", 10) == []
         with store.read("three") as reader:
             assert reader.head() == Head(0, b"")
-            assert reader.latest_objects(0, 10, UNBOUNDED).objects == []
+            assert reader.latest_objects("Task", 0, 10, UNBOUNDED).objects == []
+
+    def test_commits_of_two_tenants_never_share_an_id(self, store: Store) -> None:
+        """The same version of two tenants has two commit ids, though both were written at one time."""
+        futures = [store.submit(tenant, writing(task("t1"))) for _ in range(20) for tenant in ("one", "two")]
+        for future in futures:
+            future.result(10)
+
+        ids = []
+        for tenant in ("one", "two"):
+            with store.read(tenant) as reader:
+                ids.append(reader.head().commit_id)
+        assert ids[0] != ids[1]
+
+    def test_tenants(self, store: Store) -> None:
+        """Tenants are listed once something was written for them, not if jobs only looked or failed."""
+
+        def fails(reader: Reader) -> tuple[Writes, None]:
+            raise Refusal("no")
+
+        assert store.tenants() == []
+        store.submit("two", writing(task("t1"))).result(10)
+        store.submit("failed", fails).exception(10)
+        store.submit("looked", lambda reader: (None, None)).result(10)
+        store.submit("one", recording((1, Settled(1, 1, False, b"", False)))).result(10)
+
+        assert sorted(store.tenants()) == ["one", "two"]
+
+    def test_notes(self, store: Store) -> None:
+        """A note is what was last noted under its name, whatever names the store uses for itself."""
+        identity = store.identity
+        assert store.note("epoch") == b""
+        for value in (b"first", b"\x00second"):
+            store.set_note("epoch", value)
+        store.set_note("other", b"x")
+
+        assert (store.note("epoch"), store.note("other"), store.note("")) == (b"\x00second", b"x", b"")
+        assert store.identity == identity
 
     # --- closing and opening --------------------------------------------------
 
@@ -507,6 +639,8 @@ class StoreContract:
         for tenant in ("one", "two", "three"):
             first.submit(tenant, writing(task(f"{tenant}-1"), task(f"{tenant}-2"))).result(10)
         first.submit("two", recording((1, Settled(1, 1, False, b"", False)))).result(10)
+        first.submit("two", indexing({b"a": b"1"})).result(10)
+        first.set_note("schema", b"7")
         with first.read("two") as reader:
             head = reader.head()
         identity = first.identity
@@ -515,17 +649,21 @@ class StoreContract:
         second = self.open(folder)
         try:
             assert second.identity == identity
+            assert second.note("schema") == b"7"
+            assert sorted(second.tenants()) == ["one", "three", "two"]
             with second.read("two") as reader:
                 assert reader.head() == head
                 assert reader.commit_id(2) == head.commit_id
-                assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["two-1", "two-2"]
+                assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["two-1", "two-2"]
                 assert reader.settled(REPLICA_A, [1])
+                assert reader.entities() == ["Task"]
+                assert reader.index(b"a") == b"1"
             second.submit("three", writing(task("three-3"))).result(10)
             second.submit("four", writing(task("four-1"))).result(10)
             with second.read("three") as reader:
                 assert reader.head().version == 3
             with second.read("four") as reader:
-                assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["four-1"]
+                assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["four-1"]
         finally:
             second.close()
 

@@ -172,7 +172,7 @@ class TestGroupCommit:
         assert [type(error) for error in errors] == [DiskFull] * 3
         with store.read(TENANT) as reader:
             assert reader.head() == head
-            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t0"]
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t0"]
             assert reader.failures(b"", 10, 1 << 30) == []
         store.submit(TENANT, writing(task("t2"))).result(10)
         with store.read(TENANT) as reader:
@@ -186,7 +186,7 @@ class TestGroupCommit:
 
         store.submit(TENANT, writing(task("t2"))).result(10)
         with store.read(TENANT) as reader:
-            assert ids_of(reader.latest_objects(0, 10, UNBOUNDED).objects) == ["t2"]
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t2"]
 
     def test_a_job_may_run_again(self, tmp_path: Path) -> None:
         """When the map has to grow in the middle, jobs run again, and each is written once."""

@@ -184,8 +184,12 @@ def read_server(
     with store.read(tenant) as reader:
         history.read_on(reader)
         head = reader.head()
-        # In the order of the index: an entry that should not be there shows as a repetition.
-        by_version = [(state.version, key) for key, state in reader.latest_objects(0, 2**62, 2**62).objects]
+        # As the index has them: an entry that should not be there shows as a repetition.
+        by_version = sorted(
+            (state.version, key)
+            for entity in reader.entities()
+            for key, state in reader.latest_objects(entity, 0, 2**62, 2**62).objects
+        )
         failures: dict[str, failure_pb2.SynchronizationFailure] = {}
         after = b""
         while found := reader.failures(after, SCAN_ENTRIES, SCAN_BYTES):
