@@ -120,7 +120,7 @@ class EntityRules:
                 return
             raise InvalidConstraint(f"{self._name} has no attribute {name!r}")
         # A claim of the principal's is not known yet.
-        if operator == "exists" or check.kind is None or getattr(comparison, "claim", None) is not None:
+        if operator == "exists" or check.kind is None or comparison.claim:
             return
         kind: type | None = check.kind
         phrase = check.phrase

@@ -14,8 +14,9 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + FailureSettled          the failure is no longer open
   + FailureStale            what the failure's operation writes was changed since it was refused
   + OperatorRequired        only an operator may do this
-  + SchemaContradicted      what the store holds does not fit the application's schema
   + AddressUnavailable      the server cannot listen where it should
+* StorageError
+  + SchemaContradicted      what the store holds does not fit the application's schema
 """
 
 from __future__ import annotations

@@ -1419,21 +1419,29 @@ class TestReferences:
 
         assert said(results) == ["APPLIED", "APPLIED"]
 
-    @pytest.mark.parametrize("target", [None, 5, [], ["o1"], ["o1", "o2"], [None, 7]])
-    def test_what_is_no_dangling_reference(self, target: Any) -> None:
-        """Null, lists of names that lead somewhere, and what is no name at all do not dangle."""
+    @pytest.mark.parametrize("targets", [None, [], ["o1"], ["o1", "o2"]])
+    def test_what_is_no_dangling_reference(self, targets: Any) -> None:
+        """Null and lists of names that lead somewhere do not dangle."""
         lab = with_orders()
         lab.settle(order(1).encode(), order(2, "o2").encode())
 
-        assert said(lab.settle(line(3, "l1", target).encode())) == ["APPLIED"]
+        assert said(lab.settle(create(3, "l1", {"orders": targets}, entity="Line"))) == ["APPLIED"]
 
-    @pytest.mark.parametrize("target", ["nowhere", "", ["o1", "nowhere"]])
-    def test_a_dangling_reference(self, target: Any) -> None:
+    @pytest.mark.parametrize("target", [5, "", [], ["o1"]])
+    def test_what_is_no_reference(self, target: Any) -> None:
+        """What cannot be the id of an object is VALIDATION_FAILED."""
+        lab = with_orders()
+        lab.settle(order(1).encode())
+
+        assert said(lab.settle(line(3, "l1", target).encode())) == ["VALIDATION_FAILED"]
+
+    @pytest.mark.parametrize("targets", [{"order": "nowhere"}, {"orders": ["o1", "nowhere"]}])
+    def test_a_dangling_reference(self, targets: dict[str, Any]) -> None:
         """A reference that leads nowhere is DANGLING_REFERENCE once all batches have come."""
         lab = with_orders()
         lab.settle(order(1).encode())
 
-        [result] = lab.settle(line(2, "l1", target).encode())
+        [result] = lab.settle(create(2, "l1", targets, entity="Line"))
 
         assert result.reason is FailureReason.DANGLING_REFERENCE
         assert "'l1'" in result.message

@@ -12,12 +12,12 @@ from tests.builders import (
     TIME_US,
     Lab,
     create,
-    delete,
     group,
     make_operation,
     said,
-    update,
 )
+from tests.builders import delete as make_delete
+from tests.builders import update as make_update
 
 from tidelog import (
     Entity,
@@ -77,14 +77,24 @@ def shop(**options: Any) -> Lab:
     return lab
 
 
-def customer(seq: int, id: str = "c1", number: int = 1, **others: Any) -> bytes:  # noqa: A002 - the glossary's word
+def customer(seq: int, id: str = "c1", number: int = 1, schema_version: int = 0) -> bytes:  # noqa: A002 - the glossary's word
     """Return the creation of a customer."""
-    return create(seq, id, {"number": number, **others}, entity="Customer")
+    return create(seq, id, {"number": number}, entity="Customer", schema_version=schema_version)
 
 
 def order(seq: int, id: str = "o1", customer: str = "c1", **others: Any) -> bytes:  # noqa: A002
     """Return the creation of an order."""
     return create(seq, id, {"customer": customer, **others}, entity="Order")
+
+
+def update(seq: int, id: str, set: dict[str, Any] | None = None, *, base_version: int = 1_000, **others: Any) -> bytes:  # noqa: A002
+    """Return an update by an author who has seen everything, unless told otherwise."""
+    return make_update(seq, id, set, base_version=base_version, **others)
+
+
+def delete(seq: int, id: str, *, base_version: int = 1_000, **others: Any) -> bytes:  # noqa: A002
+    """Return a deletion by an author who has seen everything, unless told otherwise."""
+    return make_delete(seq, id, base_version=base_version, **others)
 
 
 def line(seq: int, id: str = "l1", **others: Any) -> bytes:  # noqa: A002
@@ -520,8 +530,8 @@ class TestUnique:
 
         results = lab.settle(
             *group(
-                make_operation("update", seq=2, entity="Customer", id="c1", set={"number": 2}),
-                make_operation("update", seq=3, entity="Customer", id="c2", set={"number": 1}),
+                make_operation("update", base_version=1_000, seq=2, entity="Customer", id="c1", set={"number": 2}),
+                make_operation("update", base_version=1_000, seq=3, entity="Customer", id="c2", set={"number": 1}),
             )
         )
 
@@ -593,8 +603,8 @@ class TestDeletionRules:
         assert said(
             lab.settle(
                 *group(
-                    make_operation("delete", seq=1, entity="Customer", id="c1"),
-                    make_operation("delete", seq=2, entity="Order", id="o1"),
+                    make_operation("delete", base_version=1_000, seq=1, entity="Customer", id="c1"),
+                    make_operation("delete", base_version=1_000, seq=2, entity="Order", id="o1"),
                 )
             )
         ) == ["APPLIED", "APPLIED"]
