@@ -12,7 +12,7 @@ import secrets
 import threading
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +23,13 @@ from typing import Any, Final, Self, TypeVar, cast
 import grpc
 import msgpack
 
+from tidelog._attributes import Reference
+from tidelog._entity import Entity
 from tidelog._errors import ResourceClosed, StorageError
 from tidelog._keys import ObjectKey
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch, decode_patch
+from tidelog._schema import Schema
 from tidelog._values import decode_trusted, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
@@ -53,6 +56,36 @@ REPLICA_B: Final = b"b" * 16
 TIME_US: Final = 1_700_000_000_000_000
 
 T = TypeVar("T")
+
+
+# --- schemas --------------------------------------------------------------------
+
+
+def references_schema(references: Mapping[str, Mapping[str, str | list[str]]], version: int = 1) -> Schema:
+    """
+    Return a schema that says nothing but what refers to what.
+
+    Args:
+        references: By entity, the entity that each reference attribute names; in a list,
+            if the attribute is a list of ids.
+        version: The schema's version.
+    """
+    return Schema(
+        [
+            Entity(
+                entity,
+                {
+                    attribute: Reference(target, on_delete="keep")
+                    if isinstance(target, str)
+                    else Reference(target[0], many=True, on_delete="keep")
+                    for attribute, target in targets.items()
+                },
+            )
+            for entity, targets in references.items()
+        ],
+        version=version,
+        open=True,
+    )
 
 
 # --- operations -----------------------------------------------------------------

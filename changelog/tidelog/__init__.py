@@ -5,9 +5,26 @@ What replicas (`tidelog_client`) and servers (`tidelog_server`) share: values,
 operations, constraints, the schema and the errors.
 """
 
+from tidelog._attributes import (
+    AnyValue,
+    Attribute,
+    Boolean,
+    Bytes,
+    DecimalNumber,
+    Enumeration,
+    File,
+    Float,
+    Integer,
+    List,
+    Map,
+    Reference,
+    String,
+    Timestamp,
+)
 from tidelog._constraint_text import parse_constraint
 from tidelog._constraints import Constraint, attribute, claim
 from tidelog._downloads import Download, DownloadMode
+from tidelog._entity import Entity, EntityReference, Rename
 from tidelog._errors import (
     DiskFull,
     ForeignServer,
@@ -34,29 +51,43 @@ from tidelog._errors import (
     SynchronizationInProgress,
     TidelogError,
     Unauthenticated,
+    ValidationFailed,
 )
 from tidelog._failure import FailureReason, SynchronizationFailure
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch
-from tidelog._schema import Reference, Schema
+from tidelog._schema import Schema
 from tidelog._values import Value
 
 __all__ = [
+    "AnyValue",
+    "Attribute",
+    "Boolean",
+    "Bytes",
     "CommitGroup",
     "Constraint",
+    "DecimalNumber",
     "DiskFull",
     "Download",
     "DownloadMode",
+    "Entity",
+    "EntityReference",
+    "Enumeration",
     "FailureReason",
+    "File",
+    "Float",
     "ForeignServer",
     "FormatUnsupported",
     "InheritedEnvironment",
+    "Integer",
     "InvalidConstraint",
     "InvalidRule",
     "InvalidSchema",
     "InvalidValue",
     "LimitExceeded",
+    "List",
     "LogCorrupt",
+    "Map",
     "NotConfigured",
     "ObjectExists",
     "ObjectNotFound",
@@ -67,17 +98,21 @@ __all__ = [
     "ProtocolUnsupported",
     "ProtocolViolated",
     "Reference",
+    "Rename",
     "ReplicaForked",
     "ResourceClosed",
     "Schema",
     "ServerUnavailable",
     "StorageError",
     "StoreInUse",
+    "String",
     "SynchronizationError",
     "SynchronizationFailure",
     "SynchronizationInProgress",
     "TidelogError",
+    "Timestamp",
     "Unauthenticated",
+    "ValidationFailed",
     "Value",
     "attribute",
     "claim",

@@ -4,6 +4,7 @@ What tidelog raises.
 * TidelogError
   + InvalidValue                 a value, name or id that cannot be stored; nothing was done
     - LimitExceeded              it is over a limit
+    - ValidationFailed           it does not fit the schema
   + InvalidConstraint            a constraint that makes no sense
   + InvalidSchema                a schema that contradicts itself
   + InvalidRule                  a rule of an application that contradicts itself or the schema
@@ -32,7 +33,19 @@ Branch on the class and on attributes; the sentence is for people.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+QUOTED_CHARS_MAX: Final = 80
+
+
+def quoted(value: Any) -> str:
+    """Return a value as messages quote it: null as such, what is long cut short."""
+    if value is None:
+        return "null"
+    if isinstance(value, str | bytes):
+        value = value[: QUOTED_CHARS_MAX + 1]
+    text = repr(value)
+    return text if len(text) <= QUOTED_CHARS_MAX else f"{text[:QUOTED_CHARS_MAX]}..."
 
 
 class TidelogError(Exception):
@@ -45,6 +58,42 @@ class InvalidValue(TidelogError, ValueError):
 
 class LimitExceeded(InvalidValue):
     """Something is larger than any server would take. Nothing was done."""
+
+
+class ValidationFailed(InvalidValue):
+    """
+    An object or a change that does not fit the schema. Nothing was done.
+
+    Args:
+        entity: Type of the object.
+        id: Its id; empty if it is not known.
+        attribute: The attribute; empty if the entity itself is not in the schema.
+        value: What it would be; null and what is missing are None.
+        rule: The rule that this breaks, as the end of a sentence: "must be at least 1".
+        is_mismatch: Whether names do not fit (an entity or attribute that the schema
+            does not have), as opposed to a value that breaks a rule.
+        how: What is between attribute and value in the message.
+    """
+
+    def __init__(
+        self,
+        *,
+        entity: str,
+        id: str = "",  # noqa: A002 - the glossary's word
+        attribute: str = "",
+        value: Any = None,
+        rule: str,
+        is_mismatch: bool = False,
+        how: str = "is",
+    ) -> None:
+        what = f"attribute {attribute!r} {how} {quoted(value)}, but " if attribute else ""
+        super().__init__(f"{entity}{f' {id!r}' if id else ''}: {what}{rule}")
+        self.entity = entity
+        self.id = id
+        self.attribute = attribute
+        self.value = value
+        self.rule = rule
+        self.is_mismatch = is_mismatch
 
 
 class InvalidConstraint(TidelogError, ValueError):

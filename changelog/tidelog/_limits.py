@@ -36,6 +36,15 @@ SELECTION_OBJECTS_MAX: Final = 100_000
 CONSTRAINT_DEPTH_MAX: Final = 32
 CONSTRAINT_PARTS_MAX: Final = 1_000
 CONSTRAINT_BYTES_MAX: Final = 64 * 1024
+# A schema travels in one message, beside other things.
+SCHEMA_BYTES_MAX: Final = 1024 * 1024
+SCHEMA_ENTITIES_MAX: Final = 1_000
+SCHEMA_RENAMES_MAX: Final = 1_000
+ENTITY_ATTRIBUTES_MAX: Final = 1_000
+ENUMERATION_VALUES_MAX: Final = 1_000
+PATTERN_CHARS_MAX: Final = 1_000
+# A longer string breaks its pattern unread: the time that a match takes grows with the text.
+PATTERN_TEXT_CHARS_MAX: Final = 1_000
 
 # What is said to people about one operation: a thousand of them must fit a message.
 REASON_BYTES_MAX: Final = 1_000

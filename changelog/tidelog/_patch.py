@@ -16,7 +16,7 @@ import decimal
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from tidelog._errors import InvalidValue
+from tidelog._errors import InvalidValue, quoted
 from tidelog._values import (
     DECIMAL_BYTES_MAX,
     INTEGER_MAX,
@@ -33,7 +33,6 @@ from tidelog._values import (
 
 _SET_PREFIX = b"\x81\xa3set"  # a MessagePack map of one pair whose key is "set"
 _FIELDS = frozenset(("set", "unset", "increment", "add", "remove"))
-_QUOTED_CHARS_MAX = 80
 
 _EXACT = decimal.Context(
     prec=4 * DECIMAL_BYTES_MAX,
@@ -190,12 +189,12 @@ def _check_shape(patch: Patch) -> None:
         seen.add(name)
     for name, amount in patch.increment.items():
         if type(amount) not in (int, float, Decimal):
-            raise InvalidValue(f"attribute {name!r} is incremented by {_short(amount)}, which is no number")
+            raise InvalidValue(f"attribute {name!r} is incremented by {quoted(amount)}, which is no number")
         check(amount, f"the increment of attribute {name!r}")
     for members_by_name in (patch.add, patch.remove):
         for name, members in members_by_name.items():
             if type(members) is not list:
-                raise InvalidValue(f"members of attribute {name!r} must come as a list, got {_short(members)}")
+                raise InvalidValue(f"members of attribute {name!r} must come as a list, got {quoted(members)}")
 
 
 def _incremented(name: str, present: Any, amount: Any) -> Any:
@@ -205,7 +204,7 @@ def _incremented(name: str, present: Any, amount: Any) -> Any:
     # An integer fits into any kind of number; nothing else is converted, because
     # the result would not be what either author meant.
     if kind not in (int, float, Decimal) or type(amount) not in (kind, int):
-        raise InvalidValue(f"attribute {name!r} is {_short(present)}: {amount!r} cannot be added to it")
+        raise InvalidValue(f"attribute {name!r} is {quoted(present)}: {amount!r} cannot be added to it")
     if kind is Decimal:
         return _exact_sum(name, present, Decimal(amount))
     total = present + amount
@@ -224,16 +223,11 @@ def _exact_sum(name: str, present: Decimal, amount: Decimal) -> Decimal:
     return total
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _QUOTED_CHARS_MAX else f"{text[:_QUOTED_CHARS_MAX]}..."
-
-
 def _members_of(name: str, present: Any) -> list[Any]:
     if present is None:
         return []
     if type(present) is not list:
-        raise InvalidValue(f"attribute {name!r} is {_short(present)}: it has no members")
+        raise InvalidValue(f"attribute {name!r} is {quoted(present)}: it has no members")
     return present
 
 

@@ -37,6 +37,7 @@ from tidelog._limits import (
 )
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch, encoded_attributes
+from tidelog._schema import Schema
 from tidelog._values import Attributes, check_id, check_name, decode_trusted, encode
 from tidelog_client._storage import Storage
 from tidelog_client._view import ViewRecord
@@ -70,11 +71,16 @@ class Intent(NamedTuple):
 
 
 class Committer:
-    """Appends intents to the log, those of many threads together."""
+    """
+    Appends intents to the log, those of many threads together.
 
-    def __init__(self, storage: Storage, schema_version: int) -> None:
+    Attributes:
+        schema: The program's schema, which whatever is appended fits; None: everything does.
+    """
+
+    def __init__(self, storage: Storage, schema: Schema | None) -> None:
+        self.schema = schema
         self._storage = storage
-        self._schema_version = schema_version
         self._turn = threading.Lock()
         self._waiting: deque[_Commit] = deque()
 
@@ -83,7 +89,7 @@ class Committer:
         Append all intents, or none. When this returns they are in the log on disk.
 
         Raises:
-            ObjectNotFound, ObjectExists, LimitExceeded, InvalidValue: One of them cannot be.
+            ObjectNotFound, ObjectExists, ValidationFailed, LimitExceeded, InvalidValue: One of them cannot be.
             DiskFull: There is no room.
         """
         if not intents:
@@ -106,7 +112,7 @@ class Committer:
         def work(transaction: LmdbTransaction) -> None:
             for commit in commits:
                 commit.error = commit.last_entry = None
-                builder = _Builder(self._storage, transaction, self._schema_version)
+                builder = _Builder(self._storage, transaction, self.schema)
                 try:
                     builder.build(commit.intents, atomic=commit.atomic)
                 except InvalidValue as error:
@@ -155,16 +161,17 @@ class _Commit:
 class _Builder:
     """Makes the operations of one commit and follows what they do to the view."""
 
-    def __init__(self, storage: Storage, transaction: LmdbTransaction, schema_version: int) -> None:
+    def __init__(self, storage: Storage, transaction: LmdbTransaction, schema: Schema | None) -> None:
         self._storage = storage
         self._transaction = transaction
-        self._schema_version = schema_version
+        self._schema = schema
         self._views: dict[bytes, tuple[ViewRecord | None, ViewRecord | None]] = {}
         self._operations: list[Operation] = []
         self._encoded: list[bytes] = []
 
     def build(self, intents: Sequence[Intent], *, atomic: bool) -> None:
         first_seq = self._storage.last_seq(self._transaction) + 1
+        schema_version = self._schema.version if self._schema is not None else 0
         client_time_us = time.time_ns() // 1000
         nonces = iter(struct.unpack(f"{len(intents)}Q", secrets.token_bytes(8 * len(intents))))
         is_group = atomic and len(intents) > 1
@@ -173,7 +180,7 @@ class _Builder:
         for position, intent in enumerate(intents):
             key = pack_object_key(intent.entity, intent.id)
             before, now = self._view(key)
-            after = _after(intent, now)
+            after = _after(intent, now, self._schema)
             self._views[key] = (before, after)
             base_version = intent.base_version
             if base_version is None:
@@ -189,7 +196,7 @@ class _Builder:
                 intent.encoded,
                 base_version,
                 CommitGroup(first_seq, position, len(intents)) if is_group else None,
-                self._schema_version,
+                schema_version,
                 client_time_us,
             )
             data = operation.encode()
@@ -219,8 +226,8 @@ class _Builder:
         return self._views[key]
 
 
-def _after(intent: Intent, now: ViewRecord | None) -> ViewRecord | None:
-    """Return the object's record after an intent."""
+def _after(intent: Intent, now: ViewRecord | None, schema: Schema | None) -> ViewRecord | None:
+    """Return the object's record after an intent, which fits the schema."""
     if intent.kind is OperationKind.CREATE:
         if now is not None:
             raise ObjectExists(entity=intent.entity, id=intent.id)
@@ -229,13 +236,16 @@ def _after(intent: Intent, now: ViewRecord | None) -> ViewRecord | None:
         raise ObjectNotFound(entity=intent.entity, id=intent.id)
     if intent.kind is OperationKind.DELETE:
         return None
-    attributes = encode(intent.patch.apply(decode_trusted(now.attributes)))
-    if len(attributes) > OBJECT_BYTES_MAX:
+    attributes = intent.patch.apply(decode_trusted(now.attributes))
+    if schema is not None:
+        schema.check_written(intent.entity, attributes, intent.patch.written, intent.id)
+    encoded = encode(attributes)
+    if len(encoded) > OBJECT_BYTES_MAX:
         raise LimitExceeded(
-            f"{intent.entity} {intent.id!r} would have {len(attributes)} bytes of attributes: "
+            f"{intent.entity} {intent.id!r} would have {len(encoded)} bytes of attributes: "
             f"the limit is {OBJECT_BYTES_MAX}"
         )
-    return ViewRecord(now.version, True, attributes)
+    return ViewRecord(now.version, True, encoded)
 
 
 class Transaction:
@@ -259,8 +269,11 @@ class Transaction:
         """
         Create an object and return its id, a new UUIDv7 unless *id* is given.
 
+        What *attributes* leaves out gets its default, if the replica has a schema.
+
         Raises:
             ObjectExists: There is one of this id.
+            ValidationFailed: It does not fit the schema.
             InvalidValue: A name, the id or a value that cannot be stored.
         """
         if id is None:
@@ -296,6 +309,7 @@ class Transaction:
 
         Raises:
             ObjectNotFound: There is no such object.
+            ValidationFailed: What it makes of the object does not fit the schema.
             InvalidValue: A name or value that cannot be stored, or an intent that
                 does not fit the present value.
         """
@@ -314,6 +328,7 @@ class Transaction:
 
         Raises:
             ObjectNotFound: There is no such object.
+            ValidationFailed: The schema has no such entity.
         """
         self._add(OperationKind.DELETE, entity, id, Patch())
 
@@ -338,8 +353,9 @@ class Transaction:
     def _add(self, kind: OperationKind, entity: str, id_: str, patch: Patch) -> None:
         if self._ended:
             raise ResourceClosed("the transaction has ended")
-        intent = checked_intent(kind, entity, id_, patch)
-        self._views[entity, id_] = _after(intent, self._view(entity, id_))
+        schema = self._committer.schema
+        intent = checked_intent(kind, entity, id_, patch, schema=schema)
+        self._views[entity, id_] = _after(intent, self._view(entity, id_), schema)
         self._intents.append(intent)
 
     def _view(self, entity: str, id_: str) -> ViewRecord | None:
@@ -357,12 +373,28 @@ def _listed(name: str, members: Sequence[Any]) -> list[Any]:
 
 
 def checked_intent(
-    kind: OperationKind, entity: str, id_: str, patch: Patch, base_version: int | None = None
+    kind: OperationKind,
+    entity: str,
+    id_: str,
+    patch: Patch,
+    *,
+    schema: Schema | None,
+    base_version: int | None = None,
 ) -> Intent:
-    """Return an intent whose names, id and values can be stored. Raises InvalidValue."""
+    """
+    Return an intent whose names, id and values can be stored; a creation has its defaults.
+
+    Raises:
+        ValidationFailed: It does not fit the schema, as far as that can be told without the object.
+        InvalidValue: It cannot be stored.
+    """
     check_name(entity, "an entity name")
     check_id(id_)
-    if kind is OperationKind.DELETE:
-        return Intent(kind, entity, id_, patch, b"", base_version)
     patch.check()
-    return Intent(kind, entity, id_, patch, patch.encode(), base_version)
+    if schema is not None:
+        if kind is OperationKind.CREATE:
+            patch = Patch(schema.with_defaults(entity, patch.set))
+            schema.check_object(entity, patch.set, id_)
+        else:
+            schema.check_patch(entity, patch, id_)
+    return Intent(kind, entity, id_, patch, b"" if kind is OperationKind.DELETE else patch.encode(), base_version)

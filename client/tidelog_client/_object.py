@@ -24,7 +24,8 @@ class Object:
     Reading shows the object as it is now, whoever changed it: this program, another
     process, a synchronization. Writing changes the handle only, until `commit`;
     such uncommitted changes survive a synchronization, and stand in front of what
-    it brings.
+    it brings. A replica with a schema refuses a value that does not fit when it is set,
+    and what an object lacks at the commit.
 
     When the object is removed the handle becomes empty: `exists` is false, and
     reading or committing raises `ObjectNotFound`, which carries the unsaved changes.
@@ -89,6 +90,8 @@ class Object:
     def __setitem__(self, attribute: str, value: Any) -> None:
         check_attribute_name(attribute)
         check(value, f"attribute {attribute!r}")
+        if self._committer.schema is not None:
+            self._committer.schema.check_patch(self.entity, Patch({attribute: value}), self.id)
         self._begin_change()
         self._unset.discard(attribute)
         self._set[attribute] = copied(value)
@@ -125,17 +128,21 @@ class Object:
         Raises:
             ObjectNotFound: The object was removed; the error carries the changes.
             ObjectExists: The object is new, and another one took its id.
+            ValidationFailed: It would not fit the schema; the handle keeps the changes.
             InvalidValue, DiskFull: As for `Replica.update`.
         """
         if self._new:
-            intent = checked_intent(OperationKind.CREATE, self.entity, self.id, Patch(dict(self._set)))
+            intent = checked_intent(
+                OperationKind.CREATE, self.entity, self.id, Patch(dict(self._set)), schema=self._committer.schema
+            )
         elif self._set or self._unset:
             intent = checked_intent(
                 OperationKind.UPDATE,
                 self.entity,
                 self.id,
                 Patch(dict(self._set), tuple(sorted(self._unset))),
-                self._base_version,
+                schema=self._committer.schema,
+                base_version=self._base_version,
             )
         else:
             if self._current() is None:

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
 import uuid_utils
 
 from tidelog._address import check_address
-from tidelog._constraints import Constraint, Where, constraint_of
+from tidelog._constraints import Constraint, Where, attribute, constraint_of
 from tidelog._environment import MAP_BYTES_DEFAULT
 from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
 from tidelog._failure import SynchronizationFailure
@@ -71,8 +71,10 @@ class Replica:
     Args:
         path: The replica's directory; made if it is not there.
         server: "host:port" of the server, needed to synchronize only.
-        schema: The program's schema; its version goes with each operation. None: the
-            references that the server names at the first synchronization are used.
+        schema: The program's schema: what does not fit it is refused before anything is
+            appended, and its version goes with each operation. None: everything is
+            accepted, and the references that the server names at the first
+            synchronization are used.
         durability: "full": each commit waits until it is on disk. "relaxed": it skips
             the last of two syncs, and a power cut may take the newest commits, never
             order or integrity.
@@ -107,9 +109,8 @@ class Replica:
         self._log_retention = log_retention
         self._log_retention_bytes = log_retention_bytes
         self._storage = Storage(self.path, relaxed=durability == "relaxed", map_bytes=map_bytes)
-        schema_version = schema.version if schema is not None else 0
-        self._committer = Committer(self._storage, schema_version)
-        self._synchronizer = Synchronizer(self._storage, server, schema_version)
+        self._committer = Committer(self._storage, schema)
+        self._synchronizer = Synchronizer(self._storage, server, schema.version if schema is not None else 0)
 
     @property
     def replica_id(self) -> str:
@@ -167,16 +168,22 @@ class Replica:
 
     def new(self, entity: str, attributes: Mapping[str, Any] | None = None, id: str | None = None) -> Object:  # noqa: A002
         """
-        Return an uncommitted object; nothing is stored until its `commit`.
+        Return an uncommitted object with its defaults; nothing is stored until its `commit`.
 
         Raises:
+            ValidationFailed: A value that does not fit the schema. What is required and
+                not there yet is asked for at the commit.
             InvalidValue: A name, the id or a value that cannot be stored.
         """
         id_ = str(uuid_utils.uuid7()) if id is None else id
         check_name(entity, "an entity name")
         check_id(id_)
-        Patch(dict(attributes or {})).check()
-        return Object(self._storage, self._committer, entity, id_, new=dict(attributes or {}))
+        patch = Patch(dict(attributes or {}))
+        patch.check()
+        if self._schema is not None:
+            self._schema.check_patch(entity, patch, id_)
+            patch = Patch(self._schema.with_defaults(entity, patch.set))
+        return Object(self._storage, self._committer, entity, id_, new=patch.set)
 
     # --- reading --------------------------------------------------------------
 
@@ -207,7 +214,7 @@ class Replica:
             limit: How many at the most. None: all.
 
         Raises:
-            InvalidConstraint: *where* makes no sense.
+            InvalidConstraint: *where* makes no sense, or the schema does not have what is asked for.
             InvalidValue: A name that no attribute can have, or a negative limit.
         """
         check_name(entity, "an entity name")
@@ -217,6 +224,10 @@ class Replica:
             check_name(order.removeprefix("-"), "an attribute name")
         if limit is not None and limit < 0:
             raise InvalidValue(f"a limit of {limit}")
+        if self._schema is not None:
+            self._schema.check_constraint(entity, constraint)
+            for order in orders:
+                self._schema.check_constraint(entity, attribute(order.removeprefix("-")).exists())
         return self._query(entity, constraint, orders, limit)
 
     def _query(
@@ -243,6 +254,8 @@ class Replica:
         """Return how many objects `query` would give."""
         check_name(entity, "an entity name")
         constraint = constraint_of(where)
+        if self._schema is not None:
+            self._schema.check_constraint(entity, constraint)
         if constraint is None:
             return sum(1 for _ in self._storage.view.entity_objects(entity))
         return sum(1 for _ in self._matching(entity, constraint))

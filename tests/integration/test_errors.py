@@ -25,6 +25,7 @@ from tests.builders import (
     nested,
     packed,
     quick_folder,
+    references_schema,
     update,
 )
 
@@ -36,7 +37,6 @@ from tidelog import (
     ProtocolViolated,
     ReplicaForked,
     ResourceClosed,
-    Schema,
     ServerUnavailable,
     SynchronizationError,
     TidelogError,
@@ -1146,7 +1146,7 @@ class TestWrongServers:
 
     def test_with_a_schema_that_contradicts_itself(self, world: World) -> None:
         """A schema that cannot be read is ProtocolViolated, and is not remembered."""
-        schema = Schema({"Line": {"order": "Order"}}).to_message()
+        schema = references_schema({"Line": {"order": "Order"}}).to_message()
         schema.entities[0].name = "x" * 100
 
         def script(requests: Iterator[bytes]) -> Iterator[bytes]:

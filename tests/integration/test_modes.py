@@ -13,11 +13,12 @@ from tests.builders import (
     create,
     delete,
     quick_folder,
+    references_schema,
     said,
     update,
 )
 
-from tidelog import FailureReason, ForeignServer, InvalidValue, LimitExceeded, ObjectNotFound, Schema, attribute
+from tidelog import FailureReason, ForeignServer, InvalidValue, LimitExceeded, ObjectNotFound, attribute
 from tidelog._environment import Environment
 from tidelog._values import decode_map
 from tidelog.v1 import (
@@ -37,7 +38,7 @@ from tidelog_server import Application, HookContext, HookObject, Reject, Server
 from tidelog_server import _download as download
 from tidelog_server._principal import ANONYMOUS
 
-ORDERS = Schema({"Line": {"order": "Order"}, "Order": {"parent": "Order"}})
+ORDERS = references_schema({"Line": {"order": "Order", "orders": ["Order"]}, "Order": {"parent": "Order"}})
 
 
 class Broken(Exception):
@@ -648,11 +649,11 @@ class TestSelected:
         assert report.applied == 2
         assert list(report.added) == [("Order", "o1")]
 
-    @pytest.mark.parametrize("how", [{"attributes": {"order": "o1"}}, {"add": {"order": ["o1"]}}])
+    @pytest.mark.parametrize("how", [{"attributes": {"order": "o1"}}, {"add": {"orders": ["o1"]}}])
     def test_references_that_an_update_sets(self, orders: World, how: dict[str, Any]) -> None:
         """References count wherever they are written: set by an update, or added to a list."""
         a = orders.replica(schema=ORDERS)
-        orders.lab.settle(create(1, "l1", {"order": []}, entity="Line"), replica=REPLICA_B)
+        orders.lab.settle(create(1, "l1", {"orders": []}, entity="Line"), replica=REPLICA_B)
         a.synchronize_all()
         a.create("Order", {}, "o1")
         a.update("Line", "l1", **how)

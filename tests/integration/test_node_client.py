@@ -39,10 +39,10 @@ pytestmark = [
 # Serves until its standard input ends, so that it cannot outlive the test.
 SERVER = """
 import sys
-from tidelog import Schema
+from tidelog import Entity, Reference, Schema
 from tidelog_server import Application, Reject, Server
 
-app = Application(schema=Schema({"OrderLine": {"order": "Order"}}))
+app = Application(schema=Schema([Entity("OrderLine", {"order": Reference("Order", on_delete="keep")})], open=True))
 
 @app.before_commit("Task")
 def needs_a_title(task, context):

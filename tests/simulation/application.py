@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from tests.builders import references_schema
 from tests.simulation.model import Attributes, Misfit, patched
 
-from tidelog import FailureReason, Operation, OperationKind, Schema
+from tidelog import FailureReason, Operation, OperationKind
 from tidelog_server import Application, HookContext, HookObject, Reject, TransientError
 
 ENTITIES = ("Note", "Task", "Order", "Line", "Node", "Counter", "Audit")
-REFERENCES = {
-    "Line": {"order": "Order", "also": "Order"},
-    "Node": {"next": "Node", "friends": "Node"},
+REFERENCES: Final[dict[str, dict[str, str | list[str]]]] = {
+    "Line": {"order": "Order", "also": ["Order"]},
+    "Node": {"next": "Node", "friends": ["Node"]},
 }
 
 
@@ -34,7 +35,7 @@ def make_application(weather: Weather, *, schema_version: int) -> Application:
     - Order: without a title rejected; its deletion deletes its lines and leaves an audit record.
     - Line: touches its order.
     """
-    app = Application(schema=Schema(REFERENCES, version=schema_version))
+    app = Application(schema=references_schema(REFERENCES, schema_version))
 
     @app.before_commit("Task")
     @app.before_commit("Order")

@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TextIO
 
+from tests.builders import references_schema
 from tests.simulation.application import REFERENCES, Weather, make_application
 
 from tidelog import (
@@ -29,7 +30,6 @@ from tidelog import (
     InvalidValue,
     ObjectExists,
     ObjectNotFound,
-    Schema,
     ServerUnavailable,
     SynchronizationInProgress,
     TidelogError,
@@ -38,7 +38,7 @@ from tidelog_client import Progress, Replica, Transaction
 from tidelog_server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = Schema(REFERENCES, version=1)
+SCHEMA = references_schema(REFERENCES)
 POLL_SECONDS = 0.002
 WAIT_SECONDS_MAX = 60.0
 

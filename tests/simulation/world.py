@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from unittest import mock
 from uuid import UUID
 
+from tests.builders import references_schema
 from tests.simulation import promises
 from tests.simulation.actions import User, fits
 from tests.simulation.application import REFERENCES, Weather, make_application, may_hooks_refuse
@@ -30,7 +31,7 @@ from tests.simulation.model import Key
 from tests.simulation.promises import Rules, Settlement
 from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord, read_replica, read_server
 
-from tidelog import Schema, StorageError, _log
+from tidelog import StorageError, _log
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Replica, Report, SkipReason, _storage, _synchronization, _view
 from tidelog_client._selection import Selection, select
@@ -184,7 +185,7 @@ class Device:
         replica = Replica(
             self._path,
             durability="relaxed",
-            schema=Schema(REFERENCES, version=self._schema_version),
+            schema=references_schema(REFERENCES, self._schema_version),
             log_retention=timedelta(0),
             map_bytes=self._world.settings.replica_map_bytes,
         )
@@ -563,7 +564,7 @@ class World:
         server = self._server_record()
         committed = {device.replica.replica_id: device.committed for device in self._devices}
         promises.check_server(server, committed)
-        rules = Rules(Schema(REFERENCES), may_hooks_refuse)
+        rules = Rules(references_schema(REFERENCES), may_hooks_refuse)
         for device in self._devices:
             record = device.record()
             promises.check_replica(server, record, device.committed)

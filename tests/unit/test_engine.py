@@ -24,11 +24,12 @@ from tests.builders import (
     make_operation,
     nested,
     packed,
+    references_schema,
     said,
     update,
 )
 
-from tidelog import FailureReason, Operation, OperationKind, Patch, Schema
+from tidelog import FailureReason, Operation, OperationKind, Patch
 from tidelog._limits import OBJECT_BYTES_MAX, OPERATION_BYTES_MAX
 from tidelog._patch import decode_patch
 from tidelog._values import decode_trusted, encode
@@ -47,7 +48,7 @@ from tidelog_server._records import ReplicaState
 
 Hook = Callable[[HookObject, HookContext], object]
 
-ORDERS = Schema({"Line": {"order": "Order"}, "Order": {"parent": "Order"}})
+ORDERS = references_schema({"Line": {"order": "Order", "orders": ["Order"]}, "Order": {"parent": "Order"}})
 
 
 def with_hook(moment: str, hook: Hook, entity: str = "Task") -> Lab:
@@ -1463,9 +1464,9 @@ class TestReferences:
     def test_members_added_to_a_reference_list(self) -> None:
         """A reference that comes as an added member is looked at too."""
         lab = with_orders()
-        lab.settle(order(1).encode(), line(2, "l1", ["o1"]).encode())
+        lab.settle(order(1).encode(), create(2, "l1", {"orders": ["o1"]}, entity="Line"))
 
-        assert said(lab.settle(update(3, "l1", add={"order": ["o9"]}, entity="Line"))) == ["DANGLING_REFERENCE"]
+        assert said(lab.settle(update(3, "l1", add={"orders": ["o9"]}, entity="Line"))) == ["DANGLING_REFERENCE"]
 
     def test_children_before_their_parent(self) -> None:
         """105 children that arrive before their parent all apply in the same session."""

@@ -339,7 +339,7 @@ class TestTransactions:
         """Of several commits that share one write, one that cannot be fails alone."""
         replica.create("Task", {}, "taken")
         commits = [
-            _Commit([checked_intent(OperationKind.CREATE, "Task", id_, Patch())], atomic=False)
+            _Commit([checked_intent(OperationKind.CREATE, "Task", id_, Patch(), schema=None)], atomic=False)
             for id_ in ("t1", "taken", "t2")
         ]
 
@@ -872,7 +872,7 @@ class TestLog:
 
     def test_operations_say_which_schema_they_were_made_with(self, folder: Path) -> None:
         """Operations carry the version of the program's schema, a nonce of their own and the author's clock."""
-        with Replica(folder / "s", schema=Schema(version=7)) as replica:
+        with Replica(folder / "s", schema=Schema(version=7, open=True)) as replica:
             replica.create("Task", {}, "t1")
             replica.create("Task", {}, "t2")
             first, second = [one.operation for one in replica.log()]
