@@ -19,7 +19,6 @@ from tidelog._patch import check_attribute_name
 from tidelog._schema import Schema
 from tidelog._values import check_name
 from tidelog_server._access import EVERYTHING, AccessRule, Rights
-from tidelog_server._indexes import indexed_entities
 from tidelog_server._principal import Principal
 
 if TYPE_CHECKING:
@@ -116,10 +115,6 @@ class HookContext(Protocol):
 Hook = Callable[[Any, Any], None]
 _H = TypeVar("_H", bound=Hook)
 
-# What a stored object becomes; None: it is deleted.
-Migration = Callable[[dict[str, Any]], dict[str, Any] | None]
-_M = TypeVar("_M", bound=Migration)
-
 
 # What an object becomes where two authors changed the same: a function of its attributes at the version that the
 # author saw, as they are now, and as the author wants them (None: deleted).
@@ -173,13 +168,11 @@ class Application:
     def __init__(self, *, schema: Schema | None = None, operators: Iterable[str] = ()) -> None:
         self.schema = schema if schema is not None else Schema(open=True)
         self.has_schema = schema is not None
-        self.indexed_entities = indexed_entities(self.schema)
         self.access_rules: list[AccessRule] = []
         self.synchronization: dict[str, EntitySynchronization] = {}
         self.conflict_policies: dict[str, Merge | Literal["reject_stale"]] = {}
         self._operators = frozenset(operators)
         self._hooks: dict[tuple[str, str], list[Hook]] = {}
-        self._migrations: dict[str, Migration] = {}
         self._user_lookup: Callable[[str, str], Principal | None] | None = None
         if isinstance(operators, str):
             raise InvalidRule(f"operators are a list of roles, got {operators!r}")
@@ -283,26 +276,6 @@ class Application:
         if policy != "reject_stale" and not callable(policy):
             raise InvalidRule(f"a conflict policy is 'reject_stale' or a function, got {policy!r}")
         self.conflict_policies[entity] = policy
-
-    def migration(self, entity: str) -> Callable[[_M], _M]:
-        """
-        Register a function that makes stored objects fit the schema. Use it as a decorator.
-
-        It gets an object's attributes, in the names of the present schema, and returns
-        what they become, or None to delete the object. It runs when the server starts
-        with a new schema and was told to migrate; after a crash it may run on an object again.
-        """
-        self._check_entity(entity, f"a migration of {entity!r}")
-
-        def register(function: _M) -> _M:
-            self._migrations[entity] = function
-            return function
-
-        return register
-
-    def migration_of(self, entity: str) -> Migration | None:
-        """Return the migration of an entity, or None."""
-        return self._migrations.get(entity)
 
     def users(self, lookup: Callable[[str, str], Principal | None]) -> Callable[[str, str], Principal | None]:
         """
