@@ -212,7 +212,7 @@ class Download:
                         sight = entity.shown if entity.mode.downloads else entity.readable
                         seen = sight.encoded(state)
                         if seen is not None:
-                            page.add(change.key, state, seen)
+                            page.add(change.key, state, seen, confirms=sight.sees_whole_objects)
                         elif _was_seen(reader, state, sight, first, is_ours):
                             page.add_removal(change.key, state.version)
             if not page.is_empty:
@@ -345,7 +345,8 @@ class _Scan:
         """Put what a source has next into the page; return where the scan stands then."""
         entity = self._projection.entity(source.entity)
         objects, has_more = source.objects(reader, place.position, page.objects_left, page.bytes_left)
-        confirms = source.entity not in self._start.reconciling
+        # A replica that saw a part of an object once cannot make up the rest from its own operations.
+        confirms = entity.shown.sees_whole_objects and source.entity not in self._start.reconciling
         for version, key, state in objects:
             if page.is_full:
                 return place
@@ -428,12 +429,12 @@ class _Page:
     def add(
         self, key: ObjectKey, state: ObjectState, seen: bytes, *, confirms: bool = True, outside: bool = False
     ) -> None:
-        """Add an object with what is seen of it; confirm it if the replica made it all and sees it all."""
+        """Add an object with what is seen of it; or confirm it, if the replica can have all of it by itself."""
         if key in self._keys:
             return
         self._keys.add(key)
         entity, id_ = key
-        if confirms and state.sole_writer and state.creator == self._confirmed and seen is state.attributes:
+        if confirms and state.sole_writer and state.creator == self._confirmed:
             self.message.confirmations.add(entity=entity, id=id_, version=state.version)
         else:
             self.message.snapshots.add(

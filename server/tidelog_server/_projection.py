@@ -23,7 +23,7 @@ from tidelog._errors import InvalidConstraint
 from tidelog._schema import Schema
 from tidelog._values import Attributes, check_name, decode_trusted, encode
 from tidelog.v1 import sync_pb2
-from tidelog_server._access import EVERYTHING, EntityRights
+from tidelog_server._access import EVERYTHING, AccessRule, EntityRights
 from tidelog_server._application import Application
 from tidelog_server._indexes import by_version_prefix
 from tidelog_server._principal import Principal
@@ -67,6 +67,10 @@ class Sight:
     """
     Which objects of one entity are seen, and which attributes of each.
 
+    Attributes:
+        is_whole: Whether all objects are seen, whole.
+        sees_whole_objects: Whether each object that is seen is seen whole.
+
     Args:
         rights: What the principal may read.
         where: What the objects must be besides, on the server.
@@ -80,6 +84,7 @@ class Sight:
         self._where = where
         self._wished = wished
         self.is_whole = rights.reads_everything and where is None and wished is None
+        self.sees_whole_objects = rights.reads_everything or all(rule.read is None for rule in _reading_rules(rights))
 
     def of(self, attributes: Attributes) -> Attributes | None:
         """Return what is seen of an object (the argument itself if that is all), or None if it is not seen."""
@@ -235,9 +240,13 @@ def _rows_seen(rights: EntityRights) -> Constraint | None:
     """Return what an object must be so that any rule lets it be read; None: nothing special."""
     if rights.reads_everything:
         return None
-    seen = [rule.where for rule in rights.rules or () if rule.read != frozenset()]
-    constraints = tuple(where for where in seen if where is not None)
-    return Any_(constraints) if len(constraints) == len(seen) else None
+    rules = _reading_rules(rights)
+    constraints = tuple(rule.where for rule in rules if rule.where is not None)
+    return Any_(constraints) if len(constraints) == len(rules) else None
+
+
+def _reading_rules(rights: EntityRights) -> list[AccessRule]:
+    return [rule for rule in rights.rules or () if rule.read != frozenset()]
 
 
 def _index_of(indexes: Iterable[str], conditions: Iterable[Constraint | None]) -> tuple[str | None, Sequence[object]]:
