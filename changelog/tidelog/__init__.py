@@ -30,6 +30,7 @@ from tidelog._errors import (
     SynchronizationError,
     SynchronizationInProgress,
     TidelogError,
+    TokenUnavailable,
     Unauthenticated,
 )
 from tidelog._failure import FailureReason, SynchronizationFailure
@@ -71,6 +72,7 @@ __all__ = [
     "SynchronizationFailure",
     "SynchronizationInProgress",
     "TidelogError",
+    "TokenUnavailable",
     "Unauthenticated",
     "Value",
     "attribute",

@@ -5,19 +5,37 @@ Declare an `Application`, give it to a `Server`.
 """
 
 from tidelog_server._application import Application, HookContext, HookObject, Reject, TransientError
-from tidelog_server._errors import AddressUnavailable
+from tidelog_server._authentication import (
+    Authenticator,
+    CertificateAuthenticator,
+    Credentials,
+    PeerCertificate,
+    StaticTokens,
+)
+from tidelog_server._errors import AddressUnavailable, AuthenticationFailed, AuthenticationUnavailable
+from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import Principal
 from tidelog_server._server import Server
+from tidelog_server._tls import ServerTls
 
 __all__ = [
     "AddressUnavailable",
     "Application",
+    "AuthenticationFailed",
+    "AuthenticationUnavailable",
+    "Authenticator",
+    "CertificateAuthenticator",
+    "Credentials",
     "HookContext",
     "HookObject",
+    "JwtAuthenticator",
     "LmdbStore",
+    "PeerCertificate",
     "Principal",
     "Reject",
     "Server",
+    "ServerTls",
+    "StaticTokens",
     "TransientError",
 ]

@@ -12,16 +12,19 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from tidelog._address import check_address
-from tidelog._errors import ResourceClosed
+from tidelog._address import check_address, host_of, is_loopback
+from tidelog._errors import InvalidValue, ResourceClosed
 from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog.v1 import failure_pb2, object_pb2, sync_pb2
 from tidelog_server._application import Application
+from tidelog_server._authentication import Authenticator, CertificateAuthenticator
+from tidelog_server._callers import Callers
 from tidelog_server._errors import AddressUnavailable
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._services import Services
 from tidelog_server._store import Store
+from tidelog_server._tls import ServerTls
 
 STOP_GRACE_SECONDS: Final = 2.0
 
@@ -59,17 +62,35 @@ class Server:
         application: The rules.
         store: A directory for an embedded store, or a store.
         listen: "host:port"; port 0 takes a free one, see `address`.
+        authenticator: Tells who is calling. None: nobody is asked, and everybody is the same
+            user "anonymous" of the tenant "default". Health checks and reflection, which
+            show no data, are answered without credentials in any case.
+        tls: How to speak TLS. None: not at all.
 
     Raises:
-        InvalidValue: *listen* is no address.
+        InvalidValue: *listen* is no address, a file of *tls* is not what it should be, or
+            *authenticator* wants certificates that *tls* does not ask for.
         StoreInUse: At the start: another server has the store open.
         AddressUnavailable: At the start: cannot listen there.
     """
 
-    def __init__(self, application: Application, *, store: str | Path | Store, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        application: Application,
+        *,
+        store: str | Path | Store,
+        listen: str = "127.0.0.1:0",
+        authenticator: Authenticator | None = None,
+        tls: ServerTls | None = None,
+    ) -> None:
+        asks_for_certificates = tls is not None and tls.client_ca is not None
+        if isinstance(authenticator, CertificateAuthenticator) and not asks_for_certificates:
+            raise InvalidValue("a CertificateAuthenticator needs client certificates: give tls with a client_ca")
         self._application = application
         self._store_given = store
         self._listen = check_address(listen)
+        self._authenticator = authenticator
+        self._credentials = tls.credentials() if tls is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._grpc: grpc.aio.Server | None = None
@@ -87,7 +108,8 @@ class Server:
         given = self._store_given
         self._store = LmdbStore(given) if isinstance(given, str | Path) else given
         try:
-            self._services = Services(self._application, self._store)
+            self._callers = Callers(self._authenticator)
+            self._services = Services(self._application, self._store, self._callers)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
@@ -96,7 +118,10 @@ class Server:
             self._end_loop()
             self._close_store()
             raise
-        _log.info("serving", address=self._address, epoch=self._store.identity.epoch)
+        _log.info(
+            "serving", address=self._address, epoch=self._store.identity.epoch, tls=self._credentials is not None
+        )
+        self._warn_of_open_doors()
         return self
 
     def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
@@ -105,6 +130,7 @@ class Server:
             return
         try:
             asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
+            self._callers.close()
             self._services.close()
             self._end_loop()
         finally:
@@ -131,7 +157,11 @@ class Server:
         reflection.enable_server_reflection((*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         host, _, _port = self._listen.rpartition(":")
         try:
-            port = server.add_insecure_port(self._listen)
+            port = (
+                server.add_insecure_port(self._listen)
+                if self._credentials is None
+                else server.add_secure_port(self._listen, self._credentials)
+            )
         except RuntimeError as error:
             raise AddressUnavailable(
                 f"cannot listen on {self._listen}: in use, or no address of this machine?"
@@ -141,6 +171,15 @@ class Server:
         await server.start()
         self._grpc = server
         self._address = f"{host}:{port}"
+
+    def _warn_of_open_doors(self) -> None:
+        local = is_loopback(host_of(self._listen))
+        if self._authenticator is None:
+            _log.warning("no authenticator was given: every caller is the user anonymous", address=self._address)
+            if not local:
+                _log.warning("the network can reach this server: whoever can, reads and changes everything")
+        elif self._credentials is None and not local:
+            _log.warning("tokens and data travel without TLS: whoever is on the way can read them")
 
     def _end_loop(self) -> None:
         if self._loop is not None and self._thread is not None:

@@ -32,10 +32,11 @@ from tidelog._values import as_json, check_id, check_name, decode_trusted
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import failure_pb2, object_pb2, operation_pb2, sync_pb2
 from tidelog_server._application import Application
+from tidelog_server._callers import Callers
 from tidelog_server._download import Download, cursor_at, start_of
 from tidelog_server._engine import Result, Status, Uploader
 from tidelog_server._errors import NotFound, RequestInvalid
-from tidelog_server._principal import ANONYMOUS, Principal
+from tidelog_server._principal import Principal
 from tidelog_server._records import ObjectState, ReplicaState
 from tidelog_server._session import (
     Session,
@@ -63,9 +64,10 @@ _T = TypeVar("_T")
 class Services:
     """All services of one server, over one application and one store."""
 
-    def __init__(self, application: Application, store: Store) -> None:
+    def __init__(self, application: Application, store: Store, callers: Callers) -> None:
         self._application = application
         self._store = store
+        self._callers = callers
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="tidelog-reader")
 
     def close(self) -> None:
@@ -79,19 +81,29 @@ class Services:
                 "tidelog.v1.SyncService",
                 {
                     "Synchronize": grpc.stream_stream_rpc_method_handler(self._synchronize),
-                    "UploadOperations": _unary(self._upload_operations),
+                    "UploadOperations": self._unary(self._upload_operations),
                     "DownloadSnapshots": grpc.unary_stream_rpc_method_handler(self._download_snapshots),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.FailureService",
-                {"ListFailures": _unary(self._list_failures), "GetFailure": _unary(self._get_failure)},
+                {"ListFailures": self._unary(self._list_failures), "GetFailure": self._unary(self._get_failure)},
             ),
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.ObjectService",
-                {"GetObject": _unary(self._get_object), "ListObjects": _unary(self._list_objects)},
+                {"GetObject": self._unary(self._get_object), "ListObjects": self._unary(self._list_objects)},
             ),
         ]
+
+    def _unary(self, method: Callable[[bytes, Principal], Awaitable[Message]]) -> grpc.RpcMethodHandler[bytes, bytes]:
+        async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            try:
+                response = await method(data, await self._callers.principal_of(context))
+                return response.SerializeToString()
+            except Exception as error:  # noqa: BLE001 - becomes the status of the call
+                await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
 
     # --- SyncService ----------------------------------------------------------
 
@@ -100,7 +112,8 @@ class Services:
     ) -> AsyncIterator[bytes]:
         reading: asyncio.Task[None] | None = None
         try:
-            session = Session(self._application, self._store, _principal_of(context), await _received_start(requests))
+            principal = await self._callers.principal_of(context)
+            session = Session(self._application, self._store, principal, await _received_start(requests))
             started = await asyncio.wrap_future(session.open())
             yield splice_pb2.SynchronizeResponseSplice(started=started.SerializeToString()).SerializeToString()
             answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
@@ -159,7 +172,7 @@ class Services:
         self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes]:
         try:
-            principal = _principal_of(context)
+            principal = await self._callers.principal_of(context)
             request = _parsed(sync_pb2.DownloadSnapshotsRequest, data)
             check_protocol_version(request.protocol_version)
             identity = self._store.identity
@@ -323,23 +336,6 @@ def _check_batch(operations: list[bytes]) -> None:
         raise RequestInvalid(
             f"a batch of {len(operations)} operations: at most {_limits.BATCH_OPERATIONS_MAX}, or one commit group"
         )
-
-
-def _unary(
-    method: Callable[[bytes, Principal], Awaitable[Message]],
-) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        try:
-            response = await method(data, _principal_of(context))
-            return response.SerializeToString()
-        except Exception as error:  # noqa: BLE001 - becomes the status of the call
-            await _abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(handle)
-
-
-def _principal_of(_context: grpc.aio.ServicerContext[bytes, bytes]) -> Principal:
-    return ANONYMOUS
 
 
 async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> NoReturn:

@@ -33,7 +33,13 @@ from tidelog_server._status import STATUS, status_of
 NOT_IN_A_SESSION = {"NOT_FOUND"}
 
 # Raised where the replica itself finds out, without a word of the server's.
-FOUND_BY_THE_REPLICA = {"SynchronizationInProgress", "ServerUnavailable", "NotConfigured", "ForeignServer"}
+FOUND_BY_THE_REPLICA = {
+    "SynchronizationInProgress",
+    "ServerUnavailable",
+    "NotConfigured",
+    "ForeignServer",
+    "TokenUnavailable",
+}
 
 
 def classes(module: ModuleType) -> dict[str, type[BaseException]]:
@@ -218,6 +224,8 @@ class TestTheReplicasTable:
     @pytest.mark.parametrize(
         ("error", "expected"),
         [
+            (served.AuthenticationFailed("x"), shared.Unauthenticated),
+            (served.AuthenticationUnavailable("x"), Transient),
             (served.ProtocolVersionUnknown("x"), shared.ProtocolUnsupported),
             (served.OperationForked("x"), shared.ReplicaForked),
             (served.ReplicaOwned("x"), shared.PermissionRefused),
