@@ -41,7 +41,7 @@ _log = get_logger("tidelog.synchronizer")
 
 
 class Synchronizer:
-    """Synchronizes one replica with one server. None: it has no server."""
+    """Synchronizes one replica with one server, if it has one."""
 
     def __init__(self, storage: Storage, connection: Connection | None, schema_version: int) -> None:
         self._storage = storage
