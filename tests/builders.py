@@ -34,7 +34,8 @@ from tidelog._values import decode_trusted, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
 from tidelog_server import Application, LmdbStore, Principal, Server
-from tidelog_server._engine import Evaluation, Result, Status, Uploader, UploadState, evaluate_batch, evaluate_held
+from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
+from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import ANONYMOUS
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
@@ -344,7 +345,7 @@ def _page(found: list[tuple[ObjectKey, ObjectState]], limit: int, bytes_max: int
 def _write(data: _Data, writes: Writes) -> None:
     data.objects.update((key, state) for key, (state, _) in writes.objects.items())
     data.changes.update((change.version, change) for change in writes.changes)
-    for key, value in writes.index.items():
+    for key, value in writes.index_entries.items():
         if value is None:
             data.indexes.pop(key, None)
         else:

@@ -50,6 +50,7 @@ from tidelog._errors import (
     SynchronizationError,
     SynchronizationInProgress,
     TidelogError,
+    TokenUnavailable,
     Unauthenticated,
     ValidationFailed,
 )
@@ -111,6 +112,7 @@ __all__ = [
     "SynchronizationInProgress",
     "TidelogError",
     "Timestamp",
+    "TokenUnavailable",
     "Unauthenticated",
     "ValidationFailed",
     "Value",

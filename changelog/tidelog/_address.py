@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Final
 
@@ -22,3 +23,16 @@ def check_address(text: str) -> str:
     if found is None or int(found["port"]) > _PORT_MAX:
         raise InvalidValue(f"an address is HOST:PORT, got {text!r}")
     return text
+
+
+def host_of(address: str) -> str:
+    """Return the host of a checked address."""
+    return address.rpartition(":")[0].strip("[]")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this machine for sure. A name other than localhost may be anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -21,6 +21,7 @@ What tidelog raises.
     - SynchronizationInProgress  another one of this replica is running
     - ServerUnavailable          could not be reached, or broke off, until the deadline
     - NotConfigured              the replica was opened without a server
+    - TokenUnavailable           the program's token provider failed
     - Unauthenticated            the server does not accept the credentials
     - PermissionRefused          the server does not let this principal do that
     - ProtocolUnsupported        client and server speak different versions
@@ -223,8 +224,12 @@ class NotConfigured(SynchronizationError):
     """The replica was opened without the address of a server."""
 
 
+class TokenUnavailable(SynchronizationError):
+    """The program's token provider failed. What it raised is the cause."""
+
+
 class Unauthenticated(SynchronizationError):
-    """The server does not accept the credentials."""
+    """The server does not accept the credentials. A token provider was asked again already."""
 
 
 class PermissionRefused(SynchronizationError):

@@ -49,6 +49,9 @@ PATTERN_TEXT_CHARS_MAX: Final = 1_000
 # What is said to people about one operation: a thousand of them must fit a message.
 REASON_BYTES_MAX: Final = 1_000
 
+# gRPC takes 8 KiB of headers in all.
+TOKEN_BYTES_MAX: Final = 7 * 1024
+
 # A commit group may exceed the batch target, and a page holds at least one
 # object: both stay below this, with room for the framing.
 MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024

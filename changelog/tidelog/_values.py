@@ -196,11 +196,11 @@ def are_known_names(names: AbstractSet[str]) -> bool:
     return names <= _KNOWN_NAMES
 
 
-def check_id(id_: str) -> None:
-    """Check an object's id: 1 to 128 bytes, no NUL. Raises InvalidValue."""
+def check_id(id_: str, what: str = "an id") -> None:
+    """Check the id of an object, or of a user: 1 to 128 bytes, no NUL. Raises InvalidValue."""
     if type(id_) is str and 0 < len(id_) <= ID_BYTES_MAX and id_.isascii() and "\0" not in id_:
         return
-    _check_text(id_, "an id", ID_BYTES_MAX)
+    _check_text(id_, what, ID_BYTES_MAX)
 
 
 def copied(value: Any) -> Any:

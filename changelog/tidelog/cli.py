@@ -19,7 +19,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points, version
 from itertools import islice
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -40,6 +41,9 @@ from tidelog._errors import (
     TidelogError,
 )
 from tidelog._values import as_json
+
+if TYPE_CHECKING:
+    from tidelog._channel import ClientTls
 
 COMMANDS_GROUP: Final = "tidelog.commands"
 TABLE_ROWS_MAX: Final = 500
@@ -79,6 +83,27 @@ _EXIT_CODES: Final[tuple[tuple[type[Exception], ExitCode], ...]] = (
     (TidelogError, ExitCode.USAGE),
     (OSError, ExitCode.STORAGE),
 )
+
+
+TOKEN_VARIABLE: Final = "TIDELOG_TOKEN"  # noqa: S105 - a name
+
+# What every command takes that calls a server: who is calling, and whom to trust.
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help=f"File with the token that says who is calling. Without it: the variable {TOKEN_VARIABLE}, if it is set.",
+    ),
+]
+TlsOption = Annotated[bool, typer.Option("--tls", help="Speak TLS; trust whom the system trusts.")]
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Speak TLS; trust the authorities whose certificates are in this file."),
+]
+TlsCertificateOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Speak TLS; show the server this certificate.")
+]
+TlsKeyOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of --tls-certificate.")]
 
 
 class Column(NamedTuple):
@@ -190,6 +215,27 @@ def checked_address(value: str | None) -> str | None:
         return None if value is None else check_address(value)
     except InvalidValue as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def given_token(token_file: Path | None) -> str | None:
+    """Return the token that the user gave, or None."""
+    if token_file is None:
+        return os.environ.get(TOKEN_VARIABLE) or None
+    try:
+        return token_file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise typer.BadParameter(f"{token_file}: {error.strerror}", param_hint="--token-file") from error
+
+
+def given_tls(*, tls: bool, ca: Path | None, certificate: Path | None, key: Path | None) -> ClientTls | None:
+    """Return how to speak TLS as the options say, or None for not at all."""
+    from tidelog._channel import ClientTls
+
+    if (certificate is None) != (key is None):
+        raise typer.BadParameter("one needs the other", param_hint="--tls-certificate and --tls-key")
+    if not tls and ca is None and certificate is None:
+        return None
+    return ClientTls(ca=ca, certificate=certificate, key=key)
 
 
 def _cell(column: Column, cell: str) -> Text:

@@ -4,12 +4,14 @@ tidelog_client: a replica that can always be worked on, and synchronizes when it
 Open a `Replica`.
 """
 
+from tidelog._channel import ClientTls
 from tidelog_client._commit import Transaction
 from tidelog_client._object import Object
 from tidelog_client._replica import LoggedOperation, Replica
 from tidelog_client._report import Failures, Phase, Progress, Report, Skipped, SkipReason
 
 __all__ = [
+    "ClientTls",
     "Failures",
     "LoggedOperation",
     "Object",

@@ -1,14 +1,17 @@
-"""The connection to a server: a gRPC channel, and its errors as typed ones."""
+"""The connection to a server: a gRPC channel, who is calling, and errors as typed ones."""
 
 from __future__ import annotations
 
 import queue
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 import grpc
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
+from tidelog._address import host_of, is_loopback
+from tidelog._channel import ClientTls, Metadata, authorization, check_token, open_channel
 from tidelog._errors import (
     PermissionRefused,
     ProtocolUnsupported,
@@ -16,23 +19,12 @@ from tidelog._errors import (
     ReplicaForked,
     ServerUnavailable,
     SynchronizationError,
+    TokenUnavailable,
     Unauthenticated,
 )
-from tidelog._limits import MESSAGE_BYTES_MAX
+from tidelog._logging import get_logger
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
-
-# See the server's options: the ping timeout finds a server that vanished without a word.
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Two replicas of one program must not share a connection, or one's stall is the other's.
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 # What a repetition may mend. Everything else is told to the caller at once.
 _TRANSIENT: Final = frozenset(
@@ -61,6 +53,18 @@ _BY_CODE: Final[dict[grpc.StatusCode, type[SynchronizationError]]] = {
 }
 
 
+# What no repetition mends, though gRPC calls it unavailable. Only its text tells.
+_HANDSHAKE_FAILURES: Final = (
+    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate cannot be verified"),
+    ("Hostname Verification Check failed", "the server's certificate is for another name"),
+    ("WRONG_VERSION_NUMBER", "the server does not speak TLS"),
+)
+
+_log = get_logger("tidelog.connection")
+
+TokenSource: TypeAlias = str | Callable[[], str] | None
+
+
 class Transient(Exception):
     """The call failed in a way that a repetition may mend."""
 
@@ -70,15 +74,50 @@ class Transient(Exception):
 
 
 class Connection:
-    """A channel to "host:port". Connects when it is used, and again after an outage."""
+    """
+    A channel to "host:port". Connects when it is used, and again after an outage.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: Where the server is.
+        tls: How to speak TLS. None: not at all.
+        token: The bearer token, or a provider that is asked for one before each attempt.
+            None: no token is sent.
+
+    Raises:
+        InvalidValue: A token that no header can carry, or a file of *tls* that is none.
+    """
+
+    def __init__(self, address: str, *, tls: ClientTls | None = None, token: TokenSource = None) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._token = check_token(token) if token is not None and not callable(token) else token
+        self._channel = open_channel(address, tls)
+        if token is not None and tls is None and not is_loopback(host_of(address)):
+            _log.warning("a token is sent without TLS: whoever is on the way can read it", address=address)
 
-    def synchronize(self, timeout: float | None) -> Stream:
+    @property
+    def may_get_another_token(self) -> bool:
+        """Tell whether a refused token is worth another attempt: a provider may have a newer one."""
+        return callable(self._token)
+
+    def authorization(self) -> Metadata:
+        """
+        Return what tells the server who is calling. Asks the token provider, if there is one.
+
+        Raises:
+            TokenUnavailable: The provider failed.
+            InvalidValue: It gave a token that no header can carry.
+        """
+        if self._token is None or isinstance(self._token, str):
+            return authorization(self._token)
+        try:
+            token = self._token()
+        except Exception as error:
+            raise TokenUnavailable(f"{self.address}: the token provider raised {type(error).__name__}") from error
+        return authorization(check_token(token))
+
+    def synchronize(self, metadata: Metadata, timeout: float | None) -> Stream:
         """Open a session's stream; *timeout* in seconds bounds all of it."""
-        return Stream(self._channel, timeout, self.address)
+        return Stream(self._channel, metadata, timeout, self.address)
 
     def close(self) -> None:
         """Close the channel; calls under way end."""
@@ -88,11 +127,11 @@ class Connection:
 class Stream:
     """One session's messages. Cancel it unless `receive` returned None."""
 
-    def __init__(self, channel: grpc.Channel, timeout: float | None, address: str) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: Metadata, timeout: float | None, address: str) -> None:
         self._address = address
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SYNCHRONIZE)
-        self._call = call(iter(self._requests.get, None), timeout=timeout)
+        self._call = call(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
 
     def send(self, messages: list[bytes | None]) -> None:
         """Send messages; None closes this side of the stream."""
@@ -123,6 +162,11 @@ def error_of(error: grpc.RpcError, address: str) -> Transient | SynchronizationE
     code, message = error.code(), error.details() or ""
     info = _error_info(error)
     reason = info.reason if info is not None else ""
+    for mark, meaning in _HANDSHAKE_FAILURES:
+        if code is grpc.StatusCode.UNAVAILABLE and mark in message:
+            return ServerUnavailable(f"{address}: {meaning}; nothing was exchanged ({message})")
+    if "failed to connect" in message and "Socket closed" in message:
+        message += " (while connecting: does the server expect TLS, or a client certificate?)"
     if code in _TRANSIENT:
         retry_after = float(info.metadata.get("retry_after_seconds", "0")) if info is not None else 0.0
         return Transient(f"{address}: {message}", retry_after_seconds=retry_after)

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
 import uuid_utils
 
 from tidelog._address import check_address
+from tidelog._channel import ClientTls
 from tidelog._constraints import Constraint, Where, attribute, constraint_of
 from tidelog._environment import MAP_BYTES_DEFAULT
 from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
@@ -26,6 +27,7 @@ from tidelog._schema import Schema
 from tidelog._values import Attributes, check_id, check_name, decode_trusted, sort_key
 from tidelog.v1 import schema_pb2
 from tidelog_client._commit import Committer, Transaction
+from tidelog_client._connection import Connection, TokenSource
 from tidelog_client._object import Object
 from tidelog_client._report import Failures, OnProgress, Report
 from tidelog_client._selection import Selection, select
@@ -71,6 +73,11 @@ class Replica:
     Args:
         path: The replica's directory; made if it is not there.
         server: "host:port" of the server, needed to synchronize only.
+        token: What tells the server who is calling: a bearer token, or a provider, a
+            function that returns one. It is asked before each attempt, and once more if
+            the server refuses its token. None: no token is sent.
+        tls: How to speak TLS with the server. True: the system knows whom to trust.
+            False: not at all.
         schema: The program's schema: what does not fit it is refused before anything is
             appended, and its version goes with each operation. None: everything is
             accepted, and the references that the server names at the first
@@ -84,7 +91,8 @@ class Replica:
         map_bytes: Address space for the data at first; it grows by itself.
 
     Raises:
-        InvalidValue: *server* or *durability* is none.
+        InvalidValue: *server* or *durability* is none, no header can carry *token*, or a
+            file of *tls* is not what it should be.
         FormatUnsupported: The directory holds something else.
         DiskFull, StorageError: The directory cannot be used.
     """
@@ -94,6 +102,8 @@ class Replica:
         path: str | Path,
         *,
         server: str | None = None,
+        token: TokenSource = None,
+        tls: ClientTls | bool = False,
         schema: Schema | None = None,
         durability: Durability = "full",
         log_retention: timedelta = LOG_RETENTION_DEFAULT,
@@ -102,15 +112,18 @@ class Replica:
     ) -> None:
         if durability not in ("full", "relaxed"):
             raise InvalidValue(f"durability is 'full' or 'relaxed', got {durability!r}")
+        connection = None
         if server is not None:
-            check_address(server)
+            tls_used = ClientTls() if tls is True else tls or None
+            connection = Connection(check_address(server), tls=tls_used, token=token)
         self.path = Path(path)
         self._schema = schema
         self._log_retention = log_retention
         self._log_retention_bytes = log_retention_bytes
         self._storage = Storage(self.path, relaxed=durability == "relaxed", map_bytes=map_bytes)
         self._committer = Committer(self._storage, schema)
-        self._synchronizer = Synchronizer(self._storage, server, schema.version if schema is not None else 0)
+        schema_version = schema.version if schema is not None else 0
+        self._synchronizer = Synchronizer(self._storage, connection, schema_version)
 
     @property
     def replica_id(self) -> str:
@@ -354,6 +367,9 @@ class Replica:
         Raises:
             SynchronizationInProgress: Another synchronization of this replica is running.
             ServerUnavailable: No luck until the deadline; what was settled is settled.
+            Unauthenticated: The server does not accept the token, nor the next one of a provider.
+            TokenUnavailable: The token provider failed.
+            InvalidValue: The token provider gave what no header can carry.
             SynchronizationError: The server refuses; see its subclasses.
         """
         return self._synchronize(Mode.ALL, timeout, on_progress)

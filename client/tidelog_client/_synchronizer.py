@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from filelock import FileLock, Timeout
 
-from tidelog._errors import NotConfigured, ServerUnavailable, SynchronizationInProgress
+from tidelog._errors import NotConfigured, ServerUnavailable, SynchronizationInProgress, Unauthenticated
 from tidelog._logging import get_logger
 from tidelog_client._connection import Connection, Stream, Transient
 from tidelog_client._report import OnProgress, Report
@@ -41,12 +41,12 @@ _log = get_logger("tidelog.synchronizer")
 
 
 class Synchronizer:
-    """Synchronizes one replica with one server."""
+    """Synchronizes one replica with one server, if it has one."""
 
-    def __init__(self, storage: Storage, address: str | None, schema_version: int) -> None:
+    def __init__(self, storage: Storage, connection: Connection | None, schema_version: int) -> None:
         self._storage = storage
         self._schema_version = schema_version
-        self._connection = Connection(address) if address is not None else None
+        self._connection = connection
 
     def close(self) -> None:
         """Close the connection."""
@@ -83,6 +83,7 @@ class Synchronizer:
         with self._alone():
             deadline = _Deadline(timeout)
             backoff = BACKOFF_SECONDS_FIRST
+            token_refused = False
             while True:
                 report.begin_attempt()
                 try:
@@ -100,9 +101,15 @@ class Synchronizer:
                     # Not seen outside; the next attempt asks for all states.
                     _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
                     self._storage.start_over()
+                except Unauthenticated:
+                    # A provider's token may have expired on its way; two in a row did not.
+                    if token_refused or not connection.may_get_another_token:
+                        raise
+                    token_refused = True
                 except Transient as error:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST
+                        token_refused = False
                     pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after_seconds)
                     if pause > deadline.remaining():
                         raise ServerUnavailable(
@@ -116,7 +123,8 @@ class Synchronizer:
                     return
 
     def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
-        stream = connection.synchronize(deadline.call_timeout())
+        metadata = connection.authorization()
+        stream = connection.synchronize(metadata, deadline.call_timeout())
         started = time.monotonic()
         try:
             self._send(stream, attempt.begin(), report)

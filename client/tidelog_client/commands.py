@@ -35,7 +35,14 @@ from tidelog.cli import (
     Column,
     CommandFailed,
     ExitCode,
+    TlsCaOption,
+    TlsCertificateOption,
+    TlsKeyOption,
+    TlsOption,
+    TokenFileOption,
     checked_address,
+    given_tls,
+    given_token,
     print_json,
     print_table,
 )
@@ -114,6 +121,11 @@ def sync(
     ] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="When to give up.")] = None,
     create: Annotated[bool, typer.Option("--create", help="Make the replica if it is not there.")] = False,
+    token_file: TokenFileOption = None,
+    tls: TlsOption = False,
+    tls_ca: TlsCaOption = None,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
     json_: JsonOption = False,
 ) -> None:
     """
@@ -126,7 +138,11 @@ def sync(
     if timeout is not None and not math.isfinite(timeout):
         raise typer.BadParameter("expected a number of seconds", param_hint="--timeout")
     keys = [_key(one) for one in select or ()]
-    with _opened(replica, server=server, create=create) as opened:
+    token = given_token(token_file)
+    tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
+    if not create and not _is_replica(replica):
+        raise CommandFailed(f"there is no replica in {replica}: --create makes one", ExitCode.STORAGE)
+    with Replica(replica, server=server, token=token, tls=tls_given or False) as opened:
         with _progress_bar() as on_progress:
             if keys:
                 report = opened.synchronize_selected(keys, timeout=timeout, on_progress=on_progress)
@@ -228,14 +244,15 @@ def count(
         print(number)
 
 
-@contextmanager
-def _opened(path: Path, *, server: str | None = None, create: bool = False) -> Iterator[Replica]:
+def _opened(path: Path) -> Replica:
     """Open a replica that is there: no command makes one by accident, where a path is mistyped, say."""
-    if not create and not (path / "data.mdb").is_file():
-        hint = "" if server is None else ": --create makes one"
-        raise CommandFailed(f"there is no replica in {path}{hint}", ExitCode.STORAGE)
-    with Replica(path, server=server) as replica:
-        yield replica
+    if not _is_replica(path):
+        raise CommandFailed(f"there is no replica in {path}", ExitCode.STORAGE)
+    return Replica(path)
+
+
+def _is_replica(path: Path) -> bool:
+    return (path / "data.mdb").is_file()
 
 
 @contextmanager

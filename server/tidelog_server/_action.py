@@ -348,7 +348,7 @@ class Action:
                 message = f"the conflict policy of {key[0]}: {error}"
                 raise Refused(FailureReason.HOOK_ERROR, message) from error
         self.changed_own_object = True
-        return merged
+        return merged  # type: ignore[no-any-return]
 
     def _denied(self, key: ObjectKey, what: str, denied: Denied) -> Refused:
         if denied.attribute:

@@ -249,7 +249,7 @@ class _Evaluator:
             settled=outcomes.settled,
             failures=outcomes.failures,
             version=overlay.version,
-            index={**self._units.index_writes(), **outcomes.index_writes()},
+            index_entries={**self._units.index_writes(), **outcomes.index_writes()},
         )
         state = UploadState(
             self._last_seq,

@@ -2,21 +2,23 @@
 What ends a call or a session on the server. How that is told on the wire: `_status`.
 
 * TidelogError
-  + RequestInvalid          a request that the protocol does not allow
-    - OperationsOutOfOrder  positions in an upload that do not rise
-  + ProtocolVersionUnknown  a client of another protocol version
-  + SessionSuperseded       a newer session of the replica has begun to upload
-  + OperationForked         a settled position was sent with another nonce
-  + ReplicaOwned            the replica id belongs to another principal
-  + NotFound                what was asked for by name is not there (to this principal)
-  + OperationRefused        a rule or a hook refuses what the service itself wanted to do
-  + ChangedMeanwhile        what a transaction of the service read was changed before its end
-  + FailureSettled          the failure is no longer open
-  + FailureStale            what the failure's operation writes was changed since it was refused
-  + OperatorRequired        only an operator may do this
-  + AddressUnavailable      the server cannot listen where it should
+  + AuthenticationFailed       the credentials of a call are not accepted
+  + AuthenticationUnavailable  nobody can tell at the moment who is calling
+  + RequestInvalid             a request that the protocol does not allow
+    - OperationsOutOfOrder     positions in an upload that do not rise
+  + ProtocolVersionUnknown     a client of another protocol version
+  + SessionSuperseded          a newer session of the replica has begun to upload
+  + OperationForked            a settled position was sent with another nonce
+  + ReplicaOwned               the replica id belongs to another principal
+  + NotFound                   what was asked for by name is not there (to this principal)
+  + OperationRefused           a rule or a hook refuses what the service itself wanted to do
+  + ChangedMeanwhile           what a transaction of the service read was changed before its end
+  + FailureSettled             the failure is no longer open
+  + FailureStale               what the failure's operation writes was changed since it was refused
+  + OperatorRequired           only an operator may do this
+  + AddressUnavailable         the server cannot listen where it should
 * StorageError
-  + SchemaContradicted      what the store holds does not fit the application's schema
+  + SchemaContradicted         what the store holds does not fit the application's schema
 """
 
 from __future__ import annotations
@@ -32,6 +34,14 @@ def for_people(message: object) -> str:
     if len(data) <= REASON_BYTES_MAX:
         return data.decode()
     return data[: REASON_BYTES_MAX - 3].decode("utf-8", "ignore") + "..."
+
+
+class AuthenticationFailed(TidelogError):
+    """The credentials of a call are not accepted. The message is told to the caller and logged."""
+
+
+class AuthenticationUnavailable(TidelogError):
+    """Nobody can tell at the moment who is calling: the same credentials may be accepted later."""
 
 
 class RequestInvalid(TidelogError):

@@ -20,7 +20,7 @@ from tidelog_server._application import Application
 from tidelog_server._errors import NotFound, OperatorRequired, RequestInvalid
 from tidelog_server._principal import Principal
 from tidelog_server._requests import page_size, parsed, uuid_bytes
-from tidelog_server._session import Clock, parse_replica_id
+from tidelog_server._session import Clock, parse_replica_id, server_time_us
 from tidelog_server._store import Reader, Store
 
 # With its JSON a record must still fit a message.
@@ -31,7 +31,7 @@ DEPENDENTS_NAMED_MAX: Final = 1_000
 class FailureService:
     """The methods of the service: serialized request and principal in, response out."""
 
-    def __init__(self, application: Application, store: Store, clock: Clock) -> None:
+    def __init__(self, application: Application, store: Store, clock: Clock = server_time_us) -> None:
         self._application = application
         self._store = store
         self._clock = clock

@@ -184,7 +184,7 @@ class _Retry:
             settled=[],
             failures=list(self._records.values()),
             version=self._overlay.version,
-            index=units.index_writes(),
+            index_entries=units.index_writes(),
         )
         return writes, outcomes
 

@@ -255,7 +255,7 @@ class LmdbStore:
         if writes.changes:
             put(prefix, pack_position(writes.version) + commit_id, db=databases.heads)
         indexed = []
-        for key, value in writes.index.items():
+        for key, value in writes.index_entries.items():
             if value is None:
                 delete(prefix + key, db=databases.indexes)
             else:

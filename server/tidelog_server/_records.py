@@ -20,7 +20,7 @@ COMMIT_ID_BYTES: Final = 8
 # The writer of what no replica wrote: the service itself.
 NO_REPLICA: Final = bytes(REPLICA_ID_BYTES)
 
-_NO_INDEX: Final[Mapping[bytes, bytes | None]] = MappingProxyType({})
+_NO_ENTRIES: Final[Mapping[bytes, bytes | None]] = MappingProxyType({})
 
 
 class ObjectState(NamedTuple):
@@ -173,7 +173,7 @@ class Writes(NamedTuple):
         settled: Outcomes of the replica's operations by seq.
         failures: Failures, new ones and those that changed.
         version: The tenant's newest version after this.
-        index: What changes in the table of indexes: new values by key, None to remove.
+        index_entries: What changes in the table of indexes: new values by key, None to remove.
     """
 
     objects: dict[ObjectKey, tuple[ObjectState, int]]
@@ -182,7 +182,7 @@ class Writes(NamedTuple):
     settled: list[tuple[int, Settled]]
     failures: list[FailureRecord]
     version: int
-    index: Mapping[bytes, bytes | None] = _NO_INDEX
+    index_entries: Mapping[bytes, bytes | None] = _NO_ENTRIES
 
 
 def merged_ranges(ranges: tuple[tuple[int, int], ...], seqs: list[int]) -> tuple[tuple[int, int], ...]:

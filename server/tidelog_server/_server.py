@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -12,18 +13,28 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from tidelog._address import check_address
-from tidelog._errors import ResourceClosed
+from tidelog._address import check_address, host_of, is_loopback
+from tidelog._errors import InvalidValue, ResourceClosed
 from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
+from tidelog._values import check_id
 from tidelog.v1 import failure_pb2, object_pb2, schema_pb2, sync_pb2
 from tidelog_server._application import Application
+from tidelog_server._authentication import Authenticator, CertificateAuthenticator
+from tidelog_server._callers import Callers
 from tidelog_server._errors import AddressUnavailable
 from tidelog_server._lmdb_store import LmdbStore
+from tidelog_server._migration import adopt_schema
+from tidelog_server._principal import DEFAULT_TENANT, Principal
+from tidelog_server._retention import Retention
 from tidelog_server._services import Services
+from tidelog_server._session import server_time_us
 from tidelog_server._store import Store
+from tidelog_server._tenant import Tenant
+from tidelog_server._tls import ServerTls
 
 STOP_GRACE_SECONDS: Final = 2.0
+FAILURE_RETENTION_DEFAULT: Final = timedelta(days=90)
 
 _SERVICE_NAMES: Final = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -60,17 +71,43 @@ class Server:
         application: The rules.
         store: A directory for an embedded store, or a store.
         listen: "host:port"; port 0 takes a free one, see `address`.
+        authenticator: Tells who is calling. None: nobody is asked, and everybody is the same
+            user "anonymous" of the tenant "default". Health checks and reflection, which
+            show no data, are answered without credentials in any case.
+        tls: How to speak TLS. None: not at all.
+        migrate: Change stored objects that do not fit the application's schema, by its
+            renames, defaults and migrations.
+        failure_retention: How long the payloads of settled failures are kept.
 
     Raises:
-        InvalidValue: *listen* is no address.
+        InvalidValue: *listen* is no address, a file of *tls* is not what it should be, or
+            *authenticator* wants certificates that *tls* does not ask for.
         StoreInUse: At the start: another server has the store open.
+        SchemaContradicted: At the start: what the store holds does not fit the application's schema.
         AddressUnavailable: At the start: cannot listen there.
     """
 
-    def __init__(self, application: Application, *, store: str | Path | Store, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        application: Application,
+        *,
+        store: str | Path | Store,
+        listen: str = "127.0.0.1:0",
+        authenticator: Authenticator | None = None,
+        tls: ServerTls | None = None,
+        migrate: bool = False,
+        failure_retention: timedelta = FAILURE_RETENTION_DEFAULT,
+    ) -> None:
+        asks_for_certificates = tls is not None and tls.client_ca is not None
+        if isinstance(authenticator, CertificateAuthenticator) and not asks_for_certificates:
+            raise InvalidValue("a CertificateAuthenticator needs client certificates: give tls with a client_ca")
         self._application = application
         self._store_given = store
         self._listen = check_address(listen)
+        self._migrate = migrate
+        self._failure_retention = failure_retention
+        self._authenticator = authenticator
+        self._credentials = tls.credentials() if tls is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._grpc: grpc.aio.Server | None = None
@@ -88,16 +125,23 @@ class Server:
         given = self._store_given
         self._store = LmdbStore(given) if isinstance(given, str | Path) else given
         try:
-            self._services = Services(self._application, self._store)
+            adopt_schema(self._application, self._store, migrate=self._migrate, time_us=server_time_us())
+            self._callers = Callers(self._authenticator)
+            self._services = Services(self._application, self._store, self._callers)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
             asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+            self._retention = Retention(self._store, failures=self._failure_retention, clock=server_time_us)
+            self._retention.start()
         except BaseException:
             self._end_loop()
             self._close_store()
             raise
-        _log.info("serving", address=self._address, epoch=self._store.identity.epoch)
+        _log.info(
+            "serving", address=self._address, epoch=self._store.identity.epoch, tls=self._credentials is not None
+        )
+        self._warn_of_open_doors()
         return self
 
     def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
@@ -106,6 +150,8 @@ class Server:
             return
         try:
             asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
+            self._retention.stop()
+            self._callers.close()
             self._services.close()
             self._end_loop()
         finally:
@@ -113,6 +159,25 @@ class Server:
             self._address = ""
             self._close_store()
         _log.info("stopped")
+
+    def tenant(self, name: str = DEFAULT_TENANT, *, principal: Principal | None = None) -> Tenant:
+        """
+        Return a tenant's data, for the service that runs this server to read and change.
+
+        Args:
+            name: The tenant.
+            principal: On whose behalf, with whose rights. None: the system, which may do everything.
+
+        Raises:
+            ResourceClosed: The server is not running.
+            InvalidValue: The name is none, or *principal* belongs to another tenant.
+        """
+        if not self._address:
+            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+        check_id(name, "a tenant")
+        if principal is not None and principal.tenant != name:
+            raise InvalidValue(f"{principal.user_id!r} belongs to the tenant {principal.tenant!r}, not to {name!r}")
+        return Tenant(self._application, self._store, name, principal, server_time_us)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -132,7 +197,11 @@ class Server:
         reflection.enable_server_reflection((*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         host, _, _port = self._listen.rpartition(":")
         try:
-            port = server.add_insecure_port(self._listen)
+            port = (
+                server.add_insecure_port(self._listen)
+                if self._credentials is None
+                else server.add_secure_port(self._listen, self._credentials)
+            )
         except RuntimeError as error:
             raise AddressUnavailable(
                 f"cannot listen on {self._listen}: in use, or no address of this machine?"
@@ -142,6 +211,15 @@ class Server:
         await server.start()
         self._grpc = server
         self._address = f"{host}:{port}"
+
+    def _warn_of_open_doors(self) -> None:
+        local = is_loopback(host_of(self._listen))
+        if self._authenticator is None:
+            _log.warning("no authenticator was given: every caller is the user anonymous", address=self._address)
+            if not local:
+                _log.warning("the network can reach this server: whoever can, reads and changes everything")
+        elif self._credentials is None and not local:
+            _log.warning("tokens and data travel without TLS: whoever is on the way can read them")
 
     def _end_loop(self) -> None:
         if self._loop is not None and self._thread is not None:

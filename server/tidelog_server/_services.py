@@ -11,34 +11,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn
 
 import grpc
-import uuid_utils
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc.code_pb2 import Code
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status as RpcStatus
 from grpc_status import rpc_status
 
 from tidelog import _limits
-from tidelog._constraints import constraint_from_message
-from tidelog._errors import InvalidValue, StorageError
-from tidelog._failure import operation_as_data
-from tidelog._keys import ObjectKey
+from tidelog._errors import StorageError
 from tidelog._logging import get_logger
-from tidelog._operation import decode_operation
-from tidelog._values import as_json, check_id, check_name
 from tidelog.internal.v1 import splice_pb2
-from tidelog.v1 import failure_pb2, object_pb2, operation_pb2, schema_pb2, sync_pb2
+from tidelog.v1 import sync_pb2
 from tidelog_server._application import Application
+from tidelog_server._callers import Callers
 from tidelog_server._download import Download, cursor_at, start_of
-from tidelog_server._engine import Result, Status, Uploader
-from tidelog_server._errors import NotFound, RequestInvalid
-from tidelog_server._principal import ANONYMOUS, Principal
-from tidelog_server._projection import Projection, matching
+from tidelog_server._errors import RequestInvalid
+from tidelog_server._failure_service import FailureService
+from tidelog_server._object_service import ObjectService
+from tidelog_server._outcomes import Result, Status, Uploader
+from tidelog_server._principal import Principal
+from tidelog_server._projection import Projection
 from tidelog_server._records import ReplicaState
+from tidelog_server._requests import parsed
 from tidelog_server._session import (
     Session,
     Upload,
@@ -55,21 +53,22 @@ from tidelog_server._store import Store
 
 ERROR_DOMAIN: Final = "tidelog"
 READ_THREADS: Final = 4
-LIST_PAGE_DEFAULT: Final = 100
-LIST_PAGE_MAX: Final = 1_000
-JSON_OPERATION_BYTES_MAX: Final = 128 * 1024
 
 _log = get_logger("tidelog.services")
-_M = TypeVar("_M", bound=Message)
-_T = TypeVar("_T")
+
+
+_Method = Callable[[bytes, Principal], Awaitable[Message]]
 
 
 class Services:
     """All services of one server, over one application and one store."""
 
-    def __init__(self, application: Application, store: Store) -> None:
+    def __init__(self, application: Application, store: Store, callers: Callers) -> None:
         self._application = application
         self._store = store
+        self._callers = callers
+        self._failures = FailureService(application, store)
+        self._objects = ObjectService(application, store)
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="tidelog-reader")
 
     def close(self) -> None:
@@ -83,20 +82,46 @@ class Services:
                 "tidelog.v1.SyncService",
                 {
                     "Synchronize": grpc.stream_stream_rpc_method_handler(self._synchronize),
-                    "UploadOperations": _unary(self._upload_operations),
+                    "UploadOperations": self._unary(self._upload_operations),
                     "DownloadSnapshots": grpc.unary_stream_rpc_method_handler(self._download_snapshots),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.FailureService",
-                {"ListFailures": _unary(self._list_failures), "GetFailure": _unary(self._get_failure)},
+                {
+                    "ListFailures": self._unary(self._pooled(self._failures.list_failures)),
+                    "GetFailure": self._unary(self._pooled(self._failures.get_failure)),
+                    "RetryFailure": self._unary(self._failures.retry_failure),
+                    "DismissFailure": self._unary(self._failures.dismiss_failure),
+                },
             ),
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.ObjectService",
-                {"GetObject": _unary(self._get_object), "ListObjects": _unary(self._list_objects)},
+                {
+                    "GetObject": self._unary(self._pooled(self._objects.get_object)),
+                    "ListObjects": self._unary(self._pooled(self._objects.list_objects)),
+                },
             ),
-            grpc.method_handlers_generic_handler("tidelog.v1.SchemaService", {"GetSchema": _unary(self._get_schema)}),
+            grpc.method_handlers_generic_handler(
+                "tidelog.v1.SchemaService", {"GetSchema": self._unary(self._pooled(self._objects.get_schema))}
+            ),
         ]
+
+    def _pooled(
+        self, method: Callable[[bytes, Principal], Message]
+    ) -> Callable[[bytes, Principal], Awaitable[Message]]:
+        """Return a method that reads, as one that does so in the pool."""
+        return lambda data, principal: asyncio.get_running_loop().run_in_executor(self._pool, method, data, principal)
+
+    def _unary(self, method: _Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+        async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            try:
+                response = await method(data, await self._callers.principal_of(context))
+                return response.SerializeToString()
+            except Exception as error:  # noqa: BLE001 - becomes the status of the call
+                await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
 
     # --- SyncService ----------------------------------------------------------
 
@@ -105,7 +130,8 @@ class Services:
     ) -> AsyncIterator[bytes]:
         reading: asyncio.Task[None] | None = None
         try:
-            session = Session(self._application, self._store, _principal_of(context), await _received_start(requests))
+            principal = await self._callers.principal_of(context)
+            session = Session(self._application, self._store, principal, await _received_start(requests))
             started = await asyncio.wrap_future(session.open())
             yield splice_pb2.SynchronizeResponseSplice(started=started.SerializeToString()).SerializeToString()
             answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
@@ -135,7 +161,7 @@ class Services:
                 reading.cancel()
 
     async def _upload_operations(self, data: bytes, principal: Principal) -> sync_pb2.UploadOperationsResponse:
-        request = _parsed(splice_pb2.UploadOperationsRequestSplice, data)
+        request = parsed(splice_pb2.UploadOperationsRequestSplice, data)
         check_protocol_version(request.protocol_version)
         replica = parse_replica_id(request.replica_id)
         begun: ReplicaState = await asyncio.wrap_future(
@@ -164,8 +190,8 @@ class Services:
         self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncIterator[bytes]:
         try:
-            principal = _principal_of(context)
-            request = _parsed(sync_pb2.DownloadSnapshotsRequest, data)
+            principal = await self._callers.principal_of(context)
+            request = parsed(sync_pb2.DownloadSnapshotsRequest, data)
             check_protocol_version(request.protocol_version)
             identity = self._store.identity
             projection = Projection(self._application, principal, wishes_of(request.downloads))
@@ -204,104 +230,6 @@ class Services:
             coming = loop.run_in_executor(self._pool, read)
             yield page
 
-    # --- FailureService -------------------------------------------------------
-
-    async def _list_failures(self, data: bytes, principal: Principal) -> failure_pb2.ListFailuresResponse:
-        request = _parsed(failure_pb2.ListFailuresRequest, data)
-        limit = _page_size(request.page_size)
-        replica_id = str(uuid_utils.UUID(bytes=parse_replica_id(request.replica_id))) if request.replica_id else ""
-        after = _uuid_bytes(request.page_token, "a page token") if request.page_token else b""
-
-        def read() -> failure_pb2.ListFailuresResponse:
-            response = failure_pb2.ListFailuresResponse()
-            with self._store.read(principal.tenant) as reader:
-                # What is filtered out is read too: a page of the scan per page of the answer bounds both.
-                found = reader.failures(after, limit, _limits.PAGE_BYTES_MAX)
-            for _id, record in found:
-                failure = failure_pb2.SynchronizationFailure.FromString(record)
-                if failure.user_id == principal.user_id and replica_id in ("", failure.replica_id):
-                    response.failures.append(_for_people(failure))
-            if found:
-                response.next_page_token = str(uuid_utils.UUID(bytes=found[-1][0]))
-            return response
-
-        return await self._in_pool(read)
-
-    async def _get_failure(self, data: bytes, principal: Principal) -> failure_pb2.GetFailureResponse:
-        request = _parsed(failure_pb2.GetFailureRequest, data)
-        failure_id = _uuid_bytes(request.id, "a failure id")
-
-        def read() -> bytes | None:
-            with self._store.read(principal.tenant) as reader:
-                return reader.failure(failure_id)
-
-        record = await self._in_pool(read)
-        failure = failure_pb2.SynchronizationFailure.FromString(record or b"")
-        if record is None or failure.user_id != principal.user_id:
-            raise NotFound(f"there is no failure {request.id}", reason="FAILURE_NOT_FOUND")
-        return failure_pb2.GetFailureResponse(failure=_for_people(failure))
-
-    # --- ObjectService --------------------------------------------------------
-
-    async def _get_object(self, data: bytes, principal: Principal) -> object_pb2.GetObjectResponse:
-        request = _parsed(object_pb2.GetObjectRequest, data)
-        check_name(request.entity, "an entity name")
-        check_id(request.id)
-        key = (request.entity, request.id)
-        sight = matching(self._application, principal, request.entity, None)
-
-        def read() -> operation_pb2.Snapshot | None:
-            with self._store.read(principal.tenant) as reader:
-                state = reader.objects((key,)).get(key)
-            seen = sight.encoded(state) if state is not None else None
-            return None if state is None or seen is None else _snapshot(key, state.version, seen)
-
-        snapshot = await self._in_pool(read)
-        if snapshot is None:
-            raise NotFound(f"there is no {request.entity} {request.id!r}", reason="OBJECT_NOT_FOUND")
-        return object_pb2.GetObjectResponse(object=snapshot)
-
-    async def _list_objects(self, data: bytes, principal: Principal) -> object_pb2.ListObjectsResponse:
-        request = _parsed(object_pb2.ListObjectsRequest, data)
-        check_name(request.entity, "an entity name")
-        if request.page_token:
-            check_id(request.page_token)
-        limit = _page_size(request.page_size)
-        where = constraint_from_message(request.where) if request.HasField("where") else None
-        sight = matching(self._application, principal, request.entity, where)
-
-        def read() -> object_pb2.ListObjectsResponse:
-            response = object_pb2.ListObjectsResponse()
-            position = request.page_token
-            with self._store.read(principal.tenant) as reader:
-                objects, has_more = reader.entity_objects(
-                    request.entity, position, LIST_PAGE_MAX, _limits.PAGE_BYTES_MAX
-                )
-            for key, state in objects:
-                if len(response.objects) == limit:
-                    response.next_page_token = position
-                    return response
-                position = key[1]
-                seen = sight.encoded(state)
-                if seen is not None:
-                    response.objects.append(_snapshot(key, state.version, seen))
-            if has_more:
-                response.next_page_token = position
-            return response
-
-        return await self._in_pool(read)
-
-    # --- SchemaService --------------------------------------------------------
-
-    async def _get_schema(self, data: bytes, _principal: Principal) -> schema_pb2.GetSchemaResponse:
-        _parsed(schema_pb2.GetSchemaRequest, data)
-        if not self._application.has_schema:
-            raise NotFound("the application has no schema: everything is accepted", reason="SCHEMA_NOT_FOUND")
-        return schema_pb2.GetSchemaResponse(schema=self._application.schema.to_message())
-
-    async def _in_pool(self, read: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, read)
-
 
 # What the reader of a session hands to its writer: the results to come of a batch, an error, or the end.
 _Answer = Future[list[Result]] | Exception | None
@@ -309,10 +237,10 @@ _Answer = Future[list[Result]] | Exception | None
 
 async def _received_start(requests: AsyncIterator[bytes]) -> sync_pb2.SessionStart:
     async for data in requests:
-        request = _parsed(splice_pb2.SynchronizeRequestSplice, data)
+        request = parsed(splice_pb2.SynchronizeRequestSplice, data)
         if request.WhichOneof("message") != "start":
             break
-        return _parsed(sync_pb2.SessionStart, request.start)
+        return parsed(sync_pb2.SessionStart, request.start)
     raise RequestInvalid("a session begins with `start`")
 
 
@@ -320,14 +248,14 @@ async def _read_uploads(requests: AsyncIterator[bytes], session: Session, answer
     """Submit the batches as they come; what comes of them is awaited by whoever reads *answers*."""
     try:
         async for data in requests:
-            request = _parsed(splice_pb2.SynchronizeRequestSplice, data)
+            request = parsed(splice_pb2.SynchronizeRequestSplice, data)
             which = request.WhichOneof("message")
             if which == "batch":
                 operations = list(request.batch.operations)
                 _check_batch(operations)
                 await answers.put(session.upload(operations))
             elif which == "selection":
-                session.select(_parsed(sync_pb2.Selection, request.selection))
+                session.select(parsed(sync_pb2.Selection, request.selection))
             elif which == "upload_complete":
                 await answers.put(None)
                 return
@@ -345,23 +273,6 @@ def _check_batch(operations: list[bytes]) -> None:
         )
 
 
-def _unary(
-    method: Callable[[bytes, Principal], Awaitable[Message]],
-) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        try:
-            response = await method(data, _principal_of(context))
-            return response.SerializeToString()
-        except Exception as error:  # noqa: BLE001 - becomes the status of the call
-            await _abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(handle)
-
-
-def _principal_of(_context: grpc.aio.ServicerContext[bytes, bytes]) -> Principal:
-    return ANONYMOUS
-
-
 async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> NoReturn:
     """End the call with the error's status, and `ErrorInfo` for programs."""
     code, reason, message = status_of(error)
@@ -375,37 +286,3 @@ async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Excepti
     status = rpc_status.to_status(RpcStatus(code=number, message=message, details=[detail]))
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort does not return")
-
-
-def _parsed(kind: type[_M], data: bytes) -> _M:
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise RequestInvalid(f"the bytes are no {kind.DESCRIPTOR.name}") from error
-
-
-def _page_size(requested: int) -> int:
-    if requested < 0:
-        raise RequestInvalid(f"a page size of {requested}")
-    return min(requested or LIST_PAGE_DEFAULT, LIST_PAGE_MAX)
-
-
-def _uuid_bytes(text: str, what: str) -> bytes:
-    try:
-        return uuid_utils.UUID(text).bytes
-    except ValueError:
-        raise RequestInvalid(f"{what} is a UUID, got {text[:60]!r}") from None
-
-
-def _snapshot(key: ObjectKey, version: int, attributes: bytes) -> operation_pb2.Snapshot:
-    return operation_pb2.Snapshot(entity=key[0], id=key[1], version=version, attributes=attributes)
-
-
-def _for_people(failure: failure_pb2.SynchronizationFailure) -> failure_pb2.SynchronizationFailure:
-    if len(failure.operation) > JSON_OPERATION_BYTES_MAX:
-        return failure  # with its JSON it might not fit a message
-    try:
-        failure.operation_json = as_json(operation_as_data(decode_operation(failure.operation)))
-    except InvalidValue:
-        failure.operation_json = ""
-    return failure

@@ -23,8 +23,9 @@ from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import _engine
 from tidelog_server._application import Application
 from tidelog_server._download import Download, Start, cursor_at, start_of
-from tidelog_server._engine import Evaluation, Result, Status, Uploader, UploadState
+from tidelog_server._engine import Evaluation, UploadState
 from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
+from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import Principal
 from tidelog_server._projection import Projection
 from tidelog_server._records import Head, ReplicaState, Writes

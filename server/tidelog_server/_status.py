@@ -13,6 +13,8 @@ import grpc
 from tidelog._errors import DiskFull, InvalidConstraint, InvalidValue, ResourceClosed, StorageError
 from tidelog_server._application import TransientError
 from tidelog_server._errors import (
+    AuthenticationFailed,
+    AuthenticationUnavailable,
     FailureSettled,
     FailureStale,
     NotFound,
@@ -28,6 +30,8 @@ from tidelog_server._errors import (
 
 # The first class that fits counts: put the special before the general.
 STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
+    (AuthenticationFailed, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (AuthenticationUnavailable, grpc.StatusCode.UNAVAILABLE, "AUTHENTICATION_UNAVAILABLE"),
     (OperationsOutOfOrder, grpc.StatusCode.INVALID_ARGUMENT, "OPERATIONS_OUT_OF_ORDER"),
     (RequestInvalid, grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
     (InvalidConstraint, grpc.StatusCode.INVALID_ARGUMENT, "CONSTRAINT_INVALID"),

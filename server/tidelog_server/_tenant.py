@@ -215,7 +215,7 @@ class _Data:
             settled=[],
             failures=[],
             version=overlay.version,
-            index=index_writes(self._application.schema, overlay.written(indexed), overlay.index),
+            index_entries=index_writes(self._application.schema, overlay.written(indexed), overlay.index),
         )
         return writes, overlay.version
 

@@ -14,13 +14,23 @@ import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from tidelog._logging import get_logger
 from tidelog.cli import CommandFailed, ExitCode, checked_address
-from tidelog_server import AddressUnavailable, Application, Server
+from tidelog_server import (
+    AddressUnavailable,
+    Application,
+    Authenticator,
+    CertificateAuthenticator,
+    JwtAuthenticator,
+    Server,
+    ServerTls,
+    StaticTokens,
+)
+from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -50,6 +60,54 @@ def serve(
         str,
         typer.Option(metavar="HOST:PORT", callback=checked_address, help="Where to listen. Port 0 takes a free one."),
     ],
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who may call: a list of tokens, in TOML or JSON.")
+    ] = None,
+    jwks: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|URL", help="Accept JSON Web Tokens that are signed with a key of this JWK set."),
+    ] = None,
+    jwt_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Accept JSON Web Tokens that are signed with this secret or public key."),
+    ] = None,
+    jwt_algorithm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="How JSON Web Tokens are signed: RS256, ES256, HS256 ... Repeatable."),
+    ] = None,
+    jwt_audience: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Whom they must be for. Repeatable.")
+    ] = None,
+    jwt_issuer: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Whom they must be from. Repeatable.")
+    ] = None,
+    jwt_leeway: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help=f"By how much clocks may differ. Without it: {LEEWAY_SECONDS_DEFAULT:g} seconds.",
+        ),
+    ] = None,
+    jwt_tenant: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The tenant of those that name none. Without it they are not accepted."),
+    ] = None,
+    auth: Annotated[
+        str | None, typer.Option(metavar="MODULE:AUTHENTICATOR", help="The Authenticator that tells who is calling.")
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Speak TLS, with this certificate and its chain.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of --tls-certificate.")] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Ask for client certificates that these authorities signed. "
+            "Unless there are tokens, they say who is calling.",
+        ),
+    ] = None,
     log_level: Annotated[str, typer.Option(metavar="|".join(LOG_LEVELS), help="What is logged.")] = "info",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
@@ -61,7 +119,18 @@ def serve(
     if log_level not in LOG_LEVELS:
         raise typer.BadParameter(f"choose from {', '.join(LOG_LEVELS)}", param_hint="--log-level")
     _set_up_logging(log_level, as_json=log_json)
-    served = _load(application) if application is not None else None
+    tls = _tls(tls_certificate, tls_key, tls_client_ca)
+    jwt_options = {
+        "algorithms": jwt_algorithm,
+        "audience": jwt_audience,
+        "issuer": jwt_issuer,
+        "leeway_seconds": jwt_leeway,
+        "default_tenant": jwt_tenant,
+    }
+    authenticator = _authenticator(tokens, jwks, jwt_key_file, jwt_options, auth)
+    if authenticator is None and tls_client_ca is not None:
+        authenticator = CertificateAuthenticator()
+    served = _load_application(application) if application is not None else None
 
     # A queue, because its `put` may interrupt its own `get`; an Event's `set` could wait for itself.
     stops: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -69,7 +138,9 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stops.put(number))
     try:
-        with Server(served or Application(), store=data, listen=listen) as server:
+        with Server(
+            served or Application(), store=data, listen=listen, authenticator=authenticator, tls=tls
+        ) as server:
             if served is None:
                 _log.warning("no application was given: every change is accepted")
             print(f"listening on {server.address}", flush=True)
@@ -89,11 +160,67 @@ def spare_the_collector() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _load(name: str) -> Application:
+def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:
+    if certificate is not None and key is not None:
+        return ServerTls(certificate=certificate, key=key, client_ca=client_ca)
+    if certificate is not None or key is not None:
+        raise typer.BadParameter("one needs the other", param_hint="--tls-certificate and --tls-key")
+    if client_ca is not None:
+        raise typer.BadParameter("it needs --tls-certificate and --tls-key", param_hint="--tls-client-ca")
+    return None
+
+
+def _authenticator(
+    tokens: Path | None, jwks: str | None, jwt_key_file: Path | None, jwt_options: dict[str, Any], auth: str | None
+) -> Authenticator | None:
+    """Return who tells the callers apart, None if nobody is to."""
+    ways = {"--tokens": tokens, "--jwks": jwks, "--jwt-key-file": jwt_key_file, "--auth": auth}
+    chosen = [option for option, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise typer.BadParameter("give one of them", param_hint=" and ".join(chosen))
+    given = {name: value for name, value in jwt_options.items() if value not in (None, [])}
+    if jwks is None and jwt_key_file is None:
+        if given:
+            raise typer.BadParameter("they need --jwks or --jwt-key-file", param_hint="--jwt-...")
+        if tokens is not None:
+            return StaticTokens.load(tokens)
+        return _load_authenticator(auth) if auth is not None else None
+    if "algorithms" not in given:
+        raise typer.BadParameter("say how tokens are signed", param_hint="--jwt-algorithm")
+    if jwt_key_file is None:
+        return JwtAuthenticator(jwks=jwks, **given)
+    try:
+        key = jwt_key_file.read_bytes().strip()
+    except OSError as error:
+        raise typer.BadParameter(f"{jwt_key_file}: {error.strerror}", param_hint="--jwt-key-file") from error
+    return JwtAuthenticator(key=key, **given)
+
+
+def _load_application(name: str) -> Application:
     """Import the application that MODULE:APP names."""
+    found = _load(name, "MODULE:APP")
+    if not isinstance(found, Application):
+        raise CommandFailed(
+            f"{name} is a {type(found).__name__}: expected a tidelog_server.Application", ExitCode.USAGE
+        )
+    return found
+
+
+def _load_authenticator(name: str) -> Authenticator:
+    """Import the authenticator that MODULE:AUTHENTICATOR names."""
+    found = _load(name, "MODULE:AUTHENTICATOR")
+    if isinstance(found, type) or not isinstance(found, Authenticator):
+        raise CommandFailed(
+            f"{name} is a {type(found).__name__}: expected an object with a method authenticate", ExitCode.USAGE
+        )
+    return found
+
+
+def _load(name: str, form: str) -> Any:
+    """Import what MODULE:NAME names."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise CommandFailed(f"expected MODULE:APP, got {name!r}", ExitCode.USAGE)
+        raise CommandFailed(f"expected {form}, got {name!r}", ExitCode.USAGE)
     # The installed command does not look in the current directory by itself.
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - a path for sys.path is text
     try:
@@ -102,14 +229,9 @@ def _load(name: str) -> Application:
         what = f"{type(error).__name__}: {error}"
         raise CommandFailed(f"cannot import {module_name!r}: {what}{_place(error)}", ExitCode.USAGE) from error
     try:
-        found = operator.attrgetter(attribute)(module)
+        return operator.attrgetter(attribute)(module)
     except AttributeError:
         raise CommandFailed(f"module {module_name!r} has no {attribute!r}", ExitCode.USAGE) from None
-    if not isinstance(found, Application):
-        raise CommandFailed(
-            f"{name} is a {type(found).__name__}: expected a tidelog_server.Application", ExitCode.USAGE
-        )
-    return found
 
 
 def _place(error: BaseException) -> str:

@@ -73,7 +73,7 @@ def writing(*keys: ObjectKey, attributes: bytes = b"\x80", deleted: bool = False
 
 def indexing(index: dict[bytes, bytes | None]) -> Job:
     """Return a job that changes the table of indexes."""
-    return lambda reader: (make_writes(index=index), None)
+    return lambda reader: (make_writes(index_entries=index), None)
 
 
 def recording(*settled: tuple[int, Settled], replica: bytes = REPLICA_A, state: ReplicaState | None = None) -> Job:

@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
+import trustme
 from typer.main import get_command
 
 from tidelog.cli import ExitCode, build_app
@@ -388,6 +390,128 @@ def test_server_down_means_try_again(folder: Path) -> None:
         assert "synchronize again" in fail("sync", *options, cwd=folder, code=ExitCode.UNAVAILABLE)
 
     assert len(read_json(succeed("pending", "--replica", "device", "--json", cwd=folder))) == 4
+
+
+TOKENS = """
+[[tokens]]
+token = "ann-token"
+user_id = "ann"
+roles = ["clerk"]
+"""
+
+
+def test_callers_are_told_apart_by_tokens(folder: Path) -> None:
+    """A token from a file or from the environment lets a replica in; without one, or with another, it is refused."""
+    (folder / "tokens.toml").write_text(TOKENS)
+    (folder / "token").write_text("ann-token\n")
+    (folder / "stale").write_text("former-token\n")
+    with serving("--tokens", "tokens.toml", cwd=folder) as address:
+        sync = ("sync", "--replica", "device", "--server", address)
+        assert "without a token" in fail(*sync, cwd=folder, code=ExitCode.REFUSED)
+        said = fail(*sync, "--token-file", "stale", cwd=folder, code=ExitCode.REFUSED)
+        assert "the token is not known" in said
+        assert "former-token" not in said
+        assert succeed("pending", "--replica", "device", cwd=folder).count("pending") == 4
+        assert succeed(*sync, "--token-file", "token", cwd=folder, TIDELOG_TOKEN="x").startswith("applied 4")
+        assert succeed(*sync, cwd=folder, TIDELOG_TOKEN="ann-token").startswith("applied 0")
+
+
+def test_callers_are_told_apart_by_signed_tokens(folder: Path) -> None:
+    """A signed token is checked with a secret from a file; it has to be for this server."""
+    secret = "a secret that has thirty-two bytes or more"
+    (folder / "secret").write_text(f"{secret}\n")
+    options = ("--jwt-key-file", "secret", "--jwt-algorithm", "HS256", "--jwt-audience", "us", "--jwt-tenant", "acme")
+    with serving(*options, cwd=folder) as address:
+        sync = ("sync", "--replica", "device", "--server", address)
+        claims = {"sub": "ann", "exp": 2**31}
+        foreign, good = (jwt.encode({**claims, "aud": aud}, secret, "HS256") for aud in ("them", "us"))
+        assert "another audience" in fail(*sync, cwd=folder, code=ExitCode.REFUSED, TIDELOG_TOKEN=foreign)
+        assert succeed(*sync, cwd=folder, TIDELOG_TOKEN=good).startswith("applied 4")
+
+
+def test_callers_are_told_apart_by_a_plug_in(folder: Path) -> None:
+    """An authenticator of one's own is found as an application is."""
+    (folder / "mine.py").write_text(
+        "from tidelog_server import AuthenticationFailed, Principal\n"
+        "class ByName:\n"
+        "    def authenticate(self, credentials):\n"
+        "        if credentials.token != 'ann':\n"
+        "            raise AuthenticationFailed('only ann')\n"
+        "        return Principal('ann')\n"
+        "by_name = ByName()\n"
+    )
+    with serving("--auth", "mine:by_name", cwd=folder) as address:
+        sync = ("sync", "--replica", "device", "--server", address)
+        assert "only ann" in fail(*sync, cwd=folder, code=ExitCode.REFUSED)
+        assert succeed(*sync, cwd=folder, TIDELOG_TOKEN="ann").startswith("applied 4")
+
+
+def test_both_sides_speak_tls(folder: Path) -> None:
+    """With certificates on both sides a replica synchronizes; one that trusts the wrong authority does not."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    trustme.CA().cert_pem.write_to_path(folder / "other.pem")
+    server = authority.issue_cert("127.0.0.1")
+    client = authority.issue_cert("x", common_name="ann", organization_name="acme")
+    for name, issued in (("server", server), ("client", client)):
+        issued.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+        issued.private_key_pem.write_to_path(folder / f"{name}.key")
+    served = ("--tls-certificate", "server.pem", "--tls-key", "server.key", "--tls-client-ca", "ca.pem")
+    with serving(*served, cwd=folder) as address:
+        sync = ("sync", "--replica", "device", "--server", address)
+        mine = ("--tls-certificate", "client.pem", "--tls-key", "client.key")
+        said = fail(*sync, *mine, "--tls-ca", "other.pem", cwd=folder, code=ExitCode.UNAVAILABLE)
+        assert "certificate cannot be verified" in said
+        assert succeed(*sync, *mine, "--tls-ca", "ca.pem", cwd=folder).startswith("applied 4")
+        assert succeed(*sync, *mine, "--tls", cwd=folder, SSL_CERT_FILE="ca.pem").startswith("applied 0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tokens missing.toml", "missing.toml should hold tokens: No such file"),
+        ("--tokens shop.py", "shop.py does not hold tokens"),
+        ("--tokens shop.py --jwks keys.json", "Invalid value for --tokens and --jwks: give one of them"),
+        ("--jwks keys.json", "Invalid value for --jwt-algorithm: say how"),
+        ("--jwks missing.json --jwt-algorithm RS256", "missing.json should hold a JWK set: No such file"),
+        ("--jwt-key-file missing --jwt-algorithm RS256", "Invalid value for --jwt-key-file: missing: No such file"),
+        ("--jwt-key-file shop.py --jwt-algorithm RS256", "the key is none for RS256"),
+        ("--jwt-key-file shop.py --jwt-algorithm none", "'none' is no algorithm"),
+        ("--jwt-issuer x", "they need --jwks or --jwt-key-file"),
+        ("--tokens shop.py --jwt-leeway 0", "they need --jwks or --jwt-key-file"),
+        ("--auth shop", "expected MODULE:AUTHENTICATOR, got 'shop'"),
+        ("--auth shop:nobody", "module 'shop' has no 'nobody'"),
+        ("--auth shop:prices", "shop:prices is a dict: expected an object with a method authenticate"),
+        ("--auth tidelog_server:StaticTokens", "expected an object with a method authenticate"),
+        ("--tls-certificate x", "Invalid value for --tls-certificate and --tls-key: one needs the other"),
+        ("--tls-client-ca x", "Invalid value for --tls-client-ca: it needs --tls-certificate"),
+        ("--tls-certificate missing --tls-key x", "missing should hold a certificate: No such file"),
+        ("--tls-certificate shop.py --tls-key shop.py", "no certificate and its private key"),
+    ],
+)
+def test_serve_refuses_what_cannot_tell_callers_apart(folder: Path, options: str, message: str) -> None:
+    """Options that contradict each other, and files that are not what they should be, end the server's start."""
+    words = shlex.split(options)
+
+    assert message in fail("serve", "--data", "d", "--listen", "127.0.0.1:0", *words, cwd=folder, code=ExitCode.USAGE)
+    assert not (folder / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--token-file missing", "Invalid value for --token-file: missing: No such file"),
+        ("--token-file shop.py", "a header carries visible ASCII only"),
+        ("--tls-key x", "Invalid value for --tls-certificate and --tls-key: one needs the other"),
+        ("--tls-ca missing", "missing should hold certificates of authorities: No such file"),
+        ("--tls-ca shop.py", "shop.py holds no certificates"),
+    ],
+)
+def test_sync_refuses_what_says_nothing(folder: Path, options: str, message: str) -> None:
+    """A token that cannot be one, and files that are not what they should be, are wrong usage."""
+    words = ("sync", "--replica", "device", "--server", NO_SERVER, *shlex.split(options))
+
+    assert message in fail(*words, cwd=folder, code=ExitCode.USAGE)
 
 
 def test_synchronization_in_progress_means_try_again(folder: Path) -> None:

@@ -36,7 +36,7 @@ from tidelog._values import decode_trusted, encode
 from tidelog.v1 import failure_pb2, operation_pb2
 from tidelog_server import Application, HookContext, HookObject, Principal, Reject, TransientError
 from tidelog_server import _engine as engine
-from tidelog_server._engine import Status, evaluate_batch
+from tidelog_server._engine import evaluate_batch
 from tidelog_server._errors import (
     OperationForked,
     OperationsOutOfOrder,
@@ -44,6 +44,7 @@ from tidelog_server._errors import (
     RequestInvalid,
     SessionSuperseded,
 )
+from tidelog_server._outcomes import Status
 from tidelog_server._records import ReplicaState
 
 Hook = Callable[[HookObject, HookContext], object]

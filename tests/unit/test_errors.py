@@ -36,7 +36,13 @@ NOT_IN_A_SESSION = {"NOT_FOUND", "FAILURE_SETTLED", "FAILURE_STALE", "OPERATOR_R
 NOT_OVER_THE_NETWORK = {"AddressUnavailable", "SchemaContradicted", "OperationRefused", "ChangedMeanwhile"}
 
 # Raised where the replica itself finds out, without a word of the server's.
-FOUND_BY_THE_REPLICA = {"SynchronizationInProgress", "ServerUnavailable", "NotConfigured", "ForeignServer"}
+FOUND_BY_THE_REPLICA = {
+    "SynchronizationInProgress",
+    "ServerUnavailable",
+    "NotConfigured",
+    "ForeignServer",
+    "TokenUnavailable",
+}
 
 
 def classes(module: ModuleType) -> dict[str, type[BaseException]]:
@@ -222,6 +228,8 @@ class TestTheReplicasTable:
     @pytest.mark.parametrize(
         ("error", "expected"),
         [
+            (served.AuthenticationFailed("x"), shared.Unauthenticated),
+            (served.AuthenticationUnavailable("x"), Transient),
             (served.ProtocolVersionUnknown("x"), shared.ProtocolUnsupported),
             (served.OperationForked("x"), shared.ReplicaForked),
             (served.ReplicaOwned("x"), shared.PermissionRefused),

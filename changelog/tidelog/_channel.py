@@ -1,0 +1,109 @@
+"""Channels to a server: plain or with TLS, and the token that says who is calling."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import grpc
+
+from tidelog._errors import InvalidValue
+from tidelog._limits import MESSAGE_BYTES_MAX, TOKEN_BYTES_MAX
+from tidelog._tls import read_authorities, read_identity
+
+# See the server's options: the ping timeout finds a server that vanished without a word.
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Two replicas of one program must not share a connection, or one's stall is the other's.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientTls:
+    """
+    How a client speaks TLS. The files are PEM, and read when the replica is opened.
+
+    Attributes:
+        ca: Certificates of the authorities that may have signed the server's. None: those
+            that the system trusts.
+        certificate: The client's own certificate, for a server that asks for one. None: none.
+        key: The private key of *certificate*, without a password.
+        server_name: The name in the server's certificate, if it is not the host of the address.
+
+    Raises:
+        InvalidValue: *certificate* without *key*, or the other way round.
+    """
+
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise InvalidValue("a client's certificate needs its private key, and a key its certificate")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files. Raises InvalidValue if one is not what it should be."""
+        authorities = _system_authorities() if self.ca is None else read_authorities(self.ca)
+        if self.certificate is None or self.key is None:
+            return grpc.ssl_channel_credentials(authorities)
+        certificate, key = read_identity(self.certificate, self.key)
+        return grpc.ssl_channel_credentials(authorities, key, certificate)
+
+
+def open_channel(address: str, tls: ClientTls | None = None) -> grpc.Channel:
+    """
+    Return a channel to "host:port". It connects when it is used.
+
+    Raises:
+        InvalidValue: A file of *tls* cannot be read or is not what it should be.
+    """
+    if tls is None:
+        return grpc.insecure_channel(address, options=_OPTIONS)
+    options: tuple[tuple[str, Any], ...] = _OPTIONS
+    if tls.server_name is not None:
+        options = (*options, ("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.secure_channel(address, tls.credentials(), options=options)
+
+
+def check_token(token: str) -> str:
+    """
+    Return *token* if a header can carry it: visible ASCII, at most 7 KiB.
+
+    Raises:
+        InvalidValue: It cannot. The message does not quote it.
+    """
+    if not isinstance(token, str):
+        raise InvalidValue(f"a token is a string, got a {type(token).__name__}")
+    if not token:
+        raise InvalidValue("the token is empty")
+    if len(token) > TOKEN_BYTES_MAX:
+        raise InvalidValue(f"the token has {len(token)} characters: the limit is {TOKEN_BYTES_MAX}")
+    for place, one in enumerate(token):
+        if not "!" <= one <= "~":
+            raise InvalidValue(
+                f"character {place + 1} of the token is U+{ord(one):04X}: a header carries visible ASCII only"
+            )
+    return token
+
+
+def authorization(token: str | None) -> Metadata:
+    """Return the metadata of a call that sends *token*; without one there is none."""
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def _system_authorities() -> bytes | None:
+    """Return what the system trusts; None where it keeps that in no file: gRPC then has a list of its own."""
+    found = ssl.create_default_context().get_ca_certs(binary_form=True)
+    return "".join(map(ssl.DER_cert_to_PEM_cert, found)).encode() or None

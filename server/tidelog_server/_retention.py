@@ -1,0 +1,71 @@
+"""Retention: what a server forgets in time. A thread of its own looks now and then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
+
+from tidelog._errors import TidelogError
+from tidelog._limits import PAGE_BYTES_MAX
+from tidelog._logging import get_logger
+from tidelog_server._failures import without_payload
+from tidelog_server._store import Store
+
+LOOK_SECONDS: Final = 3600.0
+PAGE_FAILURES: Final = 500
+
+_log = get_logger("tidelog.retention")
+
+
+class Retention:
+    """
+    Takes the payloads out of failures that were settled long ago.
+
+    Args:
+        store: Where they are.
+        failures: How long the payloads of settled failures are kept.
+        clock: Returns the time in microseconds since 1970.
+    """
+
+    def __init__(self, store: Store, *, failures: timedelta, clock: Callable[[], int]) -> None:
+        self._store = store
+        self._failures = failures
+        self._clock = clock
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look_now_and_then, name="tidelog-retention", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking. Waits for what is under way."""
+        self._stopped.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        """Forget what is due, in all tenants."""
+        settled_before_us = self._clock() - self._failures // timedelta(microseconds=1)
+        for tenant in self._store.tenants():
+            after = b""
+            more = True
+            while more and not self._stopped.is_set():
+                after = self._store.submit(
+                    tenant,
+                    lambda reader, after=after: without_payload(  # type: ignore[misc]  # bound for this round
+                        reader, after, PAGE_FAILURES, PAGE_BYTES_MAX, settled_before_us
+                    ),
+                ).result()
+                more = bool(after)
+
+    def _look_now_and_then(self) -> None:
+        while True:
+            try:
+                self.look()
+            except TidelogError as error:
+                # The next look will do; a full disk is told to those who write.
+                _log.warning("nothing could be forgotten", detail=str(error))
+            if self._stopped.wait(LOOK_SECONDS):
+                return
