@@ -52,7 +52,6 @@ _BY_CODE: Final[dict[grpc.StatusCode, type[SynchronizationError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: ProtocolViolated,
 }
 
-
 # What no repetition mends, though gRPC calls it unavailable. Only its text tells.
 _HANDSHAKE_FAILURES: Final = (
     ("CERTIFICATE_VERIFY_FAILED", "the server's certificate cannot be verified"),
