@@ -201,6 +201,12 @@ def test_synchronize_and_look(folder: Path) -> None:
         (["--where", "n=1"], ["apples"]),
         (["--where", "n=1.0"], []),
         (["--where", "n=NaN"], []),
+        (["--where", "n == 1"], ["apples"]),
+        (["--where", 'done == false or title contains "milk"'], ["apples", "milk"]),
+        (["--where", "not exists(done)", "--where", 'title == ""'], ["blank"]),
+        (["--where", "not exists(done)", "--where", "done=true"], []),
+        (["--where", '`title` == "Buy milk"'], ["milk"]),
+        (["--where", "title=milk == bread"], []),
         (["--order-by", "title"], ["blank", "milk", "apples"]),
         (["--order-by", "-title", "--limit", "2"], ["apples", "milk"]),
         (["--order-by", "done", "--order-by", "title"], ["blank", "apples", "milk"]),
@@ -211,6 +217,25 @@ def test_query(folder: Path, options: list[str], expected: list[str]) -> None:
     output = succeed("query", "Task", "--replica", "device", "--json", *options, cwd=folder)
 
     assert [one["id"] for one in read_json(output)] == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("done", "expected one of == != < <= > >= in contains, at the end"),
+        ("done == maybe", "at character 9: maybe"),
+        ("n >= 1 and done=true", "expected one of == != < <= > >= in contains, at character 16: =true"),
+        ("(n == 1", "expected 'and', 'or' or ')', at the end"),
+        ('title == "\x1b[2J\n', 'at character 10: "\\x1b[2J'),
+        ("n == claim.level", "give the value itself in place of claim.level: a replica has nobody's claims"),
+    ],
+)
+def test_query_that_makes_no_sense(folder: Path, where: str, message: str) -> None:
+    """A condition that cannot be read is refused with what was expected, and the place."""
+    for command in ("query", "count"):
+        found = fail(command, "Task", "--replica", "device", "--where", where, cwd=folder, code=ExitCode.USAGE)
+        assert message in found
+        assert "--where" in found
 
 
 def test_count(folder: Path) -> None:

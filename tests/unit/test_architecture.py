@@ -41,6 +41,7 @@ FORBIDDEN_IMPORTS = {
 # These decide; others read, write and send for them. They can be driven from a
 # test or a simulation because they reach neither a network nor a disk.
 CORE_MODULES = (
+    "tidelog._constraint_text",
     "tidelog._constraints",
     "tidelog._operation",
     "tidelog._patch",
