@@ -28,7 +28,14 @@ from grpc_status import rpc_status
 from tests.builders import contents, delete, quick_folder, update
 
 import tidelog.v1
-from tidelog import PermissionRefused, ServerUnavailable, SynchronizationError, TokenUnavailable, Unauthenticated
+from tidelog import (
+    PermissionRefused,
+    Schema,
+    ServerUnavailable,
+    SynchronizationError,
+    TokenUnavailable,
+    Unauthenticated,
+)
 from tidelog._limits import TOKEN_BYTES_MAX
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import failure_pb2, object_pb2, operation_pb2, schema_pb2, sync_pb2
@@ -56,15 +63,6 @@ ROLES: Final = frozenset({"clerk", "operator"})
 TOKENS: Final = StaticTokens({ACME: Principal("ann", "acme", ROLES), BOLT: Principal("ann", "bolt", ROLES)})
 
 SECRET: Final = "the recipe of acme"
-
-# In the protocol already, served soon. The cases below hold for them as they are.
-NOT_SERVED_YET: Final = frozenset(
-    (
-        "/tidelog.v1.SchemaService/GetSchema",
-        "/tidelog.v1.FailureService/RetryFailure",
-        "/tidelog.v1.FailureService/DismissFailure",
-    )
-)
 
 _PACKAGES: Final = [
     importlib.import_module(f"tidelog.v1.{module.name}")
@@ -158,7 +156,7 @@ class Tenants:
         with self.store.read("acme") as reader:
             return (
                 reader.head(),
-                reader.latest_objects(0, 1_000, 1 << 20),
+                [reader.latest_objects(entity, 0, 1_000, 1 << 20) for entity in reader.entities()],
                 reader.changes(0, 1_000, 1 << 20),
                 reader.failures(b"", 1_000, 1 << 20),
                 reader.replica(replica),
@@ -169,7 +167,7 @@ class Tenants:
 @pytest.fixture
 def tenants(folder: Path) -> Iterator[Tenants]:
     """Give a server with the data of acme."""
-    application = Application()
+    application = Application(schema=Schema(open=True))
 
     @application.before_commit("Task")
     def refuses(task: HookObject, context: HookContext) -> None:
@@ -315,9 +313,7 @@ class TestTenants:
 
             assert not answer.shows(SECRET)
             assert not answer.shows("bolt was here")
-            if answer.code is grpc.StatusCode.UNIMPLEMENTED:
-                assert method in NOT_SERVED_YET
-            elif method in BY_NAME:
+            if method in BY_NAME:
                 assert answer.code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED)
             else:
                 assert answer.code is grpc.StatusCode.OK, answer.details
@@ -355,8 +351,6 @@ class TestStrangers:
         for messages in CASES[method](tenants):
             answer = call(tenants.address, method, messages, token)
 
-            if method in NOT_SERVED_YET and answer.code is grpc.StatusCode.UNIMPLEMENTED:
-                continue
             assert (answer.code, answer.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
             assert not answer.responses
             assert token is None or token not in answer.details
