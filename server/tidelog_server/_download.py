@@ -26,7 +26,7 @@ from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server._history import undone_changes
-from tidelog_server._indexes import versions_of
+from tidelog_server._indexes import complete_since, versions_of
 from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
 from tidelog_server._store import Reader, Store
@@ -56,6 +56,14 @@ class Place(NamedTuple):
     round_head: int
     previous_round_head: int
     first_head: int
+
+    def is_sound(self, head: Head) -> bool:
+        """Tell whether a download can have come to this place, with the head where it is now."""
+        return (
+            0 <= self.position <= self.round_head <= head.version
+            and 0 <= self.previous_round_head <= self.round_head
+            and 0 <= self.first_head <= self.round_head
+        )
 
 
 class Start(NamedTuple):
@@ -101,18 +109,15 @@ def start_of(
 ) -> Start:
     """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
     cursor = _valid_cursor(reader, identity, cursor_bytes)
-    reconciling: frozenset[str] = frozenset()
-    if cursor is not None:
-        scope, before = projection.scope, Scope(cursor.scope, cursor.entities)
-        names = {*scope.entities, *before.entities, *(reader.entities() if scope.default != before.default else ())}
-        reconciling = frozenset(
-            name for name in names if scope.of(name) != before.of(name) and projection.entity(name).mode.downloads
-        )
+    indexed_since = complete_since(reader.index)
+    reconciling = frozenset[str]() if cursor is None else _reconciling(reader, projection, cursor, indexed_since)
     place = None
     token = _parsed(splice_pb2.ResumeToken, resume_token)
     if token is not None:
-        place = _place(token)
-        if token != _token(identity, projection, cursor, place) or not _is_sound(place, reader.head()):
+        place = Place(*(getattr(token, name) for name in Place._fields))
+        # A download that began before the indexes were made anew may have passed over what reconciles now.
+        is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
+        if not is_sound or token != _token(identity, projection, cursor, place):
             place = None
     return Start(cursor, reconciling, place)
 
@@ -472,6 +477,23 @@ def _valid_cursor(reader: Reader, identity: Identity, data: bytes) -> splice_pb2
     return None if is_old and reader.change(cursor.version + 1) is None else cursor
 
 
+def _reconciling(
+    reader: Reader, projection: Projection, cursor: splice_pb2.Cursor, indexed_since: int
+) -> frozenset[str]:
+    """Return the entities that have another projection than the cursor's, or whose index does not reach back to it."""
+    scope, before = projection.scope, Scope(cursor.scope, cursor.entities)
+    names = {*scope.entities, *before.entities}
+    if scope.default != before.default or cursor.version < indexed_since:
+        names.update(reader.entities())
+    found = set()
+    for name in names:
+        entity = projection.entity(name)
+        is_index_short = bool(entity.index_prefixes) and cursor.version < indexed_since
+        if entity.mode.downloads and (is_index_short or scope.of(name) != before.of(name)):
+            found.add(name)
+    return frozenset(found)
+
+
 def _token(
     identity: Identity, projection: Projection, cursor: splice_pb2.Cursor | None, place: Place
 ) -> splice_pb2.ResumeToken:
@@ -484,18 +506,6 @@ def _token(
         scope=scope.default + b"\0" + projection.principal.tenant.encode(),
         entities=scope.entities,
         **place._asdict(),
-    )
-
-
-def _place(token: splice_pb2.ResumeToken) -> Place:
-    return Place(*(getattr(token, name) for name in Place._fields))
-
-
-def _is_sound(place: Place, head: Head) -> bool:
-    return (
-        0 <= place.position <= place.round_head <= head.version
-        and 0 <= place.previous_round_head <= place.round_head
-        and 0 <= place.first_head <= place.round_head
     )
 
 

@@ -118,7 +118,7 @@ class EntityProjection:
         shown: What the replica has after a synchronization of mode all.
         index_prefixes: Where in the table of indexes the objects shown are found; None:
             all objects of the entity must be looked at.
-        fingerprint: What stands for all that is shown, and for how it is found.
+        fingerprint: What stands for all that is shown.
     """
 
     def __init__(self, name: str, rights: EntityRights, offer: Download, wish: Download, schema: Schema) -> None:
@@ -138,8 +138,7 @@ class EntityProjection:
                 self.index_prefixes = None
             else:
                 self.index_prefixes = tuple(sorted({by_version_prefix(name, index, value) for value in values}))
-            # An index knows what left a value only since it is there: with another one all is compared anew.
-            shape = (str(offer.where), str(wish.where), index)
+            shape = (str(offer.where), str(wish.where))
             self.fingerprint = rights.fingerprint() if shape == _PLAIN else _digest((rights.fingerprint(), *shape))
 
 
@@ -265,4 +264,4 @@ def _digest(shape: object) -> bytes:
 
 
 _EVERYTHING: Final = Download()
-_PLAIN: Final = ("None", "None", None)
+_PLAIN: Final = ("None", "None")
