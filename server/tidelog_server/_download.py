@@ -74,11 +74,13 @@ class Start(NamedTuple):
         cursor: Where the replica's state stands; None: nowhere, so it is reconciled.
         reconciling: Entities that are reconciled although there is a cursor.
         place: Where an interrupted download goes on; None: it begins now.
+        is_foreign: Whether the replica has a state of which nothing is known here.
     """
 
-    cursor: splice_pb2.Cursor | None
-    reconciling: frozenset[str]
-    place: Place | None
+    cursor: splice_pb2.Cursor | None = None
+    reconciling: frozenset[str] = frozenset()
+    place: Place | None = None
+    is_foreign: bool = False
 
     @property
     def reconcile(self) -> bool:
@@ -98,6 +100,10 @@ class Start(NamedTuple):
     def version(self, entity: str) -> int | None:
         """Return the version that the replica's objects of an entity stand for; None: they are reconciled."""
         return None if self.cursor is None or entity in self.reconciling else self.cursor.version
+
+    def confirms(self, entity: str) -> bool:
+        """Tell whether the replica still has whatever its own operations led to."""
+        return not self.is_foreign and entity not in self.reconciling
 
     def is_at(self, head: Head) -> bool:
         """Tell whether the replica has everything up to *head*."""
@@ -119,7 +125,7 @@ def start_of(
         is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
         if not is_sound or token != _token(identity, projection, cursor, place):
             place = None
-    return Start(cursor, reconciling, place)
+    return Start(cursor, reconciling, place, is_foreign=cursor is None and bool(cursor_bytes))
 
 
 def cursor_at(identity: Identity, head: Head, scope: Scope) -> bytes:
@@ -351,7 +357,7 @@ class _Scan:
         entity = self._projection.entity(source.entity)
         objects, has_more = source.objects(reader, place.position, page.objects_left, page.bytes_left)
         # A replica that saw a part of an object once cannot make up the rest from its own operations.
-        confirms = entity.shown.sees_whole_objects and source.entity not in self._start.reconciling
+        confirms = entity.shown.sees_whole_objects and self._start.confirms(source.entity)
         for version, key, state in objects:
             if page.is_full:
                 return place

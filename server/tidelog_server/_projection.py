@@ -173,7 +173,7 @@ class Projection:
         if found is None:
             offer = self._application.synchronization_of(name).offer
             if offer.where is not None:
-                offer = Download(offer.mode, offer.where.bind(self.principal.claims_and_identity()))
+                offer = Download(offer.mode, _bound(offer.where, self.principal))
             wish = self._wishes.get(name, _EVERYTHING)
             found = EntityProjection(name, self._rights.entity(name), offer, wish, self._application.schema)
             if len(self._entities) < ENTITIES_KEPT_MAX:
@@ -232,7 +232,13 @@ def _checked(
     if hidden:
         raise InvalidConstraint(f"the constraint on {entity} uses {hidden[0]!r}, which may not be read")
     application.schema.check_constraint(entity, where)
-    return where.bind(principal.claims_and_identity())
+    return _bound(where, principal)
+
+
+def _bound(where: Constraint, principal: Principal) -> Constraint:
+    """Return a constraint with the principal's claims in place; as in a rule, nothing is meant if one is missing."""
+    claims = principal.claims_and_identity()
+    return NEVER if any(claims.get(name) is None for name in where.claims()) else where.bind(claims)
 
 
 def _rows_seen(rights: EntityRights) -> Constraint | None:

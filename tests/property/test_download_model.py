@@ -4,7 +4,7 @@ The download against a model: what a replica holds is what a naive reading of th
 Two writers change a small tenant, the rules and wishes change, downloads are cut and go
 on, writes fall between their pages. The replica is modelled by what the protocol tells
 it to do with a page; what it may see is computed object by object, without any of the
-server's machinery.
+server's machinery. What goes wrong is cut down to the fewest actions that still do.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from random import Random
+from typing import Any, ClassVar
 from unittest import mock
 from uuid import UUID
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from tests.builders import REPLICA_A, TENANT, MemoryStore, Step, write_steps
 
 from tidelog import (
@@ -46,11 +44,14 @@ from tidelog_server._store import Reader
 
 pytestmark = pytest.mark.slow
 
+FOREIGN_CURSOR = _download.splice_pb2.Cursor(epoch="elsewhere", version=7).SerializeToString()
+SEEDS = 20
+ACTIONS = 300
+
 Attributes = dict[str, Any]
 
 ENTITIES = ("Task", "Note")
 KEYS = [(entity, id_) for entity in ENTITIES for id_ in "abcd"]
-FRESH = -1
 
 
 def schema_with(indexes: Iterable[str]) -> Schema:
@@ -149,50 +150,6 @@ class Rules:
         return not (where.claims() - claims.keys()) and where.bind(claims).matches(attributes)
 
 
-values = {"who": st.sampled_from(["a", "b"]), "kind": st.sampled_from(["x", "y"]), "n": st.integers(0, 2)}
-states = st.fixed_dictionaries({}, optional=values)
-comparisons = st.sampled_from(
-    [
-        attribute("who") == "a",
-        attribute("who") == claim("me"),
-        attribute("who").is_in(["a", "b"]),
-        attribute("kind") == "x",
-        attribute("n") >= 1,
-    ]
-)
-constraints = comparisons | st.tuples(comparisons, comparisons).map(lambda pair: pair[0] & pair[1])
-constraints |= st.tuples(comparisons, comparisons).map(lambda pair: pair[0] | ~pair[1])
-downloads = st.builds(Download, st.sampled_from([mode for mode in DownloadMode if mode is not DownloadMode.WHERE]))
-downloads |= constraints.map(lambda where: Download(DownloadMode.WHERE, where))
-downloads_by_entity = st.dictionaries(st.sampled_from(ENTITIES), downloads, max_size=2)
-grants = st.builds(
-    Granted,
-    st.sampled_from(["r", "s", "*"]),
-    st.sampled_from(["Task", "Note", "*"]),
-    st.sampled_from([None, None, frozenset({"who"}), frozenset({"who", "kind"}), frozenset()]),
-    st.none() | constraints,
-)
-rules = st.builds(
-    Rules,
-    st.lists(grants, max_size=3).map(tuple),
-    downloads_by_entity,
-    downloads_by_entity,
-    st.frozensets(st.sampled_from(["r", "s"])),
-    st.sampled_from(["a", "b", None]),
-    st.frozensets(st.sampled_from(["who", "kind"])),
-).map(Rules.without_refused_wishes)
-batches = st.lists(
-    st.tuples(st.sampled_from(KEYS), st.none() | states).map(lambda pair: Step(*pair)), min_size=1, max_size=3
-)
-limits = st.fixed_dictionaries(
-    {
-        "PAGE_OBJECTS_MAX": st.sampled_from([1, 2, 3, 100]),
-        "INDEXED_OBJECTS_MAX": st.sampled_from([1, 2, 100]),
-        "CATCH_UP_ROUNDS_MAX": st.sampled_from([1, 3]),
-    }
-)
-
-
 class ReplicaModel:
     """What a replica does with what it is told."""
 
@@ -250,25 +207,21 @@ class ReplicaModel:
         self.cursor, self.staged = cursor, []
 
 
-class DownloadMachine(RuleBasedStateMachine):
+class World:
     """Writes, rules that change, and downloads, in any order."""
 
-    @initialize(rules=rules)
-    def begin(self, rules: Rules) -> None:
-        """Begin with an empty tenant."""
+    def __init__(self) -> None:
         self.store = MemoryStore()
         self.replica = ReplicaModel()
         self.history: dict[ObjectKey, list[tuple[int, Attributes | None]]] = {key: [(0, None)] for key in KEYS}
-        self.rules = rules
-        self.application = rules.application()
+        self.rules = Rules()
+        self.application = self.rules.application()
         self.began = 0
 
-    @rule(batch=batches)
     def others_write(self, batch: list[Step]) -> None:
         """Somebody else changes objects."""
         self._write(batch)
 
-    @rule(key=st.sampled_from(KEYS), patch=st.none() | states)
     def replica_writes(self, key: ObjectKey, patch: Attributes | None) -> None:
         """The replica changes what it has, or creates an object, and has uploaded that."""
         view, stored = self.replica.view(key), self.history[key][-1][1]
@@ -282,20 +235,17 @@ class DownloadMachine(RuleBasedStateMachine):
         version = self._write([Step(key, {**(stored or {}), **patch}, REPLICA_A)])
         self.replica.own[key] = (version, {**(view or {}), **patch})
 
-    @rule(rules=rules)
     def change_rules(self, rules: Rules) -> None:
         """The application is started with other rules, the principal has other roles, the replica other wishes."""
-        self.rules = rules
+        self.rules = rules.without_refused_wishes()
         self.application = rules.application()
 
-    @rule(wish=downloads, entity=st.sampled_from(ENTITIES))
     def change_wish(self, wish: Download, entity: str) -> None:
         """The replica wants another part of one entity."""
         now = self.rules
         wishes = {**now.wishes, entity: wish}
         self.rules = Rules(now.granted, now.offers, wishes, now.roles, now.me, now.indexes).without_refused_wishes()
 
-    @rule()
     def make_indexes_anew(self) -> None:
         """The server makes the indexes anew from what is there: they forget who left a value."""
 
@@ -312,12 +262,10 @@ class DownloadMachine(RuleBasedStateMachine):
 
         self.store.submit(TENANT, job).result()
 
-    @rule()
     def lose_cursor(self) -> None:
-        """The replica's cursor is good for nothing."""
-        self.replica.cursor, self.replica.staged = b"", []
+        """The server does not know the replica's cursor any more."""
+        self.replica.cursor, self.replica.staged = FOREIGN_CURSOR, []
 
-    @rule(limits=limits, meanwhile=st.lists(batches, max_size=4), kept=st.none() | st.integers(0, 4))
     def download(self, limits: dict[str, int], meanwhile: list[list[Step]], kept: int | None) -> None:
         """
         Download everything, while somebody writes between the pages.
@@ -417,7 +365,132 @@ class DownloadMachine(RuleBasedStateMachine):
             assert {key: one for key, one in self.replica.held.items() if key[0] == entity} == expected
 
 
-TestDownloads = DownloadMachine.TestCase
-TestDownloads.settings = settings(
-    derandomize=True, database=None, deadline=None, max_examples=150, stateful_step_count=30
-)
+Action = tuple[str, dict[str, Any]]
+
+
+class Draw:
+    """What a seed makes of a world."""
+
+    _KINDS: ClassVar = {
+        "others_write": 30,
+        "replica_writes": 20,
+        "download": 35,
+        "change_rules": 6,
+        "change_wish": 4,
+        "make_indexes_anew": 3,
+        "lose_cursor": 1,
+    }
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+
+    def actions(self, count: int) -> list[Action]:
+        """Draw what happens."""
+        kinds = self._random.choices(list(self._KINDS), list(self._KINDS.values()), k=count)
+        return [(kind, getattr(self, f"_{kind}")()) for kind in kinds]
+
+    def _others_write(self) -> dict[str, Any]:
+        return {"batch": self._batch()}
+
+    def _replica_writes(self) -> dict[str, Any]:
+        return {"key": self._random.choice(KEYS), "patch": self._attributes() if self._random.random() < 0.8 else None}
+
+    def _change_rules(self) -> dict[str, Any]:
+        random = self._random
+        granted = tuple(
+            Granted(
+                random.choice(["r", "r", "*", "s"]),
+                random.choice(["Task", "Task", "*", "Note"]),
+                random.choice([None, None, None, frozenset({"who"}), frozenset({"who", "kind"}), frozenset()]),
+                random.choice([None, self._constraint()]),
+            )
+            for _ in range(random.choice([0, 0, 1, 2, 3]))
+        )
+        offers, wishes = (
+            {entity: self._some_download() for entity in ENTITIES if random.random() < 0.4} for _ in range(2)
+        )
+        roles = frozenset(random.choice([["r"], ["r", "s"], []]))
+        indexes = frozenset(random.choice([["who"], ["who", "kind"], ["kind"], []]))
+        return {"rules": Rules(granted, offers, wishes, roles, random.choice(["a", "b", None]), indexes)}
+
+    def _change_wish(self) -> dict[str, Any]:
+        return {"wish": self._some_download(), "entity": self._random.choice(ENTITIES)}
+
+    def _make_indexes_anew(self) -> dict[str, Any]:
+        return {}
+
+    def _lose_cursor(self) -> dict[str, Any]:
+        return {}
+
+    def _download(self) -> dict[str, Any]:
+        random = self._random
+        return {
+            "limits": {
+                "PAGE_OBJECTS_MAX": random.choice([1, 2, 3, 100]),
+                "INDEXED_OBJECTS_MAX": random.choice([1, 2, 100]),
+                "CATCH_UP_ROUNDS_MAX": random.choice([1, 3]),
+            },
+            "meanwhile": [self._batch() for _ in range(random.choice([0, 0, 1, 2, 6]))],
+            "kept": random.choice([None, None, None, 0, 1, 2, 3]),
+        }
+
+    def _batch(self) -> list[Step]:
+        random = self._random
+        return [
+            Step(random.choice(KEYS), self._attributes() if random.random() < 0.8 else None)
+            for _ in range(random.choice([1, 1, 2, 4]))
+        ]
+
+    def _attributes(self) -> Attributes:
+        values: dict[str, Sequence[Any]] = {"who": "abc", "kind": "xy", "n": (0, 1, 2)}
+        return {name: self._random.choice(some) for name, some in values.items() if self._random.random() < 0.9}
+
+    def _constraint(self) -> Constraint:
+        simple = [
+            attribute("who") == "a",
+            attribute("who") == claim("me"),
+            attribute("who").is_in(["a", "b"]),
+            attribute("kind") == "x",
+            attribute("n") >= 1,
+        ]
+        one, other = self._random.choices(simple, k=2)
+        return self._random.choice([one, one, one & other, one | ~other])
+
+    def _some_download(self) -> Download:
+        mode = self._random.choice([*DownloadMode, DownloadMode.WHERE, DownloadMode.WHERE])
+        return Download(mode, self._constraint() if mode is DownloadMode.WHERE else None)
+
+
+def error_of(actions: list[Action]) -> Exception | None:
+    """Return what goes wrong if all this happens, or None."""
+    world = World()
+    try:
+        for kind, arguments in actions:
+            getattr(world, kind)(**arguments)
+    except Exception as error:  # noqa: BLE001 - any will do
+        return error
+    return None
+
+
+def shrunk(actions: list[Action]) -> list[Action]:
+    """Return as few of the actions as still go wrong."""
+    size = len(actions) // 2
+    while size:
+        first = 0
+        while first < len(actions):
+            fewer = actions[:first] + actions[first + size :]
+            if error_of(fewer) is None:
+                first += size
+            else:
+                actions = fewer
+        size //= 2
+    return actions
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_downloads(seed: int) -> None:
+    """After each download the replica holds its projection, and no page told of anything else."""
+    actions = Draw(seed).actions(ACTIONS)
+    if error_of(actions) is not None:
+        few = shrunk(actions)
+        raise AssertionError("\n".join(["the fewest actions that go wrong:", *map(repr, few)])) from error_of(few)
