@@ -165,9 +165,9 @@ class Synchronization:
         self._limits = started.limits
         self._reconcile = started.reconcile
         if self._mode is not Mode.ALL:
-            self._storage.discard_merge()
+            self._storage.publication.discard_merge()
         elif not started.resumed:
-            self._storage.discard_staged()
+            self._storage.publication.discard_staged()
         if not self._total:
             self._stage = _Stage.SETTLING
             return []
@@ -320,9 +320,9 @@ class Synchronization:
         self._pages_objects += count
         if self._pages_bytes >= STAGE_BYTES:
             if self._mode is Mode.ALL:
-                self._storage.stage(self._pages, self._pages_objects, message.resume_token)
+                self._storage.publication.stage(self._pages, self._pages_objects, message.resume_token)
             else:
-                self._storage.stage_merge(self._pages)
+                self._storage.publication.stage_merge(self._pages)
             self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
         self._downloaded_count += count
         self._on_progress(Progress(Phase.DOWNLOAD, self._downloaded_count, None))
@@ -332,7 +332,7 @@ class Synchronization:
         if self._mode is Mode.ALL:
             if not complete.cursor:
                 raise ProtocolViolated("the server completed the download without a cursor")
-            counts = self._storage.publish(
+            counts = self._storage.publication.publish(
                 self._pages,
                 self._pages_objects,
                 cursor=complete.cursor,
@@ -340,7 +340,7 @@ class Synchronization:
                 reconcile=self._reconcile,
             )
         else:
-            counts = self._storage.merge(self._pages)
+            counts = self._storage.publication.merge(self._pages)
         self._report.count_published(counts)
         self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE

@@ -86,7 +86,7 @@ class Synchronizer:
             while True:
                 report.begin_attempt()
                 try:
-                    report.count_published(self._storage.finish_publishing())
+                    report.count_published(self._storage.publication.finish())
                     attempt = Synchronization(
                         self._storage,
                         mode,
@@ -99,7 +99,7 @@ class Synchronizer:
                 except StateLost:
                     # Not seen outside; the next attempt asks for all states.
                     _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
-                    self._storage.start_over()
+                    self._storage.publication.start_over()
                 except Transient as error:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST
