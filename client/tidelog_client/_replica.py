@@ -15,10 +15,11 @@ import uuid_utils
 
 from tidelog._address import check_address
 from tidelog._constraints import Constraint, Where, constraint_of
+from tidelog._downloads import Download, DownloadMode, DownloadWish, downloads_of
 from tidelog._environment import MAP_BYTES_DEFAULT
 from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
 from tidelog._failure import SynchronizationFailure
-from tidelog._limits import SELECTION_OBJECTS_MAX
+from tidelog._limits import MESSAGE_BYTES_MAX, SELECTION_OBJECTS_MAX
 from tidelog._logging import get_logger
 from tidelog._operation import Operation
 from tidelog._patch import Patch
@@ -35,6 +36,8 @@ from tidelog_client._synchronizer import Synchronizer
 
 LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
 LOG_RETENTION_BYTES_DEFAULT: Final = 1024**3
+# It must fit, with the rest, into the first message of a session.
+DOWNLOADS_BYTES_MAX: Final = MESSAGE_BYTES_MAX // 2
 TRIM_STEP_OPERATIONS: Final = 10_000
 TAIL_POLL_SECONDS: Final = 0.05
 
@@ -73,6 +76,10 @@ class Replica:
         server: "host:port" of the server, needed to synchronize only.
         schema: The program's schema; its version goes with each operation. None: the
             references that the server names at the first synchronization are used.
+        download: How much the replica wants of each entity when everything is synchronized,
+            where that is less than the server offers: a `DownloadMode` or its name, or a
+            constraint on the objects it wants. It may want something else each time it is
+            opened: objects come and go accordingly at the next `synchronize_all`.
         durability: "full": each commit waits until it is on disk. "relaxed": it skips
             the last of two syncs, and a power cut may take the newest commits, never
             order or integrity.
@@ -82,7 +89,9 @@ class Replica:
         map_bytes: Address space for the data at first; it grows by itself.
 
     Raises:
-        InvalidValue: *server* or *durability* is none.
+        InvalidValue: *server*, *durability* or *download* is none.
+        InvalidConstraint: A constraint in *download* makes no sense.
+        LimitExceeded: *download* is larger than any server would take.
         FormatUnsupported: The directory holds something else.
         DiskFull, StorageError: The directory cannot be used.
     """
@@ -93,6 +102,7 @@ class Replica:
         *,
         server: str | None = None,
         schema: Schema | None = None,
+        download: Mapping[str, DownloadWish] | None = None,
         durability: Durability = "full",
         log_retention: timedelta = LOG_RETENTION_DEFAULT,
         log_retention_bytes: int = LOG_RETENTION_BYTES_DEFAULT,
@@ -102,14 +112,16 @@ class Replica:
             raise InvalidValue(f"durability is 'full' or 'relaxed', got {durability!r}")
         if server is not None:
             check_address(server)
+        downloads = _checked_downloads(download or {})
         self.path = Path(path)
         self._schema = schema
         self._log_retention = log_retention
         self._log_retention_bytes = log_retention_bytes
         self._storage = Storage(self.path, relaxed=durability == "relaxed", map_bytes=map_bytes)
         schema_version = schema.version if schema is not None else 0
-        self._committer = Committer(self._storage, schema_version)
-        self._synchronizer = Synchronizer(self._storage, server, schema_version)
+        never = [entity for entity, one in downloads.items() if one.mode is DownloadMode.NEVER]
+        self._committer = Committer(self._storage, schema_version, never)
+        self._synchronizer = Synchronizer(self._storage, server, schema_version, downloads)
 
     @property
     def replica_id(self) -> str:
@@ -431,6 +443,16 @@ class Replica:
         if self._schema is not None:
             return self._schema
         return Schema.from_message(schema_pb2.Schema.FromString(self._storage.meta("schema")))
+
+
+def _checked_downloads(wishes: Mapping[str, DownloadWish]) -> dict[str, Download]:
+    downloads = downloads_of(wishes)
+    size_bytes = sum(one.to_message(entity).ByteSize() for entity, one in downloads.items())
+    if size_bytes > DOWNLOADS_BYTES_MAX:
+        raise LimitExceeded(
+            f"what is to be downloaded takes {size_bytes} bytes to say: the limit is {DOWNLOADS_BYTES_MAX}"
+        )
+    return downloads
 
 
 def _pair(value: Any) -> tuple[str, str]:

@@ -17,11 +17,12 @@ from __future__ import annotations
 import struct
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from tidelog._downloads import DownloadMode
 from tidelog._environment import Environment, put_many
 from tidelog._errors import InvalidValue, LogCorrupt
 from tidelog._keys import (
@@ -37,11 +38,13 @@ from tidelog._log import OperationLog
 from tidelog._operation import Operation, decode_operation
 from tidelog.v1 import failure_pb2, operation_pb2
 from tidelog_client._meta import Meta
+from tidelog_client._plans import Plans
 from tidelog_client._publication import Publication
 from tidelog_client._view import View, ViewRecord
 
 if TYPE_CHECKING:
     from tidelog._environment import LmdbTransaction
+    from tidelog_client._upload import Sieve
 
 FORMAT: Final = "tidelog-replica-1"
 
@@ -118,6 +121,10 @@ class Storage:
         """Return the position of the newest operation ever logged, 0 if there is none."""
         return unpack_position(self._meta.get(transaction, "last_seq"))
 
+    def never(self, transaction: LmdbTransaction) -> set[str]:
+        """Return the entities of which the server said that they are neither uploaded nor downloaded."""
+        return set(Plans.decode(self._meta.get(transaction, "plans")).in_mode(DownloadMode.NEVER))
+
     # --- reading --------------------------------------------------------------
 
     def pending(self, *, after: int = 0, until: int | None = None) -> Iterator[PendingOperation]:
@@ -141,7 +148,14 @@ class Storage:
             position = page[-1].seq
 
     def upload_batch(
-        self, *, after: int, until: int, seqs: Sequence[int] | None, count_max: int, bytes_max: int
+        self,
+        *,
+        after: int,
+        until: int,
+        seqs: Sequence[int] | None,
+        sieve: Sieve | None,
+        count_max: int,
+        bytes_max: int,
     ) -> list[tuple[int, bytes]]:
         """
         Return the next pending operations, (seq, serialized) in log order, empty at the end.
@@ -152,6 +166,7 @@ class Storage:
             after: Position to start above.
             until: Position to end at.
             seqs: Ascending positions to choose from, disregarding *until*. None: all.
+            sieve: Decides what stays behind. None: nothing does.
             count_max: How many operations at the most.
             bytes_max: How many bytes at the most.
 
@@ -160,28 +175,27 @@ class Storage:
         """
         batch: list[tuple[int, bytes]] = []
         batch_bytes = 0
-        unit: list[tuple[int, bytes]] = []
-        unit_bytes = 0
         with self.environment.read() as transaction:
-            for seq, group_size in self._upload_places(transaction, after, until, seqs):
-                data = self.log.get(transaction, seq)
-                if data is None:
-                    raise LogCorrupt(f"the pending operation at seq {seq} is not in the log", seq=seq)
-                unit.append((seq, data))
-                unit_bytes += len(data)
-                if len(unit) < group_size:
+            for places in _units(self._places(transaction, after, until, seqs)):
+                if sieve is not None and sieve.holds_back([_unpack_pending(*place).key for place in places]):
                     continue
+                unit = []
+                for seq, _ in places:
+                    data = self.log.get(transaction, seq)
+                    if data is None:
+                        raise LogCorrupt(f"the pending operation at seq {seq} is not in the log", seq=seq)
+                    unit.append((seq, data))
+                unit_bytes = sum(len(data) for _, data in unit)
                 if batch and (len(batch) + len(unit) > count_max or batch_bytes + unit_bytes > bytes_max):
                     break
                 batch += unit
                 batch_bytes += unit_bytes
-                unit, unit_bytes = [], 0
         return batch
 
-    def _upload_places(
+    def _places(
         self, transaction: LmdbTransaction, after: int, until: int, seqs: Sequence[int] | None
-    ) -> Iterator[tuple[int, int]]:
-        """Yield (seq, size of its commit group) of pending operations, from *seqs* or all up to *until*."""
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield (seq, what is noted of it) of pending operations, from *seqs* or all up to *until*."""
         if seqs is None:
             cursor = transaction.cursor(self._pending)
             if cursor.set_range(pack_position(after + 1)):
@@ -189,12 +203,12 @@ class Storage:
                     seq = unpack_position(key)
                     if seq > until:
                         return
-                    yield seq, _PLACE.unpack_from(value)[1]
+                    yield seq, value
             return
         for seq in islice(seqs, bisect_right(seqs, after), None):
             place = transaction.get(pack_position(seq), db=self._pending)
             if place is not None:
-                yield seq, _PLACE.unpack_from(place)[1]
+                yield seq, place
 
     def pending_of(self, transaction: LmdbTransaction, key: bytes) -> list[PendingOperation]:
         """Return the pending operations on one object in log order."""
@@ -406,6 +420,16 @@ class Storage:
             return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
 
         return may_go
+
+
+def _units(places: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+    """Put together what is of one commit group; an operation of none is alone."""
+    unit: list[tuple[int, bytes]] = []
+    for place in places:
+        unit.append(place)
+        if len(unit) >= _PLACE.unpack_from(place[1])[1]:
+            yield unit
+            unit = []
 
 
 def _unpack_pending(seq: int, value: bytes) -> PendingOperation:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from filelock import FileLock, Timeout
 
+from tidelog._downloads import Download
 from tidelog._errors import NotConfigured, ServerUnavailable, SynchronizationInProgress
 from tidelog._logging import get_logger
 from tidelog_client._connection import Connection, Stream, Transient
 from tidelog_client._report import OnProgress, Report
-from tidelog_client._synchronization import Mode, Synchronization
+from tidelog_client._synchronization import Mode, PlansChanged, Synchronization
 from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
@@ -43,9 +44,12 @@ _log = get_logger("tidelog.synchronizer")
 class Synchronizer:
     """Synchronizes one replica with one server."""
 
-    def __init__(self, storage: Storage, address: str | None, schema_version: int) -> None:
+    def __init__(
+        self, storage: Storage, address: str | None, schema_version: int, downloads: Mapping[str, Download]
+    ) -> None:
         self._storage = storage
         self._schema_version = schema_version
+        self._downloads = downloads
         self._connection = Connection(address) if address is not None else None
 
     def close(self) -> None:
@@ -83,6 +87,7 @@ class Synchronizer:
         with self._alone():
             deadline = _Deadline(timeout)
             backoff = BACKOFF_SECONDS_FIRST
+            has_new_plans = False
             while True:
                 report.begin_attempt()
                 try:
@@ -94,12 +99,17 @@ class Synchronizer:
                         on_progress or _ignore,
                         selection=selection() if selection is not None else None,
                         schema_version=self._schema_version,
+                        downloads=self._downloads,
                     )
                     self._attempt(connection, attempt, report, deadline)
                 except StateLost:
                     # Not seen outside; the next attempt asks for all states.
                     _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
                     self._storage.publication.start_over()
+                except PlansChanged as error:
+                    if has_new_plans:
+                        raise ServerUnavailable(f"{error} again and again: synchronize later") from error
+                    has_new_plans = True
                 except Transient as error:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST

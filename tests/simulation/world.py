@@ -108,6 +108,7 @@ class Settings:
                 (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
                 (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
                 (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
+                (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),
                 (_storage, "READ_PAGE_ENTRIES", limits["replica_page"]),
                 (_view, "PAGE_OBJECTS", limits["replica_page"]),
                 (_log, "_SCAN_PAGE_ENTRIES", limits["replica_page"]),

@@ -42,10 +42,13 @@ FORBIDDEN_IMPORTS = {
 # test or a simulation because they reach neither a network nor a disk.
 CORE_MODULES = (
     "tidelog._constraints",
+    "tidelog._downloads",
     "tidelog._operation",
     "tidelog._patch",
     "tidelog._values",
+    "tidelog_client._plans",
     "tidelog_client._synchronization",
+    "tidelog_client._upload",
     "tidelog_server._engine",
     "tidelog_server._overlay",
 )
