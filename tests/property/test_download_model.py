@@ -157,13 +157,13 @@ class ReplicaModel:
         self.cursor = b""
         self.staged: list[sync_pb2.SnapshotPage] = []
         self.held: dict[ObjectKey, tuple[int, Attributes]] = {}
-        # What came of its own operations, until a download tells of it.
-        self.own: dict[ObjectKey, tuple[int, Attributes | None]] = {}
+        # What came of its own operations one by one, until a download tells of it.
+        self.own: dict[ObjectKey, list[tuple[int, Attributes | None]]] = {}
 
     def view(self, key: ObjectKey) -> Attributes | None:
         """Return an object as the replica shows it."""
-        if key in self.own:
-            return self.own[key][1]
+        if self.own.get(key):
+            return self.own[key][-1][1]
         return self.held[key][1] if key in self.held else None
 
     def publish(self, started: sync_pb2.SessionStarted, cursor: bytes) -> None:
@@ -180,23 +180,22 @@ class ReplicaModel:
                 key = (one.entity, one.id)
                 seen.add(key)
                 self.held[key] = (one.version, decode_map(one.attributes))
-                if key in self.own and self.own[key][0] <= one.version:
-                    del self.own[key]
+                self._forget_own(key, one.version)
             for confirmation in page.confirmations:
                 key = (confirmation.entity, confirmation.id)
                 seen.add(key)
-                confirmed = self.view(key)
+                contained = self._forget_own(key, confirmation.version)
+                confirmed = contained[-1][1] if contained else self.held.get(key, (0, None))[1]
                 assert confirmed is not None, f"the replica has no state of {key} to be confirmed"
                 self.held[key] = (confirmation.version, confirmed)
-                self.own.pop(key, None)
             for removal in page.removals:
                 key = (removal.entity, removal.id)
                 seen.discard(key)
                 self.held.pop(key, None)
-                if key in self.own and self.own[key][0] <= removal.version:
-                    del self.own[key]
-        for key, (version, attributes) in self.own.items():
-            if not modes[key[0]].downloads:  # stays as the replica shows it
+                self._forget_own(key, removal.version)
+        for key, states in self.own.items():
+            if states and not modes[key[0]].downloads:  # stays as the replica shows it
+                version, attributes = states[-1]
                 self.held.pop(key, None)
                 if attributes is not None:
                     self.held[key] = (version, attributes)
@@ -205,6 +204,12 @@ class ReplicaModel:
             if (key[0] in reconciled and key not in seen) or modes[key[0]] is DownloadMode.NOTHING_CLEAR:
                 del self.held[key]
         self.cursor, self.staged = cursor, []
+
+    def _forget_own(self, key: ObjectKey, version: int) -> list[tuple[int, Attributes | None]]:
+        """Return the states that its own operations up to a version made, which are then told."""
+        states = self.own.pop(key, [])
+        self.own[key] = [one for one in states if one[0] > version]
+        return [one for one in states if one[0] <= version]
 
 
 class World:
@@ -230,10 +235,10 @@ class World:
         if patch is None:
             if view is not None:
                 version = self._write([Step(key, None, REPLICA_A)])
-                self.replica.own[key] = (version, None)
+                self.replica.own.setdefault(key, []).append((version, None))
             return
         version = self._write([Step(key, {**(stored or {}), **patch}, REPLICA_A)])
-        self.replica.own[key] = (version, {**(view or {}), **patch})
+        self.replica.own.setdefault(key, []).append((version, {**(view or {}), **patch}))
 
     def change_rules(self, rules: Rules) -> None:
         """The application is started with other rules, the principal has other roles, the replica other wishes."""
