@@ -17,7 +17,7 @@ def attributes_before(change: Change, after: Attributes | None) -> Attributes | 
         return None
     before = decode_trusted(change.before)
     if change.kind is OperationKind.DELETE:
-        return before
+        return before  # type: ignore[no-any-return]
     present, absent = before
     kept = after.items() if after is not None else ()
     return {**{name: value for name, value in kept if name not in absent}, **present}

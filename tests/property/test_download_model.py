@@ -34,6 +34,7 @@ from tidelog import (
 )
 from tidelog._keys import ObjectKey
 from tidelog._values import decode_map, equal
+from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal, _download
 from tidelog_server._indexes import Written, index_writes, rebuilt
@@ -44,7 +45,7 @@ from tidelog_server._store import Reader
 
 pytestmark = pytest.mark.slow
 
-FOREIGN_CURSOR = _download.splice_pb2.Cursor(epoch="elsewhere", version=7).SerializeToString()
+FOREIGN_CURSOR = splice_pb2.Cursor(epoch="elsewhere", version=7).SerializeToString()
 SEEDS = 20
 ACTIONS = 300
 
@@ -333,7 +334,11 @@ class World:
 
     def _check_page(self, page: sync_pb2.SnapshotPage, started: sync_pb2.SessionStarted) -> None:
         """Compare a page with what the principal may know."""
-        keys = [(one.entity, one.id) for one in (*page.snapshots, *page.removals, *page.confirmations)]
+        keys = [
+            *((one.entity, one.id) for one in page.snapshots),
+            *((one.entity, one.id) for one in page.removals),
+            *((one.entity, one.id) for one in page.confirmations),
+        ]
         assert keys, "no page is empty"
         assert len(keys) == len(set(keys)), "a page tells of each object once"
         for one in page.snapshots:
@@ -355,7 +360,7 @@ class World:
         return [attributes for at, attributes in states if at >= newest]
 
     def _cursor_version(self) -> int:
-        return _download.splice_pb2.Cursor.FromString(self.replica.cursor).version
+        return int(splice_pb2.Cursor.FromString(self.replica.cursor).version)
 
     def _check_replica(self, version: int) -> None:
         """Compare what the replica holds with its projection at the version that the download reached."""
