@@ -389,10 +389,9 @@ class _Scan:
             return False
         if cursor_version is not None and entity.shown.is_whole and state.created <= cursor_version:
             return True  # it was deleted; spares the history
-        # Another source of the entity may have sent it in this round, this one only in an earlier round.
-        sent_up_to = place.round_head if source.is_index else place.previous_round_head
         for change, before in undone_changes(reader, state):
-            was_sent = change.previous <= sent_up_to and change.version > place.first_head
+            # What this round has sent and lost again stands above its head: the next one tells.
+            was_sent = change.previous <= place.previous_round_head and change.version > place.first_head
             was_there = cursor_version is not None and change.previous <= cursor_version
             if (was_sent or was_there) and before is not None and entity.shown.of(before) is not None:
                 return True
