@@ -39,6 +39,7 @@ from tidelog_server._store import Reader
 from tidelog_server._units import Member, Unit, read_member, size_bytes, split_units
 
 RETRIED_AT_ONCE_MAX: Final = 1_000
+DEPENDENTS_PAGE: Final = 1_000
 
 # A record must fit a message, however often somebody tries: what was applied stands in the change log too.
 ACTIONS_KEPT_MAX: Final = 100
@@ -95,7 +96,7 @@ def dependents(reader: Reader, failure_id: bytes) -> Iterator[bytes]:
     """Yield the ids of the failures that a failure caused directly, oldest first."""
     prefix = dependents_prefix(failure_id)
     after = b""
-    while page := reader.index_range(prefix, after, RETRIED_AT_ONCE_MAX):
+    while page := reader.index_range(prefix, after, DEPENDENTS_PAGE):
         for after, _value in page:
             yield after[len(prefix) :]
 
@@ -177,6 +178,7 @@ class _Retry:
         self._record = record
         self._decision = decision
         self._author = author
+        self._replica = replica
         self._overlay = overlay
         self._head_version = overlay.version
         self._units = UnitApplier(
@@ -301,7 +303,9 @@ class _Retry:
             if state is None:
                 continue
             for change in changes_since(record.version, state.version, self._overlay.change):
-                if change.version <= self._head_version and collision(change, patch) is not None:
+                # What its author did before it is no news to it, even if it was refused too and retried first.
+                is_earlier = change.replica == self._replica and change.seq < operation.seq
+                if change.version <= self._head_version and not is_earlier and collision(change, patch) is not None:
                     entity, id_ = operation.key
                     raise FailureStale(
                         f"what the operation writes of {entity} {id_!r} was changed since it was refused: "

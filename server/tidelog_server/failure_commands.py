@@ -271,7 +271,7 @@ def _server(
     tls_ca: TlsCaOption = None,
     tls_certificate: TlsCertificateOption = None,
     tls_key: TlsKeyOption = None,
-) -> Iterator[Server]:
+) -> Iterator[_Server]:
     token = given_token(token_file)
     metadata = authorization(None if token is None else check_token(token))
     tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
