@@ -927,9 +927,14 @@ class TestRetention:
         monkeypatch.setattr("tidelog_server._retention.PAGE_FAILURES", 2)
         found = [desk.fail(create(seq)) for seq in range(1, 6)]
         desk.dismiss(found[3])
-        jobs = []
+        jobs: list[Any] = []
         submit = desk.lab.store.submit
-        monkeypatch.setattr(desk.lab.store, "submit", lambda *job: jobs.append(job) or submit(*job))
+
+        def counted(tenant: str, job: Any) -> Any:
+            jobs.append(job)
+            return submit(tenant, job)
+
+        monkeypatch.setattr(desk.lab.store, "submit", counted)
 
         forget(desk)
         forget(desk)
