@@ -358,9 +358,10 @@ class _Scan:
         objects, has_more = source.objects(reader, place.position, page.objects_left, page.bytes_left)
         # A replica that saw a part of an object once cannot make up the rest from its own operations.
         confirms = entity.shown.sees_whole_objects and self._start.confirms(source.entity)
+        position = place.position
         for version, key, state in objects:
             if page.is_full:
-                return place
+                return place._replace(position=position)
             if version > place.round_head:
                 return place._replace(position=place.round_head)
             page.take(state)
@@ -371,8 +372,8 @@ class _Scan:
                     page.add(key, state, seen, confirms=confirms)
             elif self._may_be_known(reader, entity, source, state, place):
                 page.add_removal(key, state.version)
-            place = place._replace(position=version)
-        return place if has_more else place._replace(position=place.round_head)
+            position = version
+        return place._replace(position=position if has_more else place.round_head)
 
     def _may_be_known(
         self, reader: Reader, entity: EntityProjection, source: _Source, state: ObjectState, place: Place
