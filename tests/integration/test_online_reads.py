@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -47,7 +47,7 @@ def world(folder: Path) -> Iterator[World]:
 
 def reason_of(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
     """Return what a refused call says to programs."""
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(cast("grpc.Call", error))
     info = ErrorInfo()
     assert status is not None
     assert status.details[0].Unpack(info)
@@ -80,7 +80,7 @@ def test_an_object(world: World) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             stub.GetObject(object_pb2.GetObjectRequest(entity="Task", id=id_), timeout=10)
         assert reason_of(caught.value) == (grpc.StatusCode.NOT_FOUND, "OBJECT_NOT_FOUND")
-        refusals.append(caught.value.details().replace(id_, "?"))
+        refusals.append(str(caught.value.details()).replace(id_, "?"))
     assert refusals[0] == refusals[1]
 
 
