@@ -8,6 +8,7 @@ operations, constraints, the schema and the errors.
 from tidelog._constraints import Constraint, attribute
 from tidelog._errors import (
     DiskFull,
+    DownloadRefused,
     ForeignServer,
     FormatUnsupported,
     InheritedEnvironment,
@@ -42,6 +43,7 @@ __all__ = [
     "CommitGroup",
     "Constraint",
     "DiskFull",
+    "DownloadRefused",
     "FailureReason",
     "ForeignServer",
     "FormatUnsupported",

@@ -10,6 +10,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
 from tidelog._errors import (
+    DownloadRefused,
     PermissionRefused,
     ProtocolUnsupported,
     ProtocolViolated,
@@ -50,6 +51,7 @@ _BY_REASON: Final[dict[str, type[SynchronizationError]]] = {
     "PROTOCOL_VERSION_UNSUPPORTED": ProtocolUnsupported,
     "REPLICA_FORKED": ReplicaForked,
     "REPLICA_OWNED": PermissionRefused,
+    "CONSTRAINT_INVALID": DownloadRefused,
     "REQUEST_INVALID": ProtocolViolated,
     "OPERATIONS_OUT_OF_ORDER": ProtocolViolated,
 }
