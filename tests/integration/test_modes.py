@@ -295,6 +295,7 @@ class TestAll:
     def test_a_state_that_was_lost_is_sent_again(self, world: World) -> None:
         """A replica that lacks a state that the server confirms asks for all states, in the same synchronization."""
         a = world.replica()
+        a.synchronize_all()
         a.create("Task", {"title": "x"}, "t1")
         a.synchronize_unsynchronized()
         objects = a._storage.environment.database("objects")
