@@ -33,7 +33,7 @@ from tidelog_server._indexes import index_writes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import SYSTEM_USER, Principal
 from tidelog_server._projection import Sight, matching
-from tidelog_server._records import NO_REPLICA, ObjectState, Writes
+from tidelog_server._records import NO_REPLICA, Writes
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader, Store
 
@@ -349,7 +349,10 @@ class _Data:
         check_id(key[1])
         with self._store.read(self._name) as reader:
             state = reader.objects((key,)).get(key)
-        return self._seen(key, state)
+        if state is None or state.deleted:
+            return None
+        attributes = self._readable.entity(key[0]).readable(decode_trusted(state.attributes))
+        return None if attributes is None else Found(key[1], state.version, attributes)
 
     def objects(self, entity: str, where: Where) -> Iterator[Found]:
         """Iterate over an entity's objects that match, as the principal sees them."""
@@ -382,12 +385,6 @@ class _Data:
         """Apply changes in one transaction, if the objects *seen* have their versions still; returns the version."""
         return self._store.submit(self._name, lambda reader: self._evaluate(reader, changes, seen))
 
-    def _seen(self, key: ObjectKey, state: ObjectState | None) -> Found | None:
-        if state is None or state.deleted:
-            return None
-        attributes = Sight(self._readable.entity(key[0])).of(decode_trusted(state.attributes))
-        return None if attributes is None else Found(key[1], state.version, attributes)
-
     def _matching(self, entity: str, sight: Sight) -> Iterator[Found]:
         after = ""
         more = True
@@ -404,8 +401,7 @@ class _Data:
         overlay = Overlay(reader)
         overlay.prefetch([*seen, *(change.operation.key for change in changes)])
         for key, version in seen.items():
-            found = self._seen(key, overlay.state(key))
-            if version != (0 if found is None else found.version):
+            if version != self._seen_version(overlay, key):
                 raise ChangedMeanwhile(
                     f"{key[0]} {key[1]!r} was changed while the transaction was open, which saw it as it was before: "
                     "repeat the transaction"
@@ -425,6 +421,13 @@ class _Data:
         )
         return writes, overlay.version
 
+    def _seen_version(self, overlay: Overlay, key: ObjectKey) -> int:
+        """Return the version of an object; 0 if it is not there, to this principal at least."""
+        state = overlay.state(key)
+        if state is None or state.deleted or not self._readable.entity(key[0]).sees(overlay.attributes(key)):
+            return 0
+        return state.version
+
     def _apply(self, overlay: Overlay, changes: Sequence[_Change]) -> None:
         references = References()
         # Whatever is created further on is there at the end, or nothing is.
@@ -442,31 +445,31 @@ class _Data:
         )
         for position, (operation, patch) in enumerate(changes):
             key = operation.key
-            state = overlay.state(key)
+            version = self._seen_version(overlay, key)
             # The service looks at the present: there is nothing that it could have overlooked.
-            action.begin(operation._replace(base_version=state.version if state is not None else 0), position)
+            action.begin(operation._replace(base_version=version), position)
             try:
                 if operation.kind is OperationKind.CREATE:
+                    if overlay.exists(key):
+                        raise ObjectExists(entity=operation.entity, id=operation.id)
                     references.assumed[key] -= 1
                     action.create(key, patch.set, encoded_attributes(operation.patch))
+                elif not version:
+                    raise ObjectNotFound(entity=operation.entity, id=operation.id)
                 elif operation.kind is OperationKind.UPDATE:
                     action.update(key, patch, operation.patch)
                 else:
                     action.delete(key)
             except Refused as refusal:
-                raise _error(operation, refusal) from refusal
+                raise _refused(operation, refusal.reason, refusal.message, refusal.code) from refusal
             except Waits as wait:
-                raise _error(operation, Refused(FailureReason.DANGLING_REFERENCE, wait.message)) from wait
+                raise _refused(operation, FailureReason.DANGLING_REFERENCE, wait.message) from wait
         try:
             action.end_unit()
         except Refused as refusal:
-            raise _error(changes[refusal.position].operation, refusal) from refusal
+            operation = changes[refusal.position].operation
+            raise _refused(operation, refusal.reason, refusal.message, refusal.code) from refusal
 
 
-def _error(operation: Operation, refusal: Refused) -> Exception:
-    entity, id_ = operation.key
-    if refusal.reason is FailureReason.OBJECT_GONE:
-        return ObjectNotFound(entity=entity, id=id_)
-    if refusal.reason is FailureReason.ALREADY_EXISTS:
-        return ObjectExists(entity=entity, id=id_)
-    return OperationRefused(refusal.message, entity=entity, id=id_, reason=refusal.reason, code=refusal.code)
+def _refused(operation: Operation, reason: FailureReason, message: str, code: str = "") -> OperationRefused:
+    return OperationRefused(message, entity=operation.entity, id=operation.id, reason=reason, code=code)
