@@ -144,7 +144,7 @@ def _summary(count: int, schema: Schema, since: int, *, migrate: bool) -> str:
         hint = "renames, defaults and migrations do not mend it: declare what is missing"
     else:
         hint = "correct the schema; or declare renames, defaults and migrations, and tell the server to migrate"
-    return f"version {schema.version} of the schema does not fit the store, {what} ({hint}):"
+    return f"version {schema.version} of the schema does not fit the store, {what} ({hint})"
 
 
 def _set_note(store: Store, adopted: _Adopted) -> None:

@@ -349,7 +349,9 @@ class TestRights:
         """Give tasks of two regions, of which a clerk sees that of hers, and not the secret."""
         lab = Lab()
         mine = attribute("region") == claim("region")
-        lab.application.allow("clerk", "Task", create=True, read=["region", "title"], write=["region", "title"], where=mine)
+        lab.application.allow(
+            "clerk", "Task", create=True, read=["region", "title"], write=["region", "title"], where=mine
+        )
         with tenant_of(lab).transaction() as transaction:
             transaction.create("Task", {"region": "north", "title": "a", "secret": 1}, "t1")
             transaction.create("Task", {"region": "south", "title": "b", "secret": 1}, "t2")
@@ -523,7 +525,10 @@ class TestTransactions:
             with pytest.raises(ObjectExists):
                 transaction.create("Task", {}, "t2")
             transaction.delete("Task", "t2")
-            for change in (lambda: transaction.update("Task", "t2", {"a": 1}), lambda: transaction.delete("Task", "t2")):
+            for change in (
+                lambda: transaction.update("Task", "t2", {"a": 1}),
+                lambda: transaction.delete("Task", "t2"),
+            ):
                 with pytest.raises(ObjectNotFound):
                     change()
 
