@@ -23,28 +23,29 @@ from tidelog import (
     Constraint,
     InvalidConstraint,
     ObjectNotFound,
-    Operation,
     SynchronizationFailure,
     attribute,
     parse_constraint,
 )
-from tidelog._failure import operation_as_data
+from tidelog._failure import operation_as_data, operation_in_short
 from tidelog._values import as_json
 from tidelog.cli import (
     TABLE_ROWS_MAX,
     Column,
     CommandFailed,
     ExitCode,
+    JsonOption,
+    ServerOption,
     TlsCaOption,
     TlsCertificateOption,
     TlsKeyOption,
     TlsOption,
     TokenFileOption,
-    checked_address,
     given_tls,
     given_token,
     print_json,
     print_table,
+    shared_group,
 )
 from tidelog_client import LoggedOperation, Object, Progress, Replica, Report
 from tidelog_client._report import OnProgress
@@ -53,7 +54,6 @@ ReplicaOption = Annotated[
     Path,
     typer.Option("--replica", envvar="TIDELOG_REPLICA", metavar="DIR", help="The replica's directory."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 EntityArgument = Annotated[str, typer.Argument(metavar="ENTITY", help="Type of the object.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the object.")]
 WhereOption = Annotated[
@@ -96,17 +96,15 @@ class SyncMode(enum.StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the replica's commands."""
-    for command in (sync, log, pending, failures, get, query, count, history):
+    for command in (sync, log, pending, get, query, count, history):
         app.command()(command)
+    shared_group(app, "failures").callback(invoke_without_command=True)(failures)
 
 
 def sync(
     *,
     replica: ReplicaOption,
-    server: Annotated[
-        str,
-        typer.Option(envvar="TIDELOG_SERVER", metavar="HOST:PORT", callback=checked_address, help="The server."),
-    ],
+    server: ServerOption,
     mode: Annotated[
         SyncMode | None,
         typer.Option(
@@ -183,8 +181,24 @@ def history(replica: ReplicaOption, entity: EntityArgument, id: IdArgument, json
         _print_operations(opened.history(entity, id), json_=json_)
 
 
-def failures(replica: ReplicaOption, json_: JsonOption = False) -> None:
-    """Show the operations that the server refused, and why."""
+def failures(
+    context: typer.Context,
+    replica: Annotated[
+        Path | None,
+        typer.Option("--replica", envvar="TIDELOG_REPLICA", metavar="DIR", help="The replica's directory."),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """
+    Show the operations of a replica that the server refused, and why.
+
+    The commands below work off those that a server has recorded.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context, "replica", "json_")
+        return
+    if replica is None:
+        raise typer.BadParameter("name a replica, or one of the commands", param_hint="--replica")
     with _opened(replica) as opened:
         if json_:
             for failure in opened.failures():
@@ -249,6 +263,15 @@ def _opened(path: Path) -> Replica:
     if not _is_replica(path):
         raise CommandFailed(f"there is no replica in {path}", ExitCode.STORAGE)
     return Replica(path)
+
+
+def _refuse_options(context: typer.Context, *names: str) -> None:
+    """Refuse options that stand before a command to which they say nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.rstrip('_')}"
+            raise typer.BadParameter(f"{context.invoked_subcommand} does not take it here", param_hint=option)
 
 
 def _is_replica(path: Path) -> bool:
@@ -360,24 +383,13 @@ def _print_report(report: Report) -> None:
 
 def _operation_row(logged: LoggedOperation) -> tuple[str, ...]:
     operation = logged.operation
-    change = _change(operation)
+    change = operation_in_short(operation)
     return str(operation.seq), logged.status, operation.kind.name.lower(), operation.entity, operation.id, change
 
 
 def _failure_row(failure: SynchronizationFailure) -> tuple[str, ...]:
     kind = failure.operation.kind.name.lower() if failure.operation is not None else "?"
     return failure.reason.value, kind, failure.entity, failure.object_id, failure.message
-
-
-def _change(operation: Operation) -> str:
-    """Say in short what an operation does to the attributes."""
-    data = operation_as_data(operation)
-    parts = [f"{name}={as_json(value)}" for name, value in data.get("set", {}).items()]
-    parts += [f"-{name}" for name in data.get("unset", ())]
-    parts += [f"{name}+={as_json(value)}" for name, value in data.get("increment", {}).items()]
-    parts += [f"{name} add {as_json(value)}" for name, value in data.get("add", {}).items()]
-    parts += [f"{name} remove {as_json(value)}" for name, value in data.get("remove", {}).items()]
-    return ", ".join(parts) or data.get("unreadable", "")
 
 
 def _text(value: Any) -> str:
