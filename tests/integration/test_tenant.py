@@ -246,11 +246,11 @@ class TestAsyncio:
         tenant.create("Task", {}, "t1")
 
         async def work() -> None:
-            with pytest.raises(ChangedMeanwhile):
+            with pytest.raises(ChangedMeanwhile):  # noqa: PT012 - its end raises
                 async with tenant.transaction() as transaction:
                     transaction.get("Task", "t1")
                     tenant.update("Task", "t1", {"n": 1})
-            with pytest.raises(KeyError):
+            with pytest.raises(KeyError):  # noqa: PT012 - its end raises
                 async with tenant.transaction() as transaction:
                     transaction.create("Task", {}, "t2")
                     raise KeyError

@@ -19,9 +19,9 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal
 from tidelog_server import _download as download_module
-from tidelog_server._outcomes import Uploader
 from tidelog_server._errors import ReplicaOwned
 from tidelog_server._indexes import Written, index_writes, rebuilt
+from tidelog_server._outcomes import Uploader
 from tidelog_server._records import Writes
 from tidelog_server._session import Session, Upload
 from tidelog_server._store import Reader
