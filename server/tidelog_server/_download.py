@@ -181,7 +181,7 @@ class Download:
         self._projection = projection
         self._tenant = projection.principal.tenant
         self._replica = replica
-        self._confirmed = replica if confirms else NO_REPLICA
+        self._confirmed = replica if confirms else None
         self.head = Head(0, b"")
 
     def everything_since(self, start: Start) -> Iterator[sync_pb2.SnapshotPage]:
@@ -329,7 +329,7 @@ class _Scan:
         round_count: Number of the present round.
     """
 
-    def __init__(self, projection: Projection, start: Start, confirmed: bytes) -> None:
+    def __init__(self, projection: Projection, start: Start, confirmed: bytes | None) -> None:
         self._projection = projection
         self._start = start
         self._confirmed = confirmed
@@ -443,7 +443,7 @@ class _Page:
 
     end: Place
 
-    def __init__(self, confirmed: bytes = NO_REPLICA) -> None:
+    def __init__(self, confirmed: bytes | None = None) -> None:
         self.message = sync_pb2.SnapshotPage()
         self.is_last = False
         self.objects_left = PAGE_OBJECTS_MAX
