@@ -96,7 +96,7 @@ def reason_of(error: grpc.RpcError) -> str:
     info = ErrorInfo()
     assert status is not None
     assert status.details[0].Unpack(info)
-    return info.reason
+    return str(info.reason)
 
 
 class TestDevices:

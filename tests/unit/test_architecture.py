@@ -51,6 +51,7 @@ CORE_MODULES = (
     "tidelog._values",
     "tidelog_client._synchronization",
     "tidelog_server._engine",
+    "tidelog_server._failures",
     "tidelog_server._overlay",
 )
 INPUT_OUTPUT = {"grpc", "lmdb"}

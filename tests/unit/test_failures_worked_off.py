@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
@@ -927,14 +928,19 @@ class TestRetention:
         monkeypatch.setattr("tidelog_server._retention.PAGE_FAILURES", 2)
         found = [desk.fail(create(seq)) for seq in range(1, 6)]
         desk.dismiss(found[3])
-        jobs = []
+        jobs: list[str] = []
         submit = desk.lab.store.submit
-        monkeypatch.setattr(desk.lab.store, "submit", lambda *job: jobs.append(job) or submit(*job))
+
+        def counted(tenant: str, job: Callable[[Any], Any]) -> Any:
+            jobs.append(tenant)
+            return submit(tenant, job)
+
+        monkeypatch.setattr(desk.lab.store, "submit", counted)
 
         forget(desk)
         forget(desk)
 
-        assert len(jobs) == 1
+        assert jobs == [TENANT]
         assert [desk.lab.failure(one).payload_removed for one in found] == [False, False, False, True, False]
 
     def test_forgotten_failure_can_be_looked_at(self, desk: Desk) -> None:
