@@ -15,12 +15,14 @@ from dataclasses import asdict, fields
 from datetime import UTC
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
 from tidelog import (
     Constraint,
+    Download,
+    DownloadMode,
     InvalidConstraint,
     ObjectNotFound,
     SynchronizationFailure,
@@ -64,6 +66,8 @@ WhereOption = Annotated[
         "equals the value, in type too; what is no JSON is text; null: it has none. Repeat it to ask for several.",
     ),
 ]
+
+_MODES_WITHOUT_CONSTRAINT: Final = frozenset(mode.value for mode in DownloadMode) - {DownloadMode.WHERE.value}
 
 # What stands before the sign has nothing of a constraint in it; `==` is one's operator.
 _NAME_AND_JSON = re.compile(r"""([^\s"`()<>!=]+)=(?!=)(.*)""", re.DOTALL)
@@ -117,6 +121,15 @@ def sync(
         list[str] | None,
         typer.Option(metavar="ENTITY/ID", help="Synchronize this object only. Repeat it to select several."),
     ] = None,
+    download: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENTITY=MODE|CONSTRAINT",
+            help="How much of an entity the replica wants when everything is synchronized: all, nothing_clear, "
+            "nothing_preserve, never, or the objects that match. Repeat it for several entities; "
+            "give the same each time.",
+        ),
+    ] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="When to give up.")] = None,
     create: Annotated[bool, typer.Option("--create", help="Make the replica if it is not there.")] = False,
     token_file: TokenFileOption = None,
@@ -136,11 +149,12 @@ def sync(
     if timeout is not None and not math.isfinite(timeout):
         raise typer.BadParameter("expected a number of seconds", param_hint="--timeout")
     keys = [_key(one) for one in select or ()]
+    downloads = dict(_download(one) for one in download or ())
     token = given_token(token_file)
     tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
     if not create and not _is_replica(replica):
         raise CommandFailed(f"there is no replica in {replica}: --create makes one", ExitCode.STORAGE)
-    with Replica(replica, server=server, token=token, tls=tls_given or False) as opened:
+    with Replica(replica, server=server, token=token, tls=tls_given or False, download=downloads) as opened:
         with _progress_bar() as on_progress:
             if keys:
                 report = opened.synchronize_selected(keys, timeout=timeout, on_progress=on_progress)
@@ -307,6 +321,21 @@ def _key(text: str) -> tuple[str, str]:
     if not slash:
         raise typer.BadParameter(f"expected ENTITY/ID, got {text!r}", param_hint="--select")
     return entity, id_
+
+
+def _download(text: str) -> tuple[str, Download]:
+    """Read ENTITY=MODE or ENTITY=CONSTRAINT."""
+    entity, sign, wish = text.partition("=")
+    if not sign:
+        raise typer.BadParameter(f"expected ENTITY=MODE or ENTITY=CONSTRAINT, got {text!r}", param_hint="--download")
+    try:
+        if wish in _MODES_WITHOUT_CONSTRAINT:
+            return entity, Download(DownloadMode(wish))
+        return entity, Download(DownloadMode.WHERE, parse_constraint(wish))
+    except InvalidConstraint as error:
+        raise typer.BadParameter(
+            f"{wish!r} is no mode, and no constraint: {error}", param_hint="--download"
+        ) from error
 
 
 def _constraint(where: Iterable[str] | None) -> Constraint | None:

@@ -268,7 +268,7 @@ class TestLimits:
         assert len(str(caught.value)) < 200
 
 
-class TestValues:
+class TestValuesAlone:
     @pytest.mark.parametrize(
         ("text", "value"),
         [
@@ -283,14 +283,14 @@ class TestValues:
             ('[1, {"a": [null, 1.5d]}]', [1, {"a": [None, Decimal("1.5")]}]),
         ],
     )
-    def test_on_its_own(self, text: str, value: Any) -> None:
+    def test_are_read_as_in_a_constraint(self, text: str, value: Any) -> None:
         """A value is read as in a constraint."""
         assert equal(parse_value(text), value)
 
     @pytest.mark.parametrize(
         "text", ["", "milk", "1 2", "1 and true", "a == 1", "claim.level", "[1", '{"a" 1}', "[" * 99]
     )
-    def test_that_is_none(self, text: str) -> None:
+    def test_that_are_none(self, text: str) -> None:
         """Anything else is refused, with what was expected."""
         with pytest.raises(InvalidConstraint):
             parse_value(text)
