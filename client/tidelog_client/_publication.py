@@ -255,6 +255,7 @@ class Publication:
         self._meta.put(
             transaction,
             cursor=end.cursor,
+            in_doubt=b"",
             cursor_version=pack_position(end.version),
             staged_count=b"",
             staged_bytes=b"",

@@ -179,13 +179,14 @@ class Storage:
             for places in _units(self._places(transaction, after, until, seqs)):
                 if sieve is not None and sieve.holds_back([_unpack_pending(*place).key for place in places]):
                     continue
-                unit = []
+                unit: list[tuple[int, bytes]] = []
+                unit_bytes = 0
                 for seq, _ in places:
                     data = self.log.get(transaction, seq)
                     if data is None:
                         raise LogCorrupt(f"the pending operation at seq {seq} is not in the log", seq=seq)
                     unit.append((seq, data))
-                unit_bytes = sum(len(data) for _, data in unit)
+                    unit_bytes += len(data)
                 if batch and (len(batch) + len(unit) > count_max or batch_bytes + unit_bytes > bytes_max):
                     break
                 batch += unit

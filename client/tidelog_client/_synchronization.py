@@ -140,6 +140,7 @@ class Synchronization:
         )
         if self._mode is Mode.ALL:
             start.resume_token = storage.meta("resume_token")
+            start.reconcile_entities.extend(_names(storage.meta("in_doubt")))
         self._on_progress(Progress(Phase.CONNECT, 0, None))
         messages: list[bytes | None] = [_request(start=start.SerializeToString())]
         if not start.uploading:
@@ -187,6 +188,7 @@ class Synchronization:
         self._check_upload(Plans(started))
         if self._mode is not Mode.ALL:
             self._storage.publication.discard_merge()
+            self._note_doubts()
         elif not started.resumed:
             self._storage.publication.discard_staged()
         if not self._upload.operation_count:
@@ -202,6 +204,13 @@ class Synchronization:
             if self._stage is not _Stage.UPLOADING:
                 break
         return messages
+
+    def _note_doubts(self) -> None:
+        """Remember the entities of which this session may bring what the cursor does not stand for."""
+        known = _names(self._storage.meta("in_doubt"))
+        in_doubt = known | {entity for entity in self._plans.modes if self._plans.reconciles(entity)}
+        if in_doubt != known:
+            self._storage.set_meta(in_doubt=b"\0".join(entity.encode() for entity in sorted(in_doubt)))
 
     def _adopt(self, started: sync_pb2.SessionStarted) -> None:
         storage = self._storage
@@ -407,6 +416,10 @@ class Synchronization:
 
 _REJECTED: Final = operation_pb2.OPERATION_STATUS_REJECTED
 _FINAL: Final = frozenset((operation_pb2.OPERATION_STATUS_APPLIED, _REJECTED))
+
+
+def _names(data: bytes) -> set[str]:
+    return set(data.decode().split("\0")) if data else set()
 
 
 def _request(**message: object) -> bytes:

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Final
 from filelock import FileLock, Timeout
 
 from tidelog._downloads import Download
-from tidelog._errors import NotConfigured, ServerUnavailable, SynchronizationInProgress, Unauthenticated
+from tidelog._errors import (
+    NotConfigured,
+    ProtocolViolated,
+    ServerUnavailable,
+    SynchronizationInProgress,
+    Unauthenticated,
+)
 from tidelog._logging import get_logger
 from tidelog_client._connection import Connection, Stream, Transient
 from tidelog_client._report import OnProgress, Report
@@ -107,8 +113,10 @@ class Synchronizer:
                         downloads=self._downloads,
                     )
                     self._attempt(connection, attempt, report, deadline)
-                except StateLost:
+                except StateLost as error:
                     # Not seen outside; the next attempt asks for all states.
+                    if self._storage.meta("state_lost"):
+                        raise ProtocolViolated("the server confirmed a state although it was asked for all") from error
                     _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
                     self._storage.publication.start_over()
                 except Unauthenticated:

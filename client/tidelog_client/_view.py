@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._environment import put_many, scan_keys
@@ -295,12 +296,13 @@ class View:
         the server (its object was created and deleted in between, say), or none that
         is downloaded.
         """
+        last = pack_position(version)
         found = b""
         for entry in scan_keys(transaction, self._unconfirmed):
             key = entry[: -POSITION_BYTES - 1]
-            if key != found and _PENDING < transaction.get(entry, _PENDING, db=self._unconfirmed) <= pack_position(
-                version
-            ):
+            # Gone meanwhile reads as pending.
+            applied = transaction.get(entry, _PENDING, db=self._unconfirmed)
+            if key != found and _PENDING < applied <= last:
                 found = key
                 yield key
 
@@ -316,19 +318,32 @@ class View:
         The view stays as it is. So does the version: what others changed meanwhile
         was not seen here.
         """
-        taken, _ = self._take_confirmed(transaction, key, version)
+        taken, others = self._take_confirmed(transaction, key, version)
+        if not taken:
+            return
         base = transaction.get(key, db=self._base)
-        attributes = None if base is None else decode_trusted(_unpack(base).attributes)
-        base_version = 0 if base is None else _unpack(base).version
+        record = None if base is None else _unpack(base)
+        base_version = 0 if record is None else record.version
+        operations = []
         for seq, applied in taken:
             operation = self._operation(transaction, seq)
-            attributes = replay(attributes, operation)
+            operations.append(operation)
             if operation.kind is OperationKind.CREATE:
                 base_version = applied
+        header = _RECORD.pack(base_version, _FOLDED)
+        if not others:
+            # Nothing else is replayed: the view is what results.
+            view = transaction.get(key, db=self._objects)
+            if view is not None:
+                transaction.put(key, header + view[_RECORD.size :], db=self._objects)
+            transaction.delete(key, db=self._base)
+            return
+        attributes = None if record is None else decode_trusted(record.attributes)
+        attributes = reduce(replay, operations, attributes)
         if attributes is None:
             transaction.delete(key, db=self._base)
         else:
-            transaction.put(key, _RECORD.pack(base_version, _FOLDED) + _encoded(attributes), db=self._base)
+            transaction.put(key, header + _encoded(attributes), db=self._base)
         self._rebuild(transaction, key)
 
     def clear(self, transaction: LmdbTransaction, key: bytes) -> bool:

@@ -15,7 +15,7 @@ a cursor, whatever is written meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -110,13 +110,29 @@ class Start(NamedTuple):
         return self.cursor is not None and not self.reconciling and self.cursor.version == head.version
 
 
-def start_of(
-    reader: Reader, identity: Identity, projection: Projection, cursor_bytes: bytes, resume_token: bytes
+def start_of(  # noqa: PLR0917 - what the replica says, and what it is held against
+    reader: Reader,
+    identity: Identity,
+    projection: Projection,
+    cursor_bytes: bytes,
+    resume_token: bytes,
+    in_doubt: Iterable[str] = (),
 ) -> Start:
-    """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
+    """
+    Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation.
+
+    Args:
+        reader: Reads the tenant.
+        identity: Which store this is.
+        projection: What the replica is to have.
+        cursor_bytes: The replica's cursor.
+        resume_token: Where its interrupted download stands.
+        in_doubt: Entities of which it has more than the cursor stands for.
+    """
     cursor = _valid_cursor(reader, identity, cursor_bytes)
     indexed_since = complete_since(reader.index)
     reconciling = frozenset[str]() if cursor is None else _reconciling(reader, projection, cursor, indexed_since)
+    reconciling |= {name for name in in_doubt if projection.entity(name).mode.downloads}
     place = None
     token = _parsed(splice_pb2.ResumeToken, resume_token)
     if token is not None:
@@ -450,7 +466,7 @@ class _Page:
             return
         self._keys.add(key)
         entity, id_ = key
-        if confirms and state.sole_writer and state.creator == self._confirmed:
+        if confirms and state.sole_writer and state.creator == self._confirmed != NO_REPLICA:
             self.message.confirmations.add(entity=entity, id=id_, version=state.version)
         else:
             self.message.snapshots.add(
