@@ -467,6 +467,19 @@ class TestStale:
         assert again.reason is FailureReason.CONFLICT
         assert forced.version == 3
 
+    @pytest.mark.parametrize("force", [False, True])
+    @pytest.mark.parametrize("is_group", [False, True])
+    def test_what_a_retry_does_itself_is_no_conflict(self, desk: Desk, *, force: bool, is_group: bool) -> None:
+        """Where stale edits are refused, a group and a dependent may change what was created right before them."""
+        desk.application.on_conflict("Task", "reject_stale")
+        members = [make_operation(seq=1), make_operation("update", seq=2, set={"title": "x"})]
+        failure = desk.fail(*(group(*members) if is_group else [member.encode() for member in members]))
+
+        outcomes = desk.retry(failure, force=force)
+
+        assert outcomes[-1].version == 2
+        assert desk.lab.attributes() == {"title": "x"}
+
     def test_another_incarnation_needs_force(self, desk: Desk) -> None:
         """An edit of an object that was deleted and made anew since reaches the new one only by force."""
         desk.settle(create(1))
