@@ -119,6 +119,7 @@ class Constraint:
 
         A comparison becomes false if the claim is missing or null, if it is no value that
         can be so compared, or no list where the operator is `in`. Tuples and sets are lists.
+        Behind `~` such a comparison becomes true: that lets in who lacks the claim.
 
         Raises:
             InvalidConstraint: With these values it is over a limit.
@@ -162,11 +163,14 @@ class Comparison(Constraint):
             value = decode(encode(self.value))
         except InvalidValue as error:
             raise InvalidConstraint(str(error)) from error
-        if value is not None and (self.claim or self.operator == "exists"):
-            raise InvalidConstraint(f"attribute {self.attribute!r} is compared with one value too many: {value!r}")
-        if self.claim:
-            if self.operator == "exists":
-                raise InvalidConstraint(f"attribute {self.attribute!r} exists or not, whatever a claim says")
+        if self.operator == "exists":
+            if value is not None or self.claim:
+                raise InvalidConstraint(f"attribute {self.attribute!r}: `exists` compares with nothing")
+        elif self.claim:
+            if value is not None:
+                raise InvalidConstraint(
+                    f"attribute {self.attribute!r} is compared with a value and with claim {self.claim!r}: give one"
+                )
         elif reason := _misfit(self.operator, value):
             raise InvalidConstraint(f"attribute {self.attribute!r}: {reason}")
         _keep(self, "value", value)
@@ -386,9 +390,9 @@ def constraint_from_message(message: constraint_pb2.Constraint) -> Constraint:
     Raises:
         InvalidConstraint: It makes no sense, or is over a limit.
     """
-    # Before anything is decoded: one byte can become an object of a hundred.
+    # Before anything is decoded: one byte can become an object of a hundred. Of the depth protobuf takes care.
     _check_size(message.ByteSize())
-    return _from_message(message, 1)
+    return _from_message(message)
 
 
 def required_values(constraint: Constraint) -> dict[str, list[Any]]:
@@ -431,16 +435,14 @@ def check_parts(parts: int) -> None:
         )
 
 
-def _from_message(message: constraint_pb2.Constraint, depth: int) -> Constraint:
-    _check_depth(depth)
+def _from_message(message: constraint_pb2.Constraint) -> Constraint:
     which = message.WhichOneof("expression")
     if which == "comparison":
         return _comparison_from_message(message.comparison)
     if which == "not":
-        return Not(_from_message(getattr(message, "not"), depth + 1))
+        return Not(_from_message(getattr(message, "not")))
     if which in {"all", "any"}:
-        listed = getattr(message, which).constraints
-        members = tuple(_from_message(member, depth + 1) for member in listed)
+        members = tuple(map(_from_message, getattr(message, which).constraints))
         return All(members) if which == "all" else Any_(members)
     raise InvalidConstraint("a constraint without an expression")
 
@@ -472,15 +474,11 @@ def _facts_around(members: tuple[Constraint, ...], size_bytes: int) -> Facts:
 
 
 def _within_limits(facts: Facts) -> Facts:
-    _check_depth(facts.depth)
+    if facts.depth > CONSTRAINT_DEPTH_MAX:
+        raise InvalidConstraint(f"a constraint is nested deeper than {CONSTRAINT_DEPTH_MAX} levels")
     check_parts(facts.parts)
     _check_size(facts.size_bytes)
     return facts
-
-
-def _check_depth(depth: int) -> None:
-    if depth > CONSTRAINT_DEPTH_MAX:
-        raise InvalidConstraint(f"a constraint is nested deeper than {CONSTRAINT_DEPTH_MAX} levels")
 
 
 def _check_size(size_bytes: int) -> None:

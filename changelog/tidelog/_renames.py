@@ -41,6 +41,7 @@ class Renames:
         open: bool,  # noqa: A002 - the word of the schema
     ) -> None:
         ordered = sorted(renames, key=attrgetter("version"))
+        _check_each_version(ordered)
         self._entities = entities
         self._version = version
         self._open = open
@@ -53,7 +54,6 @@ class Renames:
                 entity = self._entity_of_today(rename.entity, rename.version)
                 self._of_attributes.setdefault(entity, []).append(rename)
         self._check_targets(ordered)
-        _check_each_version(ordered)
 
     def upcast(self, entity: str, patch: Patch, schema_version: int, id_: str) -> tuple[str, Patch]:
         """

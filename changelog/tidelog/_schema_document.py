@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable
-from datetime import date, datetime, time
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -42,7 +41,7 @@ class SchemaParts(NamedTuple):
 
 
 class _EntityDocument(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    attributes: dict[str, Any]
+    attributes: dict[str, Any] = {}
     unique: list[str | list[str]] = []
     indexes: list[str] = []
 
@@ -141,7 +140,7 @@ def _entity(name: str, plain: Any) -> Entity:
 
 def _converted(plain: Any, kind: type[_T], place: str = "") -> _T:
     try:
-        return msgspec.convert(plain, kind, builtin_types=(datetime, date, time))
+        return msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
         raise InvalidSchema(f"{place}: {error}" if place else str(error)) from error
 

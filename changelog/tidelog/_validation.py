@@ -73,9 +73,11 @@ class EntityRules:
                     raise self._unknown(name, value, id_)
             elif value is not None:
                 # What `broken_rule` does, without a call for each attribute of each object.
-                kind, _, rule, _ = check
-                if (type(value) is not kind and kind is not None) or (rule is not None and rule(value) is not None):
-                    raise self._failed(name, value, check.broken_rule(value) or "", id_)
+                kind, phrase, rule, _ = check
+                if type(value) is not kind and kind is not None:
+                    raise self._failed(name, value, f"must be {phrase}", id_)
+                if rule is not None and (broken := rule(value)) is not None:
+                    raise self._failed(name, value, broken, id_)
         for name in self._required:
             if attributes.get(name) is None:
                 raise self._failed(name, None, _MUST_HAVE_VALUE, id_)

@@ -61,11 +61,13 @@ class AccessRule:
 
     def bound(self, claims: Mapping[str, Any]) -> AccessRule | None:
         """Return the rule with the principal's claims in place, or None if it lacks one of them."""
-        named = frozenset[str]().union(*(one.claims() for one in (self.where, self.check) if one is not None))
-        if any(claims.get(name) is None for name in named):
+        where, check = self.where, self.check
+        if where is not None and (where := bound(where, claims)) is None:
             return None
-        where = self.where.bind(claims) if self.where is not None else None
-        check = self.check.bind(claims) if self.check is not None else where
+        if check is None:
+            check = where
+        elif (check := bound(check, claims)) is None:
+            return None
         return AccessRule(self.role, self.entity, self.create, self.delete, self.read, self.write, where, check)
 
     def covers(self, attributes: Attributes) -> bool:
@@ -186,6 +188,13 @@ class Rights:
             if len(self._entities) < _ENTITIES_KEPT_MAX:
                 self._entities[name] = found
         return found
+
+
+def bound(constraint: Constraint, claims: Mapping[str, Any]) -> Constraint | None:
+    """Return a constraint with claims in place, or None if one is missing: then nothing is meant, whatever it says."""
+    if any(claims.get(name) is None for name in constraint.claims()):
+        return None
+    return constraint.bind(claims)
 
 
 def _check_written(rules: Iterable[AccessRule], written: Iterable[str]) -> None:

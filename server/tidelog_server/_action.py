@@ -108,7 +108,7 @@ class Action:
         self._position = 0
         self._begin_unit()
 
-    def begin(self, operation: Operation, position: int, *, renamed: bool = False, failure: bytes = b"") -> None:
+    def begin(self, operation: Operation, position: int, renamed: bool = False, failure: bytes = b"") -> None:  # noqa: FBT001, FBT002 - called for each operation
         """
         Attribute what follows to an operation.
 
@@ -118,7 +118,7 @@ class Action:
             renamed: Whether it was translated from names that the schema has given up.
             failure: Id of the failure that is retried; empty: none is.
         """
-        if position == 0:
+        if position == 0 and self._integrity is not None:
             self._begin_unit()
         self.operation = operation
         self.depth = 0
@@ -396,26 +396,32 @@ class Action:
         if self._is_releasing:
             return  # further up: a chain of any length needs no deeper stack
         self._is_releasing = True
-        while self._deleted:
-            target = self._deleted.popleft()
-            for source, attribute in integrity.referrers(target):
-                behaviour = self._behaviour(source[0], attribute)
-                if behaviour == "restrict":
-                    self._restricting.add(target)
-                    continue
-                if behaviour == "keep" or not self.overlay.exists(source):
-                    continue
-                self._cascaded_count += 1
-                if self._cascaded_count > CASCADE_OBJECTS_MAX:
-                    message = f"the deletion would change more than {CASCADE_OBJECTS_MAX} objects that refer to it"
-                    raise Refused(FailureReason.TOO_LARGE, message)
-                with self.deeper():
-                    if behaviour == "cascade":
-                        self.delete(source)
-                    else:
-                        cleared = _clearing(attribute, self.overlay.attributes(source)[attribute], target[1])
-                        self.update(source, cleared, cleared.encode())
-        self._is_releasing = False
+        try:
+            while self._deleted:
+                target = self._deleted.popleft()
+                for source, attribute in integrity.referrers(target):
+                    self._release(target, source, attribute)
+        finally:
+            self._is_releasing = False
+            self._deleted.clear()
+
+    def _release(self, target: ObjectKey, source: ObjectKey, attribute: str) -> None:
+        """Do what the schema says to an object that refers to a deleted one."""
+        behaviour = self._behaviour(source[0], attribute)
+        if behaviour == "restrict":
+            self._restricting.add(target)
+        if behaviour in {"restrict", "keep"} or not self.overlay.exists(source):
+            return
+        self._cascaded_count += 1
+        if self._cascaded_count > CASCADE_OBJECTS_MAX:
+            message = f"the deletion would change more than {CASCADE_OBJECTS_MAX} objects that refer to it"
+            raise Refused(FailureReason.TOO_LARGE, message)
+        with self.deeper():
+            if behaviour == "cascade":
+                self.delete(source)
+            else:
+                cleared = _clearing(attribute, self.overlay.attributes(source)[attribute], target[1])
+                self.update(source, cleared, cleared.encode())
 
     def _behaviour(self, entity: str, attribute: str) -> str:
         return next((one.on_delete for one in self._schema.references(entity) if one.attribute == attribute), "keep")

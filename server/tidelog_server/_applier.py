@@ -62,6 +62,7 @@ class UnitApplier:
     ) -> None:
         self._application = application
         self._overlay = overlay
+        self._synchronization = application.synchronization
         self._outcomes = outcomes
         self._replica = replica
         self._rights = rights if application.access_rules else None
@@ -124,12 +125,10 @@ class UnitApplier:
         if member.error is not None or operation is None:
             raise Refused(_reason_of(member.error), str(member.error))
         key = (operation.entity, operation.id)
-        if self._application.synchronization and not self._application.synchronization_of(key[0]).takes_uploads(
-            self._time_us
-        ):
+        if self._synchronization and not self._application.synchronization_of(key[0]).takes_uploads(self._time_us):
             raise Refused(FailureReason.ACCESS_DENIED, f"{key[0]} is not changed by replicas")
         action = self._action
-        action.begin(operation, position, renamed=member.renamed, failure=failure)
+        action.begin(operation, position, member.renamed, failure)
         if operation.kind is OperationKind.CREATE:
             version = action.create(key, member.patch.set, encoded_attributes(operation.patch))
         else:

@@ -23,7 +23,7 @@ from tidelog._errors import InvalidConstraint
 from tidelog._schema import Schema
 from tidelog._values import Attributes, check_name, decode_trusted, encode
 from tidelog.v1 import sync_pb2
-from tidelog_server._access import EVERYTHING, AccessRule, EntityRights
+from tidelog_server._access import EVERYTHING, AccessRule, EntityRights, bound
 from tidelog_server._application import Application
 from tidelog_server._indexes import by_version_prefix
 from tidelog_server._principal import Principal
@@ -174,7 +174,7 @@ class Projection:
         if found is None:
             offer = self._application.synchronization_of(name).offer
             if offer.where is not None:
-                offer = Download(offer.mode, offer.where.bind(self.principal.claims_and_identity()))
+                offer = Download(offer.mode, bound(offer.where, self.principal.claims_and_identity()) or NEVER)
             wish = self._wishes.get(name, _EVERYTHING)
             found = EntityProjection(name, self._rights.entity(name), offer, wish, self._application.schema)
             if len(self._entities) < ENTITIES_KEPT_MAX:

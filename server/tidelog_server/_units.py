@@ -58,7 +58,7 @@ def read_member(data: bytes, schema: Schema) -> Member:
     try:
         patch = operation.decoded_patch()
         renamed = False
-        if operation.schema_version < schema.version:
+        if schema.renames and operation.schema_version < schema.version:
             entity, current = schema.upcast(operation.entity, patch, operation.schema_version)
             if current is not patch or entity != operation.entity:
                 renamed = True

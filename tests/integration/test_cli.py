@@ -201,7 +201,7 @@ def test_synchronize_and_look(folder: Path) -> None:
         (["--where", "n=1"], ["apples"]),
         (["--where", "n=1.0"], []),
         (["--where", "n=NaN"], []),
-        (["--where", "n == 1"], ["apples"]),
+        (["--where", "n==1"], ["apples"]),
         (["--where", 'done == false or title contains "milk"'], ["apples", "milk"]),
         (["--where", "not exists(done)", "--where", 'title == ""'], ["blank"]),
         (["--where", "not exists(done)", "--where", "done=true"], []),
@@ -224,6 +224,7 @@ def test_query(folder: Path, options: list[str], expected: list[str]) -> None:
     [
         ("done", "expected one of == != < <= > >= in contains, at the end"),
         ("done == maybe", "at character 9: maybe"),
+        ("not done=true", "at character 9: =true"),
         ("n >= 1 and done=true", "expected one of == != < <= > >= in contains, at character 16: =true"),
         ("(n == 1", "expected 'and', 'or' or ')', at the end"),
         ('title == "\x1b[2J\n', 'at character 10: "\\x1b[2J'),

@@ -139,6 +139,11 @@ def stream(world: World, method: str, messages: Sequence[bytes]) -> Answer:
     return Answer(responses, None)
 
 
+def download_request(**fields: Any) -> bytes:
+    """Return a serialized request of a download."""
+    return sync_pb2.DownloadSnapshotsRequest(protocol_version=1, **fields).SerializeToString()
+
+
 def start(**fields: Any) -> bytes:
     """Return the first message of a session."""
     usual: dict[str, Any] = {"protocol_version": 1, "replica_id": REPLICA, "mode": sync_pb2.SYNCHRONIZE_MODE_ALL}
@@ -785,7 +790,7 @@ class TestBadRequests:
             stream(
                 world,
                 f"{SYNC}/DownloadSnapshots",
-                [sync_pb2.DownloadSnapshotsRequest(protocol_version=1, **{field: data}).SerializeToString()],
+                [download_request(**{field: data})],
             ),
         ]
 

@@ -1341,7 +1341,7 @@ class TestSimpleClients:
         world.lab.settle(*[create(n, f"t{n}") for n in range(1, 7)], replica=REPLICA_B)
         stub = sync_pb2_grpc.SyncServiceStub(world.channel())
 
-        def ask(**request: bytes) -> tuple[list[str], sync_pb2.DownloadStarted, sync_pb2.SessionComplete, bytes]:
+        def ask(**request: Any) -> tuple[list[str], sync_pb2.DownloadStarted, sync_pb2.SessionComplete, bytes]:
             responses = list(stub.DownloadSnapshots(sync_pb2.DownloadSnapshotsRequest(protocol_version=1, **request)))
             pages = [one.page for one in responses[1:-1]]
             ids = [one.id for page in pages for one in page.snapshots]

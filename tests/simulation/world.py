@@ -224,6 +224,18 @@ class FusedStore:
         """See `Store`."""
         return self._store.read(tenant)
 
+    def tenants(self) -> list[str]:
+        """See `Store`."""
+        return self._store.tenants()
+
+    def note(self, name: str) -> bytes:
+        """See `Store`."""
+        return self._store.note(name)
+
+    def set_note(self, name: str, value: bytes) -> None:
+        """See `Store`."""
+        self._store.set_note(name, value)
+
     def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
         """See `Store`; the transaction has ended when this returns."""
         world = self._world

@@ -188,6 +188,7 @@ class TestErrors:
             ('a == t"2026-01-31T12:00:00.1234567Z"', "this is not a timestamp"),
             ('a == t"0001-01-01T00:00:00+01:00"', "outside the years 1 to 9999"),
             ('a == b"x"', 'this is not base64, at character 6: b"x"'),
+            ('a == b"AP-_8="', "this is not base64"),
             ("a == 1e999", "a float is out of range, at character 6: 1e999"),
             ("a == 1E+9999999999999999999999d", "a decimal is out of range, at character 6: 1E+99999"),
             ("a == 1" + "0" * 200, "a number is longer than any value, at character 6: 1000"),
@@ -226,6 +227,8 @@ class TestLimits:
         assert parse_constraint(str(most)) == most
         with pytest.raises(InvalidConstraint, match="more than 1000 comparisons"):
             parse_constraint(f"{most} and exists(a)")
+        with pytest.raises(InvalidConstraint, match="more than 1000 comparisons"):
+            parse_constraint(f"{most} and exists(a) and exists(a) and and")  # what follows is not even read
 
     @pytest.mark.parametrize("value", [False, "\0", -32, None, 1.0e-300, "", {"": None}, {"": [[]]}])
     def test_the_largest_has_a_text(self, value: Any) -> None:

@@ -300,6 +300,7 @@ class TestLimits:
         size = CONSTRAINT_BYTES_MAX - (A == "x" * 60_000).to_message().ByteSize() + 60_000
         largest = Comparison("a", "==", "x" * size)
         message = comparison(attribute="a", operator=1, value=packed("x" * (size + 1)))
+        disregarded = comparison(attribute="a", operator=9, value=b"x" * CONSTRAINT_BYTES_MAX)
 
         assert largest.to_message().ByteSize() == CONSTRAINT_BYTES_MAX
         assert constraint_from_message(largest.to_message()) == largest
@@ -308,6 +309,7 @@ class TestLimits:
             lambda: ~largest,
             lambda: largest | A.exists(),
             lambda: constraint_from_message(message),
+            lambda: constraint_from_message(disregarded),
             lambda: (A == USER).bind({"user_id": "x" * (size + 1)}),
         ]
         for build in builds:
@@ -421,8 +423,9 @@ class TestPlanning:
             ((A == 1) | (B == 2), {}),
             ((A == 1) | B.exists(), {}),
             (((A == 1) & (B == 2)) | (A == 3), {"a": [1, 3]}),
-            ((A == 1) | NEVER, {"a": [1]}),
-            ((A == USER).bind({}) | (A == 1), {"a": [1]}),
+            (Any_((NEVER, A == 1)), {"a": [1]}),
+            (Any_((NEVER, NEVER)), {}),
+            (((A == USER) | (A == 1)).bind({}), {"a": [1]}),
         ],
     )
     def test_required_values(self, constraint: Constraint, required: dict[str, list[Any]]) -> None:

@@ -24,6 +24,7 @@ from tidelog._values import (
     decode_trusted,
     encode,
     equal,
+    literal,
     sort_key,
 )
 
@@ -385,6 +386,13 @@ class TestForPeople:
     def test_json(self, value: Any, expected: Any) -> None:
         """Whatever JSON lacks is written as text."""
         assert json.loads(as_json(value)) == expected
+
+    def test_literals(self) -> None:
+        """A literal of a constraint tells every type from every other; a timestamp is the instant, in UTC."""
+        noon = datetime(2026, 1, 31, 13, tzinfo=timezone(timedelta(hours=1)))
+        value = {"b": [1, 1.0, True, None, Decimal("1.0"), "1"], "a": noon, "c": b"1"}
+
+        assert literal(value) == ('{"a": t"2026-01-31T12:00:00Z", "b": [1, 1.0, true, null, 1.0d, "1"], "c": b"MQ=="}')
 
     def test_copies(self) -> None:
         """A copy has lists and maps of its own, at every level."""
