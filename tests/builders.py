@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
 import grpc
 import msgpack
@@ -30,11 +30,12 @@ from tidelog._keys import ObjectKey
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch, decode_patch
 from tidelog._schema import Schema
-from tidelog._values import decode_trusted, equal
+from tidelog._values import decode_trusted, encode, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
 from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
+from tidelog_server._indexes import Written, index_writes
 from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import ANONYMOUS
 from tidelog_server._records import (
@@ -511,6 +512,88 @@ def said(results: Iterable[Result]) -> list[str]:
     """Return each result as one word: APPLIED, HELD, NOT_READY, or the reason of a refusal."""
     names = {Status.APPLIED: "APPLIED", Status.HELD: "HELD", Status.NOT_READY: "NOT_READY"}
     return [names.get(result.status) or str(result.reason) for result in results]
+
+
+# --- a history made by hand --------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """
+    One change of one object.
+
+    Attributes:
+        key: Key of the object.
+        attributes: What it holds then. None: it is deleted.
+        replica: Who writes.
+        seq: The operation that it is part of.
+        by_hook: Whether a hook does it.
+    """
+
+    key: ObjectKey
+    attributes: dict[str, Any] | None
+    replica: bytes = REPLICA_B
+    seq: int = 1
+    by_hook: bool = False
+
+
+def write_steps(store: Store, steps: Sequence[Step], *, schema: Schema | None = None, tenant: str = TENANT) -> int:
+    """
+    Write changes in one transaction, with the entries in the indexes that a schema asks for.
+
+    Deleting what is not there changes nothing. Returns the newest version.
+    """
+
+    def job(reader: Reader) -> tuple[Writes, int]:
+        version = reader.head().version
+        states = dict(reader.objects(step.key for step in steps))
+        stored = dict(states)
+        changes = []
+        for step in steps:
+            state = states.get(step.key)
+            before = None if state is None or state.deleted else decode_trusted(state.attributes)
+            if before is None and step.attributes is None:
+                continue
+            version += 1
+            change, states[step.key] = _written(step, version, state, before)
+            changes.append(change)
+        written = {key: state for key, state in states.items() if key not in stored or stored[key] is not state}
+        index = index_writes(
+            schema or Schema(open=True),
+            [Written(key, _held(stored.get(key)), _held(state), state.version) for key, state in written.items()],
+            reader.index,
+        )
+        objects = {key: (state, stored[key].version if key in stored else 0) for key, state in written.items()}
+        return Writes(objects, changes, None, [], [], version, index), version
+
+    return store.submit(tenant, job).result()
+
+
+def _written(
+    step: Step, version: int, state: ObjectState | None, before: dict[str, Any] | None
+) -> tuple[Change, ObjectState]:
+    after, previous = step.attributes, state.version if state is not None else 0
+    images: Any = b""
+    if after is None:
+        kind, images = OperationKind.DELETE, encode(before)
+        new = ObjectState(version, state.created if state else 0, step.replica, True, False, b"")
+    elif before is None or state is None:
+        kind = OperationKind.CREATE
+        new = ObjectState(version, version, step.replica, False, not step.by_hook, encode(after))
+    else:
+        kind = OperationKind.UPDATE
+        names = {name for name in {*before, *after} if not equal(before.get(name), after.get(name))}
+        present = {name: value for name, value in before.items() if name in names}
+        images = encode([present, sorted(names - before.keys())])
+        is_sole = state.sole_writer and state.creator == step.replica and not step.by_hook
+        new = ObjectState(version, state.created, state.creator, False, is_sole, encode(after))
+    change = Change(
+        version, step.key, kind, b"", images, previous, step.replica, step.seq, step.by_hook, USER.user_id, TIME_US
+    )
+    return change, new
+
+
+def _held(state: ObjectState | None) -> dict[str, Any] | None:
+    return None if state is None or state.deleted else decode_trusted(state.attributes)
 
 
 # --- a server and its replicas ------------------------------------------------------

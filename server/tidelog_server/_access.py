@@ -150,6 +150,14 @@ class EntityRights:
                 raise Denied
             _check_written(accepting, written)
 
+    def check_written(self, before: Attributes, written: Iterable[str]) -> None:
+        """Raise Denied unless each of these attributes of an object may be written, whatever it becomes."""
+        if not self.writes_everything:
+            rules = [rule for rule in self.rules or () if rule.covers(before) and rule.write != _NOTHING]
+            if not rules:
+                raise Denied
+            _check_written(rules, written)
+
     def check_delete(self, before: Attributes) -> None:
         """Raise Denied unless an object may be deleted."""
         if not self.writes_everything and not any(rule.delete and rule.covers(before) for rule in self.rules or ()):

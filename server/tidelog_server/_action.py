@@ -11,11 +11,11 @@ with `by_hook` set on the change.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from tidelog._errors import InvalidValue, ValidationFailed
+from tidelog._errors import InvalidValue, ValidationFailed, quoted
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import OBJECT_BYTES_MAX
@@ -168,7 +168,7 @@ class Action:
             try:
                 self._schema.check_object(entity, attributes, id_)
             except ValidationFailed as error:
-                raise self._invalid(error) from error
+                raise self._invalid(key, attributes, error) from error
         if encoded is None:
             encoded = encode(attributes)
         self._check_size(key, encoded)
@@ -185,15 +185,17 @@ class Action:
         """Change an object; *encoded* are the patch's bytes."""
         state = self._existing(key)
         before = self.overlay.attributes(key)
+        rights = self._rights.entity(key[0]) if self._rights is not None and self.depth == 0 else None
         try:
+            if rights is not None:
+                rights.check_written(before, patch.written)
             after = patch.apply(before)
+            if rights is not None:
+                rights.check_update(before, after, patch.written)
         except InvalidValue as error:
-            raise Refused(FailureReason.VALIDATION_FAILED, f"{key[0]} {key[1]!r}: {error}") from error
-        if self._rights is not None and self.depth == 0:
-            try:
-                self._rights.entity(key[0]).check_update(before, after, patch.written)
-            except Denied as denied:
-                raise self._denied(key, "changed", denied) from denied
+            raise self._unfit(key, before, patch, error) from error
+        except Denied as denied:
+            raise self._denied(key, "changed", denied) from denied
         if self._policies and self.depth == 0:
             merged = self._merged(key, state, before, patch, after)
             if merged is None:
@@ -277,7 +279,7 @@ class Action:
             try:
                 self._schema.check_written(key[0], after, written, key[1])
             except ValidationFailed as error:
-                raise self._invalid(error) from error
+                raise self._invalid(key, after, error) from error
         if self._has_references:
             self._check_references(key, {name: after[name] for name in written if name in after}, before)
         after_encoded = encode(after)
@@ -335,7 +337,7 @@ class Action:
         try:
             mine = None if patch is None else patch.apply(found.mine)
         except InvalidValue as error:
-            raise Refused(FailureReason.VALIDATION_FAILED, f"{key[0]} {key[1]!r}: {error}") from error
+            raise self._unfit(key, before, patch or Patch(), error) from error
         merged = call(
             policy, copied(found.base), copied(before), copied(mine), key=key, rejected_as=FailureReason.CONFLICT
         )
@@ -356,11 +358,34 @@ class Action:
             return Refused(FailureReason.ATTRIBUTE_DENIED, message)
         return Refused(FailureReason.ACCESS_DENIED, f"{key[0]} {key[1]!r} may not be {what} like this by this user")
 
-    def _invalid(self, error: ValidationFailed) -> Refused:
-        """Refuse what breaks a rule of the schema; an author with an older schema could not know the rule."""
+    def _unfit(self, key: ObjectKey, before: Attributes, patch: Patch, error: InvalidValue) -> Refused:
+        """Refuse an intent that does not fit what is there; who may not read that is not told what it is."""
+        said: object = error
+        if not self._reads(key, before, {*patch.increment, *patch.add, *patch.remove}):
+            said = "what the operation means does not fit the present value"
+        return Refused(FailureReason.VALIDATION_FAILED, f"{key[0]} {key[1]!r}: {said}")
+
+    def _invalid(self, key: ObjectKey, attributes: Attributes, error: ValidationFailed) -> Refused:
+        """
+        Refuse what breaks a rule of the schema.
+
+        An author with an older schema could not know the rule. Who may not read the
+        value that comes of an intent is not told what it is.
+        """
         is_old = self.depth == 0 and 0 < self.operation.schema_version < self._schema.version
         reason = FailureReason.SCHEMA_MISMATCH if error.is_mismatch or is_old else FailureReason.VALIDATION_FAILED
+        if error.attribute and not self._reads(key, attributes, {error.attribute}):
+            return Refused(reason, f"{key[0]} {key[1]!r}: attribute {error.attribute!r} {error.rule}")
         return Refused(reason, error)
+
+    def _reads(self, key: ObjectKey, attributes: Attributes, names: Collection[str]) -> bool:
+        """Tell whether the author may know what these attributes of an object are."""
+        if self._rights is None:
+            return True
+        readable = self._rights.entity(key[0]).readable(attributes)
+        return readable is attributes or (
+            readable is not None and all(name in readable or name not in attributes for name in names)
+        )
 
     def _check_size(self, key: ObjectKey, encoded: bytes) -> None:
         if len(encoded) > OBJECT_BYTES_MAX:
@@ -375,14 +400,14 @@ class Action:
         for attribute, target in self._schema.referenced(entity, written):
             if target == key:
                 continue
-            if self.overlay.exists(target):
-                if self.depth or self._is_seen(target):
-                    continue
-                # Who may not see the target cannot refer to it anew, but may leave it referred to.
-                if known is None:
-                    known = set(self._schema.referenced(entity, before))
-                if (attribute, target) in known:
-                    continue
+            # Who may not see the target cannot refer to it.
+            if self.overlay.exists(target) and (self.depth or self._is_seen(target)):
+                continue
+            # What was there before may stay.
+            if known is None:
+                known = set(self._schema.referenced(entity, before))
+            if (attribute, target) in known:
+                continue
             self._references.require(
                 target,
                 f"{entity} {id_!r}: attribute {attribute!r} refers to {target[0]} {target[1]!r}, which does not exist",
@@ -428,8 +453,11 @@ class Action:
 
     def _taken_message(self, key: ObjectKey, names: tuple[str, ...]) -> str:
         attributes = self.overlay.attributes(key)
-        values = ", ".join(f"{name} {attributes.get(name)!r}" for name in names)
-        return f"{key[0]} {key[1]!r}: {values} is taken by another {key[0]}"
+        values = (
+            f"{name} {quoted(attributes.get(name))}" if self._reads(key, attributes, {name}) else name
+            for name in names
+        )
+        return f"{key[0]} {key[1]!r}: {', '.join(values)} is taken by another {key[0]}"
 
     def _blamed(self, position: int, reason: FailureReason, message: str) -> Refused:
         refusal = Refused(reason, message)

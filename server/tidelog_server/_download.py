@@ -26,7 +26,7 @@ from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server._history import undone_changes
-from tidelog_server._indexes import versions_of
+from tidelog_server._indexes import complete_since, versions_of
 from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
 from tidelog_server._store import Reader, Store
@@ -57,6 +57,14 @@ class Place(NamedTuple):
     previous_round_head: int
     first_head: int
 
+    def is_sound(self, head: Head) -> bool:
+        """Tell whether a download can have come to this place, with the head where it is now."""
+        return (
+            0 <= self.position <= self.round_head <= head.version
+            and 0 <= self.previous_round_head <= self.round_head
+            and 0 <= self.first_head <= self.round_head
+        )
+
 
 class Start(NamedTuple):
     """
@@ -66,11 +74,13 @@ class Start(NamedTuple):
         cursor: Where the replica's state stands; None: nowhere, so it is reconciled.
         reconciling: Entities that are reconciled although there is a cursor.
         place: Where an interrupted download goes on; None: it begins now.
+        is_foreign: Whether the replica has a state of which nothing is known here.
     """
 
-    cursor: splice_pb2.Cursor | None
-    reconciling: frozenset[str]
-    place: Place | None
+    cursor: splice_pb2.Cursor | None = None
+    reconciling: frozenset[str] = frozenset()
+    place: Place | None = None
+    is_foreign: bool = False
 
     @property
     def reconcile(self) -> bool:
@@ -91,6 +101,10 @@ class Start(NamedTuple):
         """Return the version that the replica's objects of an entity stand for; None: they are reconciled."""
         return None if self.cursor is None or entity in self.reconciling else self.cursor.version
 
+    def confirms(self, entity: str) -> bool:
+        """Tell whether the replica still has whatever its own operations led to."""
+        return not self.is_foreign and entity not in self.reconciling
+
     def is_at(self, head: Head) -> bool:
         """Tell whether the replica has everything up to *head*."""
         return self.cursor is not None and not self.reconciling and self.cursor.version == head.version
@@ -101,20 +115,17 @@ def start_of(
 ) -> Start:
     """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
     cursor = _valid_cursor(reader, identity, cursor_bytes)
-    reconciling: frozenset[str] = frozenset()
-    if cursor is not None:
-        scope, before = projection.scope, Scope(cursor.scope, cursor.entities)
-        names = {*scope.entities, *before.entities, *(reader.entities() if scope.default != before.default else ())}
-        reconciling = frozenset(
-            name for name in names if scope.of(name) != before.of(name) and projection.entity(name).mode.downloads
-        )
+    indexed_since = complete_since(reader.index)
+    reconciling = frozenset[str]() if cursor is None else _reconciling(reader, projection, cursor, indexed_since)
     place = None
     token = _parsed(splice_pb2.ResumeToken, resume_token)
     if token is not None:
-        place = _place(token)
-        if token != _token(identity, projection, cursor, place) or not _is_sound(place, reader.head()):
+        place = Place(*(getattr(token, name) for name in Place._fields))
+        # A download that began before the indexes were made anew may have passed over what reconciles now.
+        is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
+        if not is_sound or token != _token(identity, projection, cursor, place):
             place = None
-    return Start(cursor, reconciling, place)
+    return Start(cursor, reconciling, place, is_foreign=cursor is None and bool(cursor_bytes))
 
 
 def cursor_at(identity: Identity, head: Head, scope: Scope) -> bytes:
@@ -346,7 +357,7 @@ class _Scan:
         entity = self._projection.entity(source.entity)
         objects, has_more = source.objects(reader, place.position, page.objects_left, page.bytes_left)
         # A replica that saw a part of an object once cannot make up the rest from its own operations.
-        confirms = entity.shown.sees_whole_objects and source.entity not in self._start.reconciling
+        confirms = entity.shown.sees_whole_objects and self._start.confirms(source.entity)
         for version, key, state in objects:
             if page.is_full:
                 return place
@@ -472,6 +483,23 @@ def _valid_cursor(reader: Reader, identity: Identity, data: bytes) -> splice_pb2
     return None if is_old and reader.change(cursor.version + 1) is None else cursor
 
 
+def _reconciling(
+    reader: Reader, projection: Projection, cursor: splice_pb2.Cursor, indexed_since: int
+) -> frozenset[str]:
+    """Return the entities that have another projection than the cursor's, or whose index does not reach back to it."""
+    scope, before = projection.scope, Scope(cursor.scope, cursor.entities)
+    names = {*scope.entities, *before.entities}
+    if scope.default != before.default or cursor.version < indexed_since:
+        names.update(reader.entities())
+    found = set()
+    for name in names:
+        entity = projection.entity(name)
+        is_index_short = bool(entity.index_prefixes) and cursor.version < indexed_since
+        if entity.mode.downloads and (is_index_short or scope.of(name) != before.of(name)):
+            found.add(name)
+    return frozenset(found)
+
+
 def _token(
     identity: Identity, projection: Projection, cursor: splice_pb2.Cursor | None, place: Place
 ) -> splice_pb2.ResumeToken:
@@ -484,18 +512,6 @@ def _token(
         scope=scope.default + b"\0" + projection.principal.tenant.encode(),
         entities=scope.entities,
         **place._asdict(),
-    )
-
-
-def _place(token: splice_pb2.ResumeToken) -> Place:
-    return Place(*(getattr(token, name) for name in Place._fields))
-
-
-def _is_sound(place: Place, head: Head) -> bool:
-    return (
-        0 <= place.position <= place.round_head <= head.version
-        and 0 <= place.previous_round_head <= place.round_head
-        and 0 <= place.first_head <= place.round_head
     )
 
 

@@ -9,6 +9,7 @@ tells what it is about:
     v  entity NUL name NUL digest version -> id         objects that have, or had, a value: by version
     p  entity NUL name NUL digest id -> version         where in `v` an object stands
     d  cause failure                 -> nothing         failures because of a failure
+    s                                -> version         since when `v` has all that left a value
 
 Values are represented by a digest, because a key has a limited length: whoever looks
 something up compares with the record itself. Under `v` an object that no longer has
@@ -34,6 +35,7 @@ _REFERRER: Final = b"r"
 _BY_VERSION: Final = b"v"
 _PLACE: Final = b"p"
 _DEPENDENT: Final = b"d"
+_SINCE: Final = b"s"
 
 # The tables that follow from a schema and the objects alone.
 TABLES: Final = (_UNIQUE, _REFERRER, _BY_VERSION, _PLACE)
@@ -116,6 +118,17 @@ def referrer_of(key: bytes, target: ObjectKey) -> tuple[ObjectKey, str]:
 def by_version_prefix(entity: str, attribute: str, value: Any) -> bytes:
     """Return what the keys of the objects start with that have, or had, a value; the version follows."""
     return _BY_VERSION + _value_prefix(entity, attribute, value)
+
+
+def rebuilt(version: int) -> IndexWrites:
+    """Return what is to be noted when the table was made anew from the objects as they are at *version*."""
+    return {_SINCE: pack_position(version)}
+
+
+def complete_since(lookup: Callable[[bytes], bytes | None]) -> int:
+    """Return the version since which the entries by version tell of all objects that left a value."""
+    noted = lookup(_SINCE)
+    return unpack_position(noted) if noted is not None else 0
 
 
 def dependents_prefix(failure_id: bytes) -> bytes:

@@ -118,7 +118,7 @@ class EntityProjection:
         shown: What the replica has after a synchronization of mode all.
         index_prefixes: Where in the table of indexes the objects shown are found; None:
             all objects of the entity must be looked at.
-        fingerprint: What stands for all that is shown, and for how it is found.
+        fingerprint: What stands for all that is shown.
     """
 
     def __init__(self, name: str, rights: EntityRights, offer: Download, wish: Download, schema: Schema) -> None:
@@ -138,8 +138,7 @@ class EntityProjection:
                 self.index_prefixes = None
             else:
                 self.index_prefixes = tuple(sorted({by_version_prefix(name, index, value) for value in values}))
-            # An index knows what left a value only since it is there: with another one all is compared anew.
-            shape = (str(offer.where), str(wish.where), index)
+            shape = (str(offer.where), str(wish.where))
             self.fingerprint = rights.fingerprint() if shape == _PLAIN else _digest((rights.fingerprint(), *shape))
 
 
@@ -174,7 +173,7 @@ class Projection:
         if found is None:
             offer = self._application.synchronization_of(name).offer
             if offer.where is not None:
-                offer = Download(offer.mode, bound(offer.where, self.principal.claims_and_identity()) or NEVER)
+                offer = Download(offer.mode, _bound(offer.where, self.principal))
             wish = self._wishes.get(name, _EVERYTHING)
             found = EntityProjection(name, self._rights.entity(name), offer, wish, self._application.schema)
             if len(self._entities) < ENTITIES_KEPT_MAX:
@@ -233,7 +232,13 @@ def _checked(
     if hidden:
         raise InvalidConstraint(f"the constraint on {entity} uses {hidden[0]!r}, which may not be read")
     application.schema.check_constraint(entity, where)
-    return where.bind(principal.claims_and_identity())
+    return _bound(where, principal)
+
+
+def _bound(where: Constraint, principal: Principal) -> Constraint:
+    """Return a constraint with the principal's claims in place; as in a rule, nothing is meant if one is missing."""
+    found = bound(where, principal.claims_and_identity())
+    return NEVER if found is None else found
 
 
 def _rows_seen(rights: EntityRights) -> Constraint | None:
@@ -265,4 +270,4 @@ def _digest(shape: object) -> bytes:
 
 
 _EVERYTHING: Final = Download()
-_PLAIN: Final = ("None", "None", None)
+_PLAIN: Final = ("None", "None")

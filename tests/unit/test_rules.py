@@ -318,6 +318,25 @@ class TestAccess:
         assert settle(lab, ANN, update(1, "o1", {"note": "x"}, entity="Order")) == ["APPLIED"]
         assert lab.attributes("c1", "Customer") == {"number": 1, "name": "counted"}
 
+    def test_a_refusal_says_nothing_of_what_may_not_be_read(self) -> None:
+        """Intents on attributes that their author may not read are refused without quoting the value."""
+        lab = shop()
+        lab.application.allow("technician", "Order", read=["note"], write=["note", "count", "secret"])
+        lab.application.allow("technician", "Customer", read=["name"], write=["number"])
+        lab.application.allow("dispatcher", "*", write="*")
+        assert settle(
+            lab, DISPATCHER, update(1, "o1", {"secret": "moonlight", "owner": "moonlight"}, entity="Order")
+        ) == ["APPLIED"]
+
+        results = lab.session(b"c" * 16, principal=ANN).settle(
+            update(1, "o1", entity="Order", increment={"secret": 1}),
+            update(2, "o1", entity="Order", add={"owner": ["x"]}),
+            update(3, "c1", entity="Customer", increment={"number": -777}),
+        )
+
+        assert said(results) == ["VALIDATION_FAILED", "ATTRIBUTE_DENIED", "VALIDATION_FAILED"]
+        assert not any(secret in result.message for result in results for secret in ("moonlight", "776"))
+
     def test_an_entity_that_takes_no_uploads(self) -> None:
         """A read-only entity refuses operations, but not before the date that was granted."""
         lab = shop()
