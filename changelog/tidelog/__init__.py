@@ -27,6 +27,7 @@ from tidelog._downloads import Download, DownloadMode
 from tidelog._entity import Entity, EntityReference, Rename
 from tidelog._errors import (
     DiskFull,
+    DownloadRefused,
     ForeignServer,
     FormatUnsupported,
     InheritedEnvironment,
@@ -71,6 +72,7 @@ __all__ = [
     "DiskFull",
     "Download",
     "DownloadMode",
+    "DownloadRefused",
     "Entity",
     "EntityReference",
     "Enumeration",

@@ -80,6 +80,16 @@ def parse_constraint(text: str) -> Constraint:
     return _Reader(text).read()
 
 
+def parse_value(text: str) -> Any:
+    """
+    Read a value as constraints write it: JSON, and what JSON has no types for.
+
+    Raises:
+        InvalidConstraint: The text is no value, and where.
+    """
+    return _Reader(text).read_value()
+
+
 class _Token(NamedTuple):
     kind: str
     text: str
@@ -100,6 +110,12 @@ class _Reader:
         if self._token.kind != "end":
             self._expected("'and', 'or' or the end")
         return constraint
+
+    def read_value(self) -> Any:
+        value = self._value(1)
+        if self._token.kind != "end":
+            self._expected("the end")
+        return value
 
     def _expression(self, depth: int) -> Constraint:
         members = [self._conjunction(depth)]

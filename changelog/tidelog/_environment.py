@@ -43,6 +43,7 @@ MAP_BYTES_DEFAULT: Final = 1024**4
 DATABASES_MAX: Final = 32
 READERS_MAX: Final = 1024
 
+SCAN_PAGE_KEYS: Final = 500
 LITTLE_ROOM_BYTES: Final = 16 * 1024 * 1024
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -320,6 +321,22 @@ def put_many(transaction: LmdbTransaction, database: LmdbDatabase, items: list[t
         cursor = transaction.cursor(database)
         cursor.putmulti(items)
         cursor.close()
+
+
+def scan_keys(transaction: LmdbTransaction, database: LmdbDatabase, prefix: bytes = b"") -> Iterator[bytes]:
+    """Iterate over the keys with a prefix; between two steps entries may be put and deleted."""
+    start = prefix
+    while True:
+        cursor = transaction.cursor(database)
+        found = cursor.set_range(start) if start else cursor.first()
+        page: list[bytes] = []
+        while found and len(page) < SCAN_PAGE_KEYS and cursor.key().startswith(prefix):
+            page.append(cursor.key())
+            found = cursor.next()
+        yield from page
+        if len(page) < SCAN_PAGE_KEYS:
+            return
+        start = page[-1] + b"\0"
 
 
 @contextmanager

@@ -24,6 +24,7 @@ What tidelog raises.
     - TokenUnavailable           the program's token provider failed
     - Unauthenticated            the server does not accept the credentials
     - PermissionRefused          the server does not let this principal do that
+    - DownloadRefused            the replica asks for objects by what it may not ask for
     - ProtocolUnsupported        client and server speak different versions
     - ProtocolViolated           the other side sent what the protocol does not allow
     - ReplicaForked              the server knows another log under this replica's id
@@ -234,6 +235,15 @@ class Unauthenticated(SynchronizationError):
 
 class PermissionRefused(SynchronizationError):
     """The server does not let this principal use this replica."""
+
+
+class DownloadRefused(SynchronizationError):
+    """
+    The server does not take a constraint on what the replica wants to download.
+
+    It uses an attribute that may not be read, or does not fit the schema: open the
+    replica with another one.
+    """
 
 
 class ProtocolUnsupported(SynchronizationError):

@@ -14,6 +14,7 @@ from typing import Any
 
 from tidelog._errors import InvalidValue
 from tidelog._operation import Operation, OperationKind, decode_operation
+from tidelog._values import as_json
 from tidelog.v1 import failure_pb2, operation_pb2
 
 
@@ -146,3 +147,14 @@ def operation_as_data(operation: Operation) -> dict[str, Any]:
     if operation.group is not None:
         data["group"] = operation.group._asdict()
     return data
+
+
+def operation_in_short(operation: Operation) -> str:
+    """Return what an operation does to the attributes, in a line for people."""
+    data = operation_as_data(operation)
+    parts = [f"{name}={as_json(value)}" for name, value in data.get("set", {}).items()]
+    parts += [f"-{name}" for name in data.get("unset", ())]
+    parts += [f"{name}+={as_json(value)}" for name, value in data.get("increment", {}).items()]
+    parts += [f"{name} add {as_json(value)}" for name, value in data.get("add", {}).items()]
+    parts += [f"{name} remove {as_json(value)}" for name, value in data.get("remove", {}).items()]
+    return ", ".join(parts) or data.get("unreadable", "")

@@ -66,7 +66,8 @@ class ExitCode(enum.IntEnum):
 
 
 _EPILOG: Final = (
-    "Exit codes: 0 done; 1 done, but operations were refused (sync) or there is no such object (get); "
+    "Exit codes: 0 done; 1 done, but operations were refused (sync, failures retry), or there is no such object "
+    "(get) or failure; "
     "2 wrong usage; 3 the server is unavailable, or the address to serve at is taken: try again; "
     "4 another synchronization of the replica is running: try again; 5 storage problem; "
     "6 the server refuses for another reason."
@@ -83,6 +84,14 @@ _EXIT_CODES: Final[tuple[tuple[type[Exception], ExitCode], ...]] = (
     (TidelogError, ExitCode.USAGE),
     (OSError, ExitCode.STORAGE),
 )
+
+
+def checked_address(value: str | None) -> str | None:
+    """Check an option that names an address. The callback of such options."""
+    try:
+        return None if value is None else check_address(value)
+    except InvalidValue as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 TOKEN_VARIABLE: Final = "TIDELOG_TOKEN"  # noqa: S105 - a name
@@ -104,6 +113,19 @@ TlsCertificateOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Speak TLS; show the server this certificate.")
 ]
 TlsKeyOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of --tls-certificate.")]
+
+
+ServerOption = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        envvar="TIDELOG_SERVER",
+        metavar="HOST:PORT",
+        callback=checked_address,
+        help="The server.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
 class Column(NamedTuple):
@@ -162,6 +184,16 @@ def build_app() -> typer.Typer:
     return app
 
 
+def shared_group(app: typer.Typer, name: str) -> typer.Typer:
+    """Return the group of commands of this name: parts that do not know each other add to the same one."""
+    for known in app.registered_groups:
+        if known.name == name and known.typer_instance is not None:
+            return known.typer_instance
+    made = typer.Typer(rich_markup_mode=None)
+    app.add_typer(made, name=name)
+    return made
+
+
 def printable(text: str) -> str:
     """Return *text* with what a terminal would not print escaped: what others wrote must not steer it."""
     if text.isprintable():
@@ -207,14 +239,6 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, liv
             print(line.rstrip())
         sys.stdout.flush()
         header = False
-
-
-def checked_address(value: str | None) -> str | None:
-    """Check an option that names an address. The callback of such options."""
-    try:
-        return None if value is None else check_address(value)
-    except InvalidValue as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def given_token(token_file: Path | None) -> str | None:

@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
@@ -74,13 +74,19 @@ class Committer:
     """
     Appends intents to the log, those of many threads together.
 
-    Attributes:
+    Args:
+        storage: The replica's data.
         schema: The program's schema, which whatever is appended fits; None: everything does.
+        never: Entities that the program wants to keep out of ordinary synchronizations.
+
+    Attributes:
+        schema: See above.
     """
 
-    def __init__(self, storage: Storage, schema: Schema | None) -> None:
+    def __init__(self, storage: Storage, schema: Schema | None, never: Collection[str] = ()) -> None:
         self.schema = schema
         self._storage = storage
+        self._never = frozenset(never)
         self._turn = threading.Lock()
         self._waiting: deque[_Commit] = deque()
 
@@ -112,7 +118,7 @@ class Committer:
         def work(transaction: LmdbTransaction) -> None:
             for commit in commits:
                 commit.error = commit.last_entry = None
-                builder = _Builder(self._storage, transaction, self.schema)
+                builder = _Builder(self._storage, transaction, self.schema, self._never)
                 try:
                     builder.build(commit.intents, atomic=commit.atomic)
                 except InvalidValue as error:
@@ -161,10 +167,13 @@ class _Commit:
 class _Builder:
     """Makes the operations of one commit and follows what they do to the view."""
 
-    def __init__(self, storage: Storage, transaction: LmdbTransaction, schema: Schema | None) -> None:
+    def __init__(
+        self, storage: Storage, transaction: LmdbTransaction, schema: Schema | None, never: frozenset[str]
+    ) -> None:
         self._storage = storage
         self._transaction = transaction
         self._schema = schema
+        self._never = never
         self._views: dict[bytes, tuple[ViewRecord | None, ViewRecord | None]] = {}
         self._operations: list[Operation] = []
         self._encoded: list[bytes] = []
@@ -177,6 +186,8 @@ class _Builder:
         is_group = atomic and len(intents) > 1
         if is_group and len(intents) > GROUP_OPERATIONS_MAX:
             raise LimitExceeded(f"a commit group of {len(intents)} operations: the limit is {GROUP_OPERATIONS_MAX}")
+        if is_group:
+            self._check_entities({intent.entity for intent in intents})
         for position, intent in enumerate(intents):
             key = pack_object_key(intent.entity, intent.id)
             before, now = self._view(key)
@@ -209,6 +220,17 @@ class _Builder:
             self._encoded.append(data)
         if is_group and (size_bytes := sum(map(len, self._encoded))) > GROUP_BYTES_MAX:
             raise LimitExceeded(f"a commit group of {size_bytes} bytes: the limit is {GROUP_BYTES_MAX}")
+
+    def _check_entities(self, entities: set[str]) -> None:
+        """Refuse a commit group that could never be uploaded whole."""
+        if len(entities) == 1:
+            return
+        never = entities & (self._never | self._storage.never(self._transaction))
+        if never and never != entities:
+            raise InvalidValue(
+                f"a commit group over {', '.join(sorted(entities))}: it cannot hold {', '.join(sorted(never))}, "
+                "of download mode 'never', together with others; commit them apart"
+            )
 
     def write(self) -> None:
         self._storage.write_commit(self._transaction, self._operations, self._encoded, self._views)

@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 from tidelog._address import host_of, is_loopback
 from tidelog._channel import ClientTls, Metadata, authorization, check_token, open_channel
 from tidelog._errors import (
+    DownloadRefused,
     PermissionRefused,
     ProtocolUnsupported,
     ProtocolViolated,
@@ -42,6 +43,7 @@ _BY_REASON: Final[dict[str, type[SynchronizationError]]] = {
     "PROTOCOL_VERSION_UNSUPPORTED": ProtocolUnsupported,
     "REPLICA_FORKED": ReplicaForked,
     "REPLICA_OWNED": PermissionRefused,
+    "CONSTRAINT_INVALID": DownloadRefused,
     "REQUEST_INVALID": ProtocolViolated,
     "OPERATIONS_OUT_OF_ORDER": ProtocolViolated,
 }

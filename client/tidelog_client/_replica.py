@@ -16,10 +16,11 @@ import uuid_utils
 from tidelog._address import check_address
 from tidelog._channel import ClientTls
 from tidelog._constraints import Constraint, Where, attribute, constraint_of
+from tidelog._downloads import Download, DownloadMode, DownloadWish, downloads_of
 from tidelog._environment import MAP_BYTES_DEFAULT
 from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
 from tidelog._failure import SynchronizationFailure
-from tidelog._limits import SELECTION_OBJECTS_MAX
+from tidelog._limits import MESSAGE_BYTES_MAX, SELECTION_OBJECTS_MAX
 from tidelog._logging import get_logger
 from tidelog._operation import Operation
 from tidelog._patch import Patch
@@ -37,6 +38,8 @@ from tidelog_client._synchronizer import Synchronizer
 
 LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
 LOG_RETENTION_BYTES_DEFAULT: Final = 1024**3
+# It must fit, with the rest, into the first message of a session.
+DOWNLOADS_BYTES_MAX: Final = MESSAGE_BYTES_MAX // 2
 TRIM_STEP_OPERATIONS: Final = 10_000
 TAIL_POLL_SECONDS: Final = 0.05
 
@@ -82,6 +85,10 @@ class Replica:
             appended, and its version goes with each operation. None: everything is
             accepted, and the references that the server names at the first
             synchronization are used.
+        download: How much the replica wants of each entity when everything is synchronized,
+            where that is less than the server offers: a `DownloadMode` or its name, or a
+            constraint on the objects it wants. It may want something else each time it is
+            opened: objects come and go accordingly at the next `synchronize_all`.
         durability: "full": each commit waits until it is on disk. "relaxed": it skips
             the last of two syncs, and a power cut may take the newest commits, never
             order or integrity.
@@ -91,8 +98,10 @@ class Replica:
         map_bytes: Address space for the data at first; it grows by itself.
 
     Raises:
-        InvalidValue: *server* or *durability* is none, no header can carry *token*, or a
-            file of *tls* is not what it should be.
+        InvalidValue: *server*, *durability* or *download* is none, no header can carry
+            *token*, or a file of *tls* is not what it should be.
+        InvalidConstraint: A constraint in *download* makes no sense, or does not fit *schema*.
+        LimitExceeded: *download* is larger than any server would take.
         FormatUnsupported: The directory holds something else.
         DiskFull, StorageError: The directory cannot be used.
     """
@@ -105,6 +114,7 @@ class Replica:
         token: TokenSource = None,
         tls: ClientTls | bool = False,
         schema: Schema | None = None,
+        download: Mapping[str, DownloadWish] | None = None,
         durability: Durability = "full",
         log_retention: timedelta = LOG_RETENTION_DEFAULT,
         log_retention_bytes: int = LOG_RETENTION_BYTES_DEFAULT,
@@ -112,6 +122,7 @@ class Replica:
     ) -> None:
         if durability not in ("full", "relaxed"):
             raise InvalidValue(f"durability is 'full' or 'relaxed', got {durability!r}")
+        downloads = _checked_downloads(download or {}, schema)
         connection = None
         if server is not None:
             tls_used = ClientTls() if tls is True else tls or None
@@ -121,9 +132,10 @@ class Replica:
         self._log_retention = log_retention
         self._log_retention_bytes = log_retention_bytes
         self._storage = Storage(self.path, relaxed=durability == "relaxed", map_bytes=map_bytes)
-        self._committer = Committer(self._storage, schema)
         schema_version = schema.version if schema is not None else 0
-        self._synchronizer = Synchronizer(self._storage, connection, schema_version)
+        never = [entity for entity, one in downloads.items() if one.mode is DownloadMode.NEVER]
+        self._committer = Committer(self._storage, schema, never)
+        self._synchronizer = Synchronizer(self._storage, connection, schema_version, downloads)
 
     @property
     def replica_id(self) -> str:
@@ -460,6 +472,19 @@ class Replica:
         if self._schema is not None:
             return self._schema
         return Schema.from_message(schema_pb2.Schema.FromString(self._storage.meta("schema")))
+
+
+def _checked_downloads(wishes: Mapping[str, DownloadWish], schema: Schema | None) -> dict[str, Download]:
+    downloads = downloads_of(wishes)
+    if schema is not None:
+        for entity, one in downloads.items():
+            schema.check_constraint(entity, one.where)
+    size_bytes = sum(one.to_message(entity).ByteSize() for entity, one in downloads.items())
+    if size_bytes > DOWNLOADS_BYTES_MAX:
+        raise LimitExceeded(
+            f"what is to be downloaded takes {size_bytes} bytes to say: the limit is {DOWNLOADS_BYTES_MAX}"
+        )
+    return downloads
 
 
 def _pair(value: Any) -> tuple[str, str]:

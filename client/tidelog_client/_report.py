@@ -19,6 +19,7 @@ class SkipReason(enum.StrEnum):
     UNCOMMITTED = "UNCOMMITTED"
     DELETED = "DELETED"
     NOT_READY = "NOT_READY"
+    NEVER = "NEVER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,11 @@ class Skipped:
 
     Attributes:
         entity: Type of the object.
-        id: Its id.
+        id: Its id; empty for `NEVER`, which stands for all operations on the entity that stay behind.
         reason: Why.
         message: Why, in a sentence for people.
-        seq: The operation that stays pending, or None if it is the object that was left out.
+        seq: The operation that stays pending, or None if it is the object, or several, that were left out.
+        count: How many were left out: 1 but for `NEVER`.
     """
 
     entity: str
@@ -39,6 +41,7 @@ class Skipped:
     reason: SkipReason
     message: str
     seq: int | None = None
+    count: int = 1
 
 
 class PublishedCounts(NamedTuple):
@@ -105,7 +108,8 @@ class Report:
         held: Operations that had to wait for others in this synchronization.
         downloaded: Snapshots taken in.
         confirmed: Objects of which the server said that they are as this replica made them.
-        removed: Objects that are gone from the replica because they are gone on the server.
+        removed: Objects that left the replica: they are gone on the server, or no longer visible,
+            or no longer of what the replica is to hold.
         sent_bytes: Bytes of the messages sent.
         received_bytes: Bytes of the messages received.
         attempts: How many times the server was called: 1 unless the network failed.
@@ -136,13 +140,16 @@ class Report:
         """Count an attempt; what an earlier one said of operations left open is said anew."""
         self.attempts += 1
         self.held = 0
-        self.skipped = [one for one in self.skipped if one.seq is None]
+        self.skipped = [one for one in self.skipped if one.reason not in _OF_AN_ATTEMPT]
 
     def count_published(self, counts: PublishedCounts) -> None:
         """Add what a part of the download brought."""
         self.downloaded += counts.downloaded
         self.confirmed += counts.confirmed
         self.removed += counts.removed
+
+
+_OF_AN_ATTEMPT: Final = (SkipReason.NOT_READY, SkipReason.NEVER)
 
 
 class Phase(enum.StrEnum):

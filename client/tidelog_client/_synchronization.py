@@ -11,19 +11,29 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from tidelog import _limits
-from tidelog._errors import ForeignServer, InvalidSchema, ProtocolUnsupported, ProtocolViolated, ReplicaForked
+from tidelog._downloads import Download
+from tidelog._errors import (
+    ForeignServer,
+    InvalidSchema,
+    PermissionRefused,
+    ProtocolUnsupported,
+    ProtocolViolated,
+    ReplicaForked,
+)
 from tidelog._operation import decode_operation
 from tidelog._schema import Schema
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import operation_pb2, sync_pb2
+from tidelog_client._plans import Plans
 from tidelog_client._report import OnProgress, Phase, Progress, Report, Skipped, SkipReason
 from tidelog_client._selection import Selection
+from tidelog_client._upload import Sieve, Upload, upload_of
 
 if TYPE_CHECKING:
     from tidelog_client._storage import Storage
@@ -40,6 +50,13 @@ class Mode(enum.IntEnum):
     ALL = sync_pb2.SYNCHRONIZE_MODE_ALL
     UNSYNCHRONIZED = sync_pb2.SYNCHRONIZE_MODE_UNSYNCHRONIZED
     SELECTED = sync_pb2.SYNCHRONIZE_MODE_SELECTED
+
+
+class PlansChanged(Exception):
+    """The session was begun on what the server had said of its plans before: another attempt knows better."""
+
+    def __init__(self) -> None:
+        super().__init__("the server changed which entities it takes operations of")
 
 
 class _Stage(enum.Enum):
@@ -67,6 +84,7 @@ class Synchronization:
         *,
         selection: Selection | None = None,
         schema_version: int = 0,
+        downloads: Mapping[str, Download] | None = None,
     ) -> None:
         self._storage = storage
         self._mode = mode
@@ -74,16 +92,17 @@ class Synchronization:
         self._on_progress = on_progress
         self._selection = selection
         self._schema_version = schema_version
+        self._downloads = downloads or {}
+        self._plans = Plans()
         self._stage = _Stage.OPENING
         self._limits = sync_pb2.Limits()
         self._until = 0
-        self._total = 0
+        self._upload = Upload(0, leaves_earlier=False, left_behind={})
         self._results_count = 0
         self._batches: Iterator[list[tuple[int, bytes]]] = iter(())
         # The operations of the batches under way, and of those held by the server.
         self._in_flight: deque[list[int]] = deque()
         self._held: set[int] = set()
-        self._reconcile = False
         self._pages: list[bytes] = []
         self._pages_bytes = 0
         self._pages_objects = 0
@@ -102,27 +121,29 @@ class Synchronization:
     def begin(self) -> list[bytes | None]:
         """Return the first messages."""
         storage = self._storage
-        if self._selection is not None:
-            self._total = len(self._selection.seqs)
-        else:
-            with storage.environment.read() as transaction:
-                self._until = storage.last_seq(transaction)
-            self._total = storage.pending_count()
+        with storage.environment.read() as transaction:
+            self._until = storage.last_seq(transaction)
+        self._plans = Plans.decode(storage.meta("plans"))
+        self._upload = self._planned_upload()
         start = sync_pb2.SessionStart(
             protocol_version=_limits.PROTOCOL_VERSION,
             replica_id=storage.replica_id,
             mode=int(self._mode),  # type: ignore[arg-type]  # the same numbers
             schema_version=self._schema_version,
             cursor=storage.meta("cursor"),
-            uploading=self._total > 0,
-            leaves_earlier_operations=self._selection is not None and self._selection.leaves_earlier,
+            uploading=self._upload.operation_count > 0,
+            leaves_earlier_operations=self._upload.leaves_earlier,
             accepts_confirmations=not storage.meta("state_lost"),
+            downloads=[download.to_message(entity) for entity, download in self._downloads.items()],
+            bound_tenant=storage.meta("tenant").decode(),
+            bound_user_id=storage.meta("user_id").decode(),
         )
         if self._mode is Mode.ALL:
             start.resume_token = storage.meta("resume_token")
+            start.reconcile_entities.extend(_names(storage.meta("in_doubt")))
         self._on_progress(Progress(Phase.CONNECT, 0, None))
         messages: list[bytes | None] = [_request(start=start.SerializeToString())]
-        if not self._total:
+        if not start.uploading:
             messages.extend(self._end_of_upload())  # nothing to wait for: saves a round trip
         return messages
 
@@ -131,8 +152,9 @@ class Synchronization:
         Take in a message and return what is to be sent next.
 
         Raises:
-            ProtocolViolated, ProtocolUnsupported, ForeignServer: The attempt is over.
+            ProtocolViolated, ProtocolUnsupported, PermissionRefused, ForeignServer: The attempt is over.
             StateLost: The attempt is over; another one will get all states.
+            PlansChanged: The attempt is over; another one will begin as it should.
         """
         response = _parsed(splice_pb2.SynchronizeResponseSplice, data)
         which = response.WhichOneof("message")
@@ -163,12 +185,13 @@ class Synchronization:
         self._adopt(started)
         self._check_log(started.settled)
         self._limits = started.limits
-        self._reconcile = started.reconcile
+        self._check_upload(Plans(started))
         if self._mode is not Mode.ALL:
-            self._storage.discard_merge()
+            self._storage.publication.discard_merge()
+            self._note_doubts()
         elif not started.resumed:
-            self._storage.discard_staged()
-        if not self._total:
+            self._storage.publication.discard_staged()
+        if not self._upload.operation_count:
             self._stage = _Stage.SETTLING
             return []
         self._stage = _Stage.UPLOADING
@@ -182,11 +205,19 @@ class Synchronization:
                 break
         return messages
 
+    def _note_doubts(self) -> None:
+        """Remember the entities of which this session may bring what the cursor does not stand for."""
+        known = _names(self._storage.meta("in_doubt"))
+        in_doubt = known | {entity for entity in self._plans.modes if self._plans.reconciles(entity)}
+        if in_doubt != known:
+            self._storage.set_meta(in_doubt=b"\0".join(entity.encode() for entity in sorted(in_doubt)))
+
     def _adopt(self, started: sync_pb2.SessionStarted) -> None:
         storage = self._storage
         epoch = storage.meta("epoch").decode()
         if epoch and epoch != started.epoch:
             raise ForeignServer(expected=epoch, actual=started.epoch)
+        values = self._owner(started)
         schema = b""
         if started.HasField("schema"):
             try:
@@ -194,8 +225,27 @@ class Synchronization:
             except InvalidSchema as error:
                 raise ProtocolViolated(f"the server's schema cannot be read: {error}") from error
             schema = started.schema.SerializeToString()
-        if not epoch or storage.meta("schema") != schema:
-            storage.set_meta(epoch=started.epoch.encode(), schema=schema)
+        values |= {
+            "epoch": started.epoch.encode(),
+            "schema": schema,
+            "plans": Plans(started).lasting().encode(),
+        }
+        if any(storage.meta(name) != value for name, value in values.items()):
+            storage.set_meta(**values)
+
+    def _owner(self, started: sync_pb2.SessionStarted) -> dict[str, bytes]:
+        """Return what is to be remembered of whom the replica belongs to; older servers do not say it."""
+        values = {}
+        for name, what, actual in (("tenant", "tenant", started.tenant), ("user_id", "user", started.user_id)):
+            bound = self._storage.meta(name).decode()
+            if bound and actual and actual != bound:
+                raise PermissionRefused(
+                    f"this replica belongs to the {what} {bound!r}, the server takes its caller for {actual!r}: "
+                    "use the credentials of its owner, or another replica directory"
+                )
+            if actual:
+                values[name] = actual.encode()
+        return values
 
     def _check_log(self, settled: sync_pb2.SettledOperations) -> None:
         """Compare the newest operation that the server settled with this log: a copy of it went on elsewhere?"""
@@ -214,6 +264,21 @@ class Synchronization:
                 f"the server has settled seq {settled.newest_seq} of replica {storage.replica_id}, "
                 "which is not in this log: the directory is a copy, or was restored from one"
             )
+
+    def _planned_upload(self) -> Upload:
+        if self._selection is not None:
+            return Upload(len(self._selection.seqs), self._selection.leaves_earlier, {})
+        return upload_of(self._storage, self._plans.upload_excluded, until=self._until)
+
+    def _check_upload(self, plans: Plans) -> None:
+        """Take over the server's plans, if they allow of what the session was begun with."""
+        begun, known = self._upload, self._plans
+        self._plans = plans
+        if plans.upload_excluded != known.upload_excluded:
+            self._upload = self._planned_upload()
+            if not self._upload.begins_like(begun):
+                raise PlansChanged
+        self._report.skipped += self._upload.skipped()
 
     def _next_batch(self) -> list[bytes | None]:
         batch = next(self._batches, None)
@@ -245,11 +310,14 @@ class Synchronization:
     def _batched_operations(self) -> Iterator[list[tuple[int, bytes]]]:
         """Yield batches in log order: within the server's limits, a commit group never in two."""
         seqs = None if self._selection is None else self._selection.seqs
+        excluded = self._plans.upload_excluded
+        sieve = Sieve(excluded) if excluded and seqs is None else None
         after = 0
         while batch := self._storage.upload_batch(
             after=after,
             until=self._until,
             seqs=seqs,
+            sieve=sieve,
             count_max=self._limits.batch_operation_count,
             bytes_max=self._limits.batch_bytes,
         ):
@@ -302,7 +370,7 @@ class Synchronization:
             self._report.rejected += counts.rejected
             self._report.failures.add(counts.failures)
         self._results_count += len(results)
-        self._on_progress(Progress(Phase.UPLOAD, self._results_count, self._total))
+        self._on_progress(Progress(Phase.UPLOAD, self._results_count, self._upload.operation_count))
 
     def _not_ready(self, result: operation_pb2.OperationResult) -> None:
         with self._storage.environment.read() as transaction:
@@ -320,9 +388,9 @@ class Synchronization:
         self._pages_objects += count
         if self._pages_bytes >= STAGE_BYTES:
             if self._mode is Mode.ALL:
-                self._storage.stage(self._pages, self._pages_objects, message.resume_token)
+                self._storage.publication.stage(self._pages, self._pages_objects, message.resume_token)
             else:
-                self._storage.stage_merge(self._pages)
+                self._storage.publication.stage_merge(self._pages)
             self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
         self._downloaded_count += count
         self._on_progress(Progress(Phase.DOWNLOAD, self._downloaded_count, None))
@@ -332,15 +400,15 @@ class Synchronization:
         if self._mode is Mode.ALL:
             if not complete.cursor:
                 raise ProtocolViolated("the server completed the download without a cursor")
-            counts = self._storage.publish(
+            counts = self._storage.publication.publish(
                 self._pages,
                 self._pages_objects,
                 cursor=complete.cursor,
                 version=complete.version,
-                reconcile=self._reconcile,
+                plans=self._plans,
             )
         else:
-            counts = self._storage.merge(self._pages)
+            counts = self._storage.publication.merge(self._pages)
         self._report.count_published(counts)
         self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE
@@ -348,6 +416,10 @@ class Synchronization:
 
 _REJECTED: Final = operation_pb2.OPERATION_STATUS_REJECTED
 _FINAL: Final = frozenset((operation_pb2.OPERATION_STATUS_APPLIED, _REJECTED))
+
+
+def _names(data: bytes) -> set[str]:
+    return set(data.decode().split("\0")) if data else set()
 
 
 def _request(**message: object) -> bytes:

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from filelock import FileLock, Timeout
 
-from tidelog._errors import NotConfigured, ServerUnavailable, SynchronizationInProgress, Unauthenticated
+from tidelog._downloads import Download
+from tidelog._errors import (
+    NotConfigured,
+    ProtocolViolated,
+    ServerUnavailable,
+    SynchronizationInProgress,
+    Unauthenticated,
+)
 from tidelog._logging import get_logger
 from tidelog_client._connection import Connection, Stream, Transient
 from tidelog_client._report import OnProgress, Report
-from tidelog_client._synchronization import Mode, Synchronization
+from tidelog_client._synchronization import Mode, PlansChanged, Synchronization
 from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
@@ -43,9 +50,16 @@ _log = get_logger("tidelog.synchronizer")
 class Synchronizer:
     """Synchronizes one replica with one server, if it has one."""
 
-    def __init__(self, storage: Storage, connection: Connection | None, schema_version: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        connection: Connection | None,
+        schema_version: int,
+        downloads: Mapping[str, Download],
+    ) -> None:
         self._storage = storage
         self._schema_version = schema_version
+        self._downloads = downloads
         self._connection = connection
 
     def close(self) -> None:
@@ -84,10 +98,11 @@ class Synchronizer:
             deadline = _Deadline(timeout)
             backoff = BACKOFF_SECONDS_FIRST
             token_refused = False
+            has_new_plans = False
             while True:
                 report.begin_attempt()
                 try:
-                    report.count_published(self._storage.finish_publishing())
+                    report.count_published(self._storage.publication.finish())
                     attempt = Synchronization(
                         self._storage,
                         mode,
@@ -95,17 +110,24 @@ class Synchronizer:
                         on_progress or _ignore,
                         selection=selection() if selection is not None else None,
                         schema_version=self._schema_version,
+                        downloads=self._downloads,
                     )
                     self._attempt(connection, attempt, report, deadline)
-                except StateLost:
+                except StateLost as error:
                     # Not seen outside; the next attempt asks for all states.
+                    if self._storage.meta("state_lost"):
+                        raise ProtocolViolated("the server confirmed a state although it was asked for all") from error
                     _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
-                    self._storage.start_over()
+                    self._storage.publication.start_over()
                 except Unauthenticated:
                     # A provider's token may have expired on its way; two in a row did not.
                     if token_refused or not connection.may_get_another_token:
                         raise
                     token_refused = True
+                except PlansChanged as error:
+                    if has_new_plans:
+                        raise ServerUnavailable(f"{error} again and again: synchronize later") from error
+                    has_new_plans = True
                 except Transient as error:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST

@@ -11,17 +11,21 @@ twice between its acknowledgement and its snapshot. An object is dirty as long a
 has such an operation in `unconfirmed`; then its base is kept beside its view (there
 is no base entry if the server has no such object). Whoever changes one of the two
 changes the other in the same transaction.
+
+Of an entity that is not downloaded no snapshot will come. What was applied to its
+objects is folded: it becomes part of the base, which then is ahead of its version.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tidelog._environment import put_many
+from tidelog._environment import put_many, scan_keys
 from tidelog._errors import InvalidValue, LogCorrupt
-from tidelog._keys import POSITION_BYTES, entity_prefix, pack_position, unpack_position
+from tidelog._keys import POSITION_BYTES, entity_prefix, pack_position, unpack_object_key, unpack_position
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._values import EMPTY_MAP, Attributes, decode_trusted, encode
@@ -34,6 +38,7 @@ PAGE_OBJECTS: Final = 500
 
 _RECORD: Final = struct.Struct(">QB")
 _DIRTY: Final = 1
+_FOLDED: Final = 2
 _PENDING: Final = bytes(8)
 
 
@@ -132,10 +137,28 @@ class View:
         """Tell whether there is nothing that came from a server or could be mistaken for it."""
         return not transaction.stat(self._objects)["entries"] and not transaction.stat(self._base)["entries"]
 
-    def keys(self, transaction: LmdbTransaction) -> Iterator[bytes]:
-        """Iterate over the keys of all objects in the view or in a base, some of them twice."""
+    def is_clean(self, transaction: LmdbTransaction, entity: str) -> bool:
+        """Tell whether no operation is replayed on any object of an entity."""
+        prefix = entity_prefix(entity)
+        cursor = transaction.cursor(self._unconfirmed)
+        return not (cursor.set_range(prefix) and cursor.key().startswith(prefix))
+
+    def entities(self, transaction: LmdbTransaction) -> set[str]:
+        """Return the entities that have objects in the view or in a base."""
+        found = set()
         for database in (self._objects, self._base):
-            yield from transaction.cursor(database).iternext(keys=True, values=False)
+            cursor = transaction.cursor(database)
+            more = cursor.first()
+            while more:
+                entity, _ = unpack_object_key(cursor.key())
+                found.add(entity)
+                more = cursor.set_range(entity.encode() + b"\1")
+        return found
+
+    def keys(self, transaction: LmdbTransaction, entity: str) -> Iterator[bytes]:
+        """Iterate over the keys of an entity's objects in the view or in a base, some twice; they may be changed."""
+        for database in (self._objects, self._base):
+            yield from scan_keys(transaction, database, entity_prefix(entity))
 
     # --- local commits --------------------------------------------------------
 
@@ -157,7 +180,7 @@ class View:
         objects = []
         for key, (before, after) in changes.items():
             if before is not None and not before.dirty:
-                transaction.put(key, _RECORD.pack(before.version, 0) + before.attributes, db=self._base)
+                transaction.put(key, transaction.get(key, b"", db=self._objects), db=self._base)
             if after is not None:
                 objects.append((key, _RECORD.pack(after.version, _DIRTY) + after.attributes))
             elif before is not None:
@@ -191,7 +214,7 @@ class View:
         self, transaction: LmdbTransaction, snapshots: Sequence[tuple[bytes, int, bytes]], *, force: bool
     ) -> None:
         """
-        Take in snapshots (object key, version, attributes) while `all_clean`: nothing is replayed on any of them.
+        Take in snapshots (object key, version, attributes) of an entity while it `is_clean`.
 
         Without *force*, one that is older than what is there is passed over.
         """
@@ -244,8 +267,11 @@ class View:
         confirmed, others = self._take_confirmed(transaction, key, version)
         view = transaction.get(key, db=self._objects)
         if not confirmed and not others:
-            if view is None or _unpack(view).version < version:
+            known, flags = (0, 0) if view is None else _RECORD.unpack_from(view)
+            if known < version and not flags & _FOLDED:
                 raise StateLost(key)
+            if view is not None and flags & _FOLDED:
+                transaction.put(key, _RECORD.pack(version, 0) + view[_RECORD.size :], db=self._objects)
             return
         if not others:
             # Nothing else is replayed: the view is what is confirmed.
@@ -256,17 +282,87 @@ class View:
             return
         base = transaction.get(key, db=self._base)
         attributes = None if base is None else decode_trusted(_unpack(base).attributes)
-        attributes, _ = self._replayed(transaction, attributes, confirmed)
+        attributes, _ = self._replayed(transaction, attributes, [seq for seq, _ in confirmed])
         if attributes is None:
             raise StateLost(key)
         transaction.put(key, _RECORD.pack(version, 0) + _encoded(attributes), db=self._base)
         self._rebuild(transaction, key)
 
-    def _take_confirmed(self, transaction: LmdbTransaction, key: bytes, version: int) -> tuple[list[int], bool]:
-        """Stop replaying what was applied up to *version*; return those seqs, and whether others are left."""
+    def stale_keys(self, transaction: LmdbTransaction, version: int) -> Iterator[bytes]:
+        """
+        Iterate over the objects with operations that were applied at or below *version*; they may be changed.
+
+        Once everything up to it was downloaded, such an operation has left no trace on
+        the server (its object was created and deleted in between, say), or none that
+        is downloaded.
+        """
+        last = pack_position(version)
+        found = b""
+        for entry in scan_keys(transaction, self._unconfirmed):
+            key = entry[: -POSITION_BYTES - 1]
+            # Gone meanwhile reads as pending.
+            applied = transaction.get(entry, _PENDING, db=self._unconfirmed)
+            if key != found and _PENDING < applied <= last:
+                found = key
+                yield key
+
+    def drop_stale(self, transaction: LmdbTransaction, key: bytes, version: int) -> None:
+        """Stop replaying what was applied on an object at or below *version*."""
+        self._take_confirmed(transaction, key, version)
+        self._rebuild(transaction, key)
+
+    def fold(self, transaction: LmdbTransaction, key: bytes, version: int) -> None:
+        """
+        Make what was applied on an object at or below *version* part of its base.
+
+        The view stays as it is. So does the version: what others changed meanwhile
+        was not seen here.
+        """
+        taken, others = self._take_confirmed(transaction, key, version)
+        if not taken:
+            return
+        base = transaction.get(key, db=self._base)
+        record = None if base is None else _unpack(base)
+        base_version = 0 if record is None else record.version
+        operations = []
+        for seq, applied in taken:
+            operation = self._operation(transaction, seq)
+            operations.append(operation)
+            if operation.kind is OperationKind.CREATE:
+                base_version = applied
+        header = _RECORD.pack(base_version, _FOLDED)
+        if not others:
+            # Nothing else is replayed: the view is what results.
+            view = transaction.get(key, db=self._objects)
+            if view is not None:
+                transaction.put(key, header + view[_RECORD.size :], db=self._objects)
+            transaction.delete(key, db=self._base)
+            return
+        attributes = None if record is None else decode_trusted(record.attributes)
+        attributes = reduce(replay, operations, attributes)
+        if attributes is None:
+            transaction.delete(key, db=self._base)
+        else:
+            transaction.put(key, header + _encoded(attributes), db=self._base)
+        self._rebuild(transaction, key)
+
+    def clear(self, transaction: LmdbTransaction, key: bytes) -> bool:
+        """Forget an object, unless something is pending on it; tell whether it left the view."""
+        unconfirmed = self.unconfirmed(transaction, key)
+        if any(version == 0 for _, version in unconfirmed):
+            return False
+        for seq, _ in unconfirmed:
+            transaction.delete(_entry(key, seq), db=self._unconfirmed)
+        transaction.delete(key, db=self._base)
+        return transaction.delete(key, db=self._objects)
+
+    def _take_confirmed(
+        self, transaction: LmdbTransaction, key: bytes, version: int
+    ) -> tuple[list[tuple[int, int]], bool]:
+        """Stop replaying what was applied up to *version*; return each (seq, version), and whether others are left."""
         prefix = key + b"\0"
         last = pack_position(version)
-        taken: list[int] = []
+        taken: list[tuple[int, int]] = []
         others = False
         cursor = transaction.cursor(self._unconfirmed)
         found = cursor.set_range(prefix)
@@ -275,28 +371,12 @@ class View:
             if not entry.startswith(prefix):
                 break
             if _PENDING < applied <= last:
-                taken.append(unpack_position(entry[-POSITION_BYTES:]))
+                taken.append((unpack_position(entry[-POSITION_BYTES:]), unpack_position(applied)))
                 found = cursor.delete() and bool(cursor.key())
             else:
                 others = True
                 found = cursor.next()
         return taken, others
-
-    def drop_stale(self, transaction: LmdbTransaction, version: int) -> None:
-        """
-        Stop replaying what was applied at or below *version*, once everything up to it was downloaded.
-
-        Such an operation has left no trace on the server: its object was created and
-        deleted in between, say.
-        """
-        stale: dict[bytes, list[bytes]] = {}
-        for entry, applied in transaction.cursor(self._unconfirmed):
-            if _PENDING < applied <= pack_position(version):
-                stale.setdefault(entry[: -POSITION_BYTES - 1], []).append(entry)
-        for key, entries in stale.items():
-            for entry in entries:
-                transaction.delete(entry, db=self._unconfirmed)
-            self._rebuild(transaction, key)
 
     # --- the rule -------------------------------------------------------------
 
@@ -327,13 +407,16 @@ class View:
         """Return what operations make of an object, and whether a creation is among them."""
         created = False
         for seq in seqs:
-            data = self._log.get(transaction, seq)
-            if data is None:
-                raise LogCorrupt(f"the operation at seq {seq} is still needed and not in the log", seq=seq)
-            operation = decode_operation(data)
+            operation = self._operation(transaction, seq)
             created = created or operation.kind is OperationKind.CREATE
             attributes = replay(attributes, operation)
         return attributes, created
+
+    def _operation(self, transaction: LmdbTransaction, seq: int) -> Operation:
+        data = self._log.get(transaction, seq)
+        if data is None:
+            raise LogCorrupt(f"the operation at seq {seq} is still needed and not in the log", seq=seq)
+        return decode_operation(data)
 
     def _is_news(self, transaction: LmdbTransaction, database: LmdbDatabase, key: bytes, record: bytes) -> bool:
         present = transaction.get(key, db=database)

@@ -15,36 +15,39 @@ from dataclasses import asdict, fields
 from datetime import UTC
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
 from tidelog import (
     Constraint,
+    Download,
+    DownloadMode,
     InvalidConstraint,
     ObjectNotFound,
-    Operation,
     SynchronizationFailure,
     attribute,
     parse_constraint,
 )
-from tidelog._failure import operation_as_data
+from tidelog._failure import operation_as_data, operation_in_short
 from tidelog._values import as_json
 from tidelog.cli import (
     TABLE_ROWS_MAX,
     Column,
     CommandFailed,
     ExitCode,
+    JsonOption,
+    ServerOption,
     TlsCaOption,
     TlsCertificateOption,
     TlsKeyOption,
     TlsOption,
     TokenFileOption,
-    checked_address,
     given_tls,
     given_token,
     print_json,
     print_table,
+    shared_group,
 )
 from tidelog_client import LoggedOperation, Object, Progress, Replica, Report
 from tidelog_client._report import OnProgress
@@ -53,7 +56,6 @@ ReplicaOption = Annotated[
     Path,
     typer.Option("--replica", envvar="TIDELOG_REPLICA", metavar="DIR", help="The replica's directory."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 EntityArgument = Annotated[str, typer.Argument(metavar="ENTITY", help="Type of the object.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the object.")]
 WhereOption = Annotated[
@@ -64,6 +66,8 @@ WhereOption = Annotated[
         "equals the value, in type too; what is no JSON is text; null: it has none. Repeat it to ask for several.",
     ),
 ]
+
+_MODES_WITHOUT_CONSTRAINT: Final = frozenset(mode.value for mode in DownloadMode) - {DownloadMode.WHERE.value}
 
 # What stands before the sign has nothing of a constraint in it; `==` is one's operator.
 _NAME_AND_JSON = re.compile(r"""([^\s"`()<>!=]+)=(?!=)(.*)""", re.DOTALL)
@@ -96,17 +100,15 @@ class SyncMode(enum.StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the replica's commands."""
-    for command in (sync, log, pending, failures, get, query, count, history):
+    for command in (sync, log, pending, get, query, count, history):
         app.command()(command)
+    shared_group(app, "failures").callback(invoke_without_command=True)(failures)
 
 
 def sync(
     *,
     replica: ReplicaOption,
-    server: Annotated[
-        str,
-        typer.Option(envvar="TIDELOG_SERVER", metavar="HOST:PORT", callback=checked_address, help="The server."),
-    ],
+    server: ServerOption,
     mode: Annotated[
         SyncMode | None,
         typer.Option(
@@ -118,6 +120,15 @@ def sync(
     select: Annotated[
         list[str] | None,
         typer.Option(metavar="ENTITY/ID", help="Synchronize this object only. Repeat it to select several."),
+    ] = None,
+    download: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENTITY=MODE|CONSTRAINT",
+            help="How much of an entity the replica wants when everything is synchronized: all, nothing_clear, "
+            "nothing_preserve, never, or the objects that match. Repeat it for several entities; "
+            "give the same each time.",
+        ),
     ] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="When to give up.")] = None,
     create: Annotated[bool, typer.Option("--create", help="Make the replica if it is not there.")] = False,
@@ -138,11 +149,12 @@ def sync(
     if timeout is not None and not math.isfinite(timeout):
         raise typer.BadParameter("expected a number of seconds", param_hint="--timeout")
     keys = [_key(one) for one in select or ()]
+    downloads = dict(_download(one) for one in download or ())
     token = given_token(token_file)
     tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
     if not create and not _is_replica(replica):
         raise CommandFailed(f"there is no replica in {replica}: --create makes one", ExitCode.STORAGE)
-    with Replica(replica, server=server, token=token, tls=tls_given or False) as opened:
+    with Replica(replica, server=server, token=token, tls=tls_given or False, download=downloads) as opened:
         with _progress_bar() as on_progress:
             if keys:
                 report = opened.synchronize_selected(keys, timeout=timeout, on_progress=on_progress)
@@ -183,8 +195,24 @@ def history(replica: ReplicaOption, entity: EntityArgument, id: IdArgument, json
         _print_operations(opened.history(entity, id), json_=json_)
 
 
-def failures(replica: ReplicaOption, json_: JsonOption = False) -> None:
-    """Show the operations that the server refused, and why."""
+def failures(
+    context: typer.Context,
+    replica: Annotated[
+        Path | None,
+        typer.Option("--replica", envvar="TIDELOG_REPLICA", metavar="DIR", help="The replica's directory."),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """
+    Show the operations of a replica that the server refused, and why.
+
+    The commands below work off those that a server has recorded.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context, "replica", "json_")
+        return
+    if replica is None:
+        raise typer.BadParameter("name a replica, or one of the commands", param_hint="--replica")
     with _opened(replica) as opened:
         if json_:
             for failure in opened.failures():
@@ -251,6 +279,15 @@ def _opened(path: Path) -> Replica:
     return Replica(path)
 
 
+def _refuse_options(context: typer.Context, *names: str) -> None:
+    """Refuse options that stand before a command to which they say nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.rstrip('_')}"
+            raise typer.BadParameter(f"{context.invoked_subcommand} does not take it here", param_hint=option)
+
+
 def _is_replica(path: Path) -> bool:
     return (path / "data.mdb").is_file()
 
@@ -284,6 +321,21 @@ def _key(text: str) -> tuple[str, str]:
     if not slash:
         raise typer.BadParameter(f"expected ENTITY/ID, got {text!r}", param_hint="--select")
     return entity, id_
+
+
+def _download(text: str) -> tuple[str, Download]:
+    """Read ENTITY=MODE or ENTITY=CONSTRAINT."""
+    entity, sign, wish = text.partition("=")
+    if not sign:
+        raise typer.BadParameter(f"expected ENTITY=MODE or ENTITY=CONSTRAINT, got {text!r}", param_hint="--download")
+    try:
+        if wish in _MODES_WITHOUT_CONSTRAINT:
+            return entity, Download(DownloadMode(wish))
+        return entity, Download(DownloadMode.WHERE, parse_constraint(wish))
+    except InvalidConstraint as error:
+        raise typer.BadParameter(
+            f"{wish!r} is no mode, and no constraint: {error}", param_hint="--download"
+        ) from error
 
 
 def _constraint(where: Iterable[str] | None) -> Constraint | None:
@@ -360,24 +412,13 @@ def _print_report(report: Report) -> None:
 
 def _operation_row(logged: LoggedOperation) -> tuple[str, ...]:
     operation = logged.operation
-    change = _change(operation)
+    change = operation_in_short(operation)
     return str(operation.seq), logged.status, operation.kind.name.lower(), operation.entity, operation.id, change
 
 
 def _failure_row(failure: SynchronizationFailure) -> tuple[str, ...]:
     kind = failure.operation.kind.name.lower() if failure.operation is not None else "?"
     return failure.reason.value, kind, failure.entity, failure.object_id, failure.message
-
-
-def _change(operation: Operation) -> str:
-    """Say in short what an operation does to the attributes."""
-    data = operation_as_data(operation)
-    parts = [f"{name}={as_json(value)}" for name, value in data.get("set", {}).items()]
-    parts += [f"-{name}" for name in data.get("unset", ())]
-    parts += [f"{name}+={as_json(value)}" for name, value in data.get("increment", {}).items()]
-    parts += [f"{name} add {as_json(value)}" for name, value in data.get("add", {}).items()]
-    parts += [f"{name} remove {as_json(value)}" for name, value in data.get("remove", {}).items()]
-    return ", ".join(parts) or data.get("unreadable", "")
 
 
 def _text(value: Any) -> str:

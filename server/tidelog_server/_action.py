@@ -29,7 +29,7 @@ from tidelog_server._hooks import ActionContext, HookedObject, call
 from tidelog_server._integrity import Integrity
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
-from tidelog_server._records import Change, ObjectState
+from tidelog_server._records import NO_REPLICA, Change, ObjectState
 from tidelog_server._refusal import Refused, Waits
 
 HOOK_DEPTH_MAX: Final = 16
@@ -175,7 +175,7 @@ class Action:
         if self._has_references:
             self._check_references(key, attributes, _NOTHING)
         version = self.overlay.version + 1
-        sole_writer = self.depth == 0 and not self.changed_own_object
+        sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
         self._write(key, OperationKind.CREATE, patch_setting(encoded), b"", state, new_state, attributes)
         self._run_after("after_commit", key, attributes)
@@ -326,7 +326,9 @@ class Action:
         policy = self._policies.get(key[0])
         if policy is None:
             return after
-        found = divergence(self.overlay, state, before, self.operation.base_version, self._replica, patch)
+        found = divergence(
+            self.overlay, state, before, self.operation, self._replica, patch, is_retried=bool(self._failure)
+        )
         if found is None:
             return after
         if policy == "reject_stale":

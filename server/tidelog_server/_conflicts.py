@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tidelog._errors import InvalidValue
-from tidelog._operation import OperationKind
+from tidelog._operation import Operation, OperationKind
 from tidelog._patch import Patch, decode_patch
 from tidelog._values import Attributes
 from tidelog_server._history import attributes_before, changes_since
@@ -37,9 +37,11 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
     overlay: Overlay,
     state: ObjectState,
     attributes: Attributes,
-    base_version: int,
+    operation: Operation,
     replica: bytes,
     patch: Patch | None,
+    *,
+    is_retried: bool,
 ) -> Divergence | None:
     """
     Return what an operation collides with, or None if nobody else changed what it writes.
@@ -48,14 +50,18 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
         overlay: Where the changes are.
         state: The object as it is.
         attributes: Its attributes.
-        base_version: Version that the author saw.
+        operation: The operation.
         replica: The author's replica.
         patch: What the operation writes; None: it deletes the object.
+        is_retried: Whether the operation was refused before: then what its author did
+            before it may have been retried too.
     """
+    base_version = operation.base_version
+    retried_before = operation.seq if is_retried else 0
     if state.version <= base_version:
         return None
     changes = list(changes_since(max(base_version, state.created - 1), state.version, overlay.change))
-    foreign = (change for change in changes if _is_foreign(change, replica))
+    foreign = (change for change in changes if _is_foreign(change, replica, retried_before))
     attribute = next((found for change in foreign if (found := collision(change, patch)) is not None), None)
     if attribute is None:
         return None
@@ -64,7 +70,7 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
         base = attributes_before(change, base)
     mine = base = base or {}
     for change in reversed(changes):
-        if not _is_foreign(change, replica):
+        if not _is_foreign(change, replica, retried_before):
             mine = _redone(change, mine)
     return Divergence(attribute, base, mine)
 
@@ -87,8 +93,9 @@ def collision(change: Change, patch: Patch | None) -> str | None:
     return None
 
 
-def _is_foreign(change: Change, replica: bytes) -> bool:
-    return change.replica != replica or bool(change.failure)
+def _is_foreign(change: Change, replica: bytes, retried_before: int) -> bool:
+    """Tell whether a change is news to the author: what was retried is, but for operations before this one."""
+    return change.replica != replica or (bool(change.failure) and change.seq >= retried_before)
 
 
 def _redone(change: Change, attributes: Attributes) -> Attributes:

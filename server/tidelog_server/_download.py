@@ -15,7 +15,7 @@ a cursor, whatever is written meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -110,13 +110,29 @@ class Start(NamedTuple):
         return self.cursor is not None and not self.reconciling and self.cursor.version == head.version
 
 
-def start_of(
-    reader: Reader, identity: Identity, projection: Projection, cursor_bytes: bytes, resume_token: bytes
+def start_of(  # noqa: PLR0917 - what the replica says, and what it is held against
+    reader: Reader,
+    identity: Identity,
+    projection: Projection,
+    cursor_bytes: bytes,
+    resume_token: bytes,
+    in_doubt: Iterable[str] = (),
 ) -> Start:
-    """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
+    """
+    Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation.
+
+    Args:
+        reader: Reads the tenant.
+        identity: Which store this is.
+        projection: What the replica is to have.
+        cursor_bytes: The replica's cursor.
+        resume_token: Where its interrupted download stands.
+        in_doubt: Entities of which it has more than the cursor stands for.
+    """
     cursor = _valid_cursor(reader, identity, cursor_bytes)
     indexed_since = complete_since(reader.index)
     reconciling = frozenset[str]() if cursor is None else _reconciling(reader, projection, cursor, indexed_since)
+    reconciling |= {name for name in in_doubt if projection.entity(name).mode.downloads}
     place = None
     token = _parsed(splice_pb2.ResumeToken, resume_token)
     if token is not None:
@@ -177,7 +193,7 @@ class Download:
                 caught_up = True
                 for page in scan.pages(reader, self.head):
                     pages.append(page)
-                    if scan.round_count <= CATCH_UP_ROUNDS_MAX:
+                    if not page.is_last and scan.round_count <= CATCH_UP_ROUNDS_MAX:
                         caught_up = False
                         break
             for page in pages:
@@ -314,7 +330,7 @@ class _Scan:
 
     def pages(self, reader: Reader, head: Head) -> Iterator[_Page]:
         """
-        Yield pages until everything up to *head* was scanned; the last one is what is left over.
+        Yield pages until everything up to *head* was scanned. The last one may be empty.
 
         Whoever stops before the end goes on with another reader.
         """
@@ -335,8 +351,8 @@ class _Scan:
                         page = _Page(self._confirmed)
             self._place = page.end = place
             if place.round_head == head.version:
-                if not page.is_empty:
-                    yield page
+                page.is_last = True
+                yield page
                 return
             self.round_count += 1
             place = Place(b"", 0, head.version, place.round_head, place.first_head)
@@ -358,9 +374,10 @@ class _Scan:
         objects, has_more = source.objects(reader, place.position, page.objects_left, page.bytes_left)
         # A replica that saw a part of an object once cannot make up the rest from its own operations.
         confirms = entity.shown.sees_whole_objects and self._start.confirms(source.entity)
+        position = place.position
         for version, key, state in objects:
             if page.is_full:
-                return place
+                return place._replace(position=position)
             if version > place.round_head:
                 return place._replace(position=place.round_head)
             page.take(state)
@@ -371,8 +388,8 @@ class _Scan:
                     page.add(key, state, seen, confirms=confirms)
             elif self._may_be_known(reader, entity, source, state, place):
                 page.add_removal(key, state.version)
-            place = place._replace(position=version)
-        return place if has_more else place._replace(position=place.round_head)
+            position = version
+        return place._replace(position=position if has_more else place.round_head)
 
     def _may_be_known(
         self, reader: Reader, entity: EntityProjection, source: _Source, state: ObjectState, place: Place
@@ -385,18 +402,20 @@ class _Scan:
         only give away its id.
         """
         cursor_version = self._start.version(source.entity)
-        if cursor_version is None and state.version <= place.first_head:
-            return False
         if cursor_version is not None and entity.shown.is_whole and state.created <= cursor_version:
             return True  # it was deleted; spares the history
-        # Another source of the entity may have sent it in this round, this one only in an earlier round.
-        sent_up_to = place.round_head if source.is_index else place.previous_round_head
+        # No page can hold an older state than this.
+        oldest = place.first_head if cursor_version is None else cursor_version
+        if state.version <= oldest:
+            return False
         for change, before in undone_changes(reader, state):
-            was_sent = change.previous <= sent_up_to and change.version > place.first_head
-            was_there = cursor_version is not None and change.previous <= cursor_version
+            is_oldest = change.previous <= oldest
+            # What this round has sent and lost again stands above its head: the next one tells.
+            was_sent = change.previous <= place.previous_round_head and change.version > place.first_head
+            was_there = is_oldest and cursor_version is not None
             if (was_sent or was_there) and before is not None and entity.shown.of(before) is not None:
                 return True
-            if was_there:
+            if is_oldest:
                 return False
         return False
 
@@ -411,12 +430,14 @@ class _Page:
     Attributes:
         message: The page on the wire.
         end: Where the download stands after it.
+        is_last: Whether nothing follows as of this transaction.
     """
 
     end: Place
 
     def __init__(self, confirmed: bytes = NO_REPLICA) -> None:
         self.message = sync_pb2.SnapshotPage()
+        self.is_last = False
         self.objects_left = PAGE_OBJECTS_MAX
         self.bytes_left = PAGE_BYTES_MAX
         self._confirmed = confirmed
@@ -445,7 +466,7 @@ class _Page:
             return
         self._keys.add(key)
         entity, id_ = key
-        if confirms and state.sole_writer and state.creator == self._confirmed:
+        if confirms and state.sole_writer and state.creator == self._confirmed != NO_REPLICA:
             self.message.confirmations.add(entity=entity, id=id_, version=state.version)
         else:
             self.message.snapshots.add(

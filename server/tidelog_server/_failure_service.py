@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 import uuid_utils
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from tidelog._errors import InvalidValue
 from tidelog._failure import operation_as_data
-from tidelog._limits import PAGE_BYTES_MAX, REASON_BYTES_MAX
+from tidelog._limits import MESSAGE_BYTES_MAX, PAGE_BYTES_MAX, REASON_BYTES_MAX
 from tidelog._operation import decode_operation
 from tidelog._patch import decode_patch
 from tidelog._values import as_json, decode_trusted, encode
@@ -19,11 +21,14 @@ from tidelog_server import _failures
 from tidelog_server._application import Application
 from tidelog_server._errors import NotFound, OperatorRequired, RequestInvalid
 from tidelog_server._principal import Principal
-from tidelog_server._requests import page_size, parsed, uuid_bytes
+from tidelog_server._requests import LIST_PAGE_MAX, page_size, parsed, uuid_bytes
 from tidelog_server._session import Clock, parse_replica_id, server_time_us
 from tidelog_server._store import Reader, Store
 
-# With its JSON a record must still fit a message.
+# With room for the framing, and for the fields around what is counted.
+FRAMING_BYTES_MAX: Final = 16
+RESPONSE_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 1024
+
 JSON_OPERATION_BYTES_MAX: Final = 128 * 1024
 DEPENDENTS_NAMED_MAX: Final = 1_000
 
@@ -40,17 +45,23 @@ class FailureService:
         """List failures. Reads one page of the scan: what is filtered out is read too."""
         request = parsed(failure_pb2.ListFailuresRequest, data)
         matches = self._filter(request, principal)
-        after = uuid_bytes(request.page_token, "a page token") if request.page_token else b""
+        position = request.page_token
+        after = uuid_bytes(position, "a page token") if position else b""
         limit = page_size(request.page_size)
         response = failure_pb2.ListFailuresResponse()
+        room_bytes = RESPONSE_BYTES_MAX
         with self._store.read(principal.tenant) as reader:
-            found = reader.failures(after, limit, PAGE_BYTES_MAX)
+            found = reader.failures(after, LIST_PAGE_MAX, PAGE_BYTES_MAX)
         for _id, record in found:
             failure = failure_pb2.SynchronizationFailure.FromString(record)
             if matches(failure):
-                response.failures.append(_for_people(failure))
-        if found:
-            response.next_page_token = str(uuid_utils.UUID(bytes=found[-1][0]))
+                told = _for_people(failure, RESPONSE_BYTES_MAX)
+                room_bytes -= told.ByteSize() + FRAMING_BYTES_MAX
+                if len(response.failures) == limit or (response.failures and room_bytes < 0):
+                    break
+                response.failures.append(told)
+            position = failure.id
+        response.next_page_token = position if found else ""
         return response
 
     def get_failure(self, data: bytes, principal: Principal) -> failure_pb2.GetFailureResponse:
@@ -61,14 +72,12 @@ class FailureService:
             failure = _failures.load(reader, failure_id)
             if not self._may_see(failure, principal):
                 raise NotFound(f"there is no failure {request.id}", reason="FAILURE_NOT_FOUND")
-            response = failure_pb2.GetFailureResponse(failure=_for_people(failure))
-            present = self._present(reader, failure, principal)
-            if present is not None:
-                response.present.CopyFrom(present)
-            for one in _failures.dependents(reader, failure_id):
-                if len(response.dependents) == DEPENDENTS_NAMED_MAX:
-                    break
-                response.dependents.append(str(uuid_utils.UUID(bytes=one)))
+            dependents = islice(_failures.dependents(reader, failure_id), DEPENDENTS_NAMED_MAX)
+            response = failure_pb2.GetFailureResponse(
+                present=self._present(reader, failure, principal),
+                dependents=[str(uuid_utils.UUID(bytes=one)) for one in dependents],
+            )
+        response.failure.CopyFrom(_for_people(failure, RESPONSE_BYTES_MAX - response.ByteSize()))
         return response
 
     async def retry_failure(self, data: bytes, principal: Principal) -> failure_pb2.RetryFailureResponse:
@@ -84,16 +93,17 @@ class FailureService:
                 principal.tenant, lambda reader: _failures.retry(reader, self._application, failure_id, decision)
             )
         )
-        response = failure_pb2.RetryFailureResponse()
-        for one in outcomes:
-            response.results.add(
-                # The payloads are known; without them any number of dependents fits a message.
-                failure=_without_payload(one.failure) if response.results else _for_people(one.failure),
-                version=one.version,
-                reason=one.reason.number if one.reason is not None else operation_pb2.FAILURE_REASON_UNSPECIFIED,
-                message=one.message,
-            )
-        return response
+        return failure_pb2.RetryFailureResponse(
+            results=[
+                failure_pb2.RetryResult(
+                    failure=_without_payload(one.failure),
+                    version=one.version,
+                    reason=operation_pb2.FAILURE_REASON_UNSPECIFIED if one.reason is None else one.reason.number,
+                    message=one.message,
+                )
+                for one in outcomes
+            ]
+        )
 
     async def dismiss_failure(self, data: bytes, principal: Principal) -> failure_pb2.DismissFailureResponse:
         """Dismiss a failure."""
@@ -104,20 +114,17 @@ class FailureService:
         failure = await asyncio.wrap_future(
             self._store.submit(principal.tenant, lambda reader: _failures.dismiss(reader, failure_id, decision))
         )
-        return failure_pb2.DismissFailureResponse(failure=_for_people(failure))
+        return failure_pb2.DismissFailureResponse(failure=_without_payload(failure))
 
     def _filter(
         self, request: failure_pb2.ListFailuresRequest, principal: Principal
     ) -> Callable[[failure_pb2.SynchronizationFailure], bool]:
         replica_id = str(uuid_utils.UUID(bytes=parse_replica_id(request.replica_id))) if request.replica_id else ""
-        cause = (
-            str(uuid_utils.UUID(bytes=uuid_bytes(request.cause_failure_id, "a failure id")))
-            if (request.cause_failure_id)
-            else ""
-        )
+        cause = request.cause_failure_id
+        cause = cause and str(uuid_utils.UUID(bytes=uuid_bytes(cause, "a failure id")))
         statuses, reasons = frozenset(request.statuses), frozenset(request.reasons)
-        since = request.since.ToMicroseconds() if request.HasField("since") else None
-        before = request.before.ToMicroseconds() if request.HasField("before") else None
+        since = _microseconds(request.since) if request.HasField("since") else None
+        before = _microseconds(request.before) if request.HasField("before") else None
 
         def matches(failure: failure_pb2.SynchronizationFailure) -> bool:
             time_us = failure.create_time.ToMicroseconds()
@@ -148,33 +155,47 @@ class FailureService:
     def _present(
         self, reader: Reader, failure: failure_pb2.SynchronizationFailure, principal: Principal
     ) -> operation_pb2.Snapshot | None:
-        key = (failure.entity, failure.object_id)
-        state = reader.objects((key,)).get(key) if failure.entity else None
+        if not failure.entity:
+            return None
+        key = _failures.key_of(failure, self._application.schema)
+        state = reader.objects((key,)).get(key)
         if state is None or state.deleted:
             return None
         attributes = decode_trusted(state.attributes)
-        readable = self._application.rights(principal).entity(failure.entity).readable(attributes)
+        readable = self._application.rights(principal).entity(key[0]).readable(attributes)
         if readable is None:
             return None
         encoded = state.attributes if readable is attributes else encode(readable)
-        return operation_pb2.Snapshot(
-            entity=failure.entity, id=failure.object_id, version=state.version, attributes=encoded
-        )
+        return operation_pb2.Snapshot(entity=key[0], id=key[1], version=state.version, attributes=encoded)
 
 
-def _for_people(failure: failure_pb2.SynchronizationFailure) -> failure_pb2.SynchronizationFailure:
-    if len(failure.operation) > JSON_OPERATION_BYTES_MAX:
-        return failure  # with its JSON it might not fit a message
+def _microseconds(time: Timestamp) -> int:
     try:
-        failure.operation_json = as_json(operation_as_data(decode_operation(failure.operation)))
-    except InvalidValue:
-        failure.operation_json = ""
+        return time.ToMicroseconds()
+    except ValueError as error:
+        raise RequestInvalid(f"a time that is none: {error}") from error
+
+
+def _for_people(failure: failure_pb2.SynchronizationFailure, bytes_max: int) -> failure_pb2.SynchronizationFailure:
+    """Return a record with its operation as JSON, and without what a response has no room for."""
+    if failure.ByteSize() > bytes_max:
+        for action in failure.actions:
+            action.ClearField("edited_operation")
+    for name in ("group_operations", "operation"):
+        if failure.ByteSize() > bytes_max:
+            failure.ClearField(name)
+    if len(failure.operation) <= JSON_OPERATION_BYTES_MAX:
+        try:
+            text = as_json(operation_as_data(decode_operation(failure.operation)))
+        except InvalidValue:
+            return failure
+        if failure.ByteSize() + len(text.encode()) + FRAMING_BYTES_MAX <= bytes_max:
+            failure.operation_json = text
     return failure
 
 
 def _without_payload(failure: failure_pb2.SynchronizationFailure) -> failure_pb2.SynchronizationFailure:
-    slim = failure_pb2.SynchronizationFailure()
-    slim.CopyFrom(failure)
+    """Return a record without what is known already: so any number that is retried at once fits a message."""
     for name in ("operation", "group_operations", "actions"):
-        slim.ClearField(name)
-    return slim
+        failure.ClearField(name)
+    return failure

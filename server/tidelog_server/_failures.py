@@ -8,14 +8,20 @@ retried: so it happens once. Whatever is done about a failure is added to its re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Final, NamedTuple
 
 import uuid_utils
 
-from tidelog._errors import InvalidValue
+from tidelog._errors import InvalidValue, LimitExceeded
 from tidelog._failure import FailureReason
-from tidelog._operation import OperationKind
+from tidelog._keys import ObjectKey
+from tidelog._limits import GROUP_BYTES_MAX, OPERATION_BYTES_MAX
+from tidelog._operation import OperationKind, decode_operation, identity_of
+from tidelog._patch import Patch
+from tidelog._schema import Schema
 from tidelog.v1 import failure_pb2
 from tidelog_server._action import References
 from tidelog_server._application import Application
@@ -30,10 +36,14 @@ from tidelog_server._principal import Principal
 from tidelog_server._records import FailureRecord, Writes
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader
-from tidelog_server._units import Member, Unit, read_member
+from tidelog_server._units import Member, Unit, read_member, size_bytes, split_units
 
 RETRIED_AT_ONCE_MAX: Final = 1_000
+DEPENDENTS_PAGE: Final = 1_000
+
+# A record must fit a message, however often somebody tries: what was applied stands in the change log too.
 ACTIONS_KEPT_MAX: Final = 100
+EDITS_KEPT_BYTES_MAX: Final = OPERATION_BYTES_MAX
 
 _OPEN: Final = failure_pb2.FAILURE_STATUS_OPEN
 
@@ -86,24 +96,32 @@ def dependents(reader: Reader, failure_id: bytes) -> Iterator[bytes]:
     """Yield the ids of the failures that a failure caused directly, oldest first."""
     prefix = dependents_prefix(failure_id)
     after = b""
-    while page := reader.index_range(prefix, after, RETRIED_AT_ONCE_MAX):
+    while page := reader.index_range(prefix, after, DEPENDENTS_PAGE):
         for after, _value in page:
             yield after[len(prefix) :]
+
+
+def key_of(record: failure_pb2.SynchronizationFailure, schema: Schema) -> ObjectKey:
+    """Return the key of the object that a failure is about, in the names of the present schema."""
+    operation = read_member(record.operation, schema).operation
+    return operation.key if operation is not None else (record.entity, record.object_id)
 
 
 def retry(
     reader: Reader, application: Application, failure_id: bytes, decision: Decision
 ) -> tuple[Writes, list[RetryOutcome]]:
     """
-    Apply the operation of a failure, then those that were refused because of it, in order.
+    Apply the operation of a failure, then those that were refused because of it, in the order of the log.
+
+    At most 1,000 at once: the others stay open, and are retried like any failure.
 
     Raises:
         NotFound, FailureSettled: There is nothing to be retried.
         FailureStale: What it writes was changed since it was refused.
         RequestInvalid: It cannot be read, or the patch does not fit it.
-        TransientError: A hook cannot tell now.
+        TransientError: A hook cannot tell now. Nothing is done.
     """
-    return _Retry(reader, application, decision).run(failure_id)
+    return _Retry(reader, application, failure_id, decision).run()
 
 
 def dismiss(
@@ -117,131 +135,162 @@ def dismiss(
     return writes, record
 
 
-def without_payload(
-    reader: Reader, after: bytes, limit: int, bytes_max: int, settled_before_us: int
-) -> tuple[Writes | None, bytes]:
+def is_payload_due(data: bytes, settled_before_us: int) -> bool:
+    """Tell whether a serialized record was settled so long ago that its payload goes."""
+    record = failure_pb2.SynchronizationFailure.FromString(data)
+    return (
+        not record.payload_removed
+        and record.HasField("settle_time")
+        and record.settle_time.ToMicroseconds() < settled_before_us
+    )
+
+
+def without_payloads(reader: Reader, failure_ids: Iterable[bytes]) -> Writes:
     """
-    Take the payloads out of the records, among the next ones, that were settled long ago.
+    Take the payloads out of settled records.
 
     The rest of a record stays, for its operation may be repeated, and is then answered as before.
-
-    Returns:
-        What is to be written, and the id to go on after; empty at the end.
     """
     stripped = []
-    found = reader.failures(after, limit, bytes_max)
-    for failure_id, data in found:
-        record = failure_pb2.SynchronizationFailure.FromString(data)
-        is_old = record.HasField("settle_time") and record.settle_time.ToMicroseconds() < settled_before_us
-        if record.status != _OPEN and is_old and not record.payload_removed:
-            record.ClearField("operation")
-            record.ClearField("group_operations")
-            for action in record.actions:
-                action.ClearField("edited_operation")
-            record.payload_removed = True
-            stripped.append(_stored(failure_id, record))
-    writes = Writes({}, [], None, [], stripped, reader.head().version) if stripped else None
-    return writes, found[-1][0] if found else b""
+    for failure_id in failure_ids:
+        record = load(reader, failure_id)
+        record.ClearField("operation")
+        record.ClearField("group_operations")
+        for action in record.actions:
+            action.ClearField("edited_operation")
+        record.payload_removed = True
+        stripped.append(_stored(failure_id, record))
+    return Writes({}, [], None, [], stripped, reader.head().version)
 
 
 class _Retry:
-    def __init__(self, reader: Reader, application: Application, decision: Decision) -> None:
-        self._reader = reader
-        self._application = application
-        self._decision = decision
-        self._overlay = Overlay(reader)
-        self._head_version = self._overlay.version
-        self._records: dict[bytes, FailureRecord] = {}
+    """One failure with those that depend on it, in one store transaction."""
 
-    def run(self, failure_id: bytes) -> tuple[Writes, list[RetryOutcome]]:
-        record = _load_open(self._reader, failure_id)
-        tenant = self._decision.operator.tenant
-        author = self._application.user(tenant, record.user_id) or self._decision.operator
+    def __init__(self, reader: Reader, application: Application, failure_id: bytes, decision: Decision) -> None:
+        record = _load_open(reader, failure_id)
+        operator, time_us = decision.operator, decision.time_us
         replica = uuid_utils.UUID(record.replica_id).bytes
-        references = References()
-        units = UnitApplier(
-            self._application,
-            self._overlay,
-            references,
-            Outcomes(Uploader(replica, author, 0, False), self._reader, self._overlay, {}, self._decision.time_us),
+        author = application.user(operator.tenant, record.user_id) or operator
+        overlay = Overlay(reader)
+        self._reader = reader
+        self._schema = application.schema
+        self._failure_id = failure_id
+        self._record = record
+        self._decision = decision
+        self._author = author
+        self._replica = replica
+        self._overlay = overlay
+        self._head_version = overlay.version
+        self._units = UnitApplier(
+            application,
+            overlay,
+            References(),
+            Outcomes(Uploader(replica, author, 0, False), reader, overlay, {}, time_us),
             replica=replica,
             principal=author,
-            rights=self._application.rights(author),
-            time_us=self._decision.time_us,
+            rights=application.rights(author),
+            time_us=time_us,
         )
-        outcomes = [self._retry_one(units, failure_id, record, author, self._unit(record, self._decision.patch))]
-        waiting = [failure_id] if outcomes[0].version else []
+        self._records: list[FailureRecord] = []
+
+    def run(self) -> tuple[Writes, list[RetryOutcome]]:
+        outcomes = [self._first()]
+        # In the order of the log: what came last may build upon everything before it.
+        waiting = self._open_dependents(self._failure_id) if outcomes[0].version else []
+        heapq.heapify(waiting)
         while waiting and len(outcomes) < RETRIED_AT_ONCE_MAX:
-            for one_id, one, unit in self._open_dependents(waiting.pop(0)):
-                outcome = self._retry_one(units, one_id, one, author, unit)
-                outcomes.append(outcome)
-                if outcome.version:
-                    waiting.append(one_id)
+            _seq, failure_id = heapq.heappop(waiting)
+            outcomes.append(self._following(failure_id))
+            if outcomes[-1].version:
+                for one in self._open_dependents(failure_id):
+                    heapq.heappush(waiting, one)
         writes = Writes(
             objects=self._overlay.written_objects(),
             changes=self._overlay.changes,
             replica=None,
             settled=[],
-            failures=list(self._records.values()),
+            failures=self._records,
             version=self._overlay.version,
-            index_entries=units.index_writes(),
+            index_entries=self._units.index_writes(),
         )
         return writes, outcomes
 
-    def _open_dependents(self, failure_id: bytes) -> list[tuple[bytes, failure_pb2.SynchronizationFailure, Unit]]:
-        found = []
-        for one_id in dependents(self._reader, failure_id):
-            if one_id not in self._records:
-                record = load(self._reader, one_id)
-                if record.status == _OPEN:
-                    found.append((one_id, record, self._unit(record, b"")))
-        return sorted(found, key=lambda one: one[2][0].seq)
+    def _first(self) -> RetryOutcome:
+        unit = self._unit(self._record, self._decision.patch)
+        edited = unit[_culprit(self._record)].data if self._decision.patch else b""
+        return self._apply(self._failure_id, self._record, self._looked_at(self._record, unit), edited)
+
+    def _following(self, failure_id: bytes) -> RetryOutcome:
+        """Retry a failure because the one that caused it was applied; if it is refused again, the rest goes on."""
+        record = load(self._reader, failure_id)
+        try:
+            unit = self._looked_at(record, self._unit(record, b""))
+        except FailureStale as stale:
+            return self._refuse(failure_id, record, FailureReason.CONFLICT, str(stale))
+        return self._apply(failure_id, record, unit)
+
+    def _open_dependents(self, failure_id: bytes) -> list[tuple[int, bytes]]:
+        """Return (seq, id) of the open failures that a failure caused, no more than can be retried at once."""
+        records = ((one_id, load(self._reader, one_id)) for one_id in dependents(self._reader, failure_id))
+        waiting = ((identity_of(record.operation)[0], one_id) for one_id, record in records if record.status == _OPEN)
+        return list(islice(waiting, RETRIED_AT_ONCE_MAX))
 
     def _unit(self, record: failure_pb2.SynchronizationFailure, patch: bytes) -> Unit:
         """Return the operations of a failure, the refused one with another patch if there is one."""
-        schema = self._application.schema
-        members = [read_member(data, schema) for data in record.group_operations or [record.operation]]
-        if not patch:
-            return tuple(members)
-        culprit = _culprit(record)
-        operation = members[culprit].operation
-        if operation is None:
-            raise RequestInvalid("the operation cannot be read, so it has no patch to be edited")
-        edited = operation._replace(patch=patch, schema_version=schema.version)
-        try:
-            edited.decoded_patch()
-        except InvalidValue as error:
-            raise RequestInvalid(f"the edited patch: {error}") from error
-        members[culprit] = read_member(edited.encode(), schema)
-        return tuple(members)
+        members = [read_member(data, self._schema) for data in record.group_operations or [record.operation]]
+        if patch:
+            members[_culprit(record)] = _edited(record.operation, patch, self._schema)
+        # A record holds one unit. One that was not whole when it came is not whole now.
+        unit = next(split_units(members))
+        if len(unit) > 1 and size_bytes(unit) > GROUP_BYTES_MAX:
+            error = LimitExceeded(f"a commit group of {size_bytes(unit)} bytes: the limit is {GROUP_BYTES_MAX}")
+            return (unit[0]._replace(error=error), *unit[1:])
+        return unit
 
-    def _retry_one(
+    def _looked_at(self, record: failure_pb2.SynchronizationFailure, unit: Unit) -> Unit:
+        """Return the unit as it is to be judged. Raises FailureStale if a person has to look at it first."""
+        if self._decision.force:
+            return tuple(self._looking_at_present(unit))
+        self._check_not_stale(record, unit)
+        return unit
+
+    def _apply(
+        self, failure_id: bytes, record: failure_pb2.SynchronizationFailure, unit: Unit, edited: bytes = b""
+    ) -> RetryOutcome:
+        try:
+            applied = self._units.apply(unit, failure_id)
+        except Refused as refusal:
+            return self._refuse(failure_id, record, refusal.reason, refusal.message, edited)
+        except Waits as wait:
+            return self._refuse(failure_id, record, FailureReason.DANGLING_REFERENCE, wait.message, edited)
+        version = applied[-1][0]
+        _settle(record, failure_pb2.FAILURE_STATUS_RETRIED, self._decision)
+        self._note(
+            failure_id, record, failure_pb2.FAILURE_ACTION_KIND_RETRIED, f"applied at version {version}", edited
+        )
+        return RetryOutcome(record, version)
+
+    def _refuse(
         self,
-        units: UnitApplier,
         failure_id: bytes,
         record: failure_pb2.SynchronizationFailure,
-        author: Principal,
-        unit: Unit,
+        reason: FailureReason,
+        message: str,
+        edited: bytes = b"",
     ) -> RetryOutcome:
-        decision = self._decision
-        edited = unit[_culprit(record)].data if decision.patch and not self._records else b""
-        if decision.force:
-            unit = tuple(self._looking_at_present(unit))
-        else:
-            self._check_not_stale(record, unit)
-        try:
-            applied = units.apply(unit, failure_id)
-        except (Refused, Waits) as refusal:
-            reason = refusal.reason if isinstance(refusal, Refused) else FailureReason.DANGLING_REFERENCE
-            _act(record, failure_pb2.FAILURE_ACTION_KIND_REFUSED, decision, author.user_id, refusal.message, edited)
-            self._records[failure_id] = _stored(failure_id, record)
-            return RetryOutcome(record, 0, reason, refusal.message)
-        version = applied[-1][0]
-        _settle(record, failure_pb2.FAILURE_STATUS_RETRIED, decision)
-        outcome = f"applied at version {version}"
-        _act(record, failure_pb2.FAILURE_ACTION_KIND_RETRIED, decision, author.user_id, outcome, edited)
-        self._records[failure_id] = _stored(failure_id, record)
-        return RetryOutcome(record, version)
+        self._note(failure_id, record, failure_pb2.FAILURE_ACTION_KIND_REFUSED, f"{reason}: {message}", edited)
+        return RetryOutcome(record, 0, reason, message)
+
+    def _note(
+        self,
+        failure_id: bytes,
+        record: failure_pb2.SynchronizationFailure,
+        kind: failure_pb2.FailureActionKind.ValueType,
+        outcome: str,
+        edited: bytes,
+    ) -> None:
+        _act(record, kind, self._decision, self._author.user_id, outcome, edited)
+        self._records.append(_stored(failure_id, record))
 
     def _check_not_stale(self, record: failure_pb2.SynchronizationFailure, unit: Unit) -> None:
         """Raise FailureStale if somebody has changed since the refusal what the unit writes."""
@@ -254,7 +303,9 @@ class _Retry:
             if state is None:
                 continue
             for change in changes_since(record.version, state.version, self._overlay.change):
-                if change.version <= self._head_version and collision(change, patch) is not None:
+                # What its author did before it is no news to it, even if it was refused too and retried first.
+                is_earlier = change.replica == self._replica and change.seq < operation.seq
+                if change.version <= self._head_version and not is_earlier and collision(change, patch) is not None:
                     entity, id_ = operation.key
                     raise FailureStale(
                         f"what the operation writes of {entity} {id_!r} was changed since it was refused: "
@@ -270,6 +321,20 @@ class _Retry:
             state = self._overlay.state(member.operation.key)
             version = state.version if state is not None else 0
             yield member._replace(operation=member.operation._replace(base_version=version))
+
+
+def _edited(data: bytes, patch: bytes, schema: Schema) -> Member:
+    """Return a refused operation with another patch, which is in the names of the present schema."""
+    try:
+        operation = decode_operation(data)
+        entity, _ = schema.upcast(operation.entity, Patch(), operation.schema_version)
+    except InvalidValue as error:
+        raise RequestInvalid(f"the operation cannot be read, so it cannot be edited: {error}") from error
+    edited = operation._replace(entity=entity, patch=patch, schema_version=schema.version)
+    member = read_member(edited.encode(), schema)
+    if member.error is not None:
+        raise RequestInvalid(f"the edited operation: {member.error}") from member.error
+    return member
 
 
 def _culprit(record: failure_pb2.SynchronizationFailure) -> int:
@@ -311,8 +376,12 @@ def _act(  # noqa: PLR0917 - the fields of one entry
         forced=decision.force,
     )
     action.time.FromMicroseconds(decision.time_us)
-    # A record must fit a message, however often somebody tries.
     del record.actions[:-ACTIONS_KEPT_MAX]
+    kept_bytes = 0
+    for one in reversed(record.actions):
+        kept_bytes += len(one.edited_operation)
+        if kept_bytes > EDITS_KEPT_BYTES_MAX:
+            one.ClearField("edited_operation")
 
 
 def _stored(failure_id: bytes, record: failure_pb2.SynchronizationFailure) -> FailureRecord:

@@ -14,7 +14,7 @@ from typing import Final
 from tidelog._keys import ObjectKey
 from tidelog_server._action import References
 from tidelog_server._outcomes import BEHIND_ANOTHER, Applied, Outcomes, Result
-from tidelog_server._overlay import Overlay
+from tidelog_server._overlay import Mark, Overlay
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._units import Unit, created_keys, keys_of
 
@@ -47,7 +47,7 @@ class HeldUnits:
         results: dict[int, list[Result]] = {}
         live = list(range(len(units)))
         for _ in range(HELD_ROUNDS_MAX):
-            applied = self._round(units, live, results)
+            applied = self._round(units, live, results, mark)
             withdrawn = outcomes.withdraw_behind_parked(units, results)
             if len(applied) == len(live) and not withdrawn:
                 results.update({index: outcomes.settle(units[index], applied[index]) for index in live})
@@ -61,7 +61,7 @@ class HeldUnits:
         return [result for index in range(len(units)) for result in results[index]]
 
     def _round(
-        self, units: Sequence[Unit], live: list[int], results: dict[int, list[Result]]
+        self, units: Sequence[Unit], live: list[int], results: dict[int, list[Result]], mark: Mark
     ) -> dict[int, list[Applied]]:
         """Try all live units; put the results of those dropped into *results*, return what the others did."""
         references = self._references
@@ -91,6 +91,9 @@ class HeldUnits:
             references.assumed.subtract(created_keys(unit))
             if not isinstance(dropped[index], Refused):
                 undecided.update(keys_of(unit))
+        if dropped:
+            # A failure tells how things stood without what this round tried.
+            self._overlay.rollback(mark)
         self._drop(units, [index for index in live if index not in dropped], dropped, users, results)
         return applied
 

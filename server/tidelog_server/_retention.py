@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 from tidelog._errors import TidelogError
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._logging import get_logger
-from tidelog_server._failures import without_payload
-from tidelog_server._store import Store
+from tidelog_server._failures import is_payload_due, without_payloads
+from tidelog_server._records import Writes
+from tidelog_server._store import Reader, Store
 
 LOOK_SECONDS: Final = 3600.0
 PAGE_FAILURES: Final = 500
@@ -50,15 +52,16 @@ class Retention:
         settled_before_us = self._clock() - self._failures // timedelta(microseconds=1)
         for tenant in self._store.tenants():
             after = b""
-            more = True
-            while more and not self._stopped.is_set():
-                after = self._store.submit(
-                    tenant,
-                    lambda reader, after=after: without_payload(  # type: ignore[misc]  # bound for this round
-                        reader, after, PAGE_FAILURES, PAGE_BYTES_MAX, settled_before_us
-                    ),
-                ).result()
-                more = bool(after)
+            while not self._stopped.is_set():
+                with self._store.read(tenant) as reader:
+                    found = reader.failures(after, PAGE_FAILURES, PAGE_BYTES_MAX)
+                if not found:
+                    break
+                after = found[-1][0]
+                # Those who write are kept waiting for what has to be written only.
+                due = [failure_id for failure_id, data in found if is_payload_due(data, settled_before_us)]
+                if due:
+                    self._store.submit(tenant, partial(_forget, due)).result()
 
     def _look_now_and_then(self) -> None:
         while True:
@@ -69,3 +72,7 @@ class Retention:
                 _log.warning("nothing could be forgotten", detail=str(error))
             if self._stopped.wait(LOOK_SECONDS):
                 return
+
+
+def _forget(due: list[bytes], reader: Reader) -> tuple[Writes, None]:
+    return without_payloads(reader, due), None

@@ -179,6 +179,8 @@ class Session:
         self._clock = clock
         self._replica = parse_replica_id(start.replica_id)
         check_binding(start, principal)
+        for entity in start.reconcile_entities:
+            check_name(entity, "an entity name")
         self._upload: Upload | None = None
         self._selection: list[ObjectKey] = []
         self._projection = Projection(application, principal, wishes_of(start.downloads))
@@ -255,8 +257,14 @@ class Session:
         request, is_all = self._request, self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL
         with self._store.read(self._principal.tenant) as reader:
             head = reader.head()
-            if is_all:
-                self._start = start_of(reader, identity, self._projection, request.cursor, request.resume_token)
+            self._start = start_of(
+                reader,
+                identity,
+                self._projection,
+                request.cursor,
+                request.resume_token if is_all else b"",
+                request.reconcile_entities if is_all else (),
+            )
         started = sync_pb2.SessionStarted(
             protocol_version=_limits.PROTOCOL_VERSION,
             limits=LIMITS,

@@ -1,4 +1,4 @@
-"""What the server adds to the command `tidelog`: `serve`."""
+"""What the server adds to the command `tidelog`: `serve`, and the commands of `failures` that call a server."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tidelog_server import (
     Server,
     ServerTls,
     StaticTokens,
+    failure_commands,
 )
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
 
@@ -43,6 +44,7 @@ _RECORD_ATTRIBUTES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"messa
 def register(app: typer.Typer) -> None:
     """Add the server's commands."""
     app.command()(serve)
+    failure_commands.register(app)
 
 
 def serve(

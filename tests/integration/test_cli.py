@@ -265,6 +265,19 @@ def test_modes_and_selection(folder: Path) -> None:
     assert rest["applied"] == 5
 
 
+def test_how_much_is_downloaded(folder: Path) -> None:
+    """--download takes a mode or a constraint; what is not wanted any more leaves the replica."""
+    with serving(cwd=folder) as address:
+        succeed("sync", "--replica", "device", "--server", address, cwd=folder)
+        wanted = ("--download", "Task=done == true")
+        succeed("sync", "--replica", "device", "--server", address, *wanted, cwd=folder)
+        matching = succeed("count", "Task", "--replica", "device", cwd=folder)
+        succeed("sync", "--replica", "device", "--server", address, "--download", "Task=all", cwd=folder)
+
+    assert matching == succeed("count", "Task", "--replica", "device", "--where", "done=true", cwd=folder)
+    assert int(succeed("count", "Task", "--replica", "device", cwd=folder)) > int(matching)
+
+
 def test_environment_variables_stand_in_for_options(folder: Path) -> None:
     """TIDELOG_REPLICA and TIDELOG_SERVER are the defaults of --replica and --server."""
     with serving(cwd=folder) as address:
@@ -611,6 +624,8 @@ def test_object_that_is_not_there(folder: Path) -> None:
         "sync --replica device --server 127.0.0.1:99999",
         f"sync --replica device --server {NO_SERVER} --mode some",
         f"sync --replica device --server {NO_SERVER} --select milk",
+        f"sync --replica device --server {NO_SERVER} --download Task",
+        f"sync --replica device --server {NO_SERVER} --download Task=sometimes",
         f"sync --replica device --server {NO_SERVER} --select Task/milk --mode all",
         f"sync --replica device --server {NO_SERVER} --timeout -1",
         f"sync --replica device --server {NO_SERVER} --timeout nan",

@@ -31,9 +31,9 @@ from tidelog.v1 import (
     sync_pb2_grpc,
 )
 from tidelog_client import Phase, Progress, Replica, Report, SkipReason
-from tidelog_client import _storage as storage
+from tidelog_client import _publication as publication
 from tidelog_client import _synchronization as synchronization
-from tidelog_client._storage import Storage
+from tidelog_client._publication import Publication
 from tidelog_server import Application, HookContext, HookObject, Reject, Server
 from tidelog_server import _download as download
 from tidelog_server._principal import ANONYMOUS
@@ -1086,8 +1086,8 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make pages of 5 objects, stage each, publish at most 10 objects at once and else 2 pages a step."""
     monkeypatch.setattr(download, "PAGE_OBJECTS_MAX", 5)
     monkeypatch.setattr(synchronization, "STAGE_BYTES", 1)
-    monkeypatch.setattr(storage, "PUBLISH_OBJECTS_MAX", 10)
-    monkeypatch.setattr(storage, "PUBLISH_STEP_PAGES", 2)
+    monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 10)
+    monkeypatch.setattr(publication, "PUBLISH_STEP_PAGES", 2)
 
 
 def _break_after(count: int) -> Any:
@@ -1253,18 +1253,18 @@ class TestStagedDownload:
             world.lab.settle(delete(101, "old"), replica=REPLICA_B)
         world.lab.settle(*[create(n, f"t{n:03}", {"n": n}) for n in range(1, 41)], replica=bytes(15) + b"d")
         steps = iter(range(steps_done))
-        original = Storage._publish_step
+        original = Publication._publish_step
 
-        def crashes(self: Storage, *args: Any, **options: Any) -> Any:
+        def crashes(self: Publication, *args: Any, **options: Any) -> Any:
             if next(steps, None) is None:
                 raise Broken
             return original(self, *args, **options)
 
-        monkeypatch.setattr(Storage, "_publish_step", crashes)
+        monkeypatch.setattr(Publication, "_publish_step", crashes)
         with pytest.raises(Broken):
             a.synchronize_all()
         a.close()
-        monkeypatch.setattr(Storage, "_publish_step", original)
+        monkeypatch.setattr(Publication, "_publish_step", original)
 
         b = world.replica()
         b.create("Task", {"mine": True}, "mine")

@@ -34,6 +34,7 @@ from tidelog import (
 )
 from tidelog._keys import ObjectKey
 from tidelog._values import decode_map, equal
+from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal, _download
 from tidelog_server._indexes import Written, index_writes, rebuilt
@@ -44,7 +45,7 @@ from tidelog_server._store import Reader
 
 pytestmark = pytest.mark.slow
 
-FOREIGN_CURSOR = _download.splice_pb2.Cursor(epoch="elsewhere", version=7).SerializeToString()
+FOREIGN_CURSOR = splice_pb2.Cursor(epoch="elsewhere", version=7).SerializeToString()
 SEEDS = 20
 ACTIONS = 300
 
@@ -157,13 +158,13 @@ class ReplicaModel:
         self.cursor = b""
         self.staged: list[sync_pb2.SnapshotPage] = []
         self.held: dict[ObjectKey, tuple[int, Attributes]] = {}
-        # What came of its own operations, until a download tells of it.
-        self.own: dict[ObjectKey, tuple[int, Attributes | None]] = {}
+        # What came of its own operations one by one, until a download tells of it.
+        self.own: dict[ObjectKey, list[tuple[int, Attributes | None]]] = {}
 
     def view(self, key: ObjectKey) -> Attributes | None:
         """Return an object as the replica shows it."""
-        if key in self.own:
-            return self.own[key][1]
+        if self.own.get(key):
+            return self.own[key][-1][1]
         return self.held[key][1] if key in self.held else None
 
     def publish(self, started: sync_pb2.SessionStarted, cursor: bytes) -> None:
@@ -180,23 +181,22 @@ class ReplicaModel:
                 key = (one.entity, one.id)
                 seen.add(key)
                 self.held[key] = (one.version, decode_map(one.attributes))
-                if key in self.own and self.own[key][0] <= one.version:
-                    del self.own[key]
+                self._forget_own(key, one.version)
             for confirmation in page.confirmations:
                 key = (confirmation.entity, confirmation.id)
                 seen.add(key)
-                confirmed = self.view(key)
+                contained = self._forget_own(key, confirmation.version)
+                confirmed = contained[-1][1] if contained else self.held.get(key, (0, None))[1]
                 assert confirmed is not None, f"the replica has no state of {key} to be confirmed"
                 self.held[key] = (confirmation.version, confirmed)
-                self.own.pop(key, None)
             for removal in page.removals:
                 key = (removal.entity, removal.id)
                 seen.discard(key)
                 self.held.pop(key, None)
-                if key in self.own and self.own[key][0] <= removal.version:
-                    del self.own[key]
-        for key, (version, attributes) in self.own.items():
-            if not modes[key[0]].downloads:  # stays as the replica shows it
+                self._forget_own(key, removal.version)
+        for key, states in self.own.items():
+            if states and not modes[key[0]].downloads:  # stays as the replica shows it
+                version, attributes = states[-1]
                 self.held.pop(key, None)
                 if attributes is not None:
                     self.held[key] = (version, attributes)
@@ -205,6 +205,12 @@ class ReplicaModel:
             if (key[0] in reconciled and key not in seen) or modes[key[0]] is DownloadMode.NOTHING_CLEAR:
                 del self.held[key]
         self.cursor, self.staged = cursor, []
+
+    def _forget_own(self, key: ObjectKey, version: int) -> list[tuple[int, Attributes | None]]:
+        """Return the states that its own operations up to a version made, which are then told."""
+        states = self.own.pop(key, [])
+        self.own[key] = [one for one in states if one[0] > version]
+        return [one for one in states if one[0] <= version]
 
 
 class World:
@@ -230,10 +236,10 @@ class World:
         if patch is None:
             if view is not None:
                 version = self._write([Step(key, None, REPLICA_A)])
-                self.replica.own[key] = (version, None)
+                self.replica.own.setdefault(key, []).append((version, None))
             return
         version = self._write([Step(key, {**(stored or {}), **patch}, REPLICA_A)])
-        self.replica.own[key] = (version, {**(view or {}), **patch})
+        self.replica.own.setdefault(key, []).append((version, {**(view or {}), **patch}))
 
     def change_rules(self, rules: Rules) -> None:
         """The application is started with other rules, the principal has other roles, the replica other wishes."""
@@ -328,7 +334,11 @@ class World:
 
     def _check_page(self, page: sync_pb2.SnapshotPage, started: sync_pb2.SessionStarted) -> None:
         """Compare a page with what the principal may know."""
-        keys = [(one.entity, one.id) for one in (*page.snapshots, *page.removals, *page.confirmations)]
+        keys = [
+            *((one.entity, one.id) for one in page.snapshots),
+            *((one.entity, one.id) for one in page.removals),
+            *((one.entity, one.id) for one in page.confirmations),
+        ]
         assert keys, "no page is empty"
         assert len(keys) == len(set(keys)), "a page tells of each object once"
         for one in page.snapshots:
@@ -350,7 +360,7 @@ class World:
         return [attributes for at, attributes in states if at >= newest]
 
     def _cursor_version(self) -> int:
-        return _download.splice_pb2.Cursor.FromString(self.replica.cursor).version
+        return int(splice_pb2.Cursor.FromString(self.replica.cursor).version)
 
     def _check_replica(self, version: int) -> None:
         """Compare what the replica holds with its projection at the version that the download reached."""

@@ -33,7 +33,7 @@ from tests.simulation.records import Committed, History, ReplicaRecord, ServerRe
 
 from tidelog import StorageError, _log
 from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Replica, Report, SkipReason, _storage, _synchronization, _view
+from tidelog_client import Object, Replica, Report, SkipReason, _publication, _storage, _synchronization, _view
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode, Synchronization
 from tidelog_client._view import StateLost
@@ -107,8 +107,9 @@ class Settings:
                 (_overlay, "_SCAN_PAGE_OBJECTS", limits["server_scan_page"]),
                 (_synchronization, "STAGE_BYTES", limits["stage_bytes"]),
                 (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
-                (_storage, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
-                (_storage, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
+                (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
+                (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
+                (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),
                 (_storage, "READ_PAGE_ENTRIES", limits["replica_page"]),
                 (_view, "PAGE_OBJECTS", limits["replica_page"]),
                 (_log, "_SCAN_PAGE_ENTRIES", limits["replica_page"]),
@@ -160,7 +161,7 @@ class Device:
     def begin_attempt(self, call: Call, server: ServerEnd) -> None:
         """Do what the synchronizer does at the start of an attempt."""
         storage = self.replica._storage
-        call.report.count_published(storage.finish_publishing())
+        call.report.count_published(storage.publication.finish())
         if call.picked is not None:
             call.report.skipped.clear()
             call.report.added.clear()
@@ -482,7 +483,7 @@ class World:
     def _lose_state(self, device: Device, error: StateLost) -> None:
         self._say(f"{device.name} lost the state of {error}")
         self.states_lost += 1
-        device.replica._storage.start_over()
+        device.replica._storage.publication.start_over()
         device.cursor_version = 0
         self._attempt(device)
 

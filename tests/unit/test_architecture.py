@@ -43,13 +43,16 @@ FORBIDDEN_IMPORTS = {
 CORE_MODULES = (
     "tidelog._constraint_text",
     "tidelog._constraints",
+    "tidelog._downloads",
     "tidelog._operation",
     "tidelog._patch",
     "tidelog._renames",
     "tidelog._schema",
     "tidelog._validation",
     "tidelog._values",
+    "tidelog_client._plans",
     "tidelog_client._synchronization",
+    "tidelog_client._upload",
     "tidelog_server._engine",
     "tidelog_server._overlay",
 )

@@ -236,7 +236,7 @@ class TestTheReplicasTable:
             (served.RequestInvalid("x"), shared.ProtocolViolated),
             (served.OperationsOutOfOrder("x"), shared.ProtocolViolated),
             (shared.InvalidValue("x"), shared.ProtocolViolated),
-            (shared.InvalidConstraint("x"), shared.ProtocolViolated),
+            (shared.InvalidConstraint("x"), shared.DownloadRefused),
             (served.SessionSuperseded("x"), Transient),
             (TransientError("x"), Transient),
             (shared.DiskFull("x"), Transient),

@@ -74,14 +74,14 @@ def receive(replica: Replica, version: int, attributes: dict[str, Any], id: str 
     """Take in a snapshot as a download does."""
     page = sync_pb2.SnapshotPage()
     page.snapshots.add(entity="Task", id=id, version=version, attributes=encode(attributes))
-    replica._storage.merge([page.SerializeToString()])
+    replica._storage.publication.merge([page.SerializeToString()])
 
 
 def remove(replica: Replica, version: int, id: str = "t1") -> None:  # noqa: A002
     """Take in a removal as a download does."""
     page = sync_pb2.SnapshotPage()
     page.removals.add(entity="Task", id=id, version=version)
-    replica._storage.merge([page.SerializeToString()])
+    replica._storage.publication.merge([page.SerializeToString()])
 
 
 def settle(replica: Replica, *seqs: int, refused: bool = False) -> None:

@@ -1,0 +1,65 @@
+"""Plans: what the server does with each entity, as it says at the start of a session."""
+
+from __future__ import annotations
+
+from tidelog._downloads import DownloadMode
+from tidelog.v1 import sync_pb2
+
+
+class Plans:
+    """
+    What the server does with the entities. Those that it does not name are downloaded whole.
+
+    Args:
+        message: The start of the session. Without one: it names none, and reconciles nothing.
+
+    Attributes:
+        modes: How much is downloaded of the entities that are named.
+        upload_excluded: The entities whose operations stay behind unless they are selected.
+        reconcile: Whether everything that is downloaded is reconciled.
+    """
+
+    def __init__(self, message: sync_pb2.SessionStarted | None = None) -> None:
+        self._entities = {} if message is None else {plan.entity: plan for plan in message.entities}
+        self.modes = {entity: DownloadMode.of_number(plan.mode) for entity, plan in self._entities.items()}
+        self.upload_excluded = frozenset(entity for entity, plan in self._entities.items() if plan.upload_excluded)
+        self.reconcile = message is not None and message.reconcile
+
+    @property
+    def reconcile_any(self) -> bool:
+        """Whether there may be an entity that is reconciled."""
+        return self.reconcile or any(map(self.reconciles, self._entities))
+
+    def downloads(self, entity: str) -> bool:
+        """Tell whether objects of an entity are downloaded."""
+        return self.modes.get(entity, DownloadMode.ALL).downloads
+
+    def reconciles(self, entity: str) -> bool:
+        """Tell whether what the download does not bring of an entity is to be removed."""
+        plan = self._entities.get(entity)
+        return self.downloads(entity) and (self.reconcile or (plan is not None and plan.reconcile))
+
+    def in_mode(self, mode: DownloadMode) -> list[str]:
+        """Return the entities that are named in a mode."""
+        return [entity for entity, one in self.modes.items() if one is mode]
+
+    def lasting(self) -> Plans:
+        """Return what of them holds beyond the session."""
+        return Plans(
+            sync_pb2.SessionStarted(
+                entities=[
+                    sync_pb2.EntityPlan(entity=plan.entity, mode=plan.mode, upload_excluded=plan.upload_excluded)
+                    for plan in self._entities.values()
+                ]
+            )
+        )
+
+    def encode(self) -> bytes:
+        """Return the bytes to remember them by."""
+        message = sync_pb2.SessionStarted(reconcile=self.reconcile, entities=self._entities.values())
+        return message.SerializeToString(deterministic=True)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Plans:
+        """Return what `encode` made bytes of; of none, those that name no entity."""
+        return cls(sync_pb2.SessionStarted.FromString(data))

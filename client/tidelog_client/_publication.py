@@ -1,0 +1,407 @@
+"""
+Publication: downloaded pages on their way into the view.
+
+    incoming     page number    -> downloaded page, as it came (mode all, until it is published)
+    merging      page number    -> the same for the other modes
+    seen         object key     -> (while a reconciliation is published) it was in the download
+    ahead        object key     -> its state came without the cursor, and is newer or not of the projection
+
+Nothing shows before all of a download is there. What fits into one transaction is
+published in one, with the cursor; more is published in steps, which are taken up
+again after a crash: how the publication ends is on disk before its first step.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from tidelog._downloads import DownloadMode
+from tidelog._environment import put_many, scan_keys
+from tidelog._keys import pack_object_key, pack_position, unpack_object_key, unpack_position
+from tidelog._limits import PAGE_OBJECTS_MAX
+from tidelog.v1 import sync_pb2
+from tidelog_client._plans import Plans
+from tidelog_client._report import PublishedCounts
+from tidelog_client._view import StateLost, View
+
+if TYPE_CHECKING:
+    from tidelog._environment import Environment, LmdbDatabase, LmdbTransaction
+    from tidelog_client._meta import Meta
+
+PUBLISH_OBJECTS_MAX: Final = 100_000
+PUBLISH_BYTES_MAX: Final = 128 * 1024 * 1024
+PUBLISH_STEP_PAGES: Final = 20
+MERGE_STEP_PAGES: Final = PUBLISH_OBJECTS_MAX // PAGE_OBJECTS_MAX
+END_STEP_OBJECTS: Final = 100_000
+
+_END: Final = struct.Struct(">Q?I")
+
+
+class Publication:
+    """Keeps what is downloaded, and puts it into the view once it is complete."""
+
+    def __init__(self, environment: Environment, view: View, meta: Meta) -> None:
+        self._environment = environment
+        self._view = view
+        self._meta = meta
+        self._incoming = environment.database("incoming")
+        self._merging = environment.database("merging")
+        self._seen = environment.database("seen")
+        self._ahead = environment.database("ahead")
+
+    def stage(self, pages: Sequence[bytes], object_count: int, resume_token: bytes) -> None:
+        """Keep downloaded pages on disk, and where the download can go on."""
+
+        def work(transaction: LmdbTransaction) -> None:
+            _append_pages(transaction, self._incoming, pages)
+            count = object_count + unpack_position(self._meta.get(transaction, "staged_count"))
+            size_bytes = sum(map(len, pages)) + unpack_position(self._meta.get(transaction, "staged_bytes"))
+            self._meta.put(
+                transaction,
+                staged_count=pack_position(count),
+                staged_bytes=pack_position(size_bytes),
+                resume_token=resume_token,
+            )
+
+        self._environment.write(work)
+
+    def discard_staged(self) -> None:
+        """Forget pages that were kept."""
+        with self._environment.read() as transaction:
+            if not transaction.stat(self._incoming)["entries"] and not self._meta.get(transaction, "resume_token"):
+                return
+
+        def work(transaction: LmdbTransaction) -> None:
+            transaction.drop(self._incoming, delete=False)
+            self._meta.put(transaction, staged_count=b"", staged_bytes=b"", resume_token=b"")
+
+        self._environment.write(work)
+
+    def publish(
+        self, pages: Sequence[bytes], object_count: int, *, cursor: bytes, version: int, plans: Plans
+    ) -> PublishedCounts:
+        """
+        Put the staged pages, then *pages*, into the view, and the cursor with them.
+
+        Up to 100,000 objects and 128 MiB change in one transaction. More are published
+        in steps, which are taken up again after a crash by `finish`.
+
+        Args:
+            pages: The pages that were not staged.
+            object_count: How many objects they bring.
+            cursor: What to remember as the cursor.
+            version: The version it stands for.
+            plans: What was downloaded of which entity, and what is reconciled.
+
+        Raises:
+            StateLost: A confirmation has nothing to confirm. Nothing was published.
+        """
+        if not pages and self._stands_at(cursor, plans):
+            return PublishedCounts()
+        staged_count = unpack_position(self._meta.read("staged_count"))
+        staged_bytes = unpack_position(self._meta.read("staged_bytes"))
+        end = _PublishingEnd(cursor, version, plans, track_seen=plans.reconcile_any and self._has_objects())
+        if staged_count + object_count <= PUBLISH_OBJECTS_MAX and staged_bytes <= PUBLISH_BYTES_MAX:
+            counts = self._environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
+            return counts.plus(self.finish())
+        self.stage(pages, object_count, b"")
+        self._meta.write(publishing=end.pack())
+        return self.finish()
+
+    def finish(self) -> PublishedCounts:
+        """Go on with a publication that was begun. Does nothing if there is none."""
+        counts = PublishedCounts()
+        while packed := self._meta.read("publishing"):
+            end = _PublishingEnd.unpack(packed)
+            counts = counts.plus(self._environment.write(partial(self._publish_step, end=end)))
+        return counts
+
+    def stage_merge(self, pages: Sequence[bytes]) -> None:
+        """Keep pages of a download without a cursor on disk until it is complete."""
+        self._environment.write(lambda transaction: _append_pages(transaction, self._merging, pages))
+
+    def discard_merge(self) -> None:
+        """Forget pages that `stage_merge` kept for a download that was not completed."""
+        with self._environment.read() as transaction:
+            if not transaction.stat(self._merging)["entries"]:
+                return
+        self._environment.write(lambda transaction: transaction.drop(self._merging, delete=False))
+
+    def merge(self, pages: Sequence[bytes]) -> PublishedCounts:
+        """
+        Put the pages that `stage_merge` kept, then *pages*, into the view without moving the cursor.
+
+        Up to 100,000 objects and 128 MiB change in one transaction.
+        """
+        counts = PublishedCounts()
+        more = True
+        while more:
+            step, more = self._environment.write(lambda transaction: self._merge_step(transaction, pages))
+            counts = counts.plus(step)
+        return counts
+
+    def _merge_step(self, transaction: LmdbTransaction, pages: Sequence[bytes]) -> tuple[PublishedCounts, bool]:
+        counts = PublishedCounts()
+        cursor = transaction.cursor(self._merging)
+        room_bytes = PUBLISH_BYTES_MAX
+        for _ in range(MERGE_STEP_PAGES):
+            if room_bytes <= 0:
+                break
+            if not cursor.first():
+                for page in pages:
+                    counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(page)))
+                return counts, False
+            page = cursor.value()
+            counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(page)))
+            room_bytes -= len(page)
+            cursor.delete()
+        return counts, True
+
+    def start_over(self) -> None:
+        """Forget where the server's state is known up to, so that all of it is sent again."""
+
+        def work(transaction: LmdbTransaction) -> None:
+            transaction.drop(self._incoming, delete=False)
+            transaction.drop(self._seen, delete=False)
+            self._meta.put(
+                transaction,
+                cursor=b"",
+                state_lost=b"1",
+                staged_count=b"",
+                staged_bytes=b"",
+                resume_token=b"",
+                publishing=b"",
+            )
+
+        self._environment.write(work)
+
+    def _stands_at(self, cursor: bytes, plans: Plans) -> bool:
+        """Tell whether a download that brought nothing and ends at *cursor* changes nothing at all."""
+        with self._environment.read() as transaction:
+            return (
+                self._meta.get(transaction, "cursor") == cursor
+                and not plans.reconcile_any
+                and self._view.all_clean(transaction)
+                and not any(transaction.stat(database)["entries"] for database in (self._incoming, self._ahead))
+                and not any(
+                    any(True for _ in self._view.keys(transaction, entity))
+                    for entity in plans.in_mode(DownloadMode.NOTHING_CLEAR)
+                )
+            )
+
+    def _has_objects(self) -> bool:
+        with self._environment.read() as transaction:
+            return not self._view.is_empty(transaction)
+
+    def _merge(self, transaction: LmdbTransaction, page: sync_pb2.SnapshotPage) -> PublishedCounts:
+        # The server tells of a deletion only what was there at the cursor. What this page brings from
+        # beyond it, or from outside of what is downloaded, is remembered, for the next download to bring
+        # again or to be removed after it.
+        cursor_version = unpack_position(self._meta.get(transaction, "cursor_version"))
+        newer = [
+            pack_object_key(one.entity, one.id)
+            for one in page.snapshots
+            if one.version > cursor_version or one.outside_projection
+        ]
+        newer += [pack_object_key(one.entity, one.id) for one in page.confirmations if one.version > cursor_version]
+        publisher = self._publisher(transaction, _MERGE)
+        counts = publisher.apply(page)
+        publisher.check()
+        if self._meta.get(transaction, "resume_token"):
+            # An interrupted download would later put older states over these: it starts over.
+            transaction.drop(self._incoming, delete=False)
+            self._meta.put(transaction, staged_count=b"", staged_bytes=b"", resume_token=b"")
+        put_many(transaction, self._ahead, [(key, b"") for key in newer])
+        return counts
+
+    def _publish_at_once(
+        self, transaction: LmdbTransaction, pages: Sequence[bytes], end: _PublishingEnd
+    ) -> PublishedCounts:
+        publisher = self._publisher(transaction, end)
+        counts = PublishedCounts()
+        staged = (page for _, page in transaction.cursor(self._incoming))
+        for page in chain(staged, pages):
+            counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(page)))
+        publisher.check()
+        transaction.drop(self._incoming, delete=False)
+        return counts.plus(self._end_step(transaction, publisher, end))
+
+    def _publish_step(self, transaction: LmdbTransaction, end: _PublishingEnd) -> PublishedCounts:
+        publisher = self._publisher(transaction, end)
+        counts = PublishedCounts()
+        cursor = transaction.cursor(self._incoming)
+        for _ in range(PUBLISH_STEP_PAGES):
+            if not cursor.first():
+                return counts.plus(self._end_step(transaction, publisher, end))
+            counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(cursor.value())))
+            publisher.check()
+            cursor.delete()
+        return counts
+
+    def _end_step(self, transaction: LmdbTransaction, publisher: _Publisher, end: _PublishingEnd) -> PublishedCounts:
+        """End a publication whose pages are in the view, or, where that concerns many objects, go on with it."""
+        removed = 0
+        for count, has_left in enumerate(publisher.end(), start=1):
+            removed += has_left
+            if count == END_STEP_OBJECTS:
+                self._meta.put(transaction, publishing=end.pack())
+                return PublishedCounts(removed=removed)
+        transaction.drop(self._seen, delete=False)
+        transaction.drop(self._ahead, delete=False)
+        self._meta.put(
+            transaction,
+            cursor=end.cursor,
+            in_doubt=b"",
+            cursor_version=pack_position(end.version),
+            staged_count=b"",
+            staged_bytes=b"",
+            resume_token=b"",
+            publishing=b"",
+            state_lost=b"",
+        )
+        return PublishedCounts(removed=removed)
+
+    def _publisher(self, transaction: LmdbTransaction, end: _PublishingEnd) -> _Publisher:
+        return _Publisher(self._view, self._seen, self._ahead, transaction, end)
+
+
+class _PublishingEnd(NamedTuple):
+    """
+    How a publication ends.
+
+    Attributes:
+        cursor: What to remember as the cursor.
+        version: The version it stands for.
+        plans: What was downloaded of which entity, and what is reconciled.
+        track_seen: Whether what a reconciliation lacks is removed. An empty replica has
+            nothing to remove; decided before the first object is written.
+    """
+
+    cursor: bytes
+    version: int
+    plans: Plans
+    track_seen: bool
+
+    def pack(self) -> bytes:
+        return _END.pack(self.version, self.track_seen, len(self.cursor)) + self.cursor + self.plans.encode()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> _PublishingEnd:
+        version, track_seen, cursor_bytes = _END.unpack_from(data)
+        cursor_end = _END.size + cursor_bytes
+        return cls(data[_END.size : cursor_end], version, Plans.decode(data[cursor_end:]), track_seen)
+
+
+# A page that comes without a cursor ends nothing.
+_MERGE: Final = _PublishingEnd(b"", 0, Plans(), track_seen=False)
+
+
+class _Publisher:
+    """Puts pages into the view, in one transaction."""
+
+    def __init__(
+        self,
+        view: View,
+        seen: LmdbDatabase,
+        ahead: LmdbDatabase,
+        transaction: LmdbTransaction,
+        end: _PublishingEnd,
+    ) -> None:
+        self._view = view
+        self._seen = seen
+        self._ahead = ahead
+        self._transaction = transaction
+        self._end = end
+        self._lost: set[bytes] = set()
+        self._any_ahead = transaction.stat(ahead)["entries"] > 0
+
+    def apply(self, page: sync_pb2.SnapshotPage) -> PublishedCounts:
+        """Put one page into the view."""
+        view, transaction, plans = self._view, self._transaction, self._end.plans
+        snapshots: dict[str, list[tuple[bytes, int, bytes]]] = {}
+        for one in page.snapshots:
+            entity = one.entity
+            snapshots.setdefault(entity, []).append((pack_object_key(entity, one.id), one.version, one.attributes))
+        confirmations = [(pack_object_key(one.entity, one.id), one.version) for one in page.confirmations]
+        removals = [(one.entity, pack_object_key(one.entity, one.id), one.version) for one in page.removals]
+        brought = [*(one[0] for one in chain.from_iterable(snapshots.values())), *(key for key, _ in confirmations)]
+        gone = [key for _, key, _ in removals]
+        if self._end.track_seen:
+            put_many(transaction, self._seen, [(key, b"") for key in brought])
+            for key in gone:  # sent by an earlier page, deleted since
+                transaction.delete(key, db=self._seen)
+        if self._any_ahead:
+            for key in (*brought, *gone):
+                transaction.delete(key, db=self._ahead)
+        for entity, listed in snapshots.items():
+            # What a reconciliation brings may be of another timeline, whose versions do not compare.
+            force = plans.reconciles(entity)
+            if view.is_clean(transaction, entity):
+                view.put_clean_snapshots(transaction, listed, force=force)
+            else:
+                for key, version, attributes in listed:
+                    view.put_snapshot(transaction, key, version, attributes, force=force)
+        for key, version in confirmations:
+            try:
+                view.confirm(transaction, key, version)
+            except StateLost:
+                self._lost.add(key)
+        if self._lost:
+            # A later page may tell that the object is gone, or bring it whole.
+            self._lost.difference_update(gone)
+            self._lost.difference_update(key for listed in snapshots.values() for key, _, _ in listed)
+        removed = sum(
+            view.remove(transaction, key, version, force=plans.reconciles(entity)) for entity, key, version in removals
+        )
+        return PublishedCounts(len(page.snapshots), len(confirmations), removed)
+
+    def check(self) -> None:
+        """Raise StateLost if a confirmation had nothing to confirm. Before the transaction is committed."""
+        if self._lost:
+            raise StateLost(next(iter(self._lost)))
+
+    def end(self) -> Iterator[bool]:
+        """
+        Settle what a download of everything left open, and remove what it did not bring, one object a step.
+
+        Yields whether the object left the view. May be broken off after a step, and begun
+        again in another transaction: a step is not taken twice.
+        """
+        view, transaction, version, plans = self._view, self._transaction, self._end.version, self._end.plans
+        cleared = plans.in_mode(DownloadMode.NOTHING_CLEAR)
+        for key in view.stale_keys(transaction, version):
+            entity, _ = unpack_object_key(key)
+            if plans.downloads(entity):
+                view.drop_stale(transaction, key, version)
+                yield False
+                continue
+            has_left = entity in cleared and view.clear(transaction, key)
+            if not has_left:
+                # No snapshot will ever take its place: what was applied becomes the state to stand on.
+                view.fold(transaction, key, version)
+            yield has_left
+        for entity in cleared:
+            for key in view.keys(transaction, entity):
+                if view.clear(transaction, key):
+                    yield True
+        for key in scan_keys(transaction, self._ahead):
+            transaction.delete(key, db=self._ahead)
+            if plans.downloads(unpack_object_key(key)[0]):
+                yield view.remove(transaction, key, version, force=True)
+        if self._end.track_seen:
+            for entity in filter(plans.reconciles, view.entities(transaction)):
+                for key in view.keys(transaction, entity):
+                    is_seen = transaction.get(key, db=self._seen) is not None
+                    if not is_seen and view.remove(transaction, key, version, force=True):
+                        yield True
+
+
+def _append_pages(transaction: LmdbTransaction, database: LmdbDatabase, pages: Sequence[bytes]) -> None:
+    cursor = transaction.cursor(database)
+    number = unpack_position(cursor.key()) + 1 if cursor.last() else 1
+    for offset, page in enumerate(pages):
+        transaction.put(pack_position(number + offset), page, db=database, append=True)

@@ -1,0 +1,602 @@
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import pytest
+from tests.builders import REPLICA_A, REPLICA_B, TENANT, USER, MemoryStore, Step, write_steps
+
+from tidelog import Entity, InvalidConstraint, Schema, StorageError, String, attribute
+from tidelog._downloads import DownloadWish, downloads_of
+from tidelog._keys import ObjectKey
+from tidelog._values import decode_map
+from tidelog.internal.v1 import splice_pb2
+from tidelog.v1 import sync_pb2
+from tidelog_server import Application, Principal
+from tidelog_server import _download as download_module
+from tidelog_server._errors import ReplicaOwned
+from tidelog_server._indexes import Written, index_writes, rebuilt
+from tidelog_server._outcomes import Uploader
+from tidelog_server._records import Writes
+from tidelog_server._session import Session, Upload
+from tidelog_server._store import Reader
+
+ALL = sync_pb2.SYNCHRONIZE_MODE_ALL
+UNSYNCHRONIZED = sync_pb2.SYNCHRONIZE_MODE_UNSYNCHRONIZED
+SELECTED = sync_pb2.SYNCHRONIZE_MODE_SELECTED
+
+INDEXED = Schema([Entity("Task", {"who": String()}, indexes=["who"])], open=True)
+
+
+def task(id: str) -> ObjectKey:  # noqa: A002 - the glossary's word
+    """Return the key of a task."""
+    return ("Task", id)
+
+
+def told(pages: Sequence[sync_pb2.SnapshotPage]) -> list[tuple[Any, ...]]:
+    """Return what pages say, in order: (id, attributes), (id, "gone"), (id, "confirmed")."""
+    found: list[tuple[Any, ...]] = []
+    for page in pages:
+        found += [(one.id, decode_map(one.attributes)) for one in page.snapshots]
+        found += [(one.id, "gone") for one in page.removals]
+        found += [(one.id, "confirmed") for one in page.confirmations]
+    return found
+
+
+@dataclass
+class Desk:
+    """A server of one tenant, and one replica's sessions with it."""
+
+    application: Application = field(default_factory=Application)
+    store: Any = field(default_factory=MemoryStore)
+    principal: Principal = USER
+    schema: Schema | None = None
+    cursor: bytes = b""
+
+    def write(self, *steps: Step) -> int:
+        """Write in one transaction."""
+        return write_steps(self.store, steps, schema=self.schema, tenant=self.principal.tenant)
+
+    def put(self, id: str, replica: bytes = REPLICA_B, **attributes: Any) -> int:  # noqa: A002
+        """Write a task."""
+        return self.write(Step(task(id), attributes, replica))
+
+    def delete(self, id: str, replica: bytes = REPLICA_B) -> int:  # noqa: A002
+        """Delete a task."""
+        return self.write(Step(task(id), None, replica))
+
+    def session(self, mode: sync_pb2.SynchronizeMode.ValueType = ALL, **fields: Any) -> Session:
+        """Return a session of the replica."""
+        wishes: dict[str, DownloadWish] = fields.pop("wishes", {})
+        start = sync_pb2.SessionStart(
+            protocol_version=1,
+            replica_id=str(UUID(bytes=REPLICA_A)),
+            mode=mode,
+            cursor=self.cursor,
+            accepts_confirmations=True,
+            downloads=[wish.to_message(entity) for entity, wish in downloads_of(wishes).items()],
+        )
+        start.MergeFrom(sync_pb2.SessionStart(**fields))
+        return Session(self.application, self.store, self.principal, start)
+
+    def download(self, **fields: Any) -> list[tuple[Any, ...]]:
+        """Download everything, move the cursor, and return what was told."""
+        session = self.session(**fields)
+        self.started = session.open().result()
+        pages = list(session.pages())
+        self.cursor = session.complete().cursor
+        return told(pages)
+
+    def select(self, *ids: str, **fields: Any) -> list[sync_pb2.SnapshotPage]:
+        """Download selected tasks."""
+        session = self.session(SELECTED, **fields)
+        session.open().result()
+        session.select(sync_pb2.Selection(keys=[sync_pb2.ObjectKey(entity="Task", id=id_) for id_ in ids]))
+        return list(session.pages())
+
+    def unsynchronized(self, first_version: int, first_seq: int = 1, **fields: Any) -> list[tuple[Any, ...]]:
+        """Return what a session tells of the operations that were applied from a version on."""
+        session = self.session(UNSYNCHRONIZED, **fields)
+        session.open().result()
+        upload = Upload(self.application, self.store, Uploader(REPLICA_A, self.principal, 1, leaves_earlier=False))
+        upload.first_seq, upload.first_version = first_seq, first_version
+        session._upload = upload
+        return told(list(session.pages()))
+
+
+class TestDelta:
+    def test_what_changed(self) -> None:
+        """After the first download only what changed is told, and nothing if nothing did."""
+        desk = Desk()
+        desk.put("a", n=1)
+        desk.put("b", n=1)
+
+        assert desk.download() == [("a", {"n": 1}), ("b", {"n": 1})]
+        assert desk.started.reconcile
+        assert desk.download() == []
+        desk.put("b", n=2)
+        desk.delete("a")
+        assert desk.download() == [("b", {"n": 2}), ("a", "gone")]
+        assert not desk.started.reconcile
+
+    def test_entities_share_a_page(self) -> None:
+        """Objects of several entities come in one page as long as they fit."""
+        desk = Desk()
+        desk.write(*(Step((entity, "x"), {}) for entity in ("Task", "Note", "Line")))
+        session = desk.session()
+        session.open().result()
+
+        assert [len(page.snapshots) for page in session.pages()] == [3]
+
+    def test_moving_out_of_a_constraint_and_into_it(self) -> None:
+        """What no longer matches is removed, what matches now is sent, and of the others nothing is said."""
+        desk = Desk()
+        wishes: dict[str, DownloadWish] = {"Task": attribute("who") == "ann"}
+        for id_, who in (("out", "ann"), ("in", "bob"), ("never", "bob"), ("stays", "ann")):
+            desk.put(id_, who=who)
+        assert desk.download(wishes=wishes) == [("out", {"who": "ann"}), ("stays", {"who": "ann"})]
+
+        desk.put("out", who="bob")
+        desk.put("in", who="ann")
+        desk.put("never", who="eve")
+        desk.delete("never")
+        assert desk.download(wishes=wishes) == [("in", {"who": "ann"}), ("out", "gone")]
+
+    def test_what_came_and_went(self) -> None:
+        """Of an object that matched in between two downloads only, nothing is said."""
+        desk = Desk()
+        desk.put("x", who="bob")
+        wishes: dict[str, DownloadWish] = {"Task": attribute("who") == "ann"}
+        desk.download(wishes=wishes)
+
+        desk.put("x", who="ann")
+        desk.put("x", who="bob")
+        desk.put("y", who="ann")
+        desk.delete("y")
+        desk.write(Step(("Note", "z"), {}))
+        desk.write(Step(("Note", "z"), None))
+        assert desk.download(wishes=wishes) == []
+
+    @pytest.mark.parametrize("where", [attribute("who") == "ann", attribute("who").is_in(["ann", "eve"])])
+    def test_the_same_by_an_index(self, where: Any) -> None:
+        """Where an index leads to the objects, moves in and out are told as well."""
+        desk = Desk(Application(schema=INDEXED), schema=INDEXED)
+        wishes: dict[str, DownloadWish] = {"Task": where}
+        for id_, who in (("out", "ann"), ("in", "bob"), ("gone", "ann"), ("stays", "ann")):
+            desk.put(id_, who=who)
+        assert sorted(one[0] for one in desk.download(wishes=wishes)) == ["gone", "out", "stays"]
+
+        desk.put("out", who="bob")
+        desk.put("out", who="carl")
+        desk.put("in", who="ann")
+        desk.delete("gone")
+        assert sorted(desk.download(wishes=wishes)) == [("gone", "gone"), ("in", {"who": "ann"}), ("out", "gone")]
+
+    def test_a_value_that_changes_into_another_one_of_the_wish(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An object that moves between two values that are both wanted is no removal, and comes as it is now."""
+        desk = Desk(Application(schema=INDEXED), schema=INDEXED)
+        wishes: dict[str, DownloadWish] = {"Task": attribute("who").is_in(["ann", "eve"])}
+        desk.put("x", who="ann")
+        desk.download(wishes=wishes)
+
+        desk.put("x", who="eve")
+        assert desk.download(wishes=wishes) == [("x", {"who": "eve"})]
+        desk.put("x", who="ann")
+        desk.put("x", who="ann", n=1)
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        assert desk.download(wishes=wishes) == [("x", {"who": "ann", "n": 1})]
+
+    def test_attributes_that_may_not_be_read(self) -> None:
+        """What may not be read of an object is not in its snapshot, whoever wrote it."""
+        application = Application()
+        application.allow("*", "Task", read=["title"])
+        desk = Desk(application)
+        desk.put("x", REPLICA_A, title="t", salary=7)
+
+        assert desk.download() == [("x", {"title": "t"})]
+
+    def test_own_objects_are_confirmed(self) -> None:
+        """What this replica alone wrote comes as a confirmation, unless it may have seen a part only."""
+        desk = Desk()
+        desk.put("x", REPLICA_A, n=1)
+        desk.put("y", REPLICA_A, n=1)
+        desk.put("y", REPLICA_B, n=2)
+        assert desk.download() == [("y", {"n": 2}), ("x", "confirmed")]
+
+        desk.application.allow("*", "Task", where=attribute("n") == 3)
+        desk.application.allow("*", "Task", read=["n"])
+        desk.put("z", REPLICA_A, n=3)
+        assert desk.download() == [("x", {"n": 1}), ("y", {"n": 2}), ("z", {"n": 3})]
+        desk.put("z", REPLICA_A, n=3, m=1)
+        assert desk.download() == [("z", {"n": 3, "m": 1})]  # whole now, but it need not have been
+
+
+class TestReconciliation:
+    def test_only_the_entity_that_changed(self) -> None:
+        """Another wish for one entity reconciles that one; the others stay on delta."""
+        desk = Desk()
+        desk.write(Step(task("x"), {"n": 1}), Step(("Note", "y"), {"n": 1}))
+        desk.download()
+
+        assert desk.download(wishes={"Task": attribute("n") == 1}) == [("x", {"n": 1})]
+        assert not desk.started.reconcile
+        assert [(plan.entity, plan.reconcile) for plan in desk.started.entities] == [("Task", True)]
+        assert desk.download(wishes={"Task": attribute("n") == 1}) == []
+        assert [(plan.entity, plan.reconcile) for plan in desk.started.entities] == [("Task", False)]
+        assert desk.download() == [("x", {"n": 1})]
+
+    def test_access_that_is_lost_and_regained(self) -> None:
+        """A principal that loses a role gets nothing of what it saw, and all of it with the role again."""
+        application = Application()
+        application.allow("worker", "Task")
+        application.allow("*", "Note")
+        desk = Desk(application, principal=Principal("ann", roles=frozenset({"worker"})))
+        desk.write(Step(task("x"), {}), Step(("Note", "y"), {}))
+        desk.download()
+
+        desk.principal = Principal("ann")
+        assert desk.download() == []
+        assert [(plan.entity, plan.reconcile) for plan in desk.started.entities] == [("Task", True)]
+        desk.principal = Principal("ann", roles=frozenset({"worker"}))
+        assert desk.download() == [("x", {})]
+        assert desk.download() == []
+
+    def test_an_entity_that_was_not_downloaded(self) -> None:
+        """An entity that one download left out reconciles when it is downloaded again."""
+        desk = Desk()
+        desk.put("x", n=1)
+        desk.download()
+
+        assert desk.download(wishes={"Task": "nothing_preserve"}) == []
+        assert desk.download() == [("x", {"n": 1})]
+        assert [(plan.entity, plan.reconcile) for plan in desk.started.entities] == [("Task", True)]
+
+    def test_rules_for_everything(self) -> None:
+        """When what holds for entities that nobody named changes, each of them is named and reconciled."""
+        application = Application()
+        desk = Desk(application)
+        desk.write(Step(task("x"), {}), Step(("Note", "y"), {}))
+        desk.download()
+
+        application.allow("*", "*", where=attribute("n") == 1)
+        assert desk.download() == []
+        assert [(plan.entity, plan.reconcile) for plan in desk.started.entities] == [("Note", True), ("Task", True)]
+
+    def test_indexes_made_anew(self) -> None:
+        """An index that was made after the replica's cursor cannot tell what left: the entity reconciles."""
+        desk = Desk(Application(schema=INDEXED))
+        wishes: dict[str, DownloadWish] = {"Task": attribute("who") == "ann"}
+        desk.put("x", who="ann")
+        desk.put("y", who="ann")
+        desk.download(wishes=wishes)
+        desk.put("x", who="bob")
+
+        def job(reader: Reader) -> Any:
+            states = reader.objects([task("x"), task("y")])
+            written = [Written(key, None, decode_map(one.attributes), one.version) for key, one in states.items()]
+            index = {**index_writes(INDEXED, written, reader.index), **rebuilt(reader.head().version)}
+            return Writes({}, [], None, [], [], reader.head().version, index), None
+
+        desk.store.submit(TENANT, job).result()
+        assert desk.download(wishes=wishes) == [("y", {"who": "ann"})]
+        assert [plan.reconcile for plan in desk.started.entities] == [True]
+        assert desk.download(wishes=wishes) == []
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"epoch": "another"},
+            {"timeline": "another"},
+            {"version": 2},
+            {"version": -1},
+            {"commit_id": b"another"},
+            {"version": 0},
+        ],
+    )
+    def test_a_cursor_that_does_not_fit(self, changed: dict[str, Any]) -> None:
+        """A cursor of another store, history or commit leads to a reconciliation, in which nothing is confirmed."""
+        desk = Desk()
+        desk.put("x", REPLICA_A, n=1)
+        assert desk.download() == [("x", "confirmed")]
+        cursor = splice_pb2.Cursor.FromString(desk.cursor)
+        cursor.MergeFrom(splice_pb2.Cursor(**changed))
+        if changed == {"version": 0}:
+            cursor.version = 0
+        desk.cursor = cursor.SerializeToString()
+
+        assert desk.download() == [("x", {"n": 1})]
+        assert desk.started.reconcile
+
+    def test_a_cursor_of_another_tenant(self) -> None:
+        """A cursor counts in its own tenant alone, though the other one stands at the same version."""
+        desk = Desk()
+        desk.put("x", n=1)
+        desk.download()
+        desk.principal = Principal(USER.user_id, tenant="other")
+        desk.put("y", n=1)
+
+        assert desk.download() == [("y", {"n": 1})]
+        assert desk.started.reconcile
+
+    def test_a_change_log_that_does_not_reach_back(self) -> None:
+        """A cursor older than the change log leads to a reconciliation."""
+        desk = Desk()
+        desk.put("x", n=1)
+        desk.download()
+        desk.put("y", n=1)
+        del desk.store._tenants[TENANT].changes[2]
+
+        assert [one[0] for one in desk.download()] == ["x", "y"]
+        assert desk.started.reconcile
+
+    def test_a_change_log_that_is_cut_meanwhile(self) -> None:
+        """If the change log is cut below what a download needs, it fails for now rather than guess."""
+        desk = Desk()
+        wishes: dict[str, DownloadWish] = {"Task": attribute("n") == 1}
+        desk.put("x", n=1)
+        desk.download(wishes=wishes)
+        desk.put("x", n=2)
+        desk.put("x", n=3)
+        session = desk.session(wishes=wishes)
+        session.open().result()
+        del desk.store._tenants[TENANT].changes[2]
+
+        with pytest.raises(StorageError, match="does not reach back to version 2"):
+            list(session.pages())
+
+
+class TestResuming:
+    def cut(self, desk: Desk, pages: int, **fields: Any) -> bytes:
+        """Break a download off after some pages; return the last token."""
+        session = desk.session(**fields)
+        session.open().result()
+        return list(itertools.islice(session.pages(), pages))[-1].resume_token
+
+    @pytest.fixture
+    def desk(self, monkeypatch: pytest.MonkeyPatch) -> Desk:
+        """Give a tenant of three tasks and two notes, read one to a page."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        desk = Desk()
+        desk.write(*(Step(task(id_), {}) for id_ in "abc"), *(Step(("Note", id_), {}) for id_ in "de"))
+        return desk
+
+    def test_it_goes_on(self, desk: Desk) -> None:
+        """What the pages that were kept hold does not come again; what changed since does."""
+        token = self.cut(desk, 3)
+        desk.put("a", n=2)
+        desk.write(Step(("Note", "d"), None))
+
+        assert desk.download(resume_token=token) == [("b", {}), ("c", {}), ("d", "gone"), ("a", {"n": 2})]
+        assert desk.started.resumed
+
+    def test_a_token_that_does_not_fit(self, desk: Desk) -> None:
+        """A token of another cursor, scope, tenant or of no sense is disregarded."""
+        token = self.cut(desk, 3)
+        read = splice_pb2.ResumeToken.FromString(token)
+        unsound = []
+        for name, value in (("position", 99), ("round_head", 99), ("previous_round_head", 9), ("first_head", 0)):
+            other = splice_pb2.ResumeToken.FromString(token)
+            setattr(other, name, value)
+            unsound.append(other.SerializeToString())
+
+        for bad in (*unsound, b"\xff", self.cut(desk, 3, wishes={"Task": "never"})[:-1]):
+            desk.cursor = b""
+            assert len(desk.download(resume_token=bad)) == 5
+            assert not desk.started.resumed
+        desk.put("z")
+        desk.download(resume_token=token)  # the replica has a cursor by now
+        assert not desk.started.resumed
+        desk.cursor = b""
+        desk.download(resume_token=token, wishes={"Task": attribute("n") == 1})
+        assert not desk.started.resumed
+        assert read.round_head == 5
+        desk.cursor, desk.principal = b"", Principal(USER.user_id, tenant="other")
+        desk.write(*(Step(task(id_), {}) for id_ in "abcde"))
+        assert len(desk.download(resume_token=token)) == 5
+        assert not desk.started.resumed
+
+    def test_a_tenant_that_never_rests(self, desk: Desk) -> None:
+        """A download that is overtaken by writes page after page ends all the same, at a head that it has seen."""
+        session = desk.session()
+        session.open().result()
+        count = 0
+        for count, _page in enumerate(session.pages(), start=1):
+            desk.put(f"new{count}")
+            assert count < 100
+
+        assert count > 5
+        desk.cursor = session.complete().cursor
+        assert desk.download() != []
+        assert desk.download() == []
+
+    def test_an_entity_that_appears_meanwhile(self, desk: Desk) -> None:
+        """The first object of an entity, written while pages are read, is not missed, wherever it sorts."""
+        session = desk.session()
+        session.open().result()
+        pages = session.pages()
+        seen = [next(pages)]
+        desk.write(Step(("Aaa", "early"), {}), Step(("Zzz", "late"), {}))
+        seen += list(pages)
+
+        assert {"early", "late"} <= {one[0] for one in told(seen)}
+
+
+class TestSelected:
+    def test_by_rights(self) -> None:
+        """Selected objects come by what may be read, whatever the mode; others as removals that all look alike."""
+        application = Application()
+        application.allow("*", "Task", read=["n"], where=attribute("n") == 1)
+        desk = Desk(application)
+        desk.put("seen", n=1, salary=7)
+        desk.put("hidden", n=2)
+        desk.put("deleted", n=2)
+        desk.delete("deleted")
+        desk.put("last", n=1)
+        (page,) = desk.select("seen", "hidden", "deleted", "absent", wishes={"Task": "never"})
+
+        assert told([page]) == [("seen", {"n": 1}), ("hidden", "gone"), ("deleted", "gone"), ("absent", "gone")]
+        assert {one.version for one in page.removals} == {5}
+
+    def test_what_mode_all_would_not_bring(self) -> None:
+        """A snapshot says whether it lies outside of what mode all downloads."""
+        desk = Desk()
+        desk.put("in", n=1)
+        desk.put("out", n=2)
+
+        for wish, outside in ((attribute("n") == 1, ["out"]), ("all", []), ("nothing_clear", ["in", "out"])):
+            (page,) = desk.select("in", "out", wishes={"Task": wish})
+            assert [one.id for one in page.snapshots if one.outside_projection] == outside
+
+
+class TestUnsynchronized:
+    def test_own_changes_and_those_of_hooks(self) -> None:
+        """Each object that the operations changed comes as it is, by hooks too; others' changes do not come."""
+        desk = Desk()
+        desk.put("other", n=1)
+        first = desk.write(
+            Step(task("x"), {"n": 1}, REPLICA_A), Step(("Note", "h"), {"n": 1}, REPLICA_A, by_hook=True)
+        )
+        desk.put("other", n=2)
+
+        assert desk.unsynchronized(first - 1) == [("h", {"n": 1}), ("x", "confirmed")]
+
+    def test_what_is_outside_now(self) -> None:
+        """Own objects that are not seen come as removals, others only if they were seen before the operations."""
+        application = Application()
+        application.allow("*", "*", where=attribute("n") == 1)
+        desk = Desk(application)
+        desk.write(*(Step(("Note", id_), {"n": n}) for id_, n in (("was", 1), ("never", 2))))
+        first = desk.write(
+            Step(task("own"), {"n": 2}, REPLICA_A),
+            *(Step(("Note", id_), {"n": 3}, REPLICA_A, by_hook=True) for id_ in ("was", "never", "new")),
+            Step(("Note", "was"), {"n": 4}, REPLICA_A, by_hook=True),
+        )
+
+        assert desk.unsynchronized(first - 4) == [("own", "gone"), ("was", "gone")]
+
+    def test_modes(self) -> None:
+        """Of an entity that is never synchronized nothing comes; where nothing is downloaded, what may be read."""
+        desk = Desk()
+        first = desk.put("x", REPLICA_A, n=1)
+
+        assert desk.unsynchronized(first, wishes={"Task": "never"}) == []
+        assert desk.unsynchronized(first, wishes={"Task": "nothing_clear"}) == [("x", "confirmed")]
+        assert desk.unsynchronized(first, wishes={"Task": attribute("n") == 1}) == [("x", "confirmed")]
+        assert desk.unsynchronized(first, wishes={"Task": attribute("n") == 2}) == [("x", "gone")]
+
+
+class TestSession:
+    def test_who_the_replica_is_bound_to(self) -> None:
+        """A session names tenant and user; a replica that is bound to others is refused."""
+        desk = Desk()
+        started = desk.session(bound_tenant=TENANT, bound_user_id="ann").open().result()
+        assert (started.tenant, started.user_id) == (TENANT, "ann")
+
+        with pytest.raises(ReplicaOwned, match="another tenant"):
+            desk.session(bound_tenant="other")
+        with pytest.raises(ReplicaOwned, match="another user"):
+            desk.session(bound_user_id="bob")
+
+    def test_a_wish_that_is_refused(self) -> None:
+        """A wish for what may not be read ends the session before it begins."""
+        application = Application()
+        application.allow("*", "Task", read=["n"])
+
+        with pytest.raises(InvalidConstraint, match="'salary', which may not be read"):
+            Desk(application).session(wishes={"Task": attribute("salary") > 1})
+
+    @pytest.mark.parametrize("mode", [UNSYNCHRONIZED, SELECTED])
+    def test_other_modes_reconcile_nothing(self, mode: sync_pb2.SynchronizeMode.ValueType) -> None:
+        """Sessions of other modes than all name the modes of entities and reconcile none."""
+        started = Desk().session(mode, wishes={"Task": attribute("n") == 1, "Note": "never"}).open().result()
+
+        assert not started.reconcile
+        assert [(plan.entity, plan.upload_excluded, plan.reconcile) for plan in started.entities] == [
+            ("Note", True, False),
+            ("Task", False, False),
+        ]
+
+
+class _CountingReader:
+    """A reader that counts what it hands out."""
+
+    def __init__(self, reader: Any, counts: Counter[str]) -> None:
+        self._reader = reader
+        self._counts = counts
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._reader, name)
+
+        def counted(*arguments: Any) -> Any:
+            result = method(*arguments)
+            handed = result.objects if name == "latest_objects" else result
+            self._counts[name] += len(handed) if isinstance(handed, list | dict) else 1
+            return result
+
+        return counted
+
+
+class CountingStore(MemoryStore):
+    """A store that counts what is read of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    @contextmanager
+    def read(self, tenant: str) -> Iterator[Any]:
+        """Read, and count."""
+        self.counts["transactions"] += 1
+        with super().read(tenant) as reader:
+            yield _CountingReader(reader, self.counts)
+
+
+class TestCost:
+    def read(self, desk: Desk, **fields: Any) -> Counter[str]:
+        """Download everything and return what was read for it."""
+        desk.store.counts.clear()
+        desk.download(**fields)
+        return Counter(desk.store.counts)
+
+    @pytest.mark.parametrize("others", [10, 500])
+    def test_it_follows_what_the_replica_sees(self, others: int) -> None:
+        """With an index, what is read for a first download and a delta does not depend on the tenant's size."""
+        desk = Desk(Application(schema=INDEXED), CountingStore(), schema=INDEXED)
+        wishes: dict[str, DownloadWish] = {"Task": attribute("who") == "ann"}
+        desk.write(*(Step(task(f"other{number}"), {"who": "bob"}) for number in range(others)))
+        desk.write(*(Step(task(f"mine{number}"), {"who": "ann"}) for number in range(5)))
+
+        first = self.read(desk, wishes=wishes)
+        assert (first["objects"], first["index_range"], first["latest_objects"], first["change"]) == (5, 5, 0, 0)
+
+        desk.write(*(Step(task(f"other{number}"), {"who": "eve"}) for number in range(others)))
+        desk.write(Step(task("mine0"), {"who": "bob"}), Step(task("mine1"), {"who": "ann", "n": 1}))
+        delta = self.read(desk, wishes=wishes)
+        assert (delta["objects"], delta["index_range"], delta["latest_objects"]) == (2, 2, 0)
+        assert delta["change"] <= 2
+
+    def test_nothing_to_do(self) -> None:
+        """Where nothing changed, one transaction looks at the head and no scan is made."""
+        desk = Desk(store=CountingStore())
+        desk.put("x")
+        desk.download()
+        counts = self.read(desk)
+
+        assert counts["transactions"] == 3  # who the replica is, what the session does, and the download
+        assert {"latest_objects", "index_range", "entities", "objects", "change"}.isdisjoint(counts)
+
+    def test_hidden_objects_keep_transactions_short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A transaction reads a page's worth, however little of that the replica sees."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 10)
+        desk = Desk(store=CountingStore())
+        desk.write(*(Step(task(f"other{number:03}"), {"n": 2}) for number in range(100)))
+        desk.put("mine", n=1)
+        counts = self.read(desk, wishes={"Task": attribute("n") == 1})
+
+        assert counts["latest_objects"] == 101
+        assert counts["transactions"] >= 10
