@@ -13,6 +13,7 @@ pending operation, the server to apply it, and both get the same result.
 from __future__ import annotations
 
 import decimal
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -113,6 +114,29 @@ class Patch(NamedTuple):
             _check_shape(self)
 
 
+def patch_of(
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    unset: Sequence[str] = (),
+    increment: Mapping[str, Any] | None = None,
+    add: Mapping[str, Sequence[Any]] | None = None,
+    remove: Mapping[str, Sequence[Any]] | None = None,
+) -> Patch:
+    """
+    Return the patch of an update as a program says it, not checked yet.
+
+    Raises:
+        InvalidValue: A list is none.
+    """
+    return Patch(
+        dict(attributes or {}),
+        tuple(_listed("unset", unset)),
+        dict(increment or {}),
+        {name: _listed(name, members) for name, members in (add or {}).items()},
+        {name: _listed(name, members) for name, members in (remove or {}).items()},
+    )
+
+
 def decode_patch(data: bytes) -> Patch:
     """
     Decode the patch of an operation that came from outside.
@@ -177,6 +201,13 @@ def check_attributes(attributes: Attributes) -> None:
 def check_attribute_name(name: str) -> None:
     """Check the name of an attribute. Raises InvalidValue."""
     check_name(name, "an attribute name")
+
+
+def _listed(name: str, members: Sequence[Any]) -> list[Any]:
+    """Return members as a list. A string is a sequence too, but never one that was meant."""
+    if isinstance(members, str | bytes | Mapping):
+        raise InvalidValue(f"{name!r}: expected a list, got {members!r}")
+    return list(members)
 
 
 def _check_shape(patch: Patch) -> None:

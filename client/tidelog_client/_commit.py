@@ -36,7 +36,7 @@ from tidelog._limits import (
     OPERATION_BYTES_MAX,
 )
 from tidelog._operation import CommitGroup, Operation, OperationKind
-from tidelog._patch import Patch, encoded_attributes
+from tidelog._patch import Patch, encoded_attributes, patch_of
 from tidelog._schema import Schema
 from tidelog._values import Attributes, check_id, check_name, decode_trusted, encode
 from tidelog_client._storage import Storage
@@ -335,13 +335,7 @@ class Transaction:
             InvalidValue: A name or value that cannot be stored, or an intent that
                 does not fit the present value.
         """
-        patch = Patch(
-            dict(attributes or {}),
-            tuple(_listed("unset", unset)),
-            dict(increment or {}),
-            {name: _listed(name, members) for name, members in (add or {}).items()},
-            {name: _listed(name, members) for name, members in (remove or {}).items()},
-        )
+        patch = patch_of(attributes, unset=unset, increment=increment, add=add, remove=remove)
         self._add(OperationKind.UPDATE, entity, id, patch)
 
     def delete(self, entity: str, id: str) -> None:  # noqa: A002
@@ -385,13 +379,6 @@ class Transaction:
             return self._views[entity, id_]
         with self._storage.environment.read() as transaction:
             return self._storage.view.get(transaction, pack_object_key(entity, id_))
-
-
-def _listed(name: str, members: Sequence[Any]) -> list[Any]:
-    """Return members as a list. A string is a sequence too, but never one that was meant."""
-    if isinstance(members, str | bytes | Mapping):
-        raise InvalidValue(f"{name!r}: expected a list, got {members!r}")
-    return list(members)
 
 
 def checked_intent(

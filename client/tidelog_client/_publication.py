@@ -131,20 +131,25 @@ class Publication:
                 return
         self._environment.write(lambda transaction: transaction.drop(self._merging, delete=False))
 
-    def merge(self, pages: Sequence[bytes]) -> PublishedCounts:
+    def merge(self, pages: Sequence[bytes], cursor: bytes = b"") -> PublishedCounts:
         """
-        Put the pages that `stage_merge` kept, then *pages*, into the view without moving the cursor.
+        Put the pages that `stage_merge` kept, then *pages*, into the view.
 
-        Up to 100,000 objects and 128 MiB change in one transaction.
+        Up to 100,000 objects and 128 MiB change in one transaction. The replica stands where
+        it stood; *cursor*, unless it is empty, says less of that than the one it had.
         """
         counts = PublishedCounts()
         more = True
         while more:
-            step, more = self._environment.write(lambda transaction: self._merge_step(transaction, pages))
+            step, more = self._environment.write(lambda transaction: self._merge_step(transaction, pages, cursor))
             counts = counts.plus(step)
         return counts
 
-    def _merge_step(self, transaction: LmdbTransaction, pages: Sequence[bytes]) -> tuple[PublishedCounts, bool]:
+    def _merge_step(
+        self, transaction: LmdbTransaction, pages: Sequence[bytes], cursor_bytes: bytes
+    ) -> tuple[PublishedCounts, bool]:
+        if cursor_bytes:
+            self._meta.put(transaction, cursor=cursor_bytes)
         counts = PublishedCounts()
         cursor = transaction.cursor(self._merging)
         room_bytes = PUBLISH_BYTES_MAX
@@ -160,6 +165,17 @@ class Publication:
             room_bytes -= len(page)
             cursor.delete()
         return counts, True
+
+    def has_own_states(self) -> bool:
+        """
+        Tell whether the replica still has whatever its own operations led to, so that the server may confirm it.
+
+        Without a cursor nothing says what part of its objects it was shown by sessions of other modes.
+        """
+        with self._environment.read() as transaction:
+            if self._meta.get(transaction, "state_lost"):
+                return False
+            return bool(self._meta.get(transaction, "cursor")) or not transaction.stat(self._ahead)["entries"]
 
     def start_over(self) -> None:
         """Forget where the server's state is known up to, so that all of it is sent again."""
@@ -255,7 +271,6 @@ class Publication:
         self._meta.put(
             transaction,
             cursor=end.cursor,
-            in_doubt=b"",
             cursor_version=pack_position(end.version),
             staged_count=b"",
             staged_bytes=b"",

@@ -133,14 +133,13 @@ class Synchronization:
             cursor=storage.meta("cursor"),
             uploading=self._upload.operation_count > 0,
             leaves_earlier_operations=self._upload.leaves_earlier,
-            accepts_confirmations=not storage.meta("state_lost"),
+            accepts_confirmations=storage.publication.has_own_states(),
             downloads=[download.to_message(entity) for entity, download in self._downloads.items()],
             bound_tenant=storage.meta("tenant").decode(),
             bound_user_id=storage.meta("user_id").decode(),
         )
         if self._mode is Mode.ALL:
             start.resume_token = storage.meta("resume_token")
-            start.reconcile_entities.extend(_names(storage.meta("in_doubt")))
         self._on_progress(Progress(Phase.CONNECT, 0, None))
         messages: list[bytes | None] = [_request(start=start.SerializeToString())]
         if not start.uploading:
@@ -188,7 +187,6 @@ class Synchronization:
         self._check_upload(Plans(started))
         if self._mode is not Mode.ALL:
             self._storage.publication.discard_merge()
-            self._note_doubts()
         elif not started.resumed:
             self._storage.publication.discard_staged()
         if not self._upload.operation_count:
@@ -204,13 +202,6 @@ class Synchronization:
             if self._stage is not _Stage.UPLOADING:
                 break
         return messages
-
-    def _note_doubts(self) -> None:
-        """Remember the entities of which this session may bring what the cursor does not stand for."""
-        known = _names(self._storage.meta("in_doubt"))
-        in_doubt = known | {entity for entity in self._plans.modes if self._plans.reconciles(entity)}
-        if in_doubt != known:
-            self._storage.set_meta(in_doubt=b"\0".join(entity.encode() for entity in sorted(in_doubt)))
 
     def _adopt(self, started: sync_pb2.SessionStarted) -> None:
         storage = self._storage
@@ -408,7 +399,7 @@ class Synchronization:
                 plans=self._plans,
             )
         else:
-            counts = self._storage.publication.merge(self._pages)
+            counts = self._storage.publication.merge(self._pages, complete.cursor)
         self._report.count_published(counts)
         self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE
@@ -416,10 +407,6 @@ class Synchronization:
 
 _REJECTED: Final = operation_pb2.OPERATION_STATUS_REJECTED
 _FINAL: Final = frozenset((operation_pb2.OPERATION_STATUS_APPLIED, _REJECTED))
-
-
-def _names(data: bytes) -> set[str]:
-    return set(data.decode().split("\0")) if data else set()
 
 
 def _request(**message: object) -> bytes:

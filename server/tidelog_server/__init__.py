@@ -17,6 +17,7 @@ from tidelog_server._errors import (
     AuthenticationFailed,
     AuthenticationUnavailable,
     ChangedMeanwhile,
+    MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "HookObject",
     "JwtAuthenticator",
     "LmdbStore",
+    "MigrationUnfinished",
     "OperationRefused",
     "PeerCertificate",
     "Principal",

@@ -179,7 +179,7 @@ class Application:
         self.conflict_policies: dict[str, Merge | Literal["reject_stale"]] = {}
         self._operators = frozenset(operators)
         self._hooks: dict[tuple[str, str], list[Hook]] = {}
-        self._migrations: dict[str, Migration] = {}
+        self._migrations: dict[str, dict[int, Migration]] = {}
         self._user_lookup: Callable[[str, str], Principal | None] | None = None
         if isinstance(operators, str):
             raise InvalidRule(f"operators are a list of roles, got {operators!r}")
@@ -284,25 +284,39 @@ class Application:
             raise InvalidRule(f"a conflict policy is 'reject_stale' or a function, got {policy!r}")
         self.conflict_policies[entity] = policy
 
-    def migration(self, entity: str) -> Callable[[_M], _M]:
+    def migration(self, entity: str, *, version: int) -> Callable[[_M], _M]:
         """
-        Register a function that makes stored objects fit the schema. Use it as a decorator.
+        Register a function that makes stored objects fit a version of the schema. Use it as a decorator.
 
         It gets an object's attributes, in the names of the present schema, and returns
         what they become, or None to delete the object. It runs when the server starts
-        with a new schema and was told to migrate; after a crash it may run on an object again.
+        on a store of an older version and was told to migrate: those of several
+        versions one after the other. It may be called several times for an object, and
+        its result counts once: it must depend on nothing but its argument.
+
+        Args:
+            entity: The entity, by its present name.
+            version: The version of the schema that it leads to.
+
+        Raises:
+            InvalidRule: The schema has no such entity, or its version is older, or there is one already.
         """
-        self._check_entity(entity, f"a migration of {entity!r}")
+        what = f"the migration of {entity!r} to version {version!r}"
+        self._check_entity(entity, what)
+        if type(version) is not int or not 1 <= version <= self.schema.version:
+            raise InvalidRule(f"{what}: the schema has version {self.schema.version}")
 
         def register(function: _M) -> _M:
-            self._migrations[entity] = function
+            _check_function(function, "a migration")
+            if self._migrations.setdefault(entity, {}).setdefault(version, function) is not function:
+                raise InvalidRule(f"{what} stands twice")
             return function
 
         return register
 
-    def migration_of(self, entity: str) -> Migration | None:
-        """Return the migration of an entity, or None."""
-        return self._migrations.get(entity)
+    def migrations(self, entity: str, *, after: int) -> list[tuple[int, Migration]]:
+        """Return (version, migration) of an entity for the versions above *after*, in order."""
+        return sorted((version, one) for version, one in self._migrations.get(entity, {}).items() if version > after)
 
     def users(self, lookup: Callable[[str, str], Principal | None]) -> Callable[[str, str], Principal | None]:
         """
@@ -361,8 +375,7 @@ class Application:
         self._check_entity(entity, f"a hook on {entity!r}")
 
         def register(hook: _H) -> _H:
-            if inspect.iscoroutinefunction(hook) or inspect.isgeneratorfunction(hook):
-                raise InvalidRule(f"a hook is a plain function, which {hook.__qualname__} is not")
+            _check_function(hook, "a hook")
             self._hooks.setdefault((moment, entity), []).append(hook)
             return hook
 
@@ -400,6 +413,11 @@ class Application:
         except InvalidConstraint as error:
             raise InvalidRule(f"{what}: {error}") from error
         return constraint
+
+
+def _check_function(function: Callable[..., object], what: str) -> None:
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise InvalidRule(f"{what} is a plain function, which {function.__qualname__} is not")
 
 
 _EVERYTHING_SYNCHRONIZED = EntitySynchronization()

@@ -15,7 +15,7 @@ a cursor, whatever is written meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -34,6 +34,8 @@ from tidelog_server._store import Reader, Store
 CATCH_UP_ROUNDS_MAX: Final = 3
 # Objects that an index leads to are read so many at a time: what they hold is known only then.
 INDEXED_OBJECTS_MAX: Final = 32
+# In a cursor, the fingerprint of no projection.
+NO_PLACE: Final = b"?"
 
 _M = TypeVar("_M", splice_pb2.Cursor, splice_pb2.ResumeToken)
 
@@ -72,12 +74,14 @@ class Start(NamedTuple):
 
     Attributes:
         cursor: Where the replica's state stands; None: nowhere, so it is reconciled.
+        changed: Entities whose projection is another one than the cursor's.
         reconciling: Entities that are reconciled although there is a cursor.
         place: Where an interrupted download goes on; None: it begins now.
         is_foreign: Whether the replica has a state of which nothing is known here.
     """
 
     cursor: splice_pb2.Cursor | None = None
+    changed: frozenset[str] = frozenset()
     reconciling: frozenset[str] = frozenset()
     place: Place | None = None
     is_foreign: bool = False
@@ -103,36 +107,38 @@ class Start(NamedTuple):
 
     def confirms(self, entity: str) -> bool:
         """Tell whether the replica still has whatever its own operations led to."""
-        return not self.is_foreign and entity not in self.reconciling
+        return not self.is_foreign and entity not in self.changed and entity not in self.reconciling
+
+    def without_changed(self) -> bytes:
+        """
+        Return the cursor without a place for the entities that have changed; empty if none has.
+
+        A session of another mode than all brings what may be seen of them now. Should
+        that go back to what it was at the cursor, nobody else would find out.
+        """
+        if self.cursor is None or not self.changed:
+            return b""
+        cursor = splice_pb2.Cursor()
+        cursor.CopyFrom(self.cursor)
+        for entity in self.changed:
+            cursor.entities[entity] = NO_PLACE
+        return cursor.SerializeToString()
 
     def is_at(self, head: Head) -> bool:
         """Tell whether the replica has everything up to *head*."""
         return self.cursor is not None and not self.reconciling and self.cursor.version == head.version
 
 
-def start_of(  # noqa: PLR0917 - what the replica says, and what it is held against
-    reader: Reader,
-    identity: Identity,
-    projection: Projection,
-    cursor_bytes: bytes,
-    resume_token: bytes,
-    in_doubt: Iterable[str] = (),
+def start_of(
+    reader: Reader, identity: Identity, projection: Projection, cursor_bytes: bytes, resume_token: bytes
 ) -> Start:
-    """
-    Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation.
-
-    Args:
-        reader: Reads the tenant.
-        identity: Which store this is.
-        projection: What the replica is to have.
-        cursor_bytes: The replica's cursor.
-        resume_token: Where its interrupted download stands.
-        in_doubt: Entities of which it has more than the cursor stands for.
-    """
+    """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
     cursor = _valid_cursor(reader, identity, cursor_bytes)
     indexed_since = complete_since(reader.index)
-    reconciling = frozenset[str]() if cursor is None else _reconciling(reader, projection, cursor, indexed_since)
-    reconciling |= {name for name in in_doubt if projection.entity(name).mode.downloads}
+    changed = frozenset[str]() if cursor is None else _changed(reader, projection, cursor)
+    reconciling = {name for name in changed if projection.entity(name).mode.downloads}
+    if cursor is not None and cursor.version < indexed_since:
+        reconciling.update(name for name in reader.entities() if projection.entity(name).index_prefixes)
     place = None
     token = _parsed(splice_pb2.ResumeToken, resume_token)
     if token is not None:
@@ -141,7 +147,8 @@ def start_of(  # noqa: PLR0917 - what the replica says, and what it is held agai
         is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
         if not is_sound or token != _token(identity, projection, cursor, place):
             place = None
-    return Start(cursor, reconciling, place, is_foreign=cursor is None and bool(cursor_bytes))
+    is_foreign = cursor is None and bool(cursor_bytes)
+    return Start(cursor, changed, frozenset(reconciling), place, is_foreign=is_foreign)
 
 
 def cursor_at(identity: Identity, head: Head, scope: Scope) -> bytes:
@@ -174,7 +181,7 @@ class Download:
         self._projection = projection
         self._tenant = projection.principal.tenant
         self._replica = replica
-        self._confirmed = replica if confirms else NO_REPLICA
+        self._confirmed = replica if confirms else None
         self.head = Head(0, b"")
 
     def everything_since(self, start: Start) -> Iterator[sync_pb2.SnapshotPage]:
@@ -204,7 +211,7 @@ class Download:
                     yield page.message
 
     def changed_by_operations(
-        self, first_seq: int, first_version: int, last_version: int
+        self, start: Start, first_seq: int, first_version: int, last_version: int
     ) -> Iterator[sync_pb2.SnapshotPage]:
         """
         Yield each object that the replica's operations from *first_seq* on changed, as it is now.
@@ -239,7 +246,8 @@ class Download:
                         sight = entity.shown if entity.mode.downloads else entity.readable
                         seen = sight.encoded(state)
                         if seen is not None:
-                            page.add(change.key, state, seen, confirms=sight.sees_whole_objects)
+                            confirms = sight.sees_whole_objects and start.confirms(change.key[0])
+                            page.add(change.key, state, seen, confirms=confirms)
                         elif _was_seen(reader, state, sight, first, is_ours):
                             page.add_removal(change.key, state.version)
             if not page.is_empty:
@@ -321,7 +329,7 @@ class _Scan:
         round_count: Number of the present round.
     """
 
-    def __init__(self, projection: Projection, start: Start, confirmed: bytes) -> None:
+    def __init__(self, projection: Projection, start: Start, confirmed: bytes | None) -> None:
         self._projection = projection
         self._start = start
         self._confirmed = confirmed
@@ -435,7 +443,7 @@ class _Page:
 
     end: Place
 
-    def __init__(self, confirmed: bytes = NO_REPLICA) -> None:
+    def __init__(self, confirmed: bytes | None = None) -> None:
         self.message = sync_pb2.SnapshotPage()
         self.is_last = False
         self.objects_left = PAGE_OBJECTS_MAX
@@ -504,21 +512,13 @@ def _valid_cursor(reader: Reader, identity: Identity, data: bytes) -> splice_pb2
     return None if is_old and reader.change(cursor.version + 1) is None else cursor
 
 
-def _reconciling(
-    reader: Reader, projection: Projection, cursor: splice_pb2.Cursor, indexed_since: int
-) -> frozenset[str]:
-    """Return the entities that have another projection than the cursor's, or whose index does not reach back to it."""
+def _changed(reader: Reader, projection: Projection, cursor: splice_pb2.Cursor) -> frozenset[str]:
+    """Return the entities that have another projection than the cursor's."""
     scope, before = projection.scope, Scope(cursor.scope, cursor.entities)
     names = {*scope.entities, *before.entities}
-    if scope.default != before.default or cursor.version < indexed_since:
+    if scope.default != before.default:
         names.update(reader.entities())
-    found = set()
-    for name in names:
-        entity = projection.entity(name)
-        is_index_short = bool(entity.index_prefixes) and cursor.version < indexed_since
-        if entity.mode.downloads and (is_index_short or scope.of(name) != before.of(name)):
-            found.add(name)
-    return frozenset(found)
+    return frozenset(name for name in names if scope.of(name) != before.of(name))
 
 
 def _token(

@@ -19,6 +19,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + AddressUnavailable         the server cannot listen where it should
 * StorageError
   + SchemaContradicted         what the store holds does not fit the application's schema
+  + MigrationUnfinished        a migration of the store was broken off, and this would not finish it
 """
 
 from __future__ import annotations
@@ -116,17 +117,20 @@ class SchemaContradicted(StorageError):
     What the store holds does not fit the application's schema. Nothing was changed.
 
     Attributes:
-        objects: The first contradictions, each a sentence that names tenant and object.
+        summary: What is wrong and what can be done, in a sentence.
+        contradictions: The first 20, each a sentence that names tenant, object, attribute, value and rule.
         count: How many there are.
     """
 
-    def __init__(self, objects: list[str], *, count: int, can_migrate: bool) -> None:
-        hint = "migrate the store, declare renames, defaults or a migration, or correct the schema"
-        if not can_migrate:
-            hint = "renames, defaults and migrations do not mend it: declare what is missing"
-        super().__init__(f"{count} objects of the store do not fit the schema ({hint}): {'; '.join(objects)}")
-        self.objects = objects
+    def __init__(self, summary: str, contradictions: list[str], *, count: int) -> None:
+        super().__init__("\n".join((summary, *contradictions)))
+        self.summary = summary
+        self.contradictions = contradictions
         self.count = count
+
+
+class MigrationUnfinished(StorageError):
+    """A migration of the store was broken off. Only the same schema, told to migrate, can finish it."""
 
 
 class AddressUnavailable(TidelogError):

@@ -84,6 +84,46 @@ def index_writes(schema: Schema, written: Iterable[Written], lookup: Callable[[b
     return {**removed, **added}
 
 
+def rebuilt_entries(
+    schema: Schema, key: ObjectKey, attributes: Attributes | None, history: Iterable[Written]
+) -> dict[bytes, bytes]:
+    """
+    Return all entries of one object, as if the table had always been kept.
+
+    Args:
+        schema: Says what is indexed.
+        key: The object's key.
+        attributes: Its attributes, or None if it is deleted.
+        history: What was written to it, the newest first.
+    """
+    entries = _plain_entries(schema, key, attributes)
+    entity = schema.entity(key[0])
+    indexes = entity.indexes if entity is not None else ()
+    for written in history if indexes else ():
+        position = pack_position(written.version)
+        for attribute in indexes:
+            for prefix in _prefixes(attribute, written):
+                place = _PLACE + prefix + key[1].encode()
+                # The newest change that gave it a value, or took it, says where the object stands.
+                if place not in entries:
+                    entries[place] = position
+                    entries[_BY_VERSION + prefix + position] = key[1].encode()
+    return entries
+
+
+def index_shape(schema: Schema) -> object:
+    """Return what the table of indexes depends on: another one, another table."""
+    return {
+        name: (
+            entity.unique,
+            entity.indexes,
+            [(one.attribute, one.target) for one in entity.references if one.on_delete != "keep"],
+        )
+        for name in indexed_entities(schema)
+        if (entity := schema.entity(name)) is not None
+    }
+
+
 def indexed_entities(schema: Schema) -> frozenset[str]:
     """Return the entities whose objects have entries in the table."""
     return frozenset(
@@ -144,17 +184,21 @@ def _follow(
     added: IndexWrites,
 ) -> None:
     """Move an object to its new version under the value that it has, and under the one that it loses."""
-    entity, id_ = one.key
-    now = one.after.get(attribute) if one.after is not None else None
-    lost = one.before.get(attribute) if one.before is not None else None
-    prefixes = {_value_prefix(entity, attribute, value) for value in (now, lost) if value is not None}
-    for prefix in prefixes:
+    id_ = one.key[1]
+    for prefix in _prefixes(attribute, one):
         place = _PLACE + prefix + id_.encode()
         known = lookup(place)
         if known is not None:
             removed[_BY_VERSION + prefix + known] = None
         added[place] = pack_position(one.version)
         added[_BY_VERSION + prefix + pack_position(one.version)] = id_.encode()
+
+
+def _prefixes(attribute: str, one: Written) -> set[bytes]:
+    """Return where an object stands, or stood, by the values of an attribute that a change gave it or took."""
+    now = one.after.get(attribute) if one.after is not None else None
+    lost = one.before.get(attribute) if one.before is not None else None
+    return {_value_prefix(one.key[0], attribute, value) for value in (now, lost) if value is not None}
 
 
 def _plain_entries(schema: Schema, key: ObjectKey, attributes: Attributes | None) -> dict[bytes, bytes]:

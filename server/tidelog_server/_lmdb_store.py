@@ -124,6 +124,9 @@ class LmdbStore:
 
     def submit(self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]]) -> Future[T]:
         """Run a job in a write transaction. See `Store.submit`."""
+        if threading.current_thread() is self._writer:
+            # Whoever waited for it there would wait for ever, and everybody else with him.
+            raise StorageError("a job, and a hook in it, cannot submit another one: a hook writes through its context")
         future: Future[T] = Future()
         # A job that was submitted runs: whoever stops waiting for it must not cancel it.
         future.set_running_or_notify_cancel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tidelog._constraints import constraint_from_message
+from tidelog._constraints import Constraint, constraint_from_message
 from tidelog._keys import ObjectKey
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._values import check_id, check_name
@@ -10,7 +10,7 @@ from tidelog.v1 import object_pb2, operation_pb2, schema_pb2
 from tidelog_server._application import Application
 from tidelog_server._errors import NotFound
 from tidelog_server._principal import Principal
-from tidelog_server._projection import matching
+from tidelog_server._projection import Sight, matching
 from tidelog_server._requests import LIST_PAGE_MAX, page_size, parsed
 from tidelog_server._store import Store
 
@@ -30,7 +30,7 @@ class ObjectService:
         key = (request.entity, request.id)
         with self._store.read(principal.tenant) as reader:
             state = reader.objects((key,)).get(key)
-        sight = matching(self._application, principal, request.entity, None)
+        sight = self._sight(principal, request.entity)
         seen = sight.encoded(state) if state is not None else None
         if state is None or seen is None:
             raise NotFound(f"there is no {request.entity} {request.id!r}", reason="OBJECT_NOT_FOUND")
@@ -44,7 +44,7 @@ class ObjectService:
             check_id(request.page_token)
         limit = page_size(request.page_size)
         where = constraint_from_message(request.where) if request.HasField("where") else None
-        sight = matching(self._application, principal, request.entity, where)
+        sight = self._sight(principal, request.entity, where)
         response = object_pb2.ListObjectsResponse()
         position = request.page_token
         with self._store.read(principal.tenant) as reader:
@@ -67,6 +67,9 @@ class ObjectService:
         if not self._application.has_schema:
             raise NotFound("the application has no schema: everything is accepted", reason="SCHEMA_NOT_FOUND")
         return schema_pb2.GetSchemaResponse(schema=self._application.schema.to_message())
+
+    def _sight(self, principal: Principal, entity: str, where: Constraint | None = None) -> Sight:
+        return matching(self._application.schema, self._application.rights(principal), entity, where)
 
 
 def _snapshot(key: ObjectKey, version: int, attributes: bytes) -> operation_pb2.Snapshot:

@@ -23,7 +23,7 @@ from tidelog._errors import InvalidConstraint
 from tidelog._schema import Schema
 from tidelog._values import Attributes, check_name, decode_trusted, encode
 from tidelog.v1 import sync_pb2
-from tidelog_server._access import EVERYTHING, AccessRule, EntityRights, bound
+from tidelog_server._access import EVERYTHING, AccessRule, EntityRights, Rights, bound
 from tidelog_server._application import Application
 from tidelog_server._indexes import by_version_prefix
 from tidelog_server._principal import Principal
@@ -164,7 +164,7 @@ class Projection:
         self._wishes: dict[str, Download] = {}
         for entity, wish in wishes.items():
             check_name(entity, "an entity name")
-            where = _checked(application, principal, entity, self._rights.entity(entity), wish.where)
+            where = _checked(application.schema, self._rights, entity, wish.where)
             self._wishes[entity] = Download(wish.mode, where)
 
     def entity(self, name: str) -> EntityProjection:
@@ -210,29 +210,26 @@ class Projection:
         return Scope(default, {name: one for name, one in fingerprints.items() if one != default})
 
 
-def matching(application: Application, principal: Principal, entity: str, where: Constraint | None) -> Sight:
+def matching(schema: Schema, rights: Rights, entity: str, where: Constraint | None) -> Sight:
     """
     Return what a principal sees of an entity, of those objects that match a constraint of its own.
 
     Raises:
         InvalidConstraint: It names what the principal may not read, or does not fit the schema.
     """
-    rights = application.rights(principal).entity(entity)
-    return Sight(rights, wished=_checked(application, principal, entity, rights, where))
+    return Sight(rights.entity(entity), wished=_checked(schema, rights, entity, where))
 
 
-def _checked(
-    application: Application, principal: Principal, entity: str, rights: EntityRights, where: Constraint | None
-) -> Constraint | None:
+def _checked(schema: Schema, rights: Rights, entity: str, where: Constraint | None) -> Constraint | None:
     """Return a constraint that came from outside, with the principal's claims in place. Raises InvalidConstraint."""
     if where is None:
         return None
-    names = rights.readable_names()
+    names = rights.entity(entity).readable_names()
     hidden = sorted(where.attributes() - names) if names is not None else []
     if hidden:
         raise InvalidConstraint(f"the constraint on {entity} uses {hidden[0]!r}, which may not be read")
-    application.schema.check_constraint(entity, where)
-    return _bound(where, principal)
+    schema.check_constraint(entity, where)
+    return _bound(where, rights.principal)
 
 
 def _bound(where: Constraint, principal: Principal) -> Constraint:

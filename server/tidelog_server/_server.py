@@ -19,12 +19,12 @@ from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog._values import check_id
 from tidelog.v1 import failure_pb2, object_pb2, schema_pb2, sync_pb2
+from tidelog_server._adoption import adopt_schema
 from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
 from tidelog_server._callers import Callers
 from tidelog_server._errors import AddressUnavailable
 from tidelog_server._lmdb_store import LmdbStore
-from tidelog_server._migration import adopt_schema
 from tidelog_server._principal import DEFAULT_TENANT, Principal
 from tidelog_server._retention import Retention
 from tidelog_server._services import Services
@@ -84,6 +84,7 @@ class Server:
             *authenticator* wants certificates that *tls* does not ask for.
         StoreInUse: At the start: another server has the store open.
         SchemaContradicted: At the start: what the store holds does not fit the application's schema.
+        MigrationUnfinished: At the start: a migration was broken off, and this would not finish it.
         AddressUnavailable: At the start: cannot listen there.
     """
 

@@ -179,8 +179,6 @@ class Session:
         self._clock = clock
         self._replica = parse_replica_id(start.replica_id)
         check_binding(start, principal)
-        for entity in start.reconcile_entities:
-            check_name(entity, "an entity name")
         self._upload: Upload | None = None
         self._selection: list[ObjectKey] = []
         self._projection = Projection(application, principal, wishes_of(start.downloads))
@@ -241,7 +239,9 @@ class Session:
             yield from self._download.selected(self._selection)
         elif self._upload is not None and self._upload.first_version:
             upload = self._upload
-            yield from self._download.changed_by_operations(upload.first_seq, upload.first_version, head.version)
+            yield from self._download.changed_by_operations(
+                self._start, upload.first_seq, upload.first_version, head.version
+            )
         self._download.head = head
 
     def complete(self) -> sync_pb2.SessionComplete:
@@ -250,6 +250,8 @@ class Session:
         complete = sync_pb2.SessionComplete(version=head.version)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
             complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
+        else:
+            complete.cursor = self._start.without_changed()
         return complete
 
     def _started(self, known: ReplicaState | None, number: int | None = None) -> sync_pb2.SessionStarted:
@@ -263,7 +265,6 @@ class Session:
                 self._projection,
                 request.cursor,
                 request.resume_token if is_all else b"",
-                request.reconcile_entities if is_all else (),
             )
         started = sync_pb2.SessionStarted(
             protocol_version=_limits.PROTOCOL_VERSION,

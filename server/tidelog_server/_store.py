@@ -126,7 +126,7 @@ class Store(Protocol):
         The future yields what the job returned beside its writes, once these are
         durable, all of them. If it fails, none was made. It cannot be cancelled. The
         job may run more than once and sees the writes of the jobs before it; it must
-        change nothing else.
+        change nothing else, nor submit another job.
         """
         ...
 

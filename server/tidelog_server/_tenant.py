@@ -2,36 +2,45 @@
 A tenant's data in the server's own process: what a service itself reads and changes.
 
 The same engine applies it: rules, hooks, versions, change log. So it reaches replicas
-like any other change.
+like any other change. A transaction looks first and writes at its end: nobody waits
+while it is open, and what it looked at is compared once more in the moment it is applied.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import uuid_utils
 
-from tidelog._constraints import Constraint, Where, constraint_of
-from tidelog._errors import InvalidConstraint, ObjectExists, ObjectNotFound, ResourceClosed
+from tidelog._constraints import Where, constraint_of
+from tidelog._errors import LimitExceeded, ObjectExists, ObjectNotFound, ResourceClosed
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
-from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
+from tidelog._limits import OPERATION_BYTES_MAX, PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog._operation import Operation, OperationKind
-from tidelog._patch import Patch
+from tidelog._patch import Patch, encoded_attributes, patch_of
 from tidelog._values import Attributes, check_id, check_name, copied, decode_trusted
+from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
 from tidelog_server._application import Application
 from tidelog_server._errors import ChangedMeanwhile, OperationRefused
 from tidelog_server._indexes import index_writes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import SYSTEM_USER, Principal
+from tidelog_server._projection import Sight, matching
 from tidelog_server._records import NO_REPLICA, Writes
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader, Store
+
+# A transaction of the service is held in memory, and applied while nobody else's operations are.
+TRANSACTION_OPERATIONS_MAX: Final = 10_000
+TRANSACTION_BYTES_MAX: Final = 16 * 1024 * 1024
+TRANSACTION_READS_MAX: Final = 10_000
 
 
 class Found(NamedTuple):
@@ -51,7 +60,9 @@ class Found(NamedTuple):
 
 class Tenant:
     """
-    One tenant's data. Made by `Server.tenant`; safe to use from any thread.
+    One tenant's data. Made by `Server.tenant`; safe to use from any thread, until the store is closed.
+
+    Hooks work through their context instead: a hook that writes by a `Tenant` is an error.
 
     Args:
         application: The rules.
@@ -70,7 +81,7 @@ class Tenant:
 
     def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002 - the glossary's word
         """Return an object's attributes, as far as the principal may read them, or None if there is none."""
-        found = self._data.found(entity, id)
+        found = self._data.found((entity, id))
         return None if found is None else found.attributes
 
     def query(self, entity: str, where: Where = None) -> Iterator[Found]:
@@ -79,11 +90,15 @@ class Tenant:
 
         Each page is read in a transaction of its own, so that a slow reader holds nothing.
 
+        Args:
+            entity: Type of the objects.
+            where: A constraint, or attributes that must be equal. None: all.
+
         Raises:
-            InvalidConstraint: *where* makes no sense, or names what the principal may not read.
+            InvalidConstraint: *where* makes no sense, or names what the principal may not
+                read, or the schema has no such entity.
         """
-        check_name(entity, "an entity name")
-        return self._data.objects(entity, constraint_of(where))
+        return self._data.objects(entity, where)
 
     def create(self, entity: str, attributes: Mapping[str, Any], id: str | None = None) -> str:  # noqa: A002
         """Create an object in a transaction of its own. See `TenantTransaction.create`."""
@@ -120,106 +135,6 @@ class Tenant:
         return TenantTransaction(self._data)
 
 
-class _Data:
-    """What a tenant and its transactions work with."""
-
-    def __init__(
-        self, application: Application, store: Store, name: str, principal: Principal | None, clock: Callable[[], int]
-    ) -> None:
-        self.schema = application.schema
-        self._name = name
-        self._application = application
-        self._store = store
-        self._principal = principal or Principal(SYSTEM_USER, name)
-        self._rights = application.rights(principal) if principal is not None and application.access_rules else None
-        self._clock = clock
-
-    def found(self, entity: str, id_: str) -> Found | None:
-        check_name(entity, "an entity name")
-        check_id(id_)
-        key = (entity, id_)
-        with self._store.read(self._name) as reader:
-            state = reader.objects((key,)).get(key)
-        if state is None or state.deleted:
-            return None
-        readable = self._readable(entity, decode_trusted(state.attributes))
-        return None if readable is None else Found(id_, state.version, readable)
-
-    def objects(self, entity: str, where: Constraint | None) -> Iterator[Found]:
-        if where is not None:
-            self.schema.check_constraint(entity, where)
-            self._check_readable(entity, where.attributes())
-            where = where.bind(self._principal.claims_and_identity())
-        return (found for found in self._all(entity) if where is None or where.matches(found.attributes))
-
-    def submit(self, operations: Sequence[Operation], seen: Mapping[ObjectKey, int]) -> Future[int]:
-        """Apply operations in one transaction, if the objects *seen* have their versions still."""
-        return self._store.submit(self._name, lambda reader: self._evaluate(reader, operations, seen))
-
-    def _all(self, entity: str) -> Iterator[Found]:
-        after = ""
-        more = True
-        while more:
-            with self._store.read(self._name) as reader:
-                page, more = reader.entity_objects(entity, after, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
-            for (_entity, after), state in page:
-                if not state.deleted:
-                    readable = self._readable(entity, decode_trusted(state.attributes))
-                    if readable is not None:
-                        yield Found(after, state.version, readable)
-
-    def _readable(self, entity: str, attributes: Attributes) -> Attributes | None:
-        return attributes if self._rights is None else self._rights.entity(entity).readable(attributes)
-
-    def _check_readable(self, entity: str, names: frozenset[str]) -> None:
-        readable = None if self._rights is None else self._rights.entity(entity).readable_names()
-        if readable is not None and names - readable:
-            raise InvalidConstraint(
-                f"the constraint names what may not be read of {entity}: {min(names - readable)!r}"
-            )
-
-    def _evaluate(
-        self, reader: Reader, operations: Sequence[Operation], seen: Mapping[ObjectKey, int]
-    ) -> tuple[Writes, int]:
-        overlay = Overlay(reader)
-        overlay.prefetch([*seen, *(operation.key for operation in operations)])
-        for key, version in seen.items():
-            state = overlay.state(key)
-            if (0 if state is None or state.deleted else state.version) != version:
-                raise ChangedMeanwhile(f"{key[0]} {key[1]!r} was changed while the transaction was open")
-        action = Action(
-            self._application,
-            overlay,
-            replica=NO_REPLICA,
-            principal=self._principal,
-            rights=self._rights,
-            time_us=self._clock(),
-            references=References(),
-        )
-        position = 0
-        try:
-            for position, operation in enumerate(operations):
-                _apply(action, operation, position)
-            action.end_unit()
-        except Refused as refusal:
-            position = refusal.position or position
-            raise _error(operations[position], refusal.reason, refusal.message, refusal.code) from refusal
-        except Waits as wait:
-            reason = FailureReason.DANGLING_REFERENCE
-            raise _error(operations[position], reason, wait.message, "") from wait
-        indexed = self._application.indexed_entities
-        writes = Writes(
-            objects=overlay.written_objects(),
-            changes=overlay.changes,
-            replica=None,
-            settled=[],
-            failures=[],
-            version=overlay.version,
-            index_entries=index_writes(self._application.schema, overlay.written(indexed), overlay.index),
-        )
-        return writes, overlay.version
-
-
 class TenantTransaction:
     """
     Changes of a service that are applied together when the block ends, or not at all if it raises.
@@ -227,25 +142,51 @@ class TenantTransaction:
     What `get` returned is checked at the end: if somebody has changed it meanwhile
     `ChangedMeanwhile` is raised and nothing is applied. Repeat the block then.
 
-    The end of the block raises OperationRefused if a rule or a hook refuses,
-    ObjectExists and ObjectNotFound where an object is there or is not.
+    The end of the block raises besides:
+
+    * ObjectExists, ObjectNotFound: an object is there, or is not (to the principal);
+    * OperationRefused: a rule or a hook refuses;
+    * TransientError: a hook cannot tell now.
+
+    Attributes:
+        version: The tenant's version once the block has ended; 0 until then, and if it did nothing.
     """
 
     def __init__(self, data: _Data) -> None:
         self._data = data
-        self._operations: list[Operation] = []
+        self._changes: list[_Change] = []
+        self._bytes = 0
+        # The versions of the objects that were looked at; 0: not there.
         self._seen: dict[ObjectKey, int] = {}
+        # The objects as this transaction leaves them so far, as far as that is known; None: not there.
         self._views: dict[ObjectKey, Attributes | None] = {}
+        # Updates of objects that nobody has looked at.
+        self._blind: defaultdict[ObjectKey, list[Patch]] = defaultdict(list)
+        self._entered = False
         self._ended = False
         self.version = 0
 
     def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002
-        """Return an object's attributes as this transaction would leave them, or None if there is none."""
+        """
+        Return an object's attributes as this transaction would leave them, but for what hooks do, or None.
+
+        Raises:
+            LimitExceeded: The transaction has looked at 10,000 objects already.
+        """
+        self._check_open()
         key = (entity, id)
+        check_name(entity, "an entity name")
+        check_id(id)
         if key not in self._views:
-            found = self._data.found(entity, id)
+            if len(self._seen) >= TRANSACTION_READS_MAX:
+                raise LimitExceeded(f"a transaction that looks at more than {TRANSACTION_READS_MAX} objects")
+            found = self._data.found(key)
+            view = None if found is None else found.attributes
+            for patch in self._blind.get(key, ()):
+                view = None if view is None else patch.apply(view)
+            self._blind.pop(key, None)
             self._seen[key] = 0 if found is None else found.version
-            self._views[key] = None if found is None else found.attributes
+            self._views[key] = view
         return copied(self._views[key])  # type: ignore[no-any-return]
 
     def create(self, entity: str, attributes: Mapping[str, Any], id: str | None = None) -> str:  # noqa: A002
@@ -253,12 +194,13 @@ class TenantTransaction:
         Create an object and return its id, a new UUIDv7 unless *id* is given.
 
         Raises:
+            ObjectExists: This transaction has created or looked at one of this id.
+            ValidationFailed: A value does not fit the schema.
+            LimitExceeded: It is too large, or the transaction would be.
             InvalidValue: A name, the id or a value that cannot be stored.
         """
         id_ = str(uuid_utils.uuid7()) if id is None else id
-        patch = Patch(copied(dict(attributes)))
-        self._add(OperationKind.CREATE, entity, id_, patch)
-        self._views[entity, id_] = patch.set
+        self._add(OperationKind.CREATE, entity, id_, patch_of(attributes))
         return id_
 
     def update(
@@ -285,28 +227,30 @@ class TenantTransaction:
             remove: Members that it loses.
 
         Raises:
+            ObjectNotFound: This transaction has deleted it, or has looked and not found it.
+            ValidationFailed: A value does not fit the schema.
+            LimitExceeded: It is too large, or the transaction would be.
             InvalidValue: A name or value that cannot be stored, or an intent that does not fit what `get` returned.
         """
-        patch = Patch(
-            copied(dict(attributes or {})),
-            tuple(unset),
-            dict(increment or {}),
-            {name: list(members) for name, members in (add or {}).items()},
-            {name: list(members) for name, members in (remove or {}).items()},
-        )
-        key = (entity, id)
-        view = self._views.get(key)
-        after = patch.apply(view) if view is not None else None
+        patch = patch_of(attributes, unset=unset, increment=increment, add=add, remove=remove)
         self._add(OperationKind.UPDATE, entity, id, patch)
-        if after is not None:
-            self._views[key] = after
 
     def delete(self, entity: str, id: str) -> None:  # noqa: A002
-        """Delete an object. Raises InvalidValue: a name or an id that cannot be."""
+        """
+        Delete an object.
+
+        Raises:
+            ObjectNotFound: This transaction has deleted it, or has looked and not found it.
+            ValidationFailed: The schema has no such entity.
+            LimitExceeded: The transaction would be too large.
+            InvalidValue: A name or an id that cannot be.
+        """
         self._add(OperationKind.DELETE, entity, id, Patch())
-        self._views[entity, id] = None
 
     def __enter__(self) -> Self:
+        if self._entered:
+            raise ResourceClosed("a transaction is used once: open another one")
+        self._entered = True
         return self
 
     def __exit__(
@@ -317,7 +261,7 @@ class TenantTransaction:
             self.version = future.result()
 
     async def __aenter__(self) -> Self:
-        return self
+        return self.__enter__()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -328,38 +272,204 @@ class TenantTransaction:
 
     def _end(self, kind: type[BaseException] | None) -> Future[int] | None:
         self._ended = True
-        if kind is not None or not self._operations:
+        if kind is not None or not (self._changes or self._seen):
             return None
-        return self._data.submit(self._operations, self._seen)
+        return self._data.submit(self._changes, self._seen)
 
-    def _add(self, kind: OperationKind, entity: str, id_: str, patch: Patch) -> None:
+    def _check_open(self) -> None:
         if self._ended:
             raise ResourceClosed("the transaction has ended: open another one")
+        if not self._entered:
+            raise ResourceClosed("a transaction begins with its block: use it in a with or async with statement")
+
+    def _add(self, kind: OperationKind, entity: str, id_: str, patch: Patch) -> None:
+        self._check_open()
+        change = self._data.checked_change(kind, entity, id_, patch)
+        if len(self._changes) >= TRANSACTION_OPERATIONS_MAX:
+            raise LimitExceeded(f"a transaction of more than {TRANSACTION_OPERATIONS_MAX} operations")
+        if self._bytes + change.size_bytes > TRANSACTION_BYTES_MAX:
+            raise LimitExceeded(
+                f"a transaction of {self._bytes + change.size_bytes} bytes: the limit is {TRANSACTION_BYTES_MAX}"
+            )
+        self._view(change)
+        self._changes.append(change)
+        self._bytes += change.size_bytes
+
+    def _view(self, change: _Change) -> None:
+        """Follow what a change does to its object, as far as that is known."""
+        key = change.operation.key
+        is_known = key in self._views
+        view = self._views.get(key)
+        if change.operation.kind is OperationKind.CREATE:
+            if view is not None:
+                raise ObjectExists(entity=key[0], id=key[1])
+            self._views[key] = self._data.schema.with_defaults(key[0], change.patch.set)
+            self._blind.pop(key, None)
+        elif is_known and view is None:
+            raise ObjectNotFound(entity=key[0], id=key[1])
+        elif change.operation.kind is OperationKind.DELETE:
+            self._views[key] = None
+            self._blind.pop(key, None)
+        elif view is not None:
+            self._views[key] = change.patch.apply(view)
+        else:
+            self._blind[key].append(change.patch)
+
+
+class _Change(NamedTuple):
+    """An operation of a transaction, with its patch decoded."""
+
+    operation: Operation
+    patch: Patch
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.operation.patch)
+
+
+class _Data:
+    """One tenant's data to one principal: what a tenant and its transactions work with."""
+
+    def __init__(
+        self, application: Application, store: Store, name: str, principal: Principal | None, clock: Callable[[], int]
+    ) -> None:
+        self.schema = application.schema
+        self._name = name
+        self._application = application
+        self._store = store
+        self._principal = principal or Principal(SYSTEM_USER, name)
+        # The system is bound by no access rule: None to the engine, and whoever reads without rules reads everything.
+        self._rights = application.rights(principal) if principal is not None else None
+        self._readable = self._rights or Rights((), self._principal)
+        self._clock = clock
+
+    def found(self, key: ObjectKey) -> Found | None:
+        """Return an object as the principal sees it, or None."""
+        check_name(key[0], "an entity name")
+        check_id(key[1])
+        with self._store.read(self._name) as reader:
+            state = reader.objects((key,)).get(key)
+        if state is None or state.deleted:
+            return None
+        attributes = self._readable.entity(key[0]).readable(decode_trusted(state.attributes))
+        return None if attributes is None else Found(key[1], state.version, attributes)
+
+    def objects(self, entity: str, where: Where) -> Iterator[Found]:
+        """Iterate over an entity's objects that match, as the principal sees them."""
+        check_name(entity, "an entity name")
+        constraint = constraint_of(where)
+        self.schema.check_constraint(entity, constraint)
+        return self._matching(entity, matching(self.schema, self._readable, entity, constraint))
+
+    def checked_change(self, kind: OperationKind, entity: str, id_: str, patch: Patch) -> _Change:
+        """
+        Return a change that can be stored, with values of its own.
+
+        Raises:
+            ValidationFailed: It does not fit the schema, as far as that can be told without the object and its hooks.
+            InvalidValue: It cannot be stored.
+        """
         check_name(entity, "an entity name")
         check_id(id_)
         patch.check()
+        self.schema.check_patch(entity, patch, id_)
         encoded = b"" if kind is OperationKind.DELETE else patch.encode()
-        version = self._data.schema.version
-        self._operations.append(Operation(0, 0, kind, entity, id_, encoded, 0, None, version, 0))
+        if len(encoded) > OPERATION_BYTES_MAX:
+            raise LimitExceeded(
+                f"an operation of {len(encoded)} bytes on {entity} {id_!r}: the limit is {OPERATION_BYTES_MAX}"
+            )
+        operation = Operation(0, 0, kind, entity, id_, encoded, 0, None, self.schema.version, self._clock())
+        return _Change(operation, Patch(*map(copied, patch)))
+
+    def submit(self, changes: Sequence[_Change], seen: Mapping[ObjectKey, int]) -> Future[int]:
+        """Apply changes in one transaction, if the objects *seen* have their versions still; returns the version."""
+        return self._store.submit(self._name, lambda reader: self._evaluate(reader, changes, seen))
+
+    def _matching(self, entity: str, sight: Sight) -> Iterator[Found]:
+        after = ""
+        more = True
+        while more:
+            with self._store.read(self._name) as reader:
+                page, more = reader.entity_objects(entity, after, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
+            for (_entity, after), state in page:
+                if not state.deleted and (seen := sight.of(decode_trusted(state.attributes))) is not None:
+                    yield Found(after, state.version, seen)
+
+    def _evaluate(
+        self, reader: Reader, changes: Sequence[_Change], seen: Mapping[ObjectKey, int]
+    ) -> tuple[Writes | None, int]:
+        overlay = Overlay(reader)
+        overlay.prefetch([*seen, *(change.operation.key for change in changes)])
+        for key, version in seen.items():
+            if version != self._seen_version(overlay, key):
+                raise ChangedMeanwhile(
+                    f"{key[0]} {key[1]!r} was changed while the transaction was open, which saw it as it was before: "
+                    "repeat the transaction"
+                )
+        if not changes:
+            return None, overlay.version
+        self._apply(overlay, changes)
+        indexed = overlay.written(self._application.indexed_entities)
+        writes = Writes(
+            objects=overlay.written_objects(),
+            changes=overlay.changes,
+            replica=None,
+            settled=[],
+            failures=[],
+            version=overlay.version,
+            index_entries=index_writes(self.schema, indexed, overlay.index),
+        )
+        return writes, overlay.version
+
+    def _seen_version(self, overlay: Overlay, key: ObjectKey) -> int:
+        """Return the version of an object; 0 if it is not there, to this principal at least."""
+        state = overlay.state(key)
+        if state is None or state.deleted or not self._readable.entity(key[0]).sees(overlay.attributes(key)):
+            return 0
+        return state.version
+
+    def _apply(self, overlay: Overlay, changes: Sequence[_Change]) -> None:
+        references = References()
+        # Whatever is created further on is there at the end, or nothing is.
+        references.assumed.update(
+            change.operation.key for change in changes if change.operation.kind is OperationKind.CREATE
+        )
+        action = Action(
+            self._application,
+            overlay,
+            replica=NO_REPLICA,
+            principal=self._principal,
+            rights=self._rights,
+            time_us=self._clock(),
+            references=references,
+        )
+        for position, (operation, patch) in enumerate(changes):
+            key = operation.key
+            version = self._seen_version(overlay, key)
+            # The service looks at the present: there is nothing that it could have overlooked.
+            action.begin(operation._replace(base_version=version), position)
+            try:
+                if operation.kind is OperationKind.CREATE:
+                    if overlay.exists(key):
+                        raise ObjectExists(entity=operation.entity, id=operation.id)
+                    references.assumed[key] -= 1
+                    action.create(key, patch.set, encoded_attributes(operation.patch))
+                elif not version:
+                    raise ObjectNotFound(entity=operation.entity, id=operation.id)
+                elif operation.kind is OperationKind.UPDATE:
+                    action.update(key, patch, operation.patch)
+                else:
+                    action.delete(key)
+            except Refused as refusal:
+                raise _refused(operation, refusal.reason, refusal.message, refusal.code) from refusal
+            except Waits as wait:
+                raise _refused(operation, FailureReason.DANGLING_REFERENCE, wait.message) from wait
+        try:
+            action.end_unit()
+        except Refused as refusal:
+            operation = changes[refusal.position].operation
+            raise _refused(operation, refusal.reason, refusal.message, refusal.code) from refusal
 
 
-def _apply(action: Action, operation: Operation, position: int) -> None:
-    key = operation.key
-    state = action.overlay.state(key)
-    # The service looks at the present: there is nothing that it could have overlooked.
-    action.begin(operation._replace(base_version=state.version if state is not None else 0), position)
-    if operation.kind is OperationKind.CREATE:
-        action.create(key, operation.decoded_patch().set, None)
-    elif operation.kind is OperationKind.UPDATE:
-        action.update(key, operation.decoded_patch(), operation.patch)
-    else:
-        action.delete(key)
-
-
-def _error(operation: Operation, reason: FailureReason, message: str, code: str) -> Exception:
-    entity, id_ = operation.key
-    if reason is FailureReason.OBJECT_GONE:
-        return ObjectNotFound(entity=entity, id=id_)
-    if reason is FailureReason.ALREADY_EXISTS:
-        return ObjectExists(entity=entity, id=id_)
-    return OperationRefused(message, entity=entity, id=id_, reason=reason, code=code)
+def _refused(operation: Operation, reason: FailureReason, message: str, code: str = "") -> OperationRefused:
+    return OperationRefused(message, entity=operation.entity, id=operation.id, reason=reason, code=code)

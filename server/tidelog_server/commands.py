@@ -12,26 +12,28 @@ import queue
 import signal
 import sys
 import traceback
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from tidelog._logging import get_logger
-from tidelog.cli import CommandFailed, ExitCode, checked_address
+from tidelog.cli import CommandFailed, ExitCode, checked_address, printable
 from tidelog_server import (
     AddressUnavailable,
     Application,
     Authenticator,
     CertificateAuthenticator,
     JwtAuthenticator,
+    SchemaContradicted,
     Server,
     ServerTls,
     StaticTokens,
     failure_commands,
 )
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
+from tidelog_server._server import FAILURE_RETENTION_DEFAULT
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -110,6 +112,16 @@ def serve(
             "Unless there are tokens, they say who is calling.",
         ),
     ] = None,
+    migrate: Annotated[
+        bool,
+        typer.Option(
+            "--migrate", help="Change stored objects that do not fit the schema, as the application declares it."
+        ),
+    ] = False,
+    failure_retention: Annotated[
+        float,
+        typer.Option(metavar="DAYS", min=0, help="How long the payloads of settled failures are kept."),
+    ] = FAILURE_RETENTION_DEFAULT / timedelta(days=1),
     log_level: Annotated[str, typer.Option(metavar="|".join(LOG_LEVELS), help="What is logged.")] = "info",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
@@ -141,7 +153,13 @@ def serve(
         signal.signal(number, lambda number, _frame: stops.put(number))
     try:
         with Server(
-            served or Application(), store=data, listen=listen, authenticator=authenticator, tls=tls
+            served or Application(),
+            store=data,
+            listen=listen,
+            authenticator=authenticator,
+            tls=tls,
+            migrate=migrate,
+            failure_retention=_days(failure_retention),
         ) as server:
             if served is None:
                 _log.warning("no application was given: every change is accepted")
@@ -149,6 +167,18 @@ def serve(
             stops.get()
     except AddressUnavailable as error:
         raise CommandFailed(str(error), ExitCode.UNAVAILABLE) from error
+    except SchemaContradicted as error:
+        # A line for each: programs and people read them one by one.
+        for contradiction in error.contradictions:
+            print(printable(contradiction), file=sys.stderr)
+        raise CommandFailed(error.summary, ExitCode.STORAGE) from error
+
+
+def _days(count: float) -> timedelta:
+    try:
+        return timedelta(days=count)
+    except (OverflowError, ValueError) as error:
+        raise typer.BadParameter(f"{count:g} days", param_hint="--failure-retention") from error
 
 
 def spare_the_collector() -> None:

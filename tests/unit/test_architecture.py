@@ -54,6 +54,7 @@ CORE_MODULES = (
     "tidelog_client._synchronization",
     "tidelog_client._upload",
     "tidelog_server._engine",
+    "tidelog_server._migration",
     "tidelog_server._overlay",
 )
 INPUT_OUTPUT = {"grpc", "lmdb"}

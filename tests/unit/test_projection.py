@@ -164,7 +164,7 @@ class TestModes:
             with pytest.raises(InvalidConstraint, match="the constraint on Task uses 'n', which may not be read"):
                 projected(application, Task=where)
             with pytest.raises(InvalidConstraint):
-                matching(application, ANN, "Task", where)
+                matching(application.schema, application.rights(ANN), "Task", where)
         closed = Application(schema=Schema(list(SCHEMA.entities.values())))
         with pytest.raises(InvalidConstraint, match="Note has no attribute 'kind'"):
             projected(closed, Note=attribute("kind") == "x")

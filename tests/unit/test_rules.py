@@ -370,7 +370,9 @@ class TestDeclarations:
             lambda app: app.on_conflict("Ghost", "reject_stale"),
             lambda app: app.on_conflict("Order", "reject"),
             lambda app: app.before_commit("Ghost"),
-            lambda app: app.migration("Ghost"),
+            lambda app: app.migration("Ghost", version=1),
+            lambda app: app.migration("Order", version=3),
+            lambda app: app.migration("Order", version=0),
         ],
     )
     def test_a_rule_that_does_not_fit_the_schema_is_refused_when_it_is_declared(self, declare: Any) -> None:

@@ -208,7 +208,6 @@ class SessionStart(_message.Message):
     DOWNLOADS_FIELD_NUMBER: _builtins.int
     BOUND_TENANT_FIELD_NUMBER: _builtins.int
     BOUND_USER_ID_FIELD_NUMBER: _builtins.int
-    RECONCILE_ENTITIES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the client speaks: 1. Another is refused with
     `FAILED_PRECONDITION`, reason `PROTOCOL_VERSION_UNSUPPORTED`.
@@ -252,13 +251,6 @@ class SessionStart(_message.Message):
         server offers.
         """
 
-    @_builtins.property
-    def reconcile_entities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Entities to be reconciled whatever the cursor says. Mode all only. Those that
-        sessions of other modes since the last one of mode all named in
-        `EntityPlan.reconcile`.
-        """
-
     def __init__(
         self,
         *,
@@ -274,11 +266,10 @@ class SessionStart(_message.Message):
         downloads: _abc.Iterable[Global___EntityDownload] | None = ...,
         bound_tenant: _builtins.str = ...,
         bound_user_id: _builtins.str = ...,
-        reconcile_entities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_confirmations", b"accepts_confirmations", "bound_tenant", b"bound_tenant", "bound_user_id", b"bound_user_id", "cursor", b"cursor", "downloads", b"downloads", "leaves_earlier_operations", b"leaves_earlier_operations", "mode", b"mode", "protocol_version", b"protocol_version", "reconcile_entities", b"reconcile_entities", "replica_id", b"replica_id", "resume_token", b"resume_token", "schema_version", b"schema_version", "uploading", b"uploading"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_confirmations", b"accepts_confirmations", "bound_tenant", b"bound_tenant", "bound_user_id", b"bound_user_id", "cursor", b"cursor", "downloads", b"downloads", "leaves_earlier_operations", b"leaves_earlier_operations", "mode", b"mode", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "resume_token", b"resume_token", "schema_version", b"schema_version", "uploading", b"uploading"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,10 +329,8 @@ class EntityPlan(_message.Message):
     upload_excluded: _builtins.bool
     """True if its operations stay behind in sessions of other modes than selected."""
     reconcile: _builtins.bool
-    """Mode all: true if this session's download reconciles the entity: every
-    visible object of it is streamed, and what is not among them is to be removed.
-    Other modes: true if what may be seen of it is not what the cursor stands for;
-    see `SessionStart.reconcile_entities`.
+    """True if this session's download reconciles the entity: every visible object
+    of it is streamed, and what is not among them is to be removed.
     """
     def __init__(
         self,
@@ -750,7 +739,9 @@ class SessionComplete(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     cursor: _builtins.bytes
     """Where the replica stands once it has taken in all pages. To be stored in
-    the same transaction as the data. Mode all only.
+    the same transaction as the data. In modes other than all it is empty unless
+    what may be seen of an entity is not what the replica's cursor stands for;
+    then it is that cursor without its place for the entity.
     """
     version: _builtins.int
     """The tenant's version that the download reached."""

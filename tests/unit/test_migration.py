@@ -1,0 +1,703 @@
+"""A store and a new schema: what fits, what is named, what becomes of objects, and what a crash leaves."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
+
+import pytest
+from tests.builders import TENANT, TIME_US, Lab, create, said, update
+
+from tidelog import Entity, Integer, InvalidRule, List, Reference, Rename, Schema, String, attribute
+from tidelog_server import (
+    Application,
+    MigrationUnfinished,
+    OperationRefused,
+    Principal,
+    SchemaContradicted,
+    Tenant,
+)
+from tidelog_server import _adoption as adoption
+from tidelog_server._adoption import adopt_schema
+from tidelog_server._download import Download, cursor_at, start_of
+from tidelog_server._indexes import TABLES
+from tidelog_server._projection import Projection
+from tidelog_server._records import Identity, Writes
+from tidelog_server._store import Reader, Store
+
+T = TypeVar("T")
+
+
+def application(
+    *entities: Entity, version: int = 1, renames: list[Rename] | None = None, **options: Any
+) -> Application:
+    """Return an application that has nothing but a schema."""
+    return Application(schema=Schema(entities, version=version, renames=renames or [], **options))
+
+
+def task(attributes: dict[str, Any], **options: Any) -> Entity:
+    """Return the entity Task."""
+    return Entity("Task", attributes, **options)
+
+
+def filled(
+    served: Application, *objects: tuple[str, str, dict[str, Any]], tenants: tuple[str, ...] = (TENANT,)
+) -> Lab:
+    """Return a lab whose store was served with an application, and has objects."""
+    lab = Lab(served)
+    adopt(lab, served)
+    for tenant in tenants:
+        with Tenant(served, lab.store, tenant, None, lambda: TIME_US).transaction() as transaction:
+            for entity, id_, attributes in objects:
+                transaction.create(entity, attributes, id_)
+    return lab
+
+
+def adopt(lab: Lab, served: Application, *, migrate: bool = False, store: Store | None = None) -> None:
+    """Serve a lab's store with an application from now on."""
+    adopt_schema(served, store or lab.store, migrate=migrate, time_us=TIME_US)
+    lab.application = served
+
+
+def contents(lab: Lab, tenant: str = TENANT) -> dict[str, dict[str, Any]]:
+    """Return all objects of a tenant, by entity and id."""
+    with lab.store.read(tenant) as reader:
+        entities = reader.entities()
+    data = Tenant(Application(), lab.store, tenant, None, lambda: TIME_US)
+    return {f"{entity}/{found.id}": found.attributes for entity in entities for found in data.query(entity)}
+
+
+def indexes(lab: Lab) -> dict[bytes, bytes]:
+    """Return the tables that follow from schema and objects."""
+    with lab.store.read(TENANT) as reader:
+        return {key: value for table in TABLES for key, value in reader.index_range(table, b"", 1_000_000)}
+
+
+def contradictions(lab: Lab, served: Application, *, migrate: bool = False) -> list[str]:
+    """Serve the store with an application that does not fit; return what is said, and check that nothing changed."""
+    before = contents(lab), lab.version(), indexes(lab), lab.store.note("adoption")
+    with pytest.raises(SchemaContradicted) as error:
+        adopt(lab, served, migrate=migrate)
+    assert (contents(lab), lab.version(), indexes(lab), lab.store.note("adoption")) == before
+    assert str(error.value).splitlines() == [error.value.summary, *error.value.contradictions]
+    return error.value.contradictions
+
+
+OPEN = application(task({}), open=True)
+
+
+class TestChecking:
+    def test_what_is_added_is_fine(self) -> None:
+        """New attributes and entities need no migration and change no object."""
+        lab = filled(application(task({"title": String()})), ("Task", "t1", {"title": "a"}))
+        version = lab.version()
+
+        adopt(lab, application(task({"title": String(), "done": String(default="no")}), Entity("Note", {}), version=2))
+
+        assert contents(lab) == {"Task/t1": {"title": "a"}}
+        assert lab.version() == version
+
+    @pytest.mark.parametrize(
+        ("served", "expected"),
+        [
+            (
+                application(task({"n": Integer(maximum=1)})),
+                ["tenant 'default': Task 't1': attribute 'n' is 2, but must be at most 1"],
+            ),
+            (
+                application(task({"n": String()})),
+                ["tenant 'default': Task 't1': attribute 'n' is 2, but must be a string"],
+            ),
+            (
+                application(task({"n": Integer(), "who": String(required=True)})),
+                ["tenant 'default': Task 't1': attribute 'who' is null, but must have a value"],
+            ),
+            (
+                application(task({})),
+                ["tenant 'default': Task 't1': attribute 'n' is 2, but the schema has no such attribute"],
+            ),
+            (application(Entity("Note", {})), ["tenant 'default': Task 't1': the schema has no such entity"]),
+        ],
+        ids=["range", "type", "required", "attribute", "entity"],
+    )
+    def test_what_does_not_fit_is_named(self, served: Application, expected: list[str]) -> None:
+        """A refused start names tenant, entity, id, attribute, value and rule, and changes nothing."""
+        lab = filled(application(task({"n": Integer()})), ("Task", "t1", {"n": 2}))
+
+        assert contradictions(lab, served) == expected
+
+    def test_values_that_collide_are_named(self) -> None:
+        """Of objects that share what is to be unique, all but the first are named, with the one that has it."""
+        lab = filled(
+            application(task({"a": Integer(), "b": String()})),
+            *(("Task", f"t{number}", {"a": number % 2, "b": "x"}) for number in range(4)),
+            ("Task", "t5", {"b": "x"}),
+        )
+        served = application(task({"a": Integer(), "b": String()}, unique=["a", ["a", "b"]]))
+
+        assert contradictions(lab, served) == [
+            f"tenant 'default': Task 't{number}': {what}, but must be unique: Task 't{number - 2}' has the same"
+            for number, what in (
+                (2, "attribute 'a' is 0"),
+                (2, "attributes 'a' is 0, 'b' is 'x'"),
+                (3, "attribute 'a' is 1"),
+                (3, "attributes 'a' is 1, 'b' is 'x'"),
+            )
+        ]
+
+    def test_references_that_lead_nowhere_are_named(self) -> None:
+        """What is newly declared a reference must lead to an object, unless the reference may outlive it."""
+        attributes = {"of": String(), "kept": String(), "many": List(String())}
+        lab = filled(
+            application(task(attributes)),
+            ("Task", "t1", {"of": "t2", "many": ["t1", "t9"]}),
+            ("Task", "t2", {"of": "t8", "kept": "t7"}),
+        )
+        served = application(
+            task(
+                {
+                    "of": Reference("Task"),
+                    "kept": Reference("Task", on_delete="keep"),
+                    "many": Reference("Task", many=True),
+                }
+            )
+        )
+
+        assert contradictions(lab, served) == [
+            "tenant 'default': Task 't1': attribute 'many' is 't9', but there is no such Task",
+            "tenant 'default': Task 't2': attribute 'of' is 't8', but there is no such Task",
+        ]
+
+    def test_the_first_twenty_are_named_and_all_are_counted(self) -> None:
+        """However many there are, the error stays short and says how many; those of all tenants count."""
+        lab = filled(OPEN, *(("Task", f"t{number:02}", {"n": 1}) for number in range(30)), tenants=("acme", "brick"))
+
+        with pytest.raises(SchemaContradicted) as error:
+            adopt(lab, application(task({"n": String()}), version=2))
+
+        assert error.value.count == 60
+        assert len(error.value.contradictions) == 20
+        assert "60 contradictions" in error.value.summary
+        assert all("tenant 'acme'" in one for one in error.value.contradictions)
+
+    def test_a_store_is_looked_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A start with the schema of the last one reads no object; one with another schema does."""
+        served = application(task({"n": Integer()}))
+        lab = filled(served, ("Task", "t1", {"n": 1}))
+
+        def looked(*_: object) -> None:
+            raise AssertionError("objects were looked at")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(adoption, "_contradictions", looked)
+            adopt(lab, application(task({"n": Integer()})))
+            with pytest.raises(AssertionError, match="looked at"):
+                adopt(lab, application(task({"n": Integer()}), version=2))
+
+    def test_a_store_without_a_schema_gets_one(self) -> None:
+        """What was served to everybody is held against its first schema; without one again, anything goes."""
+        lab = filled(Application(), ("Task", "t1", {"n": 1}))
+
+        assert len(contradictions(lab, application(task({"n": String()})))) == 1
+        adopt(lab, application(task({"n": Integer()})))
+        adopt(lab, Application())
+        lab.settle(create(1, "t2", {"anything": True}))
+        assert len(contradictions(lab, application(task({"n": Integer()})))) == 1
+
+    def test_an_older_schema_is_served_if_nothing_contradicts_it(self) -> None:
+        """A server that was rolled back starts on what fits; otherwise it says that a newer one was here."""
+        old = application(task({"n": Integer()}))
+        lab = filled(old, ("Task", "t1", {"n": 1}))
+        adopt(lab, application(task({"n": Integer(), "title": String()}), version=2))
+        adopt(lab, old)
+        adopt(lab, application(task({"n": Integer(), "title": String()}), version=3))
+        Tenant(lab.application, lab.store, TENANT, None, lambda: TIME_US).update("Task", "t1", {"title": "x"})
+
+        with pytest.raises(SchemaContradicted, match="was served with version 3 already"):
+            adopt(lab, old)
+
+    def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No read and no job takes more than a page, whatever there is to be checked and written."""
+        monkeypatch.setattr(adoption, "PAGE_OBJECTS_MAX", 7)
+        lab = filled(OPEN, *(("Task", f"t{number:03}", {"n": number}) for number in range(100)))
+        store = Watched(lab.store)
+
+        adopt(lab, application(task({"m": Integer()}, unique=["m"], indexes=["m"]), version=2, renames=[RENAMED]),
+              migrate=True, store=store)  # fmt: skip
+
+        assert max(len(writes.objects) for writes in store.written) == 7
+        assert max(len(writes.index_entries) for writes in store.written) <= 7 * 4
+        assert contents(lab) == {f"Task/t{number:03}": {"m": number} for number in range(100)}
+
+
+RENAMED = Rename(version=2, entity="Task", attribute="n", to="m")
+
+
+class TestMigrating:
+    def test_attributes_are_renamed(self) -> None:
+        """Objects get the new names, as changes of the system that the change log explains."""
+        lab = filled(application(task({"n": Integer()})), ("Task", "t1", {"n": 1}), ("Task", "t2", {}))
+
+        adopt(lab, application(task({"m": Integer()}), version=2, renames=[RENAMED]), migrate=True)
+
+        assert contents(lab) == {"Task/t1": {"m": 1}, "Task/t2": {}}
+        assert [(change.key[1], change.user_id) for change in lab.changes(after=2)] == [("t1", "system")]
+        lab.check_history()
+
+    def test_a_name_that_is_used_again_is_told_from_its_former_meaning(self) -> None:
+        """What the store's schema called n is m now, though the schema has another n by now."""
+        lab = filled(application(task({"n": Integer()})), ("Task", "t1", {"n": 1}))
+        served = application(task({"m": Integer(), "n": Integer()}), version=3, renames=[RENAMED])
+
+        adopt(lab, served, migrate=True)
+        adopt(lab, application(task({"m": Integer(), "n": Integer(), "o": Integer()}), version=4, renames=[RENAMED]),
+              migrate=True)  # fmt: skip
+
+        assert contents(lab) == {"Task/t1": {"m": 1}}
+
+    def test_entities_are_renamed(self) -> None:
+        """Objects move to the new name; who has seen one by its former name has seen it, so pending changes apply."""
+        lab = filled(application(Entity("Sale", {"n": Integer()})), ("Sale", "s1", {"n": 1}))
+        lab.settle(create(1, "s2", {"n": 2}, entity="Sale"))
+        served = application(
+            Entity("Order", {"n": Integer()}), version=2, renames=[Rename(version=2, entity="Sale", to="Order")]
+        )
+
+        adopt(lab, served, migrate=True)
+
+        assert contents(lab) == {"Order/s1": {"n": 1}, "Order/s2": {"n": 2}}
+        pending = [update(seq, id_, {"n": 5}, entity="Sale", base_version=2, schema_version=1)
+                   for seq, id_ in ((2, "s1"), (3, "s2"))]  # fmt: skip
+        assert said(lab.settle(*pending)) == ["APPLIED", "APPLIED"]
+        assert contents(lab) == {"Order/s1": {"n": 5}, "Order/s2": {"n": 5}}
+        lab.check_history()
+
+    def test_an_object_that_would_replace_another_one_is_named(self) -> None:
+        """Two objects never become one."""
+        lab = filled(
+            application(Entity("Sale", {}), Entity("Order", {})),
+            ("Sale", "x", {}),
+            ("Order", "x", {}),
+            ("Sale", "y", {}),
+        )
+        served = application(
+            Entity("Order", {}), version=2, renames=[Rename(version=2, entity="Sale", to="Order")], open=True
+        )
+
+        assert contradictions(lab, served, migrate=True) == [
+            "tenant 'default': Sale 'x' becomes Order 'x', which exists already"
+        ]
+
+    def test_an_object_goes_where_another_one_was_deleted(self) -> None:
+        """An object that takes the key of a deleted one is a new one to those who knew that."""
+        lab = filled(application(Entity("Sale", {}), Entity("Order", {})), ("Sale", "x", {}), ("Order", "x", {}))
+        Tenant(lab.application, lab.store, TENANT, None, lambda: TIME_US).delete("Order", "x")
+        served = application(
+            Entity("Order", {"n": Integer()}),
+            version=2,
+            renames=[Rename(version=2, entity="Sale", to="Order")],
+            open=True,
+        )
+
+        adopt(lab, served, migrate=True)
+
+        assert contents(lab) == {"Order/x": {}}
+        assert said(lab.settle(update(1, "x", {"n": 1}, entity="Order", base_version=2))) == ["OBJECT_GONE"]
+
+    def test_what_must_have_a_value_gets_its_default(self) -> None:
+        """A newly required attribute without a value, or null, gets its default; a merely optional one stays away."""
+        lab = filled(OPEN, ("Task", "t1", {}), ("Task", "t2", {"n": None}), ("Task", "t3", {"n": 5}))
+        served = application(
+            task(
+                {"n": Integer(required=True, default=1), "o": Integer(default=2), "l": List(required=True, default=[])}
+            ),
+            version=2,
+        )
+        assert len(contradictions(lab, served)) == 3
+
+        adopt(lab, served, migrate=True)
+
+        assert contents(lab) == {
+            "Task/t1": {"n": 1, "l": []},
+            "Task/t2": {"n": 1, "l": []},
+            "Task/t3": {"n": 5, "l": []},
+        }
+
+    def test_migrations_run_in_order_and_delete(self) -> None:
+        """The functions of all versions that the store has not seen run one after the other; None deletes."""
+        lab = filled(OPEN, ("Task", "t1", {"n": 1}), ("Task", "t2", {"n": 2}))
+        served = application(task({"n": Integer()}), version=4)
+
+        @served.migration("Task", version=4)
+        def doubles(attributes: dict[str, Any]) -> dict[str, Any]:
+            return {"n": attributes["n"] * 2}
+
+        @served.migration("Task", version=3)
+        def adds(attributes: dict[str, Any]) -> dict[str, Any] | None:
+            attributes["n"] += 10
+            return None if attributes["n"] == 12 else attributes
+
+        @served.migration("Task", version=1)
+        def was_there(attributes: dict[str, Any]) -> None:
+            raise AssertionError("the store has this version already")
+
+        adopt(lab, served, migrate=True)
+
+        assert contents(lab) == {"Task/t1": {"n": 22}}
+        lab.check_history()
+        adopt(lab, application(task({"n": Integer()}), version=5), migrate=True)
+        assert contents(lab) == {"Task/t1": {"n": 22}}
+
+    def test_without_being_told_nothing_is_migrated(self) -> None:
+        """A start that was not told to migrate adopts what fits as it is."""
+        lab = filled(application(task({"n": Integer()})), ("Task", "t1", {"n": 1}))
+        served = application(task({"n": Integer()}), version=2)
+
+        @served.migration("Task", version=2)
+        def spoils(attributes: dict[str, Any]) -> dict[str, Any]:
+            return {"n": 0}
+
+        adopt(lab, served)
+
+        assert contents(lab) == {"Task/t1": {"n": 1}}
+
+    @pytest.mark.parametrize(
+        ("result", "message"),
+        [
+            (lambda _: 1 / 0, "ZeroDivisionError: division by zero"),
+            (lambda _: 7, "InvalidValue: expected a dict of attributes or None, got int"),
+            (lambda _: {"n": object()}, "InvalidValue: attribute 'n'"),
+            (lambda _: {"n": 1, "t": "x" * 3_000_000}, "LimitExceeded: an object of"),
+        ],
+    )
+    def test_a_migration_that_fails_is_named(self, result: Callable[[Any], Any], message: str) -> None:
+        """Whatever a function of the application does, the object is named and the store stays as it is."""
+        lab = filled(OPEN, ("Task", "t1", {"n": 1}))
+        served = application(task({}), version=2, open=True)
+        served.migration("Task", version=2)(result)
+
+        [found] = contradictions(lab, served, migrate=True)
+
+        assert found.startswith("tenant 'default': Task 't1': the migration of Task to version 2 failed: " + message)
+
+    def test_what_a_migration_leaves_must_fit(self) -> None:
+        """A value that does not fit, a reference to what is deleted, a value that is taken: named beforehand."""
+        lab = filled(OPEN, ("Task", "t1", {"n": 1}), ("Task", "t2", {"n": 2, "of": "t1"}), ("Task", "t3", {"n": 3}))
+        served = application(task({"n": Integer(maximum=10), "of": Reference("Task")}, unique=["n"]), version=2)
+
+        @served.migration("Task", version=2)
+        def migrate(attributes: dict[str, Any]) -> dict[str, Any] | None:
+            return None if attributes["n"] == 1 else {**attributes, "n": 9}
+
+        found = contradictions(lab, served, migrate=True)
+
+        assert found == [
+            "tenant 'default': Task 't2': attribute 'of' is 't1', but there is no such Task",
+            "tenant 'default': Task 't3': attribute 'n' is 9, but must be unique: Task 't2' has the same",
+        ]
+
+    def test_references_follow_renamed_entities(self) -> None:
+        """A reference to an object that gets another entity name leads to it afterwards."""
+        lab = filled(
+            application(Entity("Sale", {}), Entity("Line", {"sale": Reference("Sale")})),
+            ("Sale", "s1", {}),
+            ("Line", "l1", {"sale": "s1"}),
+        )
+        served = application(
+            Entity("Order", {}),
+            Entity("Line", {"sale": Reference("Order")}),
+            version=2,
+            renames=[Rename(version=2, entity="Sale", to="Order")],
+        )
+
+        adopt(lab, served, migrate=True)
+
+        tenant = Tenant(served, lab.store, TENANT, None, lambda: TIME_US)
+        with pytest.raises(OperationRefused, match="Line 'l1' refers to it"):
+            tenant.delete("Order", "s1")
+
+    def test_an_attribute_by_both_names_is_named(self) -> None:
+        """An object that has the former and the present name of an attribute is a contradiction, not a loss."""
+        lab = filled(OPEN, ("Task", "t1", {"n": 1, "m": 2}))
+
+        [found] = contradictions(lab, application(task({"m": Integer()}), version=2, renames=[RENAMED]), migrate=True)
+
+        assert "'t1'" in found
+        assert "former name 'n'" in found
+
+    def test_declarations_that_make_no_sense_are_refused(self) -> None:
+        """A second function for one version, and a coroutine, are an error at once."""
+        served = application(task({}), version=2)
+
+        async def later(attributes: dict[str, Any]) -> dict[str, Any]:
+            return attributes
+
+        served.migration("Task", version=2)(dict)
+        with pytest.raises(InvalidRule, match="stands twice"):
+            served.migration("Task", version=2)(lambda _: None)
+        with pytest.raises(InvalidRule, match="plain function"):
+            served.migration("Task", version=1)(later)  # type: ignore[type-var]
+
+
+class TestIndexes:
+    def test_rules_that_come_later_hold_for_older_objects(self) -> None:
+        """Unique values and references that are declared later bind what was there before."""
+        lab = filled(
+            application(task({"n": Integer(), "of": String()})),
+            ("Task", "t1", {"n": 1}),
+            ("Task", "t2", {"n": 2, "of": "t1"}),
+        )
+        served = application(task({"n": Integer(), "of": Reference("Task")}, unique=["n"]), version=2)
+
+        adopt(lab, served)
+
+        tenant = Tenant(served, lab.store, TENANT, None, lambda: TIME_US)
+        with pytest.raises(OperationRefused, match="taken"):
+            tenant.create("Task", {"n": 1})
+        with pytest.raises(OperationRefused, match="Task 't2' refers to it"):
+            tenant.delete("Task", "t1")
+
+    def test_rules_that_go_leave_nothing_behind(self) -> None:
+        """Entries of a rule that was given up are gone, so that they cannot mislead when it comes back."""
+        ruled = application(task({"n": Integer()}, unique=["n"], indexes=["n"]))
+        lab = filled(ruled, ("Task", "t1", {"n": 1}))
+
+        adopt(lab, application(task({"n": Integer()}), version=2))
+        assert indexes(lab) == {}
+        Tenant(lab.application, lab.store, TENANT, None, lambda: TIME_US).update("Task", "t1", {"n": 2})
+        adopt(lab, ruled)
+
+        tenant = Tenant(ruled, lab.store, TENANT, None, lambda: TIME_US)
+        tenant.create("Task", {"n": 1})
+        with pytest.raises(OperationRefused):
+            tenant.create("Task", {"n": 2})
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_table_made_later_is_the_one_that_was_kept(self, seed: int) -> None:
+        """Whether an index was there from the beginning or is made from the histories, it is the same."""
+        ruled = application(
+            task({"n": Integer(), "m": Integer(), "of": Reference("Task", on_delete="clear")}, indexes=["n", "m"]),
+            version=2,
+        )
+        plain = application(task({"n": Integer(), "m": Integer(), "of": String()}), version=1)
+        dice = random.Random(seed)
+        steps = [
+            (dice.choice("cuuuud"), f"t{dice.randrange(4)}", {dice.choice("nm"): dice.choice([0, 1, 2, None])})
+            for _ in range(60)
+        ]
+        labs = filled(ruled), filled(plain)
+        for lab in labs:
+            tenant = Tenant(lab.application, lab.store, TENANT, None, lambda: TIME_US)
+            for kind, id_, attributes in steps:
+                exists = tenant.get("Task", id_) is not None
+                if not exists:
+                    tenant.create("Task", {**attributes, "of": id_}, id_)
+                elif kind == "d":
+                    tenant.delete("Task", id_)
+                else:
+                    tenant.update("Task", id_, attributes)
+
+        adopt(labs[1], ruled)
+
+        assert indexes(labs[1]) == indexes(labs[0])
+        assert any(key[:1] == b"v" for key in indexes(labs[0]))
+
+
+class Killed(BaseException):
+    """The process was killed."""
+
+
+class Watched:
+    """
+    A store that is killed after so many writes.
+
+    Attributes:
+        written: What was written.
+    """
+
+    def __init__(self, store: Store, writes_max: int = 1_000_000) -> None:
+        self._store = store
+        self._left = writes_max
+        self.written: list[Writes] = []
+
+    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+        """Run a job, unless it is over."""
+
+        def watched(reader: Reader) -> tuple[Writes | None, T]:
+            writes, result = job(reader)
+            if writes is not None:
+                self.written.append(writes)
+            return writes, result
+
+        self._count()
+        return self._store.submit(tenant, watched)
+
+    def set_note(self, name: str, value: bytes) -> None:
+        """Note something, unless it is over."""
+        self._count()
+        self._store.set_note(name, value)
+
+    def _count(self) -> None:
+        if not self._left:
+            raise Killed
+        self._left -= 1
+
+    @property
+    def identity(self) -> Identity:
+        """Return which store this is."""
+        return self._store.identity
+
+    def read(self, tenant: str) -> AbstractContextManager[Reader]:
+        """Read a tenant's data."""
+        return self._store.read(tenant)
+
+    def tenants(self) -> list[str]:
+        """Return the tenants."""
+        return self._store.tenants()
+
+    def note(self, name: str) -> bytes:
+        """Return what was noted."""
+        return self._store.note(name)
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+
+def shop_before() -> Lab:
+    """Return two tenants with sales, priced in whole units."""
+    return filled(
+        application(
+            Entity("Sale", {"price": Integer(), "kind": String()}), Entity("Line", {"sale": Reference("Sale")})
+        ),
+        *(("Sale", f"s{number}", {"price": number, "kind": "ab"[number % 2]}) for number in range(7)),
+        ("Line", "l1", {"sale": "s1"}),
+        tenants=("acme", TENANT),
+    )
+
+
+def shop_after() -> Application:
+    """Return an application whose migration must not run twice on an object."""
+    served = application(
+        Entity("Order", {"cents": Integer(required=True), "sort": String()}, unique=["cents"], indexes=["sort"]),
+        Entity("Line", {"sale": Reference("Order")}),
+        version=2,
+        renames=[
+            Rename(version=2, entity="Sale", to="Order"),
+            Rename(version=2, entity="Order", attribute="price", to="cents"),
+            Rename(version=2, entity="Order", attribute="kind", to="sort"),
+        ],
+    )
+
+    @served.migration("Order", version=2)
+    def in_cents(attributes: dict[str, Any]) -> dict[str, Any] | None:
+        return None if attributes["cents"] == 3 else {**attributes, "cents": attributes["cents"] * 100}
+
+    return served
+
+
+class TestCrashes:
+    def test_a_migration_that_is_killed_anywhere_is_finished_by_the_next_start(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However often and wherever a server is killed, what comes out is what an undisturbed one leaves."""
+        monkeypatch.setattr(adoption, "PAGE_OBJECTS_MAX", 2)
+        whole = shop_before()
+        adopt(whole, shop_after(), migrate=True)
+        expected = {tenant: contents(whole, tenant) for tenant in ("acme", TENANT)}
+        assert expected["acme"]["Order/s6"] == {"cents": 600, "sort": "a"}
+        assert "Order/s3" not in expected["acme"]
+
+        finished = False
+        for writes_max in itertools.count():
+            lab = shop_before()
+            try:
+                adopt(lab, shop_after(), migrate=True, store=Watched(lab.store, writes_max))
+                finished = True
+            except Killed:
+                adopt(lab, shop_after(), migrate=True)
+            assert {tenant: contents(lab, tenant) for tenant in ("acme", TENANT)} == expected
+            assert indexes(lab) == indexes(whole)
+            lab.check_history()
+            if finished:
+                assert writes_max > 20
+                break
+
+    def test_what_was_broken_off_is_finished_before_anything_else(self) -> None:
+        """In the middle of a migration no other schema is served, nor the same one without being told to migrate."""
+        lab = shop_before()
+        former = lab.application
+        with pytest.raises(Killed):
+            adopt(lab, shop_after(), migrate=True, store=Watched(lab.store, 3))
+
+        for served, migrate in ((former, False), (former, True), (shop_after(), False), (Application(), True)):
+            with pytest.raises(MigrationUnfinished, match="to version 2 of the schema was broken off"):
+                adopt(lab, served, migrate=migrate)
+
+        adopt(lab, shop_after(), migrate=True)
+        assert contents(lab)["Order/s6"] == {"cents": 600, "sort": "a"}
+
+    def test_indexes_that_were_not_finished_are_made_anew(self) -> None:
+        """A rebuild that was broken off leaves nothing behind, also for the schema that was served before."""
+        former = application(task({"n": Integer()}, unique=["n"]))
+        lab = filled(former, *(("Task", f"t{number}", {"n": number}) for number in range(3)))
+        complete = indexes(lab)
+        with pytest.raises(Killed):
+            adopt(
+                lab,
+                application(task({"n": Integer()}, indexes=["n"]), version=2),
+                store=Watched(lab.store, 2),
+            )
+        assert indexes(lab) == {}
+
+        adopt(lab, former)
+
+        assert indexes(lab) == complete
+
+
+def test_a_replica_follows_an_index_that_was_made_anew() -> None:
+    """A cursor from before a table was made, or given up and made again, still sees what left a value since."""
+    indexed = application(task({"who": String()}, indexes=["who"]))
+    indexed.synchronize("Task", attribute("who") == "ann")
+    lab = filled(indexed, *(("Task", f"t{number}", {"who": "ann"}) for number in range(3)))
+    before = download(lab, b"")
+    assert before.snapshots == {"t0", "t1", "t2"}
+    without = application(task({"who": String()}), version=2)
+    adopt(lab, without)
+    tenant = Tenant(without, lab.store, TENANT, None, lambda: TIME_US)
+    tenant.update("Task", "t0", {"who": "bob"})
+    tenant.delete("Task", "t1")
+    tenant.create("Task", {"who": "ann"}, "t3")
+    again = application(task({"who": String()}, indexes=["who"]))
+    again.synchronize("Task", attribute("who") == "ann")
+
+    adopt(lab, again)
+
+    after = download(lab, before.cursor)
+    assert (after.snapshots, after.removals) == ({"t3"}, {"t0", "t1"})
+
+
+class Downloaded(NamedTuple):
+    """What a replica gets."""
+
+    snapshots: set[str]
+    removals: set[str]
+    cursor: bytes
+
+
+def download(lab: Lab, cursor: bytes) -> Downloaded:
+    """Download as a replica with a cursor does."""
+    projection = Projection(lab.application, Principal("ann"), {})
+    found = Download(lab.store, projection)
+    with lab.store.read(TENANT) as reader:
+        start = start_of(reader, lab.store.identity, projection, cursor, b"")
+    pages = list(found.everything_since(start))
+    return Downloaded(
+        {one.id for page in pages for one in page.snapshots},
+        {one.id for page in pages for one in page.removals},
+        cursor_at(lab.store.identity, found.head, projection.scope),
+    )
