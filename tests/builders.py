@@ -33,7 +33,7 @@ from tidelog._schema import Schema
 from tidelog._values import decode_trusted, encode, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
-from tidelog_server import Application, LmdbStore, Principal, Server
+from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
 from tidelog_server._indexes import Written, index_writes
 from tidelog_server._outcomes import Result, Status, Uploader
@@ -618,11 +618,14 @@ class World:
         server: The server; `stop` and `start` it at will.
     """
 
-    def __init__(self, folder: Path, application: Application | None = None) -> None:
+    def __init__(
+        self, folder: Path, application: Application | None = None, *, authenticator: Authenticator | None = None
+    ) -> None:
         self.folder = folder
         self.store = LmdbStore(folder / "server")
         self.lab = Lab(application or Application(), self.store)
-        self.server = Server(self.lab.application, store=self.store)
+        self.server = Server(self.lab.application, store=self.store, authenticator=authenticator)
+        self._authenticator = authenticator
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -638,6 +641,13 @@ class World:
         """Open a replica of this server; it is closed with the world."""
         options.setdefault("server", self.server.address)
         return self._open.enter_context(Replica(self.folder / name, **options))
+
+    def deploy(self, application: Application) -> None:
+        """Stop the server and start one with another application over the same store, at another address."""
+        self.server.stop(grace_seconds=0)
+        self.lab.application = application
+        self.server = Server(application, store=self.store, authenticator=self._authenticator)
+        self.server.start()
 
     def channel(self) -> grpc.Channel:
         """Open a channel to the server; it is closed with the world."""
