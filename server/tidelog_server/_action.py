@@ -252,7 +252,7 @@ class Action:
     # --- the steps ------------------------------------------------------------
 
     def _begin_unit(self) -> None:
-        # The objects that the unit wrote, each with the place of the operation that did it last.
+        # The objects that the unit deleted, or gave a unique value, with the place of the operation that did it last.
         self._touched: dict[ObjectKey, int] = {}
         self._restricting: set[ObjectKey] = set()
         # Deleted objects whose referrers are still to be dealt with.
@@ -276,6 +276,12 @@ class Action:
         if self._rights is None or key in self._own_keys or self._knowledge.knows(key):
             return f"{key[0]} {key[1]!r}"
         return _NAMELESS
+
+    def _readable(self, key: ObjectKey, attributes: Attributes) -> Attributes:
+        """Return what the one who writes may know of an object: the system, one level deeper, all of it."""
+        if self._rights is None or self.depth:
+            return attributes
+        return self._rights.entity(key[0]).readable(attributes) or _NOTHING
 
     def _check_not_exhausted(self) -> None:
         """Refuse again what a hook may have caught."""
@@ -444,7 +450,7 @@ class Action:
             if is_there and (self.depth or self._knowledge.sees(target)):
                 continue
             if known is None:
-                known = set(self._schema.referenced(entity, before))
+                known = set(self._schema.referenced(entity, self._readable(key, before)))
             if (attribute, target) in known:
                 continue
             is_authored = not self.depth and (attribute, target) in set(self._schema.referenced(entity, authored))
@@ -534,11 +540,14 @@ class Action:
             self._time_us,
             self._failure,
         )
+        integrity = self._integrity
+        if integrity is None:
+            self.overlay.write(change, new_state, attributes)
+            return
+        held = self.overlay.attributes(key) if state is not None and not state.deleted else None
         self.overlay.write(change, new_state, attributes)
-        if self._integrity is not None:
+        if attributes is None or integrity.note(key, held, attributes):
             self._touched[key] = self._position
-            if attributes is not None:
-                self._integrity.note(key, attributes)
 
     # --- hooks ----------------------------------------------------------------
 

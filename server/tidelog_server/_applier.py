@@ -143,6 +143,11 @@ class UnitApplier:
                 return (self._overlay.version, False)
             # Another incarnation than the author saw; an author who created this one has seen it.
             if operation.base_version < state.created and state.creator != self._replica:
+                # Nor was it ever seen by an author whose own creation was refused.
+                cause = self._outcomes.own_refused_creation(key) if not operation.base_version else None
+                if cause:
+                    message = f"{key[0]} {key[1]!r} could not be created"
+                    raise Refused(FailureReason.DEPENDENCY_FAILED, message, cause=cause)
                 raise Refused(
                     FailureReason.OBJECT_GONE,
                     f"{key[0]} {key[1]!r} was deleted and created again since its author saw it",

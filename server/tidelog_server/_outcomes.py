@@ -173,8 +173,10 @@ class Outcomes:
 
     def refused_creation(self, key: ObjectKey) -> bytes | None:
         """Return the failure because of which this replica could not create an object that it knows nothing of."""
-        if self._knowledge.knows(key):
-            return None
+        return None if self._knowledge.knows(key) else self.own_refused_creation(key)
+
+    def own_refused_creation(self, key: ObjectKey) -> bytes | None:
+        """Return the failure because of which this replica could not create an object, whatever is there now."""
         return self._refused_creations.get(key) or self._reader.refused_creation(self._uploader.replica, key)
 
     def give_up(self, unit: Unit, wait: Waits) -> list[Result]:

@@ -306,6 +306,18 @@ class TestAccess:
             "DANGLING_REFERENCE",
         ]
 
+    def test_a_hidden_reference_cannot_be_guessed(self) -> None:
+        """Who may write a reference but not read it is not told whether a guess is what it is."""
+        lab = shop()
+        lab.settle(customer(1, "c2", number=2))
+        lab.application.allow("technician", "Order", read=["note"], write=["customer"])
+
+        results = lab.session(b"c" * 16, principal=ANN).settle(
+            update(1, "o1", {"customer": "c1"}, entity="Order"), update(2, "o1", {"customer": "c2"}, entity="Order")
+        )
+
+        assert said(results) == ["DANGLING_REFERENCE"] * 2
+
     def test_hooks_have_the_rights_of_the_system(self) -> None:
         """What a hook writes needs no rule."""
         lab = shop()
@@ -665,6 +677,20 @@ class TestUnique:
 
         assert said(results) == ["GROUP_REJECTED", "UNIQUE_VIOLATED", "GROUP_REJECTED"]
 
+    def test_who_took_the_value_is_to_blame(self) -> None:
+        """An object that had the value before and was changed otherwise is not the culprit."""
+        lab = shop()
+        lab.settle(customer(1, "c2", number=2))
+
+        results = lab.settle(
+            *group(
+                make_operation("update", seq=2, entity="Customer", id="c1", set={"name": "x"}, base_version=99),
+                make_operation("update", seq=3, entity="Customer", id="c2", set={"number": 1}, base_version=99),
+            )
+        )
+
+        assert said(results) == ["GROUP_REJECTED", "UNIQUE_VIOLATED"]
+
     def test_null_binds_nobody(self) -> None:
         """Objects without the value do not collide."""
         schema = Schema([Entity("Tag", {"a": String(), "b": String()}, unique=[("a", "b")])])
@@ -860,3 +886,14 @@ def test_patches_are_not_squashed_by_policies() -> None:
     lab.settle(update(1, "o1", {"note": "x"}, entity="Order", base_version=2))
 
     assert lab.changes()[-1].patch == Patch({"note": "x"}).encode()
+
+
+def test_what_builds_upon_a_creation_that_came_too_late_depends_on_it() -> None:
+    """After ALREADY_EXISTS the author's further operations on its own object hang under that failure."""
+    lab = Lab()
+    lab.settle(create(1), replica=REPLICA_B)
+
+    results = lab.settle(create(1), make_update(2, "t1", {"n": 1}), make_delete(3, "t1"))
+
+    assert said(results) == ["ALREADY_EXISTS", "DEPENDENCY_FAILED", "DEPENDENCY_FAILED"]
+    assert {lab.failure(one).cause_failure_id for one in results[1:]} == {lab.failure(results[0]).id}
