@@ -25,6 +25,7 @@ from tidelog._values import Attributes, copied, encode, equal
 from tidelog_server._access import Denied, Rights
 from tidelog_server._application import Application, Hook
 from tidelog_server._conflicts import divergence
+from tidelog_server._deadline import paused
 from tidelog_server._hooks import ActionContext, HookedObject, call
 from tidelog_server._integrity import Integrity
 from tidelog_server._knowledge import Knowledge
@@ -239,15 +240,16 @@ class Action:
         if self.depth >= HOOK_DEPTH_MAX:
             self._exhausted = f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep"
         self._check_not_exhausted()
-        self.depth += 1
-        mark = self.overlay.mark()
-        try:
-            yield
-        except BaseException:
-            self.overlay.rollback(mark)
-            raise
-        finally:
-            self.depth -= 1
+        with paused():
+            self.depth += 1
+            mark = self.overlay.mark()
+            try:
+                yield
+            except BaseException:
+                self.overlay.rollback(mark)
+                raise
+            finally:
+                self.depth -= 1
 
     # --- the steps ------------------------------------------------------------
 
@@ -382,6 +384,7 @@ class Action:
             key=key,
             name=self._name(key),
             rejected_as=FailureReason.CONFLICT,
+            seconds=self._application.hook_seconds_max,
         )
         if merged is not None:
             try:
@@ -586,6 +589,7 @@ class Action:
                 key=(hooked.entity, hooked.id),
                 name=self._name((hooked.entity, hooked.id)),
                 rejected_as=FailureReason.HOOK_REJECTED,
+                seconds=self._application.hook_seconds_max,
             )
             self._check_not_exhausted()
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from tidelog._constraints import Constraint, Where, constraint_of
 from tidelog._downloads import Download, DownloadMode, DownloadWish, download_of
@@ -24,6 +24,9 @@ from tidelog_server._principal import Principal
 
 if TYPE_CHECKING:
     from tidelog._operation import Operation
+
+
+HOOK_SECONDS_MAX_DEFAULT: Final = 30.0
 
 
 class Reject(Exception):
@@ -160,7 +163,7 @@ class Application:
     A hook is a plain function of (object, context). It runs inside the transaction
     that applies the operation, on the one thread that writes: what it writes
     happens exactly once, and while it runs nobody else's operations are applied,
-    so it must be quick. What it raises refuses the operation: `Reject` with the
+    so it must be quick: its time is limited. What it raises refuses the operation: `Reject` with the
     hook's own message, anything else as `HOOK_ERROR`, with the traceback in the
     server's log only; `TransientError` refuses nothing and ends the session.
 
@@ -168,9 +171,21 @@ class Application:
         schema: The application's entities. None: everything is accepted.
         operators: Roles that work off the synchronization failures of everybody. None
             named and no access rules: everybody does.
+        hook_seconds_max: How long the hooks on one operation may take. What goes on longer
+            is ended and recorded as `HOOK_ERROR`; code that waits outside of Python is
+            ended when it comes back.
     """
 
-    def __init__(self, *, schema: Schema | None = None, operators: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        schema: Schema | None = None,
+        operators: Iterable[str] = (),
+        hook_seconds_max: float = HOOK_SECONDS_MAX_DEFAULT,
+    ) -> None:
+        if not hook_seconds_max > 0:
+            raise InvalidRule(f"hooks may take {hook_seconds_max!r} seconds: expected more than 0")
+        self.hook_seconds_max = hook_seconds_max
         self.schema = schema if schema is not None else Schema(open=True)
         self.has_schema = schema is not None
         self.indexed_entities = indexed_entities(self.schema)

@@ -19,6 +19,7 @@ from tidelog._operation import Operation
 from tidelog._patch import Patch, check_attribute_name
 from tidelog._values import Attributes, check, check_id, check_name, copied
 from tidelog_server._application import Reject, TransientError
+from tidelog_server._deadline import DeadlineExceeded, run
 from tidelog_server._principal import Principal
 from tidelog_server._refusal import Refused, Waits
 
@@ -31,7 +32,12 @@ _log = get_logger("tidelog.hooks")
 
 
 def call(
-    function: Callable[..., Any], *arguments: object, key: ObjectKey, name: str, rejected_as: FailureReason
+    function: Callable[..., Any],
+    *arguments: object,
+    key: ObjectKey,
+    name: str,
+    rejected_as: FailureReason,
+    seconds: float,
 ) -> Any:
     """
     Call a function of the application, and turn whatever it raises into what settles the operation.
@@ -42,19 +48,25 @@ def call(
         key: The object that it is called about.
         name: What the object is called in a refusal.
         rejected_as: Why the operation is refused if the function raises Reject.
+        seconds: How long it may take.
 
     Raises:
         Refused: The function rejects, or it is broken.
         Waits, TransientError: As the function, or what it called, says.
     """
     try:
-        result: object = function(*arguments)
+        result: object = run(function, *arguments, seconds=seconds)
         if isinstance(result, Awaitable):
             raise TypeError("the function returned an awaitable, which nobody awaits")
     except Reject as rejection:
         raise Refused(rejected_as, rejection.message, code=rejection.code) from rejection
     except (Refused, Waits, TransientError):
         raise
+    except DeadlineExceeded as error:
+        hook = getattr(function, "__qualname__", repr(function))
+        _log.exception("hook took too long", hook=hook, entity=key[0], id=key[1], limit_seconds=seconds)
+        message = f"the application took longer than {seconds:g} seconds on {name}"
+        raise Refused(FailureReason.HOOK_ERROR, message) from error
     except BaseException as error:
         # Whatever the application's code raises settles the operation as a failure: it must not
         # end the session, and the traceback must not reach the client. Not even what ends a

@@ -1,0 +1,157 @@
+"""
+Deadlines for the application's code, which runs on the one thread that writes.
+
+A function that goes on for too long is ended where it is, by an exception that another
+thread sends it; see `PyThreadState_SetAsyncExc` in the C API of Python. It arrives
+between two instructions of Python, so code that waits outside of Python is ended when
+it comes back. While the function is in the engine, through its context, nothing is
+sent: what the engine does is done as a whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+LOOK_SECONDS: Final = 0.05
+DELIVERY_SECONDS_MAX: Final = 5.0
+
+
+class DeadlineExceeded(BaseException):
+    """The application's code took too long. Not an `Exception`: what it catches by mistake must not be this."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        watch = _watches.get(threading.get_ident())
+        if watch is not None:
+            watch.has_arrived = True
+
+
+def run(function: Callable[..., Any], *arguments: object, seconds: float) -> Any:
+    """
+    Call a function of the application.
+
+    What it calls in turn, by way of the engine, has the same deadline as itself.
+
+    Args:
+        function: The function.
+        arguments: What it gets.
+        seconds: How long it may take.
+
+    Raises:
+        DeadlineExceeded: It took longer.
+    """
+    outer = _watches.get(threading.get_ident())
+    if outer is not None:
+        with outer.watching():
+            return function(*arguments)
+    watch = _Watch(seconds)
+    _watches[watch.thread_id] = watch
+    _wake_watcher()
+    try:
+        with watch.watching():
+            return function(*arguments)
+    finally:
+        del _watches[watch.thread_id]
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Do what must be done as a whole: the deadline counts, but strikes only afterwards."""
+    watch = _watches.get(threading.get_ident())
+    if watch is None:
+        yield
+        return
+    watch.leave()
+    try:
+        yield
+    finally:
+        watch.enter()
+
+
+class _Watch:
+    """
+    One thread that runs the application's code.
+
+    Attributes:
+        thread_id: The thread.
+        end: When its time is over.
+        has_arrived: Whether the exception was raised there.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.thread_id = threading.get_ident()
+        self.end = time.monotonic() + seconds
+        self.has_arrived = False
+        self._lock = threading.Lock()
+        self._is_inside = False
+        self._is_sent = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        """The application's code begins, or goes on."""
+        if self._is_sent or time.monotonic() >= self.end:
+            self._is_sent = True
+            raise DeadlineExceeded
+        self._is_inside = True
+
+    def leave(self) -> None:
+        """The application's code ends, or is interrupted by the engine. Nothing arrives afterwards."""
+        try:
+            with self._lock:
+                self._is_inside = False
+            limit = time.monotonic() + DELIVERY_SECONDS_MAX
+            while self._is_sent and not self.has_arrived and time.monotonic() < limit:
+                time.sleep(LOOK_SECONDS)  # it is on its way, and arrives here
+        except DeadlineExceeded:
+            self._is_inside = False
+
+    def look(self) -> None:
+        """Send the exception if it is due. Called by the watcher's thread."""
+        if time.monotonic() < self.end or self._is_sent:
+            return
+        with self._lock:
+            if self._is_inside:
+                self._is_sent = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self.thread_id), ctypes.py_object(DeadlineExceeded)
+                )
+
+
+def _wake_watcher() -> None:
+    if not _awake.is_set():
+        with _start:
+            if not _threads or not _threads[-1].is_alive():
+                _threads[:] = [threading.Thread(target=_look, name="tidelog-deadlines", daemon=True)]
+                _threads[0].start()
+        _awake.set()
+
+
+def _look() -> None:
+    while True:
+        _awake.wait()
+        time.sleep(LOOK_SECONDS)
+        if not _watches:
+            _awake.clear()
+            if not _watches:
+                continue
+            _awake.set()
+        for watch in list(_watches.values()):
+            watch.look()
+
+
+_watches: Final[dict[int, _Watch]] = {}
+_threads: Final[list[threading.Thread]] = []
+_start: Final = threading.Lock()
+_awake: Final = threading.Event()
