@@ -64,6 +64,7 @@ class SynchronizationFailure:
         object_id: Id of the object. Empty if the operation could not be read.
         reason: Why it was refused.
         message: The refusal in a sentence for people.
+        code: The application's own code for it, for programs; empty: none.
         operation: The operation, or None if it cannot be read.
         operation_bytes: The operation as it was sent.
         group_operations: All operations of its commit group in order; empty without one.
@@ -78,6 +79,7 @@ class SynchronizationFailure:
     object_id: str
     reason: FailureReason
     message: str
+    code: str
     operation: Operation | None
     operation_bytes: bytes
     group_operations: tuple[Operation, ...]
@@ -110,6 +112,7 @@ class SynchronizationFailure:
             object_id=message.object_id,
             reason=FailureReason.of_number(message.reason),
             message=message.message,
+            code=message.code,
             operation=_decoded(message.operation),
             operation_bytes=message.operation,
             group_operations=tuple(

@@ -370,6 +370,7 @@ class Storage:
             object_id=object_id,
             reason=culprit.reason,
             message=culprit.message,
+            code=culprit.code,
             operation=self.log.get(transaction, culprit.seq) or b"",
             group_operations=payloads if len(payloads) > 1 else [],
             status=failure_pb2.FAILURE_STATUS_OPEN,

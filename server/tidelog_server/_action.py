@@ -11,7 +11,7 @@ with `by_hook` set on the change.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -27,13 +27,17 @@ from tidelog_server._application import Application, Hook
 from tidelog_server._conflicts import divergence
 from tidelog_server._hooks import ActionContext, HookedObject, call
 from tidelog_server._integrity import Integrity
+from tidelog_server._knowledge import Knowledge
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import NO_REPLICA, Change, ObjectState
 from tidelog_server._refusal import Refused, Waits
 
 HOOK_DEPTH_MAX: Final = 16
-CASCADE_OBJECTS_MAX: Final = 10_000
+# What hooks and deletion rules may change besides for the operations of one unit.
+EFFECTS_MAX: Final = 10_000
+
+_NAMELESS: Final = "an object that this changes besides"
 
 
 class References:
@@ -101,6 +105,9 @@ class Action:
         self._hooks = application.hooks
         self._policies = application.conflict_policies
         self._rights = rights if application.access_rules else None
+        self._knowledge = Knowledge(overlay, self._rights)
+        self._first_version = overlay.version
+        self._has_effects = self._integrity is not None or self._has_hooks or self._rights is not None
         self._replica = replica
         self._time_us = time_us
         self._references = references
@@ -118,7 +125,7 @@ class Action:
             renamed: Whether it was translated from names that the schema has given up.
             failure: Id of the failure that is retried; empty: none is.
         """
-        if position == 0 and self._integrity is not None:
+        if position == 0 and self._has_effects:
             self._begin_unit()
         self.operation = operation
         self.depth = 0
@@ -126,6 +133,8 @@ class Action:
         self.changed_own_object = renamed or bool(failure)
         self._failure = failure
         self._position = position
+        if self._rights is not None:
+            self._own_keys.add(operation.key)
 
     def end_unit(self) -> None:
         """Check what the operations of a unit must leave behind together."""
@@ -140,24 +149,26 @@ class Action:
             elif key in self._restricting:
                 for source, attribute in integrity.referrers(key):
                     if self._behaviour(source[0], attribute) == "restrict":
-                        who = f"{source[0]} {source[1]!r}" if self._is_seen(source) else "another object"
-                        message = f"{key[0]} {key[1]!r} cannot be deleted: {who} refers to it"
+                        who = self._name(source) if self._knowledge.sees(source) else "another object"
+                        message = f"{self._name(key)} cannot be deleted: {who} refers to it"
                         raise self._blamed(position, FailureReason.REFERENCED, message)
 
     def create(self, key: ObjectKey, attributes: Attributes, encoded: bytes | None) -> int:
         """Create an object; *encoded* are its attributes' bytes, if the caller has them."""
-        entity, id_ = key
-        state = self.overlay.state(key)
-        if state is not None and not state.deleted:
-            raise Refused(FailureReason.ALREADY_EXISTS, f"{entity} {id_!r} exists already")
+        entity = key[0]
         wanted = attributes
         if self._has_rules:
             attributes = self._schema.with_defaults(entity, attributes)
         if self._rights is not None and self.depth == 0:
+            # Asked first: who may not create is told nothing of what is there.
             try:
                 self._rights.entity(entity).check_create(attributes, wanted)
             except Denied as denied:
                 raise self._denied(key, "created", denied) from denied
+        state = self.overlay.state(key)
+        if state is not None and not state.deleted:
+            reason = FailureReason.HOOK_ERROR if self.depth else FailureReason.ALREADY_EXISTS
+            raise Refused(reason, f"{self._name(key)} exists already")
         if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
             attributes = self._run_before(hooks, key, attributes, state)
         if attributes is not wanted:
@@ -166,14 +177,14 @@ class Action:
                 self.changed_own_object = True
         if self._has_rules:
             try:
-                self._schema.check_object(entity, attributes, id_)
+                self._schema.check_object(entity, attributes, key[1])
             except ValidationFailed as error:
                 raise self._invalid(key, attributes, error) from error
         if encoded is None:
             encoded = encode(attributes)
         self._check_size(key, encoded)
         if self._has_references:
-            self._check_references(key, attributes, _NOTHING)
+            self._check_references(key, attributes, before=_NOTHING, authored=wanted)
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
@@ -201,10 +212,9 @@ class Action:
             if merged is None:
                 return self._delete(key, state)
             if merged is not after:
-                after = merged
-                patch = _difference(before, after)
-                encoded = patch.encode()
-        return self._update(key, state, before, after, patch, encoded)
+                patch = _difference(before, merged)
+                return self._update(key, state, before, merged, patch, patch.encode(), authored=after)
+        return self._update(key, state, before, after, patch, encoded, authored=after)
 
     def delete(self, key: ObjectKey) -> int:
         """Delete an object."""
@@ -220,17 +230,15 @@ class Action:
                 merged = self._merged(key, state, before, None, None)
                 if merged is not None:
                     patch = _difference(before, merged)
-                    return self._update(key, state, before, merged, patch, patch.encode())
+                    return self._update(key, state, before, merged, patch, patch.encode(), authored=before)
         return self._delete(key, state)
 
     @contextmanager
     def deeper(self) -> Iterator[None]:
         """Do what follows one level deeper; an error leaves nothing of it, should somebody catch it."""
         if self.depth >= HOOK_DEPTH_MAX:
-            raise Refused(
-                FailureReason.HOOK_ERROR,
-                f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep",
-            )
+            self._exhausted = f"hooks of the application called each other more than {HOOK_DEPTH_MAX} deep"
+        self._check_not_exhausted()
         self.depth += 1
         mark = self.overlay.mark()
         try:
@@ -244,30 +252,52 @@ class Action:
     # --- the steps ------------------------------------------------------------
 
     def _begin_unit(self) -> None:
-        # The objects that the unit wrote, each with the place of the operation that did it last.
+        # The objects that the unit deleted, or gave a unique value, with the place of the operation that did it last.
         self._touched: dict[ObjectKey, int] = {}
         self._restricting: set[ObjectKey] = set()
         # Deleted objects whose referrers are still to be dealt with.
         self._deleted: deque[ObjectKey] = deque()
         self._is_releasing = False
-        self._cascaded_count = 0
+        self._effects_count = 0
+        # The refusal that ends the unit, whoever caught it.
+        self._exhausted = ""
+        self._own_keys: set[ObjectKey] = set()
 
     def _existing(self, key: ObjectKey) -> ObjectState:
         state = self.overlay.state(key)
-        if state is None or state.deleted or not (self.depth or self._is_seen(key)):
+        if state is None or state.deleted or not (self.depth or self._knowledge.sees(key)):
             what = "is deleted" if state is not None and state.deleted else "does not exist"
-            raise Refused(FailureReason.OBJECT_GONE, f"{key[0]} {key[1]!r} {what}")
+            reason = FailureReason.HOOK_ERROR if self.depth else FailureReason.OBJECT_GONE
+            raise Refused(reason, f"{self._name(key)} {what}")
         return state
 
-    def _is_seen(self, key: ObjectKey) -> bool:
-        """Tell whether the principal may know of an object that exists."""
-        if self._rights is None:
-            return True
-        rights = self._rights.entity(key[0])
-        return rights.reads_everything or rights.sees(self.overlay.attributes(key))
+    def _name(self, key: ObjectKey) -> str:
+        """Name an object in a refusal, unless the author may not know of it."""
+        if self._rights is None or key in self._own_keys or self._knowledge.knows(key):
+            return f"{key[0]} {key[1]!r}"
+        return _NAMELESS
+
+    def _readable(self, key: ObjectKey, attributes: Attributes) -> Attributes:
+        """Return what the one who writes may know of an object: the system, one level deeper, all of it."""
+        if self._rights is None or self.depth:
+            return attributes
+        return self._rights.entity(key[0]).readable(attributes) or _NOTHING
+
+    def _check_not_exhausted(self) -> None:
+        """Refuse again what a hook may have caught."""
+        if self._exhausted:
+            raise Refused(FailureReason.HOOK_ERROR, self._exhausted)
 
     def _update(  # noqa: PLR0917 - the parts of one change
-        self, key: ObjectKey, state: ObjectState, before: Attributes, after: Attributes, patch: Patch, encoded: bytes
+        self,
+        key: ObjectKey,
+        state: ObjectState,
+        before: Attributes,
+        after: Attributes,
+        patch: Patch,
+        encoded: bytes,
+        *,
+        authored: Attributes,
     ) -> int:
         if self._has_hooks and (hooks := self._hooks("before_commit", key[0])):
             wanted, after = after, self._run_before(hooks, key, after, state)
@@ -281,7 +311,8 @@ class Action:
             except ValidationFailed as error:
                 raise self._invalid(key, after, error) from error
         if self._has_references:
-            self._check_references(key, {name: after[name] for name in written if name in after}, before)
+            new = {name: after[name] for name in written if name in after}
+            self._check_references(key, new, before=before, authored=authored)
         after_encoded = encode(after)
         self._check_size(key, after_encoded)
         images = encode(
@@ -308,7 +339,7 @@ class Action:
             self._run(hooks, HookedObject(key, self.overlay.attributes(key), frozen=True))
             found = self.overlay.state(key)  # the hook may have changed it through its context
             if found is None or found.deleted:
-                raise Refused(FailureReason.OBJECT_GONE, f"{key[0]} {key[1]!r} is deleted")
+                raise Refused(FailureReason.HOOK_ERROR, f"{self._name(key)} is deleted already")
             state = found
         before = self.overlay.attributes(key)
         version = self.overlay.version + 1
@@ -326,8 +357,11 @@ class Action:
         policy = self._policies.get(key[0])
         if policy is None:
             return after
+        operation = self.operation
+        if operation.base_version > self._first_version:
+            operation = operation._replace(base_version=0)  # nobody has ever seen that version
         found = divergence(
-            self.overlay, state, before, self.operation, self._replica, patch, is_retried=bool(self._failure)
+            self.overlay, state, before, operation, self._replica, patch, is_retried=bool(self._failure)
         )
         if found is None:
             return after
@@ -341,7 +375,13 @@ class Action:
         except InvalidValue as error:
             raise self._unfit(key, before, patch or Patch(), error) from error
         merged = call(
-            policy, copied(found.base), copied(before), copied(mine), key=key, rejected_as=FailureReason.CONFLICT
+            policy,
+            copied(found.base),
+            copied(before),
+            copied(mine),
+            key=key,
+            name=self._name(key),
+            rejected_as=FailureReason.CONFLICT,
         )
         if merged is not None:
             try:
@@ -363,9 +403,9 @@ class Action:
     def _unfit(self, key: ObjectKey, before: Attributes, patch: Patch, error: InvalidValue) -> Refused:
         """Refuse an intent that does not fit what is there; who may not read that is not told what it is."""
         said: object = error
-        if not self._reads(key, before, {*patch.increment, *patch.add, *patch.remove}):
+        if not self._knowledge.reads(key, before, {*patch.increment, *patch.add, *patch.remove}):
             said = "what the operation means does not fit the present value"
-        return Refused(FailureReason.VALIDATION_FAILED, f"{key[0]} {key[1]!r}: {said}")
+        return Refused(FailureReason.VALIDATION_FAILED, f"{self._name(key)}: {said}")
 
     def _invalid(self, key: ObjectKey, attributes: Attributes, error: ValidationFailed) -> Refused:
         """
@@ -376,43 +416,49 @@ class Action:
         """
         is_old = self.depth == 0 and 0 < self.operation.schema_version < self._schema.version
         reason = FailureReason.SCHEMA_MISMATCH if error.is_mismatch or is_old else FailureReason.VALIDATION_FAILED
-        if error.attribute and not self._reads(key, attributes, {error.attribute}):
+        if self._name(key) == _NAMELESS:
+            return Refused(reason, f"{_NAMELESS} does not fit the schema")
+        if error.attribute and not self._knowledge.reads(key, attributes, {error.attribute}):
             return Refused(reason, f"{key[0]} {key[1]!r}: attribute {error.attribute!r} {error.rule}")
         return Refused(reason, error)
 
-    def _reads(self, key: ObjectKey, attributes: Attributes, names: Collection[str]) -> bool:
-        """Tell whether the author may know what these attributes of an object are."""
-        if self._rights is None:
-            return True
-        readable = self._rights.entity(key[0]).readable(attributes)
-        return readable is attributes or (
-            readable is not None and all(name in readable or name not in attributes for name in names)
-        )
-
     def _check_size(self, key: ObjectKey, encoded: bytes) -> None:
         if len(encoded) > OBJECT_BYTES_MAX:
-            raise Refused(
-                FailureReason.TOO_LARGE,
-                f"{key[0]} {key[1]!r} would have {len(encoded)} bytes of attributes: the limit is {OBJECT_BYTES_MAX}",
-            )
+            # How large only who reads all of it may know.
+            size = f" have {len(encoded)} bytes of attributes" if self._rights is None else " be too large"
+            raise Refused(FailureReason.TOO_LARGE, f"{self._name(key)} would{size}: the limit is {OBJECT_BYTES_MAX}")
 
-    def _check_references(self, key: ObjectKey, written: Attributes, before: Attributes) -> None:
-        entity, id_ = key
+    def _check_references(
+        self, key: ObjectKey, written: Attributes, *, before: Attributes, authored: Attributes
+    ) -> None:
+        """
+        Require that what an object newly refers to is there.
+
+        Args:
+            key: The object.
+            written: The attributes that are written.
+            before: What it held before: what it refers to there may stay.
+            authored: What it would hold by its author's will alone: who may not see an
+                object cannot refer to it, but hooks can.
+        """
+        entity = key[0]
         known: set[tuple[str, ObjectKey]] | None = None
         for attribute, target in self._schema.referenced(entity, written):
             if target == key:
                 continue
-            # Who may not see the target cannot refer to it.
-            if self.overlay.exists(target) and (self.depth or self._is_seen(target)):
+            is_there = self.overlay.exists(target)
+            if is_there and (self.depth or self._knowledge.sees(target)):
                 continue
-            # What was there before may stay.
             if known is None:
-                known = set(self._schema.referenced(entity, before))
+                known = set(self._schema.referenced(entity, self._readable(key, before)))
             if (attribute, target) in known:
                 continue
+            is_authored = not self.depth and (attribute, target) in set(self._schema.referenced(entity, authored))
+            if is_there and not is_authored:
+                continue
+            what = f"{target[0]} {target[1]!r}" if is_authored or self._rights is None else "an object"
             self._references.require(
-                target,
-                f"{entity} {id_!r}: attribute {attribute!r} refers to {target[0]} {target[1]!r}, which does not exist",
+                target, f"{self._name(key)}: attribute {attribute!r} refers to {what}, which does not exist"
             )
 
     def _release_referrers(self, key: ObjectKey, integrity: Integrity) -> None:
@@ -439,10 +485,6 @@ class Action:
             self._restricting.add(target)
         if behaviour in {"restrict", "keep"} or not self.overlay.exists(source):
             return
-        self._cascaded_count += 1
-        if self._cascaded_count > CASCADE_OBJECTS_MAX:
-            message = f"the deletion would change more than {CASCADE_OBJECTS_MAX} objects that refer to it"
-            raise Refused(FailureReason.TOO_LARGE, message)
         with self.deeper():
             if behaviour == "cascade":
                 self.delete(source)
@@ -456,10 +498,10 @@ class Action:
     def _taken_message(self, key: ObjectKey, names: tuple[str, ...]) -> str:
         attributes = self.overlay.attributes(key)
         values = (
-            f"{name} {quoted(attributes.get(name))}" if self._reads(key, attributes, {name}) else name
+            f"{name} {quoted(attributes.get(name))}" if self._knowledge.reads(key, attributes, {name}) else name
             for name in names
         )
-        return f"{key[0]} {key[1]!r}: {', '.join(values)} is taken by another {key[0]}"
+        return f"{self._name(key)}: {', '.join(values)} is taken by another object"
 
     def _blamed(self, position: int, reason: FailureReason, message: str) -> Refused:
         refusal = Refused(reason, message)
@@ -477,6 +519,11 @@ class Action:
         attributes: Attributes | None,
     ) -> None:
         by_hook = self.depth > 0
+        if by_hook:
+            self._effects_count += 1
+            if self._effects_count > EFFECTS_MAX:
+                self._exhausted = f"hooks and deletion rules would change more than {EFFECTS_MAX} objects besides"
+                self._check_not_exhausted()
         if by_hook and key == self.operation.key:
             self.changed_own_object = True
         change = Change(
@@ -493,11 +540,14 @@ class Action:
             self._time_us,
             self._failure,
         )
+        integrity = self._integrity
+        if integrity is None:
+            self.overlay.write(change, new_state, attributes)
+            return
+        held = self.overlay.attributes(key) if state is not None and not state.deleted else None
         self.overlay.write(change, new_state, attributes)
-        if self._integrity is not None:
+        if attributes is None or integrity.note(key, held, attributes):
             self._touched[key] = self._position
-            if attributes is not None:
-                self._integrity.note(key, attributes)
 
     # --- hooks ----------------------------------------------------------------
 
@@ -534,8 +584,10 @@ class Action:
                 hooked,
                 ActionContext(self),
                 key=(hooked.entity, hooked.id),
+                name=self._name((hooked.entity, hooked.id)),
                 rejected_as=FailureReason.HOOK_REJECTED,
             )
+            self._check_not_exhausted()
 
 
 def _difference(before: Attributes, after: Attributes) -> Patch:

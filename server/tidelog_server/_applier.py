@@ -11,19 +11,17 @@ from typing import Final
 
 from tidelog._errors import LimitExceeded, ValidationFailed
 from tidelog._failure import FailureReason
-from tidelog._keys import ObjectKey
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
 from tidelog._patch import encoded_attributes
 from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
 from tidelog_server._application import Application
-from tidelog_server._history import attributes_before
 from tidelog_server._indexes import IndexWrites, index_writes
+from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Applied, Outcomes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
-from tidelog_server._records import ObjectState
 from tidelog_server._refusal import Refused
 from tidelog_server._units import Member, Unit
 
@@ -65,7 +63,7 @@ class UnitApplier:
         self._synchronization = application.synchronization
         self._outcomes = outcomes
         self._replica = replica
-        self._rights = rights if application.access_rules else None
+        self._knowledge = Knowledge(overlay, rights if application.access_rules else None)
         self._time_us = time_us
         self._action = Action(
             application,
@@ -133,7 +131,7 @@ class UnitApplier:
             version = action.create(key, member.patch.set, encoded_attributes(operation.patch))
         else:
             state = self._overlay.state(key)
-            if state is None or not self._is_known(key, state):
+            if state is None or not self._knowledge.knows(key):
                 cause = self._outcomes.refused_creation(key)
                 raise Refused(
                     FailureReason.DEPENDENCY_FAILED if cause else FailureReason.OBJECT_GONE,
@@ -145,6 +143,11 @@ class UnitApplier:
                 return (self._overlay.version, False)
             # Another incarnation than the author saw; an author who created this one has seen it.
             if operation.base_version < state.created and state.creator != self._replica:
+                # Nor was it ever seen by an author whose own creation was refused.
+                cause = self._outcomes.own_refused_creation(key) if not operation.base_version else None
+                if cause:
+                    message = f"{key[0]} {key[1]!r} could not be created"
+                    raise Refused(FailureReason.DEPENDENCY_FAILED, message, cause=cause)
                 raise Refused(
                     FailureReason.OBJECT_GONE,
                     f"{key[0]} {key[1]!r} was deleted and created again since its author saw it",
@@ -154,19 +157,6 @@ class UnitApplier:
             else:
                 version = action.update(key, member.patch, operation.patch)
         return (version, action.changed_own_object)
-
-    def _is_known(self, key: ObjectKey, state: ObjectState) -> bool:
-        """Tell whether the author may know of an object that is there, or that was deleted."""
-        if self._rights is None:
-            return True
-        rights = self._rights.entity(key[0])
-        if rights.reads_everything:
-            return True
-        if not state.deleted:
-            return rights.sees(self._overlay.attributes(key))
-        deletion = self._overlay.change(state.version)
-        before = attributes_before(deletion, None) if deletion is not None else None
-        return before is not None and rights.sees(before)
 
 
 def _reason_of(error: Exception | None) -> FailureReason:

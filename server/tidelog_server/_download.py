@@ -505,7 +505,7 @@ def _valid_cursor(reader: Reader, identity: Identity, data: bytes) -> splice_pb2
     cursor = _parsed(splice_pb2.Cursor, data)
     if cursor is None or (cursor.epoch, cursor.timeline) != (identity.epoch, identity.timeline):
         return None
-    if cursor.version < 0 or (cursor.version and reader.commit_id(cursor.version)) != cursor.commit_id:
+    if cursor.version < 0 or (reader.commit_id(cursor.version) if cursor.version else b"") != cursor.commit_id:
         return None
     # What has left the projection since is told from the change log: it must reach back.
     is_old = cursor.version < reader.head().version

@@ -29,6 +29,7 @@ from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
 from tidelog_server._errors import OperationForked, OperationsOutOfOrder, RequestInvalid, SessionSuperseded
 from tidelog_server._held import HeldUnits
+from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import BEHIND_ANOTHER, Outcomes, Result, Status, Uploader
 from tidelog_server._overlay import Overlay
 from tidelog_server._records import Settled, Writes
@@ -116,7 +117,9 @@ class _Evaluator:
         self._uploader = uploader
         self._reader = reader
         self._overlay = Overlay(reader)
-        self._outcomes = Outcomes(uploader, reader, self._overlay, state.parked, time_us)
+        rights = application.rights(uploader.principal)
+        knowledge = Knowledge(self._overlay, rights if application.access_rules else None)
+        self._outcomes = Outcomes(uploader, reader, self._overlay, knowledge, state.parked, time_us)
         self._references = References()
         self._units = UnitApplier(
             application,
@@ -125,7 +128,7 @@ class _Evaluator:
             self._outcomes,
             replica=uploader.replica,
             principal=uploader.principal,
-            rights=application.rights(uploader.principal),
+            rights=rights,
             time_us=time_us,
         )
         self._replica_state = known

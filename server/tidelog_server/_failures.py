@@ -30,6 +30,7 @@ from tidelog_server._conflicts import collision
 from tidelog_server._errors import FailureSettled, FailureStale, NotFound, RequestInvalid
 from tidelog_server._history import changes_since
 from tidelog_server._indexes import dependents_prefix
+from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Outcomes, Uploader
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
@@ -185,7 +186,7 @@ class _Retry:
             application,
             overlay,
             References(),
-            Outcomes(Uploader(replica, author, 0, False), reader, overlay, {}, time_us),
+            Outcomes(Uploader(replica, author, 0, False), reader, overlay, Knowledge(overlay, None), {}, time_us),
             replica=replica,
             principal=author,
             rights=application.rights(author),

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _log = get_logger("tidelog.hooks")
 
 
-def call(function: Callable[..., Any], *arguments: object, key: ObjectKey, rejected_as: FailureReason) -> Any:
+def call(
+    function: Callable[..., Any], *arguments: object, key: ObjectKey, name: str, rejected_as: FailureReason
+) -> Any:
     """
     Call a function of the application, and turn whatever it raises into what settles the operation.
 
@@ -38,6 +40,7 @@ def call(function: Callable[..., Any], *arguments: object, key: ObjectKey, rejec
         function: The function.
         arguments: What it gets.
         key: The object that it is called about.
+        name: What the object is called in a refusal.
         rejected_as: Why the operation is refused if the function raises Reject.
 
     Raises:
@@ -56,12 +59,10 @@ def call(function: Callable[..., Any], *arguments: object, key: ObjectKey, rejec
         # Whatever the application's code raises settles the operation as a failure: it must not
         # end the session, and the traceback must not reach the client. Not even what ends a
         # program elsewhere ends this thread, which serves everybody.
-        name = getattr(function, "__qualname__", repr(function))
-        _log.exception("hook failed", hook=name, entity=key[0], id=key[1])
-        raise Refused(
-            FailureReason.HOOK_ERROR,
-            f"the application failed on {key[0]} {key[1]!r}: the server's log has the details",
-        ) from error
+        hook = getattr(function, "__qualname__", repr(function))
+        _log.exception("hook failed", hook=hook, entity=key[0], id=key[1])
+        message = f"the application failed on {name}: the server's log has the details"
+        raise Refused(FailureReason.HOOK_ERROR, message) from error
     return result
 
 

@@ -26,17 +26,20 @@ class Integrity:
         self._owners: defaultdict[bytes, set[str]] = defaultdict(set)
         self._referrers: defaultdict[ObjectKey, set[tuple[ObjectKey, str]]] = defaultdict(set)
 
-    def note(self, key: ObjectKey, attributes: Attributes) -> None:
-        """Take note of what an object holds now."""
+    def note(self, key: ObjectKey, before: Attributes | None, attributes: Attributes) -> bool:
+        """Take note of what an object holds now; tell whether it has a unique value that it had not *before*."""
         entity = self._schema.entity(key[0])
         if entity is None:
-            return
+            return False
+        is_new = False
         for names in entity.unique:
             found = unique_key(key[0], names, attributes)
             if found is not None:
                 self._owners[found].add(key[1])
+                is_new = is_new or before is None or unique_key(key[0], names, before) != found
         for attribute, target in self._schema.referenced(key[0], attributes):
             self._referrers[target].add((key, attribute))
+        return is_new
 
     def taken(self, key: ObjectKey) -> tuple[str, ...] | None:
         """Return attributes whose values another object has too although they are unique, or None."""

@@ -20,6 +20,7 @@ from tidelog._keys import ObjectKey
 from tidelog._operation import OperationKind
 from tidelog.v1 import failure_pb2
 from tidelog_server._indexes import IndexWrites, dependents_prefix
+from tidelog_server._knowledge import Knowledge
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import FailureRecord, ReplicaState, Settled, merged_ranges
@@ -87,14 +88,21 @@ class Outcomes:
             with the first such seq. What comes behind it cannot either.
     """
 
-    def __init__(
-        self, uploader: Uploader, reader: Reader, overlay: Overlay, parked: Mapping[ObjectKey, int], time_us: int
+    def __init__(  # noqa: PLR0917 - all that a decision rests on
+        self,
+        uploader: Uploader,
+        reader: Reader,
+        overlay: Overlay,
+        knowledge: Knowledge,
+        parked: Mapping[ObjectKey, int],
+        time_us: int,
     ) -> None:
         self.settled: list[tuple[int, Settled]] = []
         self.parked = dict(parked)
         self._uploader = uploader
         self._reader = reader
         self._overlay = overlay
+        self._knowledge = knowledge
         self._time_us = time_us
         self._failures: dict[bytes, FailureRecord] = {}
         self._causes: dict[bytes, bytes] = {}
@@ -132,7 +140,7 @@ class Outcomes:
         return results
 
     def _record_failure(self, unit: Unit, culprit: Member, refusal: Refused) -> bytes:
-        if culprit.seq:
+        if any(member.seq for member in unit):
             failure_id = uuid_utils.uuid7().bytes
         else:
             # Nothing tells a repetition of unreadable bytes but the bytes themselves.
@@ -164,9 +172,11 @@ class Outcomes:
         return failure_id
 
     def refused_creation(self, key: ObjectKey) -> bytes | None:
-        """Return the failure because of which this replica could not create an object that never was there."""
-        if self._overlay.state(key) is not None:
-            return None
+        """Return the failure because of which this replica could not create an object that it knows nothing of."""
+        return None if self._knowledge.knows(key) else self.own_refused_creation(key)
+
+    def own_refused_creation(self, key: ObjectKey) -> bytes | None:
+        """Return the failure because of which this replica could not create an object, whatever is there now."""
         return self._refused_creations.get(key) or self._reader.refused_creation(self._uploader.replica, key)
 
     def give_up(self, unit: Unit, wait: Waits) -> list[Result]:

@@ -349,6 +349,7 @@ def put_results(results: Iterable[Result], container: RepeatedCompositeFieldCont
             failure_id=str(uuid_utils.UUID(bytes=result.failure_id)) if result.failure_id else "",
             reason=result.reason.number if result.reason is not None else operation_pb2.FAILURE_REASON_UNSPECIFIED,
             message=result.message,
+            code=result.code,
         )
 
 

@@ -345,9 +345,10 @@ def _edited(
             _entity, patch = schema.upcast(operation.entity, patch, operation.schema_version)
     except InvalidValue:
         pass  # then what is given is all of it; whether that helps is the server's to say
-    others = {*values, *unset, *omitted}
+    gone = {*unset, *omitted}
+    others = gone | values.keys()
     edited = Patch(
-        {**_without(patch.set, others), **values},
+        {**_without(patch.set, gone), **values},
         # What a creation does not set is not there.
         (*(name for name in patch.unset if name not in others), *(() if is_creation else unset)),
         _without(patch.increment, others),

@@ -44,6 +44,8 @@ SIMULTANEOUS = (
     "Please try again after the current synchronization is completed."
 )
 
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
 SHOP = """
 from tidelog_server import Application, Reject
 
@@ -652,12 +654,20 @@ def test_help_and_version(tmp_path: Path) -> None:
 def test_page_names_every_command_and_option() -> None:
     """docs/cli.md leaves out nothing that the command can do, nor an exit code."""
     page = PAGE.read_text(encoding="utf-8")
-    commands: dict[str, Any] = get_command(build_app()).commands  # type: ignore[attr-defined]
+    commands = dict(all_commands(get_command(build_app()), "tidelog"))
 
-    assert not [name for name in commands if f"tidelog {name}" not in page]
+    assert not [name for name in commands if name not in page]
     options = {opt for command in commands.values() for parameter in command.params for opt in parameter.opts}
     assert not [opt for opt in options if opt.startswith("--") and opt not in page]
     assert not [code for code in ExitCode if not re.search(rf"\b{code.value}\b", page)]
+
+
+def all_commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every command below a group, with what a user types."""
+    for name, command in group.commands.items():
+        yield f"{path} {name}", command
+        if hasattr(command, "commands"):
+            yield from all_commands(command, f"{path} {name}")
 
 
 def test_page_shows_what_happens(tmp_path: Path) -> None:
@@ -674,9 +684,11 @@ def test_page_shows_what_happens(tmp_path: Path) -> None:
     assert steps[0][0] == "tidelog serve shop:app --data server-data --listen 127.0.0.1:50051"
     with serving("shop:app", cwd=tmp_path) as address:
         variables: dict[str, str] = {}
+        ids: dict[str, str] = {}
         code = 0
         for command, _, shown in steps[1:]:
-            words = shlex.split(command.replace("127.0.0.1:50051", address))
+            typed = UUID.sub(lambda found: ids[found[0]], command).replace("127.0.0.1:50051", address)
+            words = shlex.split(typed)
             if words[0] == "export":
                 name, _, value = words[1].partition("=")
                 variables[name] = value
@@ -688,9 +700,11 @@ def test_page_shows_what_happens(tmp_path: Path) -> None:
                 result = run(*words[1:], cwd=tmp_path, **variables)
                 code, output = result.returncode, result.stdout + result.stderr
             assert without_measures(output) == without_measures(shown), command
+            ids.update(zip(UUID.findall(shown), UUID.findall(output), strict=True))
 
 
 def without_measures(text: str) -> str:
-    """Leave out what differs each time: clocks and sizes."""
+    """Leave out what differs each time: ids, clocks and sizes."""
+    text = UUID.sub("UUID", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+", "TIME", text)
     return re.sub(r"\(\d+ bytes sent, \d+ received, [\d.]+ s\)", "(MEASURES)", text)

@@ -53,9 +53,13 @@ CORE_MODULES = (
     "tidelog_client._plans",
     "tidelog_client._synchronization",
     "tidelog_client._upload",
+    "tidelog_server._action",
     "tidelog_server._engine",
+    "tidelog_server._failures",
+    "tidelog_server._history",
     "tidelog_server._migration",
     "tidelog_server._overlay",
+    "tidelog_server._projection",
 )
 INPUT_OUTPUT = {"grpc", "lmdb"}
 

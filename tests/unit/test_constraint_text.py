@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidelog import Constraint, InvalidConstraint, attribute, claim, parse_constraint
-from tidelog._constraint_text import TEXT_CHARACTERS_MAX
+from tidelog._constraint_text import TEXT_CHARACTERS_MAX, parse_value
 from tidelog._constraints import RESERVED_WORDS, All, Any_, Comparison
 from tidelog._limits import CONSTRAINT_BYTES_MAX, CONSTRAINT_DEPTH_MAX, CONSTRAINT_PARTS_MAX
 from tidelog._values import encode, equal
@@ -266,3 +266,31 @@ class TestLimits:
             parse_constraint(text)
 
         assert len(str(caught.value)) < 200
+
+
+class TestValuesAlone:
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("null", None),
+            (" true ", True),
+            ("-1", -1),
+            ("1e3", 1000.0),
+            ("12.50d", Decimal("12.50")),
+            (r'"a\u00e9\n"', "a\u00e9\n"),
+            ('t"2026-01-31T12:00:00Z"', NOON),
+            ('b"AP8="', b"\x00\xff"),
+            ('[1, {"a": [null, 1.5d]}]', [1, {"a": [None, Decimal("1.5")]}]),
+        ],
+    )
+    def test_are_read_as_in_a_constraint(self, text: str, value: Any) -> None:
+        """A value is read as in a constraint."""
+        assert equal(parse_value(text), value)
+
+    @pytest.mark.parametrize(
+        "text", ["", "milk", "1 2", "1 and true", "a == 1", "claim.level", "[1", '{"a" 1}', "[" * 99]
+    )
+    def test_that_are_none(self, text: str) -> None:
+        """Anything else is refused, with what was expected."""
+        with pytest.raises(InvalidConstraint):
+            parse_value(text)

@@ -1092,7 +1092,7 @@ class TestHooks:
         """What a hook does to an object that is not there refuses the operation, unless the hook deals with it."""
         lab = with_hook("before_commit", lambda task, context: context.update("Ghost", "g", {"a": 1}))
 
-        assert said(lab.settle(create(1))) == ["OBJECT_GONE"]
+        assert said(lab.settle(create(1))) == ["HOOK_ERROR"]
 
     @pytest.mark.parametrize(
         "spoil",

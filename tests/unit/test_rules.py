@@ -306,6 +306,18 @@ class TestAccess:
             "DANGLING_REFERENCE",
         ]
 
+    def test_a_hidden_reference_cannot_be_guessed(self) -> None:
+        """Who may write a reference but not read it is not told whether a guess is what it is."""
+        lab = shop()
+        lab.settle(customer(1, "c2", number=2))
+        lab.application.allow("technician", "Order", read=["note"], write=["customer"])
+
+        results = lab.session(b"c" * 16, principal=ANN).settle(
+            update(1, "o1", {"customer": "c1"}, entity="Order"), update(2, "o1", {"customer": "c2"}, entity="Order")
+        )
+
+        assert said(results) == ["DANGLING_REFERENCE"] * 2
+
     def test_hooks_have_the_rights_of_the_system(self) -> None:
         """What a hook writes needs no rule."""
         lab = shop()
@@ -336,6 +348,90 @@ class TestAccess:
 
         assert said(results) == ["VALIDATION_FAILED", "ATTRIBUTE_DENIED", "VALIDATION_FAILED"]
         assert not any(secret in result.message for result in results for secret in ("moonlight", "776"))
+
+    def test_who_may_not_create_is_told_nothing_of_what_is_there(self) -> None:
+        """Without the right to create, an id that is taken and one that is free get the same answer."""
+        lab = shop()
+        lab.application.allow("technician", "Order", where={"owner": "ann"})
+
+        results = lab.session(principal=ANN).settle(order(1, "o1"), order(2, "o7"))
+
+        assert said(results) == ["ACCESS_DENIED", "ACCESS_DENIED"]
+        assert results[0].message.replace("o1", "o7") == results[1].message
+
+    def test_what_depends_on_a_refused_creation_is_told_nothing_of_what_is_there(self) -> None:
+        """After a refused creation an update names that refusal, whether a hidden object has the id or not."""
+        lab = shop()
+        lab.application.allow("technician", "Order", create=True, write="*", where={"owner": "ann"})
+        lab.application.allow("technician", "Customer")
+
+        def attempt(id: str, seq: int) -> list[str]:  # noqa: A002 - the glossary's word
+            members = [
+                make_operation(seq=seq, entity="Order", id="bad", set={"customer": "c1", "owner": "bob"}),
+                make_operation(seq=seq + 1, entity="Order", id=id, set={"customer": "c1", "owner": "ann"}),
+            ]
+            late = update(seq + 2, id, {"note": "x"}, entity="Order")
+            return settle(lab, ANN, *group(*members), late, replica=b"c" * 16)
+
+        assert attempt("o1", 1) == attempt("o7", 10) == ["ACCESS_DENIED", "GROUP_REJECTED", "DEPENDENCY_FAILED"]
+
+    @pytest.mark.parametrize("seen", [True, False])
+    def test_a_refusal_names_no_hidden_object(self, seen: bool) -> None:  # noqa: FBT001 - a case
+        """What hooks and deletion rules meet on their way is named to those who may know of it only."""
+        schema = Schema(
+            [
+                Entity("Order", {}),
+                Entity("Line", {"order": Reference("Order", on_delete="cascade")}),
+                Entity("Ship", {"line": Reference("Line")}),
+                Entity("Stock", {"level": Integer(minimum=0)}, unique=["level"]),
+            ]
+        )
+        lab = Lab(Application(schema=schema))
+        lab.settle(
+            create(1, "o1", {}, entity="Order"),
+            create(2, "o2", {}, entity="Order"),
+            create(3, "SECRET-1", {"order": "o1"}, entity="Line"),
+            create(4, "SECRET-2", {"line": "SECRET-1"}, entity="Ship"),
+            create(5, "SECRET-3", {"level": 0}, entity="Stock"),
+        )
+        lab.application.allow("technician", "*" if seen else "Order", delete=True, write="*")
+
+        @lab.application.after_delete("Order")
+        def books(thing: HookObject, context: HookContext) -> None:
+            context.update("Stock", "SECRET-3", {"level": -1})
+
+        @lab.application.before_commit("Order")
+        def looks(thing: HookObject, context: HookContext) -> None:
+            context.update("Stock", "SECRET-4", {"level": 1})
+
+        results = lab.session(b"d" * 16, principal=ANN).settle(
+            delete(1, "o1", entity="Order"), delete(2, "o2", entity="Order"), update(3, "o2", {}, entity="Order")
+        )
+
+        assert said(results) == ["VALIDATION_FAILED", "VALIDATION_FAILED", "HOOK_ERROR"]
+        assert ["SECRET" in result.message for result in results[:2]] == [seen, seen]
+        assert "SECRET" not in results[2].message or seen
+
+        lab.application.hooks("after_delete", "Order").clear()
+        [restricted] = lab.session(b"c" * 16, principal=ANN).settle(delete(1, "o1", entity="Order"))
+        assert said([restricted]) == ["REFERENCED"]
+        assert ("SECRET" in restricted.message) is seen
+
+    def test_a_hook_may_refer_to_what_its_author_does_not_see(self) -> None:
+        """Hooks have the rights of the system on the operation's own object too."""
+        lab = shop()
+        lab.application.allow("technician", "Order", create=True, read=["note"], write=["note"])
+
+        @lab.application.before_commit("Order")
+        def belongs(thing: HookObject, context: HookContext) -> None:
+            thing["customer"] = "c1"
+
+        assert settle(
+            lab, ANN, create(1, "o2", {"note": "x"}, entity="Order"), update(2, "o2", {"note": "y"}, entity="Order")
+        ) == [
+            "APPLIED",
+            "APPLIED",
+        ]
 
     def test_an_entity_that_takes_no_uploads(self) -> None:
         """A read-only entity refuses operations, but not before the date that was granted."""
@@ -410,6 +506,14 @@ class TestConflicts:
     def test_reject_stale_and_deletions(self) -> None:
         """A deletion conflicts with any change."""
         assert said(self.lab("reject_stale").settle(delete(1, "o1", entity="Order", base_version=2))) == ["CONFLICT"]
+
+    def test_a_version_that_nobody_has_seen_is_no_excuse(self) -> None:
+        """A base version above the head does not switch the policy off."""
+        lab = self.lab("reject_stale")
+
+        results = lab.settle(update(1, "o1", {"note": "mine"}, entity="Order", base_version=2**62))
+
+        assert said(results) == ["CONFLICT"]
 
     def test_own_changes_are_no_conflict(self) -> None:
         """What the same replica wrote, or a hook that ran for it, does not make it stale."""
@@ -573,6 +677,20 @@ class TestUnique:
 
         assert said(results) == ["GROUP_REJECTED", "UNIQUE_VIOLATED", "GROUP_REJECTED"]
 
+    def test_who_took_the_value_is_to_blame(self) -> None:
+        """An object that had the value before and was changed otherwise is not the culprit."""
+        lab = shop()
+        lab.settle(customer(1, "c2", number=2))
+
+        results = lab.settle(
+            *group(
+                make_operation("update", seq=2, entity="Customer", id="c1", set={"name": "x"}, base_version=99),
+                make_operation("update", seq=3, entity="Customer", id="c2", set={"number": 1}, base_version=99),
+            )
+        )
+
+        assert said(results) == ["GROUP_REJECTED", "UNIQUE_VIOLATED"]
+
     def test_null_binds_nobody(self) -> None:
         """Objects without the value do not collide."""
         schema = Schema([Entity("Tag", {"a": String(), "b": String()}, unique=[("a", "b")])])
@@ -725,6 +843,41 @@ def test_a_code_is_part_of_a_rejection() -> None:
     assert (first.code, again.code, lab.failure(first).code) == ("weight.over",) * 3
 
 
+@pytest.mark.parametrize("catches", [True, False])
+def test_what_an_operation_causes_is_bounded(monkeypatch: pytest.MonkeyPatch, catches: bool) -> None:  # noqa: FBT001
+    """Hooks that go on and on are refused, whether they catch what stops them or not."""
+    monkeypatch.setattr("tidelog_server._action.EFFECTS_MAX", 50)
+    lab = Lab()
+
+    @lab.application.after_commit("Task")
+    def spreads(task: HookObject, context: HookContext) -> None:
+        for _ in range(2):
+            try:
+                context.create("Task", {})
+            except Exception:
+                if not catches:
+                    raise
+
+    [result] = lab.settle(create(1))
+
+    assert said([result]) == ["HOOK_ERROR"]
+    assert lab.version() == 0
+
+
+def test_a_group_with_unreadable_bytes_keeps_its_payload_each_time() -> None:
+    """The same damaged bytes in two groups make two records, each with all that came."""
+    lab = Lab()
+
+    def damaged(first: int) -> list[bytes]:
+        members = group(*(make_operation(seq=first + place, id=f"t{first + place}") for place in range(3)))
+        return [members[0], b"\xff\xff", members[2]]
+
+    first, second = lab.settle(*damaged(1)), lab.settle(*damaged(11))
+
+    assert lab.failure(first[0]).group_operations == damaged(1)
+    assert lab.failure(second[0]).group_operations == damaged(11)
+
+
 def test_patches_are_not_squashed_by_policies() -> None:
     """Without a conflict a policy changes nothing: the change log has the patch as it came."""
     lab = shop()
@@ -733,3 +886,14 @@ def test_patches_are_not_squashed_by_policies() -> None:
     lab.settle(update(1, "o1", {"note": "x"}, entity="Order", base_version=2))
 
     assert lab.changes()[-1].patch == Patch({"note": "x"}).encode()
+
+
+def test_what_builds_upon_a_creation_that_came_too_late_depends_on_it() -> None:
+    """After ALREADY_EXISTS the author's further operations on its own object hang under that failure."""
+    lab = Lab()
+    lab.settle(create(1), replica=REPLICA_B)
+
+    results = lab.settle(create(1), make_update(2, "t1", {"n": 1}), make_delete(3, "t1"))
+
+    assert said(results) == ["ALREADY_EXISTS", "DEPENDENCY_FAILED", "DEPENDENCY_FAILED"]
+    assert {lab.failure(one).cause_failure_id for one in results[1:]} == {lab.failure(results[0]).id}
