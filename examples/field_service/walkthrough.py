@@ -134,6 +134,7 @@ def come_back(actors: Actors, orders: Orders) -> None:
     check(done["labour"] == Decimal("108.75"), f"dora sees what the labour costs: {done['labour']}")
     check("labour" not in shown(actors.ann, "WorkOrder", orders.boiler), "ann does not")
     check(actors.dora.count("Photo") == 1, "dora knows of the photo; its contents travel in a later version")
+    check(actors.ann.count("Photo") == 1, "and ann, whose device downloads no photos, keeps what she took")
 
 
 def take_too_much(actors: Actors, orders: Orders) -> None:
@@ -172,8 +173,9 @@ def close_in_a_hurry(actors: Actors, orders: Orders, failures: failure_pb2_grpc.
         failure_pb2.RetryFailureRequest(id=failure.id, patch=mended.encode(), note="bob said half an hour")
     ).results
     check(result.version > 0, "with the hours it is applied, as bob, and once")
+    record = failures.GetFailure(failure_pb2.GetFailureRequest(id=failure.id)).failure
     check(
-        [action.note for action in result.failure.actions] == ["a hiccup?", "bob said half an hour"],
+        [action.note for action in record.actions] == ["a hiccup?", "bob said half an hour"],
         "the record tells who tried what, and why",
     )
 
@@ -230,10 +232,15 @@ def lose_a_customer(actors: Actors, orders: Orders) -> None:
 def opened(folder: Path, address: str) -> Iterator[Actors]:
     """Open everybody's replica. With the schema, what does not fit it is refused before it is in the log."""
 
-    def replica(name: str) -> Replica:
-        return Replica(folder / name, server=address, token=f"token-of-{name}", schema=SCHEMA)
+    def replica(name: str, **download: str) -> Replica:
+        return Replica(folder / name, server=address, token=f"token-of-{name}", schema=SCHEMA, download=download)
 
-    with replica("dora") as dora, replica("ann") as ann, replica("bob") as bob:
+    # Photos go up from the technicians' devices and stay there, but none come down to them.
+    with (
+        replica("dora") as dora,
+        replica("ann", Photo="nothing_preserve") as ann,
+        replica("bob", Photo="nothing_preserve") as bob,
+    ):
         yield Actors(dora, ann, bob)
 
 

@@ -16,9 +16,9 @@ import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -53,7 +53,7 @@ from tidelog import (
 )
 from tidelog._keys import ObjectKey
 from tidelog._patch import decode_patch
-from tidelog._values import decode_map, decode_trusted
+from tidelog._values import decode_map
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import failure_pb2, sync_pb2
 from tidelog_client import Replica, Report, _publication, _synchronization
@@ -72,7 +72,6 @@ ATTEMPTS_MAX = 10
 Attributes = dict[str, Any]
 States = dict[ObjectKey, Attributes]
 
-NAMES = ("who", "kind", "n", "note")
 _ATTRIBUTES = {"who": String(), "kind": String(), "n": Integer(), "note": String()}
 SCHEMA = Schema(
     [
@@ -244,7 +243,9 @@ class Eyes:
         return self._holds(one.where if one.check is None else one.check, after)
 
     def _covers(self, rules: Sequence[Granted], patch: Patch) -> bool:
-        return bool(rules) and all(any(one.write is None or name in one.write for one in rules) for name in patch.written)
+        return bool(rules) and all(
+            any(one.write is None or name in one.write for one in rules) for name in patch.written
+        )
 
     def _holds(self, where: Constraint | None, attributes: Attributes) -> bool:
         if where is None:
@@ -304,7 +305,9 @@ class Wire:
 
     may_get_another_token = False
 
-    def __init__(self, world: World, device: Device, meanwhile: Iterable[Sequence[Step]], cut_after: int | None) -> None:
+    def __init__(
+        self, world: World, device: Device, meanwhile: Iterable[Sequence[Step]], cut_after: int | None
+    ) -> None:
         self._world = world
         self._device = device
         self._meanwhile = iter(meanwhile)
@@ -459,15 +462,16 @@ class World:
     def look_at(self, device: Device, eyes: Eyes, answer: bytes) -> None:
         """Check that a message tells nothing that its receiver may not know."""
         self._read_history()
-        readable = {key: seen for key, one in self._states[-1].items() if (seen := eyes.readable(key[0], one)) is not None}
+        readable: States = {}
+        for key, attributes in self._states[-1].items():
+            seen = eyes.readable(key[0], attributes)
+            if seen is not None:
+                readable[key] = seen
         response = splice_pb2.SynchronizeResponseSplice.FromString(answer)
-        if response.WhichOneof("message") == "page":
-            page = sync_pb2.SnapshotPage.FromString(response.page)
-            for one in page.snapshots:
-                key, attributes = (one.entity, one.id), decode_map(one.attributes)
-                _expect(same(attributes, readable.get(key)), f"{key} came as {attributes}, readable: {readable.get(key)}")
-            told = [*page.snapshots, *page.confirmations]
-            device.known.update(one.id.encode() for one in told)
+        page = sync_pb2.SnapshotPage.FromString(response.page)
+        for one in page.snapshots:
+            came, expected = decode_map(one.attributes), readable.get((one.entity, one.id))
+            _expect(same(came, expected), f"{one.entity} {one.id} came as {came}, readable is {expected}")
         for key, attributes in readable.items():
             device.known.add(key[1].encode())
             device.known.update(_TELLTALE.findall(repr(attributes).encode()))
@@ -580,6 +584,10 @@ def _expect(holds: object, message: str) -> None:
         raise Broken(message)
 
 
+_FEW = frozenset({"who"})
+_SOME = frozenset({"who", "n", "note"})
+
+
 # --- dice ---------------------------------------------------------------------------------
 
 Action = tuple[str, dict[str, Any]]
@@ -665,7 +673,8 @@ class Draw:
         written = {name: value for name, value in values.items() if random.random() < 0.5}
         if kind is OperationKind.CREATE:
             return Patch(written)
-        unset = tuple(name for name in ("kind", "task") if name in values and name not in written and random.random() < 0.1)
+        left = [name for name in ("kind", "task") if name in values and name not in written]
+        unset = tuple(name for name in left if random.random() < 0.1)
         increment = {"n": 1} if "n" not in written and random.random() < 0.4 else {}
         return Patch(written or {"note": values["note"]}, unset, increment)
 
@@ -677,7 +686,9 @@ class Draw:
             random.random() < 0.6,
             random.random() < 0.6,
             random.choice([None, None, None, frozenset({"who"}), frozenset({"who", "note", "n"}), frozenset()]),
-            random.choice([None, None, frozenset({"n", "note"}), frozenset({"who", "kind", "n", "note"}), frozenset()]),
+            random.choice(
+                [None, None, frozenset({"n", "note"}), frozenset({"who", "kind", "n", "note"}), frozenset()]
+            ),
             random.choice([None, self._constraint()]),
             random.choice([None, None, self._constraint()]),
         )
@@ -740,6 +751,3 @@ def test_rules(seed: int) -> None:
     if error_of(actions) is not None:
         few = shrunk(actions)
         raise AssertionError("\n".join(["the fewest actions that go wrong:", *map(repr, few)])) from error_of(few)
-
-
-
