@@ -29,7 +29,7 @@ from tidelog_server._applier import UnitApplier
 from tidelog_server._conflicts import collision
 from tidelog_server._errors import FailureSettled, FailureStale, NotFound, RequestInvalid
 from tidelog_server._history import changes_since
-from tidelog_server._indexes import dependents_prefix
+from tidelog_server._indexes import IndexWrites, dependents_prefix
 from tidelog_server._outcomes import Outcomes, Uploader
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
@@ -172,6 +172,7 @@ class _Retry:
         replica = uuid_utils.UUID(record.replica_id).bytes
         author = application.user(operator.tenant, record.user_id) or operator
         overlay = Overlay(reader)
+        outcomes = Outcomes(Uploader(replica, author, 0, False), reader, overlay, {}, time_us)
         self._reader = reader
         self._schema = application.schema
         self._failure_id = failure_id
@@ -180,18 +181,20 @@ class _Retry:
         self._author = author
         self._replica = replica
         self._overlay = overlay
+        self._outcomes = outcomes
         self._head_version = overlay.version
         self._units = UnitApplier(
             application,
             overlay,
             References(),
-            Outcomes(Uploader(replica, author, 0, False), reader, overlay, {}, time_us),
+            outcomes,
             replica=replica,
             principal=author,
             rights=application.rights(author),
             time_us=time_us,
         )
         self._records: list[FailureRecord] = []
+        self._moves: IndexWrites = {}
 
     def run(self) -> tuple[Writes, list[RetryOutcome]]:
         outcomes = [self._first()]
@@ -211,7 +214,7 @@ class _Retry:
             settled=[],
             failures=self._records,
             version=self._overlay.version,
-            index_entries=self._units.index_writes(),
+            index_entries={**self._units.index_writes(), **self._moves},
         )
         return writes, outcomes
 
@@ -226,7 +229,7 @@ class _Retry:
         try:
             unit = self._looked_at(record, self._unit(record, b""))
         except FailureStale as stale:
-            return self._refuse(failure_id, record, FailureReason.CONFLICT, str(stale))
+            return self._refuse(failure_id, record, Refused(FailureReason.CONFLICT, stale))
         return self._apply(failure_id, record, unit)
 
     def _open_dependents(self, failure_id: bytes) -> list[tuple[int, bytes]]:
@@ -260,9 +263,11 @@ class _Retry:
         try:
             applied = self._units.apply(unit, failure_id)
         except Refused as refusal:
-            return self._refuse(failure_id, record, refusal.reason, refusal.message, edited)
+            return self._refuse(failure_id, record, refusal, edited)
         except Waits as wait:
-            return self._refuse(failure_id, record, FailureReason.DANGLING_REFERENCE, wait.message, edited)
+            cause = self._outcomes.refused_creation(wait.target) or b""
+            reason = FailureReason.DEPENDENCY_FAILED if cause else FailureReason.DANGLING_REFERENCE
+            return self._refuse(failure_id, record, Refused(reason, wait.message, cause=cause), edited)
         version = applied[-1][0]
         _settle(record, failure_pb2.FAILURE_STATUS_RETRIED, self._decision)
         self._note(
@@ -271,15 +276,22 @@ class _Retry:
         return RetryOutcome(record, version)
 
     def _refuse(
-        self,
-        failure_id: bytes,
-        record: failure_pb2.SynchronizationFailure,
-        reason: FailureReason,
-        message: str,
-        edited: bytes = b"",
+        self, failure_id: bytes, record: failure_pb2.SynchronizationFailure, refusal: Refused, edited: bytes = b""
     ) -> RetryOutcome:
-        self._note(failure_id, record, failure_pb2.FAILURE_ACTION_KIND_REFUSED, f"{reason}: {message}", edited)
-        return RetryOutcome(record, 0, reason, message)
+        # What an edited operation lacks says nothing of the one that stays on record.
+        if refusal.cause not in {b"", failure_id} and not edited:
+            self._hang_under(refusal.cause, failure_id, record)
+        outcome = f"{refusal.reason}: {refusal.message}"
+        self._note(failure_id, record, failure_pb2.FAILURE_ACTION_KIND_REFUSED, outcome, edited)
+        return RetryOutcome(record, 0, refusal.reason, refusal.message)
+
+    def _hang_under(self, cause: bytes, failure_id: bytes, record: failure_pb2.SynchronizationFailure) -> None:
+        """Let a failure follow the one that stands in its way now: the last that does takes it along."""
+        if record.cause_failure_id:
+            former = uuid_utils.UUID(record.cause_failure_id).bytes
+            self._moves[dependents_prefix(former) + failure_id] = None
+        self._moves[dependents_prefix(cause) + failure_id] = b""
+        record.cause_failure_id = str(uuid_utils.UUID(bytes=cause))
 
     def _note(
         self,

@@ -726,8 +726,46 @@ class TestDependents:
         [_, child] = desk.settle(order(1), line(2, "l1", order="o1"))
         [_, late] = desk.settle(update(3, "o1", {}, entity="Order"), update(4, "o1", {}, entity="Order"))
 
-        assert desk.retry(child)[0].reason is FailureReason.DANGLING_REFERENCE
+        assert desk.retry(child)[0].reason is FailureReason.DEPENDENCY_FAILED
         assert desk.retry(late)[0].reason is FailureReason.DEPENDENCY_FAILED
+
+    @pytest.mark.parametrize("sequence", [(0, 1), (1, 0)])
+    @pytest.mark.parametrize("is_update", [False, True])
+    def test_of_two_causes_follow_the_last(self, *, is_update: bool, sequence: tuple[int, int]) -> None:
+        """What lacks two objects comes with the one that is retried last, and is named as its dependent until then."""
+        desk = orders()
+        desk.refused |= {"o1", "o2"}
+        members = [make_operation(seq=3, id="l1", entity="Line", set={"order": "o1"})]
+        if is_update:
+            members.append(make_operation("update", seq=4, id="o2", entity="Order", set={"n": 1}))
+        else:
+            members.append(make_operation(seq=4, id="l2", entity="Line", set={"order": "o2"}))
+        [*parents, child, _] = desk.settle(order(1, "o1"), order(2, "o2"), *group(*members))
+        desk.refused.clear()
+        first, last = (parents[place] for place in sequence)
+
+        desk.retry(first)
+
+        assert desk.status(child) == OPEN
+        assert desk.lab.failure(child).cause_failure_id == desk.lab.failure(last).id
+        with desk.lab.store.read(TENANT) as reader:
+            assert list(failures.dependents(reader, last.failure_id)) == [child.failure_id]
+            assert not list(failures.dependents(reader, first.failure_id))
+        assert [one.failure.object_id for one in desk.retry(last)][1:] == ["l1"]
+        assert desk.status(child) == RETRIED
+
+    def test_that_an_operator_edits_keep_their_cause(self) -> None:
+        """What an edited operation lacks is not what the recorded one waits for."""
+        desk = orders()
+        desk.refused |= {"o1", "o2"}
+        [parent, other, child] = desk.settle(order(1, "o1"), order(2, "o2"), line(3, "l1", order="o1"))
+        desk.refused.clear()
+
+        [outcome] = desk.retry(child, patch=Patch({"order": "o2"}).encode())
+
+        assert outcome.reason is FailureReason.DEPENDENCY_FAILED
+        assert len(desk.retry(other)) == 1
+        assert [one.failure.object_id for one in desk.retry(parent)] == ["o1", "l1"]
 
     def test_that_were_dismissed_do_not_follow(self) -> None:
         """Nobody asks twice about what a person has decided."""
