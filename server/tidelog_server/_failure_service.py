@@ -55,7 +55,7 @@ class FailureService:
         for _id, record in found:
             failure = failure_pb2.SynchronizationFailure.FromString(record)
             if matches(failure):
-                told = _for_people(failure, RESPONSE_BYTES_MAX)
+                told = self._told(failure, principal, RESPONSE_BYTES_MAX)
                 room_bytes -= told.ByteSize() + FRAMING_BYTES_MAX
                 if len(response.failures) == limit or (response.failures and room_bytes < 0):
                     break
@@ -77,7 +77,7 @@ class FailureService:
                 present=self._present(reader, failure, principal),
                 dependents=[str(uuid_utils.UUID(bytes=one)) for one in dependents],
             )
-        response.failure.CopyFrom(_for_people(failure, RESPONSE_BYTES_MAX - response.ByteSize()))
+        response.failure.CopyFrom(self._told(failure, principal, RESPONSE_BYTES_MAX - response.ByteSize()))
         return response
 
     async def retry_failure(self, data: bytes, principal: Principal) -> failure_pb2.RetryFailureResponse:
@@ -145,6 +145,20 @@ class FailureService:
 
     def _may_see(self, failure: failure_pb2.SynchronizationFailure, principal: Principal) -> bool:
         return failure.user_id == principal.user_id or self._application.is_operator(principal)
+
+    def _told(
+        self, failure: failure_pb2.SynchronizationFailure, principal: Principal, bytes_max: int
+    ) -> failure_pb2.SynchronizationFailure:
+        """
+        Return a record as a principal is told of it.
+
+        What operators did, and what came of it, may speak of what only they may read.
+        """
+        if not self._application.is_operator(principal):
+            actions = [failure_pb2.FailureAction(kind=one.kind, time=one.time) for one in failure.actions]
+            del failure.actions[:]
+            failure.actions.extend(actions)
+        return _for_people(failure, bytes_max)
 
     def _check_operator(self, principal: Principal, note: str) -> None:
         if not self._application.is_operator(principal):

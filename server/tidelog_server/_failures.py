@@ -9,8 +9,8 @@ retried: so it happens once. Whatever is done about a failure is added to its re
 from __future__ import annotations
 
 import heapq
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Final, NamedTuple
 
 import uuid_utils
@@ -29,7 +29,7 @@ from tidelog_server._applier import UnitApplier
 from tidelog_server._conflicts import collision
 from tidelog_server._errors import FailureSettled, FailureStale, NotFound, RequestInvalid
 from tidelog_server._history import changes_since
-from tidelog_server._indexes import dependents_prefix
+from tidelog_server._indexes import IndexWrites, dependents_prefix
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Outcomes, Uploader
 from tidelog_server._overlay import Overlay
@@ -37,9 +37,10 @@ from tidelog_server._principal import Principal
 from tidelog_server._records import FailureRecord, Writes
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader
-from tidelog_server._units import Member, Unit, read_member, size_bytes, split_units
+from tidelog_server._units import Member, Unit, created_keys, read_member, size_bytes, split_units
 
 RETRIED_AT_ONCE_MAX: Final = 1_000
+RETRY_ROUNDS_MAX: Final = 16
 DEPENDENTS_PAGE: Final = 1_000
 
 # A record must fit a message, however often somebody tries: what was applied stands in the change log too.
@@ -164,8 +165,29 @@ def without_payloads(reader: Reader, failure_ids: Iterable[bytes]) -> Writes:
     return Writes({}, [], None, [], stripped, reader.head().version)
 
 
+class _Candidate(NamedTuple):
+    """
+    A failure that may be retried along with another.
+
+    Attributes:
+        seq: Its place in the log of its replica.
+        creates: Keys of the objects that its operations create.
+        dependents: Ids of the candidates that it caused.
+    """
+
+    seq: int
+    creates: list[ObjectKey]
+    dependents: list[bytes]
+
+
 class _Retry:
-    """One failure with those that depend on it, in one store transaction."""
+    """
+    One failure with those that depend on it, in one store transaction.
+
+    Operations may refer to what comes behind them. So all are tried as if the
+    creations of the others took place; what was relied on in vain is not taken for
+    granted in the next round, until nothing was.
+    """
 
     def __init__(self, reader: Reader, application: Application, failure_id: bytes, decision: Decision) -> None:
         record = _load_open(reader, failure_id)
@@ -173,38 +195,42 @@ class _Retry:
         replica = uuid_utils.UUID(record.replica_id).bytes
         author = application.user(operator.tenant, record.user_id) or operator
         overlay = Overlay(reader)
+        references = References()
+        uploader = Uploader(replica, author, 0, leaves_earlier=False)
+        outcomes = Outcomes(uploader, reader, overlay, Knowledge(overlay, None), {}, time_us)
         self._reader = reader
         self._schema = application.schema
         self._failure_id = failure_id
-        self._record = record
         self._decision = decision
         self._author = author
         self._replica = replica
         self._overlay = overlay
+        self._references = references
+        self._outcomes = outcomes
         self._head_version = overlay.version
         self._units = UnitApplier(
             application,
             overlay,
-            References(),
-            Outcomes(Uploader(replica, author, 0, False), reader, overlay, Knowledge(overlay, None), {}, time_us),
+            references,
+            outcomes,
             replica=replica,
             principal=author,
             rights=application.rights(author),
             time_us=time_us,
         )
+        self._results: list[RetryOutcome] = []
         self._records: list[FailureRecord] = []
+        self._moves: IndexWrites = {}
 
     def run(self) -> tuple[Writes, list[RetryOutcome]]:
-        outcomes = [self._first()]
-        # In the order of the log: what came last may build upon everything before it.
-        waiting = self._open_dependents(self._failure_id) if outcomes[0].version else []
-        heapq.heapify(waiting)
-        while waiting and len(outcomes) < RETRIED_AT_ONCE_MAX:
-            _seq, failure_id = heapq.heappop(waiting)
-            outcomes.append(self._following(failure_id))
-            if outcomes[-1].version:
-                for one in self._open_dependents(failure_id):
-                    heapq.heappush(waiting, one)
+        candidates = self._candidates()
+        granted = frozenset(key for candidate in candidates.values() for key in candidate.creates)
+        mark = self._overlay.mark()
+        rounds = 1
+        while missing := self._round(candidates, granted):
+            self._overlay.rollback(mark)
+            rounds += 1
+            granted = granted - missing if rounds < RETRY_ROUNDS_MAX else frozenset()
         writes = Writes(
             objects=self._overlay.written_objects(),
             changes=self._overlay.changes,
@@ -212,14 +238,66 @@ class _Retry:
             settled=[],
             failures=self._records,
             version=self._overlay.version,
-            index_entries=self._units.index_writes(),
+            index_entries={**self._units.index_writes(), **self._moves},
         )
-        return writes, outcomes
+        return writes, self._results
+
+    def _candidates(self) -> dict[bytes, _Candidate]:
+        """Return the failure, and the open ones that may follow it, no more than can be retried at once."""
+        found = {self._failure_id: self._candidate(load(self._reader, self._failure_id))}
+        causes = [self._failure_id]
+        for cause in causes:
+            for failure_id in dependents(self._reader, cause):
+                if len(found) >= RETRIED_AT_ONCE_MAX:
+                    return found
+                record = load(self._reader, failure_id)
+                if failure_id not in found and record.status == _OPEN:
+                    found[failure_id] = self._candidate(record)
+                    found[cause].dependents.append(failure_id)
+                    causes.append(failure_id)
+        return found
+
+    def _candidate(self, record: failure_pb2.SynchronizationFailure) -> _Candidate:
+        return _Candidate(identity_of(record.operation)[0], created_keys(self._unit(record, b"")), [])
+
+    def _round(self, candidates: dict[bytes, _Candidate], granted: frozenset[ObjectKey]) -> set[ObjectKey]:
+        """Try everything, with some creations taken for granted; return those that were so in vain."""
+        self._results, self._records, self._moves = [], [], {}
+        references = self._references
+        references.assumed = Counter(key for one in candidates.values() for key in one.creates if key in granted)
+        missing: set[ObjectKey] = set()
+        users: defaultdict[ObjectKey, list[_Candidate]] = defaultdict(list)
+        # In the order of the log: what came last may build upon everything before it.
+        waiting = [(0, self._failure_id)]
+        while waiting:
+            _seq, failure_id = heapq.heappop(waiting)
+            candidate = candidates[failure_id]
+            # What a unit creates itself will be there if anything of the unit is.
+            references.assumed.update(key for key in candidate.creates if key not in granted)
+            references.used = set()
+            result = self._following(failure_id) if self._results else self._first()
+            self._results.append(result)
+            references.assumed.subtract(candidate.creates)
+            if result.version:
+                for key in references.used:
+                    users[key].append(candidate)
+                missing |= references.used
+                missing.difference_update(candidate.creates)
+                for one in candidate.dependents:
+                    heapq.heappush(waiting, (candidates[one].seq, one))
+        # Whoever relied on them will not create anything either.
+        falling = list(missing)
+        for key in falling:
+            lost = {created for user in users[key] for created in user.creates} - missing
+            missing |= lost
+            falling.extend(lost)
+        return missing
 
     def _first(self) -> RetryOutcome:
-        unit = self._unit(self._record, self._decision.patch)
-        edited = unit[_culprit(self._record)].data if self._decision.patch else b""
-        return self._apply(self._failure_id, self._record, self._looked_at(self._record, unit), edited)
+        record = load(self._reader, self._failure_id)
+        unit = self._unit(record, self._decision.patch)
+        edited = unit[_culprit(record)].data if self._decision.patch else b""
+        return self._apply(self._failure_id, record, self._looked_at(record, unit), edited)
 
     def _following(self, failure_id: bytes) -> RetryOutcome:
         """Retry a failure because the one that caused it was applied; if it is refused again, the rest goes on."""
@@ -227,14 +305,8 @@ class _Retry:
         try:
             unit = self._looked_at(record, self._unit(record, b""))
         except FailureStale as stale:
-            return self._refuse(failure_id, record, FailureReason.CONFLICT, str(stale))
+            return self._refuse(failure_id, record, Refused(FailureReason.CONFLICT, stale))
         return self._apply(failure_id, record, unit)
-
-    def _open_dependents(self, failure_id: bytes) -> list[tuple[int, bytes]]:
-        """Return (seq, id) of the open failures that a failure caused, no more than can be retried at once."""
-        records = ((one_id, load(self._reader, one_id)) for one_id in dependents(self._reader, failure_id))
-        waiting = ((identity_of(record.operation)[0], one_id) for one_id, record in records if record.status == _OPEN)
-        return list(islice(waiting, RETRIED_AT_ONCE_MAX))
 
     def _unit(self, record: failure_pb2.SynchronizationFailure, patch: bytes) -> Unit:
         """Return the operations of a failure, the refused one with another patch if there is one."""
@@ -261,9 +333,11 @@ class _Retry:
         try:
             applied = self._units.apply(unit, failure_id)
         except Refused as refusal:
-            return self._refuse(failure_id, record, refusal.reason, refusal.message, edited)
+            return self._refuse(failure_id, record, refusal, edited)
         except Waits as wait:
-            return self._refuse(failure_id, record, FailureReason.DANGLING_REFERENCE, wait.message, edited)
+            cause = self._outcomes.refused_creation(wait.target) or b""
+            reason = FailureReason.DEPENDENCY_FAILED if cause else FailureReason.DANGLING_REFERENCE
+            return self._refuse(failure_id, record, Refused(reason, wait.message, cause=cause), edited)
         version = applied[-1][0]
         _settle(record, failure_pb2.FAILURE_STATUS_RETRIED, self._decision)
         self._note(
@@ -272,15 +346,22 @@ class _Retry:
         return RetryOutcome(record, version)
 
     def _refuse(
-        self,
-        failure_id: bytes,
-        record: failure_pb2.SynchronizationFailure,
-        reason: FailureReason,
-        message: str,
-        edited: bytes = b"",
+        self, failure_id: bytes, record: failure_pb2.SynchronizationFailure, refusal: Refused, edited: bytes = b""
     ) -> RetryOutcome:
-        self._note(failure_id, record, failure_pb2.FAILURE_ACTION_KIND_REFUSED, f"{reason}: {message}", edited)
-        return RetryOutcome(record, 0, reason, message)
+        # What an edited operation lacks says nothing of the one that stays on record.
+        if refusal.cause not in {b"", failure_id} and not edited:
+            self._hang_under(refusal.cause, failure_id, record)
+        outcome = f"{refusal.reason}: {refusal.message}"
+        self._note(failure_id, record, failure_pb2.FAILURE_ACTION_KIND_REFUSED, outcome, edited)
+        return RetryOutcome(record, 0, refusal.reason, refusal.message)
+
+    def _hang_under(self, cause: bytes, failure_id: bytes, record: failure_pb2.SynchronizationFailure) -> None:
+        """Let a failure follow the one that stands in its way now: the last that does takes it along."""
+        if record.cause_failure_id:
+            former = uuid_utils.UUID(record.cause_failure_id).bytes
+            self._moves[dependents_prefix(former) + failure_id] = None
+        self._moves[dependents_prefix(cause) + failure_id] = b""
+        record.cause_failure_id = str(uuid_utils.UUID(bytes=cause))
 
     def _note(
         self,

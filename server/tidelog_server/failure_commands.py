@@ -528,7 +528,7 @@ def _action_as_data(action: failure_pb2.FailureAction) -> dict[str, Any]:
     edited = action.edited_operation
     return {
         "kind": _action(action),
-        "user_id": action.user_id,
+        "user_id": action.user_id or None,
         "acted_as": action.acted_as or None,
         "time": _iso(action.time),
         "outcome": action.outcome,

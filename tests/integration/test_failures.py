@@ -370,8 +370,37 @@ class TestCallers:
         [result] = shop.call("RetryFailure", request, "olga").results
 
         assert result.version == 1
-        [action] = shop.call("GetFailure", failure_pb2.GetFailureRequest(id=shop.failure.id), "ann").failure.actions
+        [action] = shop.call("GetFailure", failure_pb2.GetFailureRequest(id=shop.failure.id), "olga").failure.actions
         assert (action.user_id, action.acted_as) == ("olga", "ann")
+
+    def test_are_not_told_what_only_operators_may_read(self, shop: Shop) -> None:
+        """Of what was done about a failure its author hears what it was and when; operators hear all of it."""
+        shop.application.allow("operator", "Task", create=True, write="*")
+
+        @shop.application.before_commit("Task")
+        def refuse(task: HookObject, _context: HookContext) -> None:
+            if task["price"] != 4:
+                raise Reject("the secret price is 4")
+
+        request = failure_pb2.RetryFailureRequest(id=shop.failure.id, note="secret", force=True)
+        shop.call("RetryFailure", request, "olga")
+        request.patch = Patch({"price": 4, "supplier": "secret"}).encode()
+        shop.call("RetryFailure", request, "olga")
+
+        def told(token: str) -> list[failure_pb2.SynchronizationFailure]:
+            got = shop.call("GetFailure", failure_pb2.GetFailureRequest(id=shop.failure.id), token)
+            return [got.failure, *shop.call("ListFailures", failure_pb2.ListFailuresRequest(), token).failures]
+
+        refused, applied = told("olga")[0].actions
+        assert (refused.outcome, refused.note) == ("HOOK_REJECTED: the secret price is 4", "secret")
+        assert (applied.outcome, applied.forced) == ("applied at version 1", True)
+        assert b"secret" in applied.edited_operation
+        for failure in told("ann"):
+            assert failure.status == RETRIED
+            assert list(failure.actions) == [
+                failure_pb2.FailureAction(kind=one.kind, time=one.time) for one in (refused, applied)
+            ]
+            assert b"secret" not in failure.SerializeToString()
 
 
 DAY: Final = timedelta(days=1)

@@ -726,8 +726,46 @@ class TestDependents:
         [_, child] = desk.settle(order(1), line(2, "l1", order="o1"))
         [_, late] = desk.settle(update(3, "o1", {}, entity="Order"), update(4, "o1", {}, entity="Order"))
 
-        assert desk.retry(child)[0].reason is FailureReason.DANGLING_REFERENCE
+        assert desk.retry(child)[0].reason is FailureReason.DEPENDENCY_FAILED
         assert desk.retry(late)[0].reason is FailureReason.DEPENDENCY_FAILED
+
+    @pytest.mark.parametrize("sequence", [(0, 1), (1, 0)])
+    @pytest.mark.parametrize("is_update", [False, True])
+    def test_of_two_causes_follow_the_last(self, *, is_update: bool, sequence: tuple[int, int]) -> None:
+        """What lacks two objects comes with the one that is retried last, and is named as its dependent until then."""
+        desk = orders()
+        desk.refused |= {"o1", "o2"}
+        members = [make_operation(seq=3, id="l1", entity="Line", set={"order": "o1"})]
+        if is_update:
+            members.append(make_operation("update", seq=4, id="o2", entity="Order", set={"n": 1}))
+        else:
+            members.append(make_operation(seq=4, id="l2", entity="Line", set={"order": "o2"}))
+        [*parents, child, _] = desk.settle(order(1, "o1"), order(2, "o2"), *group(*members))
+        desk.refused.clear()
+        first, last = (parents[place] for place in sequence)
+
+        desk.retry(first)
+
+        assert desk.status(child) == OPEN
+        assert desk.lab.failure(child).cause_failure_id == desk.lab.failure(last).id
+        with desk.lab.store.read(TENANT) as reader:
+            assert list(failures.dependents(reader, last.failure_id)) == [child.failure_id]
+            assert not list(failures.dependents(reader, first.failure_id))
+        assert [one.failure.object_id for one in desk.retry(last)][1:] == ["l1"]
+        assert desk.status(child) == RETRIED
+
+    def test_that_an_operator_edits_keep_their_cause(self) -> None:
+        """What an edited operation lacks is not what the recorded one waits for."""
+        desk = orders()
+        desk.refused |= {"o1", "o2"}
+        [parent, other, child] = desk.settle(order(1, "o1"), order(2, "o2"), line(3, "l1", order="o1"))
+        desk.refused.clear()
+
+        [outcome] = desk.retry(child, patch=Patch({"order": "o2"}).encode())
+
+        assert outcome.reason is FailureReason.DEPENDENCY_FAILED
+        assert len(desk.retry(other)) == 1
+        assert [one.failure.object_id for one in desk.retry(parent)] == ["o1", "l1"]
 
     def test_that_were_dismissed_do_not_follow(self) -> None:
         """Nobody asks twice about what a person has decided."""
@@ -798,6 +836,146 @@ class TestDependents:
             [grandchild] = failures.dependents(reader, child)
             assert failures.load(reader, grandchild).object_id == "l2"
             assert not list(failures.dependents(reader, grandchild))
+
+
+class TestCircles:
+    """What refers to objects that come behind it is retried with them."""
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_of_a_group_with_the_child_first(self, *, force: bool) -> None:
+        """A commit group may name what it creates further down, when it is retried as when it was uploaded."""
+        desk = orders()
+        members = group(
+            make_operation(seq=1, id="l1", entity="Line", set={"order": "o1"}),
+            make_operation(seq=2, id="o1", entity="Order"),
+        )
+        failure = desk.fail(*members, refused="o1")
+
+        [outcome] = desk.retry(failure, force=force)
+
+        assert outcome.version == 2
+        assert desk.lab.attributes("l1", "Line") == {"order": "o1"}
+
+    @staticmethod
+    def lines(*refused: str) -> tuple[Desk, list[Result]]:
+        """Return a desk with an order refused until now, two lines that need it and each other, and one more."""
+        desk = orders()
+        desk.refused.add("o1")
+        results = desk.settle(
+            order(1),
+            line(2, "l1", order="o1", next="l2"),
+            line(3, "l2", next="l1"),
+            line(4, "l3", order="o1"),
+        )
+        desk.refused = set(refused)
+        return desk, results
+
+    def test_of_dependents_follow(self) -> None:
+        """Dependents that refer to each other follow together, in the order of the log."""
+        desk, [failure, *_] = self.lines()
+
+        outcomes = desk.retry(failure)
+
+        assert [one.failure.object_id for one in outcomes] == ["o1", "l1", "l2", "l3"]
+        assert [one.version for one in outcomes] == [1, 2, 3, 4]
+        assert [change.seq for change in desk.lab.changes()] == [1, 2, 3, 4]
+
+    def test_without_one_that_is_refused(self) -> None:
+        """What relied on a creation that is refused again stays open, and follows it later; the rest goes on."""
+        desk, [failure, first, second, other] = self.lines("l2")
+
+        outcomes = desk.retry(failure)
+
+        assert [(one.failure.object_id, one.reason) for one in outcomes] == [
+            ("o1", None),
+            ("l1", FailureReason.DEPENDENCY_FAILED),
+            ("l3", None),
+        ]
+        assert [desk.status(one) for one in (failure, first, second, other)] == [RETRIED, OPEN, OPEN, RETRIED]
+        assert desk.lab.attributes("l1", "Line") is None
+        [action] = desk.lab.failure(first).actions
+        assert action.outcome.startswith("DEPENDENCY_FAILED: Line 'l1': attribute 'next' refers to Line 'l2'")
+        assert desk.retry(second)[0].message == "not l2"
+        desk.refused.clear()
+        assert [one.failure.object_id for one in desk.retry(second)] == ["l2", "l1"]
+
+    def test_retried_by_themselves(self) -> None:
+        """Each of the two takes the other along, whichever is retried, also if their cause is long settled."""
+        for place in (1, 2):
+            desk, results = self.lines("l2")
+            desk.retry(results[0])
+            desk.refused.clear()
+
+            outcomes = desk.retry(results[place])
+
+            assert {one.failure.object_id for one in outcomes} == {"l1", "l2"}
+            assert all(one.version for one in outcomes)
+
+    def test_tell_why_each_was_refused(self) -> None:
+        """What a commit group creates for itself is not missing when it is refused for another reason."""
+        desk = orders()
+        desk.refused.add("o1")
+        failure, *_ = desk.settle(
+            order(1),
+            line(2, "l1", order="o1", next="l3"),
+            *group(
+                make_operation(seq=3, id="l2", entity="Line", set={"order": "o1", "next": "l3"}),
+                make_operation(seq=4, id="l3", entity="Line", set={"order": "o1"}),
+                make_operation(seq=5, id="o2", entity="Order"),
+            ),
+        )
+        desk.refused = {"o2"}
+
+        outcomes = desk.retry(failure)
+
+        assert [bool(one.version) for one in outcomes] == [True, False, False]
+        assert outcomes[1].reason is FailureReason.DEPENDENCY_FAILED
+        assert outcomes[2].message == "not o2"
+
+    def test_fall_with_what_they_need(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A chain of any length falls with its end, and nothing else does."""
+        monkeypatch.setattr(failures, "RETRY_ROUNDS_MAX", 3)
+        desk = orders()
+        chain = [line(n, f"l{n}", order="o1", next=f"l{n + 1}") for n in range(2, 9)]
+        circle = [line(10, "l10", order="o1", next="l11"), line(11, "l11", next="l10")]
+        failure = desk.fail(order(1), *chain, line(9, "l9", order="o1"), *circle, refused="o1")
+        desk.refused.add("l9")
+
+        outcomes = desk.retry(failure)
+
+        assert [one.failure.object_id for one in outcomes if one.version] == ["o1", "l10", "l11"]
+        assert "not l9" in [one.message for one in outcomes]
+        assert not any(desk.lab.attributes(f"l{n}", "Line") for n in range(2, 10))
+
+    def test_end_after_some_rounds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However entangled failures are, a retry comes to an end: then nothing is taken for granted any more."""
+        monkeypatch.setattr(failures, "RETRY_ROUNDS_MAX", 2)
+        desk = orders()
+        circle = [line(4, "l4", order="o1", next="l5"), line(5, "l5", next="l4")]
+        failure = desk.fail(
+            order(1), line(2, "l2", order="o1", next="l3"), line(3, "l3", order="o1"), *circle, refused="o1"
+        )
+        desk.refused.add("l3")
+
+        outcomes = desk.retry(failure)
+
+        assert [(one.failure.object_id, bool(one.version)) for one in outcomes] == [
+            ("o1", True),
+            ("l2", False),
+            ("l3", False),
+            ("l4", False),
+        ]
+
+    def test_beyond_what_is_retried_at_once_do_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody relies on what is not tried."""
+        monkeypatch.setattr(failures, "RETRIED_AT_ONCE_MAX", 2)
+        desk, [failure, first, *_] = self.lines()
+
+        outcomes = desk.retry(failure)
+
+        assert [bool(one.version) for one in outcomes] == [True, False]
+        assert desk.lab.attributes("l1", "Line") is None
+        assert len(desk.retry(first)) == 2
 
 
 class TestTraces:
