@@ -66,6 +66,7 @@ class _Closure:
         self._storage = storage
         self._transaction = transaction
         self._schema = schema
+        self._never = storage.never(transaction)
         self.keys: dict[ObjectKey, None] = {}
         self.seqs: set[int] = set()
         # Objects whose pending operations are needed up to a seq (None: all of them).
@@ -83,7 +84,8 @@ class _Closure:
         packed = pack_object_key(*key)
         if self._storage.view.get(self._transaction, packed) is not None:
             return None
-        if any(True for _ in self._pending_of(key)):
+        # Where nothing else uploads an entity, a selection must be able to upload deletions too.
+        if any(True for _ in self._pending_of(key)) and key[0] not in self._never:
             return Skipped(*key, SkipReason.DELETED, "the object is deleted here, and its deletion is pending")
         # Unknown here is no reason: it may be on the server, and selecting it fetches it.
         return None

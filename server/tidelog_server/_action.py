@@ -185,7 +185,7 @@ class Action:
             encoded = encode(attributes)
         self._check_size(key, encoded)
         if self._has_references:
-            self._check_references(key, attributes, before=_NOTHING, authored=wanted)
+            self._check_references(key, attributes, before=_NOTHING, authored=Patch(wanted))
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
@@ -213,9 +213,9 @@ class Action:
             if merged is None:
                 return self._delete(key, state)
             if merged is not after:
-                patch = _difference(before, merged)
-                return self._update(key, state, before, merged, patch, patch.encode(), authored=after)
-        return self._update(key, state, before, after, patch, encoded, authored=after)
+                difference = _difference(before, merged)
+                return self._update(key, state, before, merged, difference, difference.encode(), authored=patch)
+        return self._update(key, state, before, after, patch, encoded, authored=patch)
 
     def delete(self, key: ObjectKey) -> int:
         """Delete an object."""
@@ -231,7 +231,7 @@ class Action:
                 merged = self._merged(key, state, before, None, None)
                 if merged is not None:
                     patch = _difference(before, merged)
-                    return self._update(key, state, before, merged, patch, patch.encode(), authored=before)
+                    return self._update(key, state, before, merged, patch, patch.encode(), authored=_NO_PATCH)
         return self._delete(key, state)
 
     @contextmanager
@@ -299,7 +299,7 @@ class Action:
         patch: Patch,
         encoded: bytes,
         *,
-        authored: Attributes,
+        authored: Patch,
     ) -> int:
         if self._has_hooks and (hooks := self._hooks("before_commit", key[0])):
             wanted, after = after, self._run_before(hooks, key, after, state)
@@ -431,9 +431,7 @@ class Action:
             size = f" have {len(encoded)} bytes of attributes" if self._rights is None else " be too large"
             raise Refused(FailureReason.TOO_LARGE, f"{self._name(key)} would{size}: the limit is {OBJECT_BYTES_MAX}")
 
-    def _check_references(
-        self, key: ObjectKey, written: Attributes, *, before: Attributes, authored: Attributes
-    ) -> None:
+    def _check_references(self, key: ObjectKey, written: Attributes, *, before: Attributes, authored: Patch) -> None:
         """
         Require that what an object newly refers to is there.
 
@@ -441,23 +439,26 @@ class Action:
             key: The object.
             written: The attributes that are written.
             before: What it held before: what it refers to there may stay.
-            authored: What it would hold by its author's will alone: who may not see an
-                object cannot refer to it, but hooks can.
+            authored: What its author said. Who may not see an object cannot refer to it,
+                and is not told whether it is referred to already; hooks can.
         """
         entity = key[0]
-        known: set[tuple[str, ObjectKey]] | None = None
+        judged = False
+        there: set[tuple[str, ObjectKey]] = set()
+        known, said = there, there
         for attribute, target in self._schema.referenced(entity, written):
             if target == key:
                 continue
             is_there = self.overlay.exists(target)
             if is_there and (self.depth or self._knowledge.sees(target)):
                 continue
-            if known is None:
+            if not judged:
+                judged = True
+                there = set(self._schema.referenced(entity, before))
                 known = set(self._schema.referenced(entity, self._readable(key, before)))
-            if (attribute, target) in known:
-                continue
-            is_authored = not self.depth and (attribute, target) in set(self._schema.referenced(entity, authored))
-            if is_there and not is_authored:
+                said = {*self._schema.referenced(entity, authored.set), *self._schema.referenced(entity, authored.add)}
+            is_authored = not self.depth and (attribute, target) in said
+            if (attribute, target) in (known if is_authored else there) or (is_there and not is_authored):
                 continue
             what = f"{target[0]} {target[1]!r}" if is_authored or self._rights is None else "an object"
             self._references.require(
@@ -607,3 +608,4 @@ def _clearing(attribute: str, value: object, id_: str) -> Patch:
 
 
 _NOTHING: Final[Attributes] = {}
+_NO_PATCH: Final = Patch()

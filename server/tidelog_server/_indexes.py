@@ -20,6 +20,7 @@ one value sees it leave.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
@@ -233,7 +234,7 @@ def _canonical(value: Any) -> Any:
     if kind is Decimal:
         return value.normalize() if value else Decimal(0)
     if kind is float:
-        return value + 0.0  # -0.0 equals 0.0
+        return value + 0.0 if value == value else math.nan  # -0.0 equals 0.0, and there is one NaN
     if kind is list:
         return [_canonical(member) for member in value]
     if kind is dict:

@@ -149,6 +149,20 @@ class TestModes:
         assert (report.applied, report.skipped, a.pending_count()) == (1, [], 0)
         assert ids(a, "Log") == ["l1", "l2"]
 
+    def test_a_deletion_in_never_is_selected(self, world: World, application: Application) -> None:
+        """Where nothing else uploads an entity, a deleted object can be selected, so that its deletion is settled."""
+        application.synchronize("Log", DownloadMode.NEVER)
+        a = world.replica()
+        a.create("Log", {"n": 1}, "l1")
+        a.synchronize_selected([("Log", "l1")])
+        a.delete("Log", "l1")
+        assert a.synchronize_all().skipped[0].reason is SkipReason.NEVER
+
+        report = a.synchronize_selected([("Log", "l1")])
+
+        assert (report.applied, report.skipped, a.pending_count()) == (1, [], 0)
+        assert world.lab.attributes("l1", "Log") is None
+
     def test_outside(self, world: World) -> None:
         """What was fetched from outside goes with the next session, which has nothing else to do."""
         a = world.replica(download={"Task": attribute("n") > 9})

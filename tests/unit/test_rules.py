@@ -318,6 +318,34 @@ class TestAccess:
 
         assert said(results) == ["DANGLING_REFERENCE"] * 2
 
+    def test_hidden_members_of_a_list_stay_and_are_not_told(self) -> None:
+        """Adding to and removing from a list of references judges what the author names, not what is there."""
+        schema = Schema(
+            [
+                Entity("Person", {"is_public": Integer()}),
+                Entity("Team", {"name": String(), "members": Reference("Person", many=True, on_delete="clear")}),
+            ]
+        )
+        lab = Lab(Application(schema=schema))
+        lab.settle(
+            create(1, "SECRET", {}, entity="Person"),
+            create(2, "open", {"is_public": 1}, entity="Person"),
+            create(3, "t1", {"members": ["SECRET"]}, entity="Team"),
+        )
+        lab.application.allow("technician", "Team", read=["name"], write=["members"])
+        lab.application.allow("technician", "Person", where={"is_public": 1})
+
+        results = lab.session(b"c" * 16, principal=ANN).settle(
+            update(1, "t1", entity="Team", add={"members": ["open"]}),
+            update(2, "t1", entity="Team", remove={"members": ["nobody"]}),
+            update(3, "t1", entity="Team", add={"members": ["SECRET"]}),
+            update(4, "t1", entity="Team", add={"members": ["nowhere"]}),
+        )
+
+        assert said(results) == ["APPLIED", "APPLIED", "DANGLING_REFERENCE", "DANGLING_REFERENCE"]
+        assert results[2].message.replace("SECRET", "nowhere") == results[3].message
+        assert lab.attributes("t1", "Team") == {"members": ["SECRET", "open"]}
+
     def test_hooks_have_the_rights_of_the_system(self) -> None:
         """What a hook writes needs no rule."""
         lab = shop()
