@@ -26,7 +26,7 @@ from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server._history import undone_changes
-from tidelog_server._indexes import complete_since, versions_of
+from tidelog_server._indexes import complete_since, left_prefix, versions_of
 from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
 from tidelog_server._store import Reader, Store
@@ -299,13 +299,15 @@ class _Source(NamedTuple):
     Attributes:
         key: Its place in the order of sources.
         entity: The entity whose objects it holds.
-        is_index: Whether it holds those only that have, or had, one value; the key is
+        is_index: Whether it holds those only that have one value, or had it; the key is
             then where they are found in the table of indexes.
+        is_left: Whether it holds those that had the value.
     """
 
     key: bytes
     entity: str
-    is_index: bool
+    is_index: bool = False
+    is_left: bool = False
 
     def objects(
         self, reader: Reader, after: int, limit: int, bytes_max: int
@@ -349,8 +351,11 @@ class _Scan:
         while True:
             for source in self._sources(reader, place.source):
                 if source.key != place.source:
-                    position = max(place.previous_round_head, self._start.version(source.entity) or 0)
-                    place = place._replace(source=source.key, position=position)
+                    since = self._start.version(source.entity)
+                    if since is None:
+                        # What had left before the download began, nobody has.
+                        since = place.first_head if source.is_left else 0
+                    place = place._replace(source=source.key, position=max(place.previous_round_head, since))
                 while place.position < place.round_head:
                     place = self._read(reader, source, place, page)
                     if page.is_full:
@@ -371,9 +376,10 @@ class _Scan:
         for name in reader.entities():
             prefixes = self._projection.entity(name).index_prefixes
             if prefixes is None:
-                sources.append(_Source(name.encode(), name, is_index=False))
+                sources.append(_Source(name.encode(), name))
             else:
                 sources += [_Source(prefix, name, is_index=True) for prefix in prefixes]
+                sources += [_Source(left_prefix(prefix), name, is_index=True, is_left=True) for prefix in prefixes]
         return sorted(source for source in sources if source.key >= first)
 
     def _read(self, reader: Reader, source: _Source, place: Place, page: _Page) -> Place:
@@ -391,8 +397,8 @@ class _Scan:
             page.take(state)
             seen = entity.shown.encoded(state)
             if seen is not None:
-                # What has changed since it lost a value stands under another one too, and comes from there.
-                if version == state.version:
+                # What has lost a value and is seen nonetheless stands under another one, and comes from there.
+                if not source.is_left:
                     page.add(key, state, seen, confirms=confirms)
             elif self._may_be_known(reader, entity, source, state, place):
                 page.add_removal(key, state.version)

@@ -6,15 +6,15 @@ tells what it is about:
 
     u  entity NUL digest             -> id              who has a unique value
     r  target key NUL key NUL name   -> nothing         who refers to an object, by which attribute
-    v  entity NUL name NUL digest version -> id         objects that have, or had, a value: by version
-    p  entity NUL name NUL digest id -> version         where in `v` an object stands
+    v  entity NUL name NUL digest version -> id         objects that have a value: by version
+    l  entity NUL name NUL digest version -> id         objects that had it: by the version at which they lost it
+    p  entity NUL name NUL digest id -> table version   where in `v` or `l` an object stands
     d  cause failure                 -> nothing         failures because of a failure
-    s                                -> version         since when `v` has all that left a value
+    s                                -> version         since when `l` has all that left a value
 
 Values are represented by a digest, because a key has a limited length: whoever looks
-something up compares with the record itself. Under `v` an object that no longer has
-the value keeps an entry, at the version at which it lost it: a download that follows
-one value sees it leave.
+something up compares with the record itself. A download that follows one value sees
+in `l` what has left it, and need not look at what had left before.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ DIGEST_BYTES: Final = 16
 _UNIQUE: Final = b"u"
 _REFERRER: Final = b"r"
 _BY_VERSION: Final = b"v"
+_LEFT: Final = b"l"
 _PLACE: Final = b"p"
 _DEPENDENT: Final = b"d"
 _SINCE: Final = b"s"
 
 # The tables that follow from a schema and the objects alone.
-TABLES: Final = (_UNIQUE, _REFERRER, _BY_VERSION, _PLACE)
+TABLES: Final = (_UNIQUE, _REFERRER, _BY_VERSION, _LEFT, _PLACE)
 
 IndexWrites = dict[bytes, bytes | None]
 
@@ -101,14 +102,11 @@ def rebuilt_entries(
     entity = schema.entity(key[0])
     indexes = entity.indexes if entity is not None else ()
     for written in history if indexes else ():
-        position = pack_position(written.version)
         for attribute in indexes:
-            for prefix in _prefixes(attribute, written):
-                place = _PLACE + prefix + key[1].encode()
+            for prefix, table in _places(attribute, written):
                 # The newest change that gave it a value, or took it, says where the object stands.
-                if place not in entries:
-                    entries[place] = position
-                    entries[_BY_VERSION + prefix + position] = key[1].encode()
+                if _PLACE + prefix + key[1].encode() not in entries:
+                    entries.update(_standing(prefix, table, written))
     return entries
 
 
@@ -157,8 +155,13 @@ def referrer_of(key: bytes, target: ObjectKey) -> tuple[ObjectKey, str]:
 
 
 def by_version_prefix(entity: str, attribute: str, value: Any) -> bytes:
-    """Return what the keys of the objects start with that have, or had, a value; the version follows."""
+    """Return what the keys of the objects start with that have a value; the version follows."""
     return _BY_VERSION + _value_prefix(entity, attribute, value)
+
+
+def left_prefix(by_version: bytes) -> bytes:
+    """Return the same for the objects that had the value, and the version at which they lost it."""
+    return _LEFT + by_version[len(_BY_VERSION) :]
 
 
 def rebuilt(version: int) -> IndexWrites:
@@ -185,21 +188,27 @@ def _follow(
     added: IndexWrites,
 ) -> None:
     """Move an object to its new version under the value that it has, and under the one that it loses."""
-    id_ = one.key[1]
-    for prefix in _prefixes(attribute, one):
-        place = _PLACE + prefix + id_.encode()
-        known = lookup(place)
+    for prefix, table in _places(attribute, one):
+        known = lookup(_PLACE + prefix + one.key[1].encode())
         if known is not None:
-            removed[_BY_VERSION + prefix + known] = None
-        added[place] = pack_position(one.version)
-        added[_BY_VERSION + prefix + pack_position(one.version)] = id_.encode()
+            removed[known[:1] + prefix + known[1:]] = None
+        added.update(_standing(prefix, table, one))
 
 
-def _prefixes(attribute: str, one: Written) -> set[bytes]:
-    """Return where an object stands, or stood, by the values of an attribute that a change gave it or took."""
-    now = one.after.get(attribute) if one.after is not None else None
-    lost = one.before.get(attribute) if one.before is not None else None
-    return {_value_prefix(one.key[0], attribute, value) for value in (now, lost) if value is not None}
+def _places(attribute: str, one: Written) -> Iterable[tuple[bytes, bytes]]:
+    """Return by which values of an attribute an object is found after a change, and in which table."""
+    places: dict[bytes, bytes] = {}
+    for attributes, table in ((one.before, _LEFT), (one.after, _BY_VERSION)):
+        value = attributes.get(attribute) if attributes is not None else None
+        if value is not None:
+            places[_value_prefix(one.key[0], attribute, value)] = table
+    return places.items()
+
+
+def _standing(prefix: bytes, table: bytes, one: Written) -> dict[bytes, bytes]:
+    """Return the entries of an object that stands in a table."""
+    id_, position = one.key[1].encode(), pack_position(one.version)
+    return {_PLACE + prefix + id_: table + position, table + prefix + position: id_}
 
 
 def _plain_entries(schema: Schema, key: ObjectKey, attributes: Attributes | None) -> dict[bytes, bytes]:

@@ -182,11 +182,12 @@ class Outcomes:
     def give_up(self, unit: Unit, wait: Waits) -> list[Result]:
         """Refuse a unit that waited in vain; or park it, if what it waits for may still come."""
         cause = self.refused_creation(wait.target)
-        if cause:
-            return self.refuse(unit, Refused(FailureReason.DEPENDENCY_FAILED, wait.message, cause=cause))
-        if self._uploader.leaves_earlier or wait.target in self.parked:
+        if not cause and (self._uploader.leaves_earlier or wait.target in self.parked):
             return self.park(unit, wait.message)
-        return self.refuse(unit, Refused(FailureReason.DANGLING_REFERENCE, wait.message))
+        reason = FailureReason.DEPENDENCY_FAILED if cause else FailureReason.DANGLING_REFERENCE
+        refusal = Refused(reason, wait.message, cause=cause or b"")
+        refusal.position = wait.position
+        return self.refuse(unit, refusal)
 
     def is_parked(self, unit: Unit) -> bool:
         """Tell whether an earlier operation on one of the unit's objects stays unsettled."""

@@ -35,9 +35,11 @@ class Waits(Exception):
     Attributes:
         message: Why, in a sentence for people.
         target: The object that it refers to, which has not arrived.
+        position: Place in its unit of the operation that waits.
     """
 
     def __init__(self, target: ObjectKey, message: str) -> None:
         self.message = for_people(message)
         super().__init__(self.message)
         self.target = target
+        self.position = 0

@@ -743,6 +743,21 @@ class TestUnique:
         assert lab.failures() == []
 
 
+def test_the_member_of_a_group_that_dangles_is_to_blame() -> None:
+    """A group that waited in vain is refused because of the operation whose reference leads nowhere."""
+    lab = shop()
+
+    results = lab.settle(
+        *group(
+            make_operation("update", seq=1, entity="Order", id="o1", set={"note": "x"}, base_version=99),
+            make_operation(seq=2, entity="Line", id="l1", set={"order": "nowhere"}),
+        )
+    )
+
+    assert said(results) == ["GROUP_REJECTED", "DANGLING_REFERENCE"]
+    assert lab.failure(results[0]).object_id == "l1"
+
+
 class TestDeletionRules:
     def test_restrict(self) -> None:
         """An object that is referred to cannot be deleted; the refusal names who refers to it."""
