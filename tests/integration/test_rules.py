@@ -523,14 +523,14 @@ class TestPrivate:
         office = opened(application)
         hidden = {"title": "taken", "owner": "bob", "note": MARKER, "secret": MARKER}
         office.service.create("Task", hidden, "hidden")
-        office.service.create("Task", {**hidden, "title": "taken too"}, "hidden-too")
+        office.service.create("Task", {**hidden, "title": MARKER}, "hidden too")
         office.service.create("Task", {"title": "seen", "owner": "ann", "secret": MARKER}, "seen")
         office.service.create("Seal", {"task": "seen"}, f"seal-{MARKER}")
         ann = office.device("ann")
         ann.synchronize_all()
         ann.create("Task", {"title": "taken", "owner": "ann"}, "t1")
-        ann.create("Task", {"title": "x", "owner": "ann"}, "hidden")
-        ann.create("Line", {"task": "hidden-too", "text": "to what is hidden"})
+        ann.create("Task", {"title": "x", "owner": "ann"}, "hidden too")
+        ann.create("Line", {"task": "hidden", "text": "to what is hidden"})
         ann.create("Line", {"task": "nowhere", "text": "to what is not there"})
         ann.delete("Task", "seen")
 
