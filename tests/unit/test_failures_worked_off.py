@@ -480,6 +480,63 @@ class TestStale:
         assert outcomes[-1].version == 2
         assert desk.lab.attributes() == {"title": "x"}
 
+    @staticmethod
+    def held() -> tuple[Desk, Result]:
+        """Return a desk with a refused group that waited for an object among others that did, and writes a task."""
+        desk = orders()
+        desk.settle(create(1, "t1", {"n": 0}))
+        results = desk.settle(
+            line(2, "l1", next="l2"),
+            line(3, "l3", next="l1"),
+            *group(
+                make_operation("update", seq=4, id="t1", set={"n": 1}, base_version=1),
+                make_operation(seq=5, id="l2", entity="Line", set={"order": "o1"}),
+            ),
+        )
+        assert said(results[:2]) == ["DEPENDENCY_FAILED", "DEPENDENCY_FAILED"]
+        assert FailureReason.DANGLING_REFERENCE in {one.reason for one in results[2:]}
+        return desk, results[3]
+
+    def test_what_waited_was_refused_at_a_version_that_was(self) -> None:
+        """The record of a held operation names the version at its refusal, not one of an attempt that was undone."""
+        desk, _failure = self.held()
+
+        assert [record.version for record in desk.lab.failures()] == [1, 1, 1]
+
+    def test_what_waited_is_stale_once_it_was_changed(self) -> None:
+        """What others write right after the refusal of held operations is not overwritten unasked."""
+        desk, failure = self.held()
+        desk.settle(order(1), update(2, "t1", {"n": 2}, base_version=1), replica=REPLICA_B)
+
+        with pytest.raises(FailureStale):
+            desk.retry(failure)
+
+        assert [bool(one.version) for one in desk.retry(failure, force=True)] == [True, True, True]
+        assert desk.lab.attributes("t1") == {"n": 1}
+
+    def test_what_waited_is_not_stale_by_what_came_before_it(self) -> None:
+        """Changes before the refusal, and those that the author made before it in the same go, do not count."""
+        desk = orders()
+        desk.settle(create(1, "t1", {"n": 0}))
+        members = [
+            make_operation("update", seq=3, id="t1", set={"n": 1}, base_version=1),
+            make_operation(seq=4, id="l1", entity="Line", set={"next": "l2"}),
+        ]
+        late = [
+            make_operation("update", seq=6, id="t1", set={"n": 2}, base_version=1),
+            make_operation(seq=7, id="l3", entity="Line", set={"order": "o1"}),
+        ]
+        session = desk.lab.session()
+        session.batch(*group(*members), line(5, "l2"), *group(*late))
+        desk.settle(update(1, "t1", {"n": 3}, base_version=1), replica=REPLICA_B)
+        [*applied, _, failure] = session.held()
+        assert said(applied) == ["APPLIED", "APPLIED"]
+        desk.settle(order(2), replica=REPLICA_B)
+
+        assert desk.retry(failure)[0].version
+
+        assert desk.lab.attributes("t1") == {"n": 2}
+
     def test_another_incarnation_needs_force(self, desk: Desk) -> None:
         """An edit of an object that was deleted and made anew since reaches the new one only by force."""
         desk.settle(create(1))
