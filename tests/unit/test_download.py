@@ -580,6 +580,17 @@ class TestCost:
         assert (delta["objects"], delta["index_range"], delta["latest_objects"]) == (2, 2, 0)
         assert delta["change"] <= 2
 
+    def test_it_does_not_follow_what_once_was_seen(self) -> None:
+        """What had a value and lost it before the first download is not looked at."""
+        desk = Desk(Application(schema=INDEXED), CountingStore(), schema=INDEXED)
+        desk.write(*(Step(task(f"done{number}"), {"who": "ann"}) for number in range(200)))
+        desk.write(*(Step(task(f"done{number}"), {"who": "bob"}) for number in range(200)))
+        desk.write(Step(task("mine"), {"who": "ann"}))
+
+        first = self.read(desk, wishes={"Task": attribute("who") == "ann"})
+
+        assert (first["objects"], first["index_range"]) == (1, 1)
+
     def test_nothing_to_do(self) -> None:
         """Where nothing changed, one transaction looks at the head and no scan is made."""
         desk = Desk(store=CountingStore())
