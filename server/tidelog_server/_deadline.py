@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 LOOK_SECONDS: Final = 0.05
+AGAIN_SECONDS: Final = 0.2
 DELIVERY_SECONDS_MAX: Final = 5.0
 
 
@@ -54,7 +55,10 @@ def run(function: Callable[..., Any], *arguments: object, seconds: float) -> Any
     _wake_watcher()
     try:
         with watch.watching():
-            return function(*arguments)
+            result = function(*arguments)
+        if watch.is_sent:
+            raise DeadlineExceeded  # which it has caught
+        return result
     finally:
         del _watches[watch.thread_id]
 
@@ -80,7 +84,8 @@ class _Watch:
     Attributes:
         thread_id: The thread.
         end: When its time is over.
-        has_arrived: Whether the exception was raised there.
+        is_sent: Whether the exception was sent.
+        has_arrived: Whether it was raised there.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -89,7 +94,8 @@ class _Watch:
         self.has_arrived = False
         self._lock = threading.Lock()
         self._is_inside = False
-        self._is_sent = False
+        self.is_sent = False
+        self._sent_again = 0.0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -101,8 +107,8 @@ class _Watch:
 
     def enter(self) -> None:
         """The application's code begins, or goes on."""
-        if self._is_sent or time.monotonic() >= self.end:
-            self._is_sent = True
+        if self.is_sent or time.monotonic() >= self.end:
+            self.is_sent = True
             raise DeadlineExceeded
         self._is_inside = True
 
@@ -112,18 +118,21 @@ class _Watch:
             with self._lock:
                 self._is_inside = False
             limit = time.monotonic() + DELIVERY_SECONDS_MAX
-            while self._is_sent and not self.has_arrived and time.monotonic() < limit:
+            while self.is_sent and not self.has_arrived and time.monotonic() < limit:
                 time.sleep(LOOK_SECONDS)  # it is on its way, and arrives here
         except DeadlineExceeded:
             self._is_inside = False
 
     def look(self) -> None:
-        """Send the exception if it is due. Called by the watcher's thread."""
-        if time.monotonic() < self.end or self._is_sent:
+        """Send the exception if it is due, and again while it is caught. Called by the watcher's thread."""
+        now = time.monotonic()
+        if now < self.end or (self.is_sent and not (self.has_arrived and now >= self._sent_again)):
             return
         with self._lock:
             if self._is_inside:
-                self._is_sent = True
+                self.is_sent = True
+                self._sent_again = now + AGAIN_SECONDS
+                self.has_arrived = False
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self.thread_id), ctypes.py_object(DeadlineExceeded)
                 )

@@ -53,6 +53,23 @@ def test_catching_everything_but_the_deadline_is_no_way_out() -> None:
     assert said(lab_with(stubborn).settle(create(1))) == ["HOOK_ERROR"]
 
 
+def test_catching_the_deadline_itself_is_no_way_out_either() -> None:
+    """It comes again and again, until the hook has left."""
+    caught: list[int] = []
+
+    def stubborn(task: HookObject, context: HookContext) -> None:
+        while len(caught) < 3:
+            try:
+                for_ever()
+            except:  # noqa: E722 - what is tested
+                caught.append(1)
+
+    results = lab_with(stubborn).settle(create(1))
+
+    assert len(caught) == 3
+    assert said(results) == ["HOOK_ERROR"]
+
+
 def test_hooks_that_call_each_other_share_the_time() -> None:
     """What a hook causes counts for it, and leaves nothing behind when the time is over."""
 
