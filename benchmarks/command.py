@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks import machine, tables
 from benchmarks.measurements import Pair, measure
+from benchmarks.narrow import measure_narrow
 from benchmarks.profile_runs import What, profile
 from benchmarks.profiling import Clock
 from benchmarks.summary import as_data, summarize
@@ -92,6 +93,18 @@ def run_profile(
         _progress.print("From Python 3.12 on cProfile runs in one thread only: profile with Python 3.11.")
         raise typer.Exit(2)
     print(profile(what, size, clock, folder), end="")
+
+
+@app.command("narrow")
+def run_narrow(
+    sizes: Annotated[str, typer.Option(help="How many objects, several with commas.")] = "5000,50000",
+    repeat: Annotated[int, typer.Option(min=1, help="How often.")] = 5,
+    folder: Folder = None,
+) -> None:
+    """Measure a replica that sees 500 objects of tenants of different sizes, with and without an index."""
+    console = Console(width=TABLE_WIDTH)
+    tables.show_machine(console, machine.describe(folder or Path(tempfile.gettempdir())))
+    tables.show_narrow(console, list(measure_narrow(_sizes(sizes), repeat, folder)))
 
 
 def _sizes(text: str) -> list[int]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.children import Usage
+from benchmarks.narrow import Narrow
 from benchmarks.summary import Side, Spread, Summary
 
 
@@ -23,11 +24,33 @@ def show(console: Console, size: int, summaries: Sequence[Summary]) -> None:
         ("speed, median (least-most)", _speed(summaries)),
         ("cost, tidelog / bare pipe", _cost(summaries)),
     ):
-        console.print(f"\n{size:,} objects: {title}\n", highlight=False)
-        with console.capture() as capture:
-            console.print(table)
-        # The box draws empty lines above and below.
-        console.out(capture.get().strip(), highlight=False)
+        _print(console, f"{size:,} objects: {title}", table)
+
+
+def show_narrow(console: Console, measured: Sequence[Narrow]) -> None:
+    """Print what replicas took that see a few objects, and how that grows with the tenant."""
+    table = _table("", "objects of the tenant", "first", "ratio", "delta", "ratio")
+    for is_indexed in (True, False):
+        smallest = next(one for one in measured if one.is_indexed is is_indexed)
+        for one in measured:
+            if one.is_indexed is is_indexed:
+                table.add_row(
+                    "with an index" if is_indexed else "without",
+                    f"{one.objects:,}",
+                    f"{one.first_seconds * 1e3:.1f} ms",
+                    f"{one.first_seconds / smallest.first_seconds:.2f}",
+                    f"{one.delta_seconds * 1e3:.1f} ms",
+                    f"{one.delta_seconds / smallest.delta_seconds:.2f}",
+                )
+    _print(console, "a replica that sees 500 of them; ratios to the smallest tenant", table)
+
+
+def _print(console: Console, title: str, table: Table) -> None:
+    console.print(f"\n{title}\n", highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    # The box draws empty lines above and below.
+    console.out(capture.get().strip(), highlight=False)
 
 
 def _speed(summaries: Sequence[Summary]) -> Table:
