@@ -10,7 +10,7 @@ was merely added is fine without it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 
 from tidelog._errors import InvalidValue, LimitExceeded
 from tidelog._keys import ObjectKey
@@ -37,12 +37,13 @@ class Migration:
     """
 
     def __init__(
-        self, application: Application, *, since: int, entities: Iterable[str], done_after: int | None
+        self, application: Application, *, since: int, entities: Collection[str], done_after: int | None
     ) -> None:
         self._application = application
         self._schema = application.schema
         self._since = since
         self._done_after = done_after
+        self._new_names = {entity: self._names_of(entity) for entity in entities}
         self._former_names: defaultdict[str, list[str]] = defaultdict(list)
         for entity in entities if done_after is not None else ():
             today, _ = self._schema.upcast(entity, Patch(), since)
@@ -52,6 +53,10 @@ class Migration:
     def origins(self, key: ObjectKey) -> list[ObjectKey]:
         """Return the keys of all stored objects that may become the object of this key."""
         return [key, *((entity, key[1]) for entity in self._former_names.get(key[0], ()))]
+
+    def new_names(self, entity: str) -> Mapping[str, str]:
+        """Return the present names of attributes, by their former ones, of the objects stored as this entity."""
+        return self._new_names[entity]
 
     def outcome(self, key: ObjectKey, state: ObjectState) -> Outcome:
         """
@@ -80,6 +85,14 @@ class Migration:
                     f"{type(error).__name__}: {error}"
                 ) from error
         return None if migrated is None else ((entity, key[1]), self._completed(entity, migrated))
+
+    def _names_of(self, entity: str) -> dict[str, str]:
+        found = {}
+        for former in {rename.attribute for rename in self._schema.renames if rename.attribute is not None}:
+            _, patch = self._schema.upcast(entity, Patch(unset=(former,)), self._since)
+            if patch.unset != (former,):
+                [found[former]] = patch.unset
+        return found
 
     def _completed(self, entity: str, attributes: Attributes) -> Attributes:
         """Return attributes with the defaults of those that must have a value."""
