@@ -133,6 +133,8 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
         if rebuilds:
             _rebuild_indexes(application, store, tenant)
     _set_note(store, _Adopted(text))
+    if text != known.schema and schema.version <= since:
+        _log.warning("the schema is another one, but its version has not risen", version=schema.version, former=since)
     _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
 
 
@@ -140,6 +142,8 @@ def _summary(count: int, schema: Schema, since: int, *, migrate: bool) -> str:
     what = "1 contradiction" if count == 1 else f"{count} contradictions"
     if schema.version < since:
         hint = f"the store was served with version {since} already: serve that or a newer one"
+    elif schema.version == since:
+        hint = "the store was served with another schema of this version: raise it with each change"
     elif migrate:
         hint = "renames, defaults and migrations do not mend it: declare what is missing"
     else:
@@ -190,6 +194,7 @@ def _contradictions(schema: Schema, store: Store, tenant: str, migration: Migrat
                     outcome = migration.outcome(key, state)
                     if outcome is None:
                         continue
+                    migration.check_names(key, outcome[1])
                     schema.check_object(outcome[0][0], outcome[1], key[1])
                 except InvalidValue as error:
                     yield str(error)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 
-from tidelog._errors import InvalidValue, LimitExceeded
+from tidelog._errors import InvalidValue, LimitExceeded, ValidationFailed
 from tidelog._keys import ObjectKey
 from tidelog._limits import OBJECT_BYTES_MAX
 from tidelog._patch import Patch, check_attributes
@@ -57,6 +57,25 @@ class Migration:
     def new_names(self, entity: str) -> Mapping[str, str]:
         """Return the present names of attributes, by their former ones, of the objects stored as this entity."""
         return self._new_names[entity]
+
+    def check_names(self, key: ObjectKey, attributes: Attributes) -> None:
+        """
+        Check an object that stays as it is.
+
+        Raises:
+            ValidationFailed: It has names that the schema has given up since: they would be taken for
+                others, or for nothing at all.
+        """
+        if self._done_after is not None:
+            return
+        entity, patch = self._schema.upcast(key[0], Patch(attributes), self._since, key[1])
+        if entity != key[0]:
+            raise ValidationFailed(entity=key[0], id=key[1], rule=f"the schema calls this entity {entity!r} now")
+        for name, now in zip(attributes, patch.set, strict=True):
+            if name != now:
+                raise ValidationFailed(
+                    entity=entity, id=key[1], attribute=name, value=attributes[name], rule=f"is called {now!r} now"
+                )
 
     def outcome(self, key: ObjectKey, state: ObjectState) -> Outcome:
         """

@@ -225,6 +225,22 @@ class TestChecking:
         with pytest.raises(SchemaContradicted, match="was served with version 3 already"):
             adopt(lab, old)
 
+    def test_a_version_that_does_not_rise_is_told(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Another schema of the same or of a lower version is served, and the log says so."""
+        lab = filled(application(task({"n": Integer()}), version=2), ("Task", "t1", {"n": 1}))
+        said = "its version has not risen"
+        adopt(lab, application(task({"n": Integer()}), version=2))
+        adopt(lab, application(task({"n": Integer(), "m": Integer()}), version=3))
+        assert said not in caplog.text
+
+        for version in (3, 2):
+            adopt(lab, application(task({"n": Integer()}), version=version))
+            assert said in caplog.text
+            caplog.clear()
+
+        with pytest.raises(SchemaContradicted, match="another schema of this version: raise it"):
+            adopt(lab, application(task({"m": Integer()}), version=2))
+
     def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No read and no job takes more than a page, whatever there is to be checked and written."""
         monkeypatch.setattr(adoption, "PAGE_OBJECTS_MAX", 7)
@@ -240,6 +256,36 @@ class TestChecking:
 
 
 RENAMED = Rename(version=2, entity="Task", attribute="n", to="m")
+
+
+class TestNamesThatWereGivenUp:
+    def test_a_name_with_another_meaning_is_named(self) -> None:
+        """What the store calls n is no longer what the schema calls n: a start that does not migrate is refused."""
+        lab = filled(application(task({"n": Integer(), "m": Integer()})), ("Task", "t1", {"n": 1}), ("Task", "t2", {}))
+        renames = [RENAMED_TO_K, Rename(version=3, entity="Task", attribute="m", to="n")]
+        served = application(task({"k": Integer(), "n": Integer()}), version=3, renames=renames)
+
+        assert contradictions(lab, served) == [
+            "tenant 'default': Task 't1': attribute 'n' is 1, but is called 'k' now"
+        ]
+        adopt(lab, served, migrate=True)
+        assert contents(lab) == {"Task/t1": {"k": 1}, "Task/t2": {}}
+
+    def test_an_open_schema_does_not_leave_them_behind(self) -> None:
+        """Also where any name is accepted, objects are not left under names that operations no longer lead to."""
+        lab = filled(OPEN, ("Sale", "s1", {}), ("Task", "t1", {"n": 1}))
+        renames = [Rename(version=2, entity="Sale", to="Order"), RENAMED_TO_K]
+        served = application(task({}), Entity("Order", {}), version=2, renames=renames, open=True)
+
+        assert contradictions(lab, served) == [
+            "tenant 'default': Sale 's1': the schema calls this entity 'Order' now",
+            "tenant 'default': Task 't1': attribute 'n' is 1, but is called 'k' now",
+        ]
+        adopt(lab, served, migrate=True)
+        assert contents(lab) == {"Order/s1": {}, "Task/t1": {"k": 1}}
+
+
+RENAMED_TO_K = Rename(version=2, entity="Task", attribute="n", to="k")
 
 
 class TestMigrating:
