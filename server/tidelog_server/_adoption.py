@@ -31,7 +31,7 @@ from tidelog._schema import Schema
 from tidelog._values import Attributes, decode_trusted, encode, equal
 from tidelog_server._application import Application
 from tidelog_server._errors import MigrationUnfinished, SchemaContradicted
-from tidelog_server._history import attributes_before, changes_since
+from tidelog_server._history import attributes_before, kept_changes
 from tidelog_server._indexes import TABLES, Written, index_shape, index_writes, rebuilt_entries, unique_key
 from tidelog_server._migration import Migration
 from tidelog_server._overlay import Overlay
@@ -133,6 +133,8 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
         if rebuilds:
             _rebuild_indexes(application, store, tenant)
     _set_note(store, _Adopted(text))
+    if text != known.schema and schema.version <= since:
+        _log.warning("the schema is another one, but its version has not risen", version=schema.version, former=since)
     _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
 
 
@@ -140,6 +142,8 @@ def _summary(count: int, schema: Schema, since: int, *, migrate: bool) -> str:
     what = "1 contradiction" if count == 1 else f"{count} contradictions"
     if schema.version < since:
         hint = f"the store was served with version {since} already: serve that or a newer one"
+    elif schema.version == since:
+        hint = "the store was served with another schema of this version: raise it with each change"
     elif migrate:
         hint = "renames, defaults and migrations do not mend it: declare what is missing"
     else:
@@ -190,6 +194,7 @@ def _contradictions(schema: Schema, store: Store, tenant: str, migration: Migrat
                     outcome = migration.outcome(key, state)
                     if outcome is None:
                         continue
+                    migration.check_names(key, outcome[1])
                     schema.check_object(outcome[0][0], outcome[1], key[1])
                 except InvalidValue as error:
                     yield str(error)
@@ -257,6 +262,7 @@ def _pages(store: Store, tenant: str) -> Iterator[tuple[Reader, _Page]]:
 
 def _migrate(application: Application, store: Store, tenant: str, migration: Migration, time_us: int) -> None:
     """Write what objects become."""
+    by_migration = Change(0, ("", ""), OperationKind.UPDATE, b"", b"", 0, NO_REPLICA, 0, False, SYSTEM_USER, time_us)
 
     def work(reader: Reader, page: _Page) -> Writes:
         overlay = Overlay(reader)
@@ -266,10 +272,11 @@ def _migrate(application: Application, store: Store, tenant: str, migration: Mig
                 outcome is not None and outcome[0] == key and equal(outcome[1], decode_trusted(state.attributes))
             ):
                 continue
+            made = by_migration._replace(key=key, new_names=migration.new_names(key[0]))
             if outcome is None or outcome[0] != key:
-                _delete(overlay, key, state, time_us)
+                _delete(overlay, state, made)
             if outcome is not None:
-                _put(overlay, *outcome, state, time_us)
+                _put(overlay, *outcome, state, made)
         index = index_writes(application.schema, overlay.written(application.indexed_entities), overlay.index)
         return Writes(overlay.written_objects(), overlay.changes, None, [], [], overlay.version, index)
 
@@ -305,7 +312,7 @@ def _history(reader: Reader, key: ObjectKey, state: ObjectState) -> Iterator[Wri
     """Yield what was written to an object, the newest first, as far back as the change log reaches."""
     after = None if state.deleted else decode_trusted(state.attributes)
     yield Written(key, None, after, state.version)
-    for change in changes_since(0, state.version, reader.change):
+    for change in kept_changes(state.version, reader.change):
         before = attributes_before(change, after)
         yield Written(key, before, after, change.version)
         after = before
@@ -325,25 +332,35 @@ def _each_page(store: Store, tenant: str, entities: Iterable[str], work: Callabl
             after, more = store.submit(tenant, job).result()
 
 
-def _delete(overlay: Overlay, key: ObjectKey, state: ObjectState, time_us: int) -> None:
-    version = overlay.version + 1
-    overlay.prefetch((key,))
-    change = _change(version, key, OperationKind.DELETE, b"", state.attributes, state.version, time_us)
-    overlay.write(change, ObjectState(version, state.created, state.creator, True, False, b""), None)
+def _delete(overlay: Overlay, state: ObjectState, made: Change) -> None:
+    """Write that an object is gone; *made* says of which key, and by what."""
+    overlay.prefetch((made.key,))
+    change = made._replace(
+        version=overlay.version + 1, kind=OperationKind.DELETE, before=state.attributes, previous=state.version
+    )
+    overlay.write(change, ObjectState(change.version, state.created, state.creator, True, False, b""), None)
 
 
-def _put(overlay: Overlay, key: ObjectKey, attributes: Attributes, origin: ObjectState, time_us: int) -> None:
-    """Write what an object becomes; *origin* is its state until now, under another key perhaps."""
+def _put(overlay: Overlay, key: ObjectKey, attributes: Attributes, origin: ObjectState, made: Change) -> None:
+    """Write what an object becomes; *origin* is its state until now, under the key of *made*."""
     state = overlay.state(key)
     version = overlay.version + 1
     encoded = encode(attributes)
-    if state is None:
+    if state is None or state.deleted:
         # It goes on under another name: who has seen it has seen this one.
-        change = _change(version, key, OperationKind.CREATE, patch_setting(encoded), b"", 0, time_us)
+        change = made._replace(
+            version=version,
+            key=key,
+            kind=OperationKind.CREATE,
+            patch=patch_setting(encoded),
+            previous=state.version if state is not None else 0,
+            moved_from=overlay.version,
+        )
         new_state = ObjectState(version, origin.created, origin.creator, False, False, encoded)
-    elif state.deleted:
-        change = _change(version, key, OperationKind.CREATE, patch_setting(encoded), b"", state.version, time_us)
-        new_state = ObjectState(version, version, NO_REPLICA, False, False, encoded)
+        if state is not None:
+            # But who has seen the one that was there before knows nothing of it.
+            created = max(origin.created, state.version + 1)
+            new_state = ObjectState(version, created, NO_REPLICA, False, False, encoded)
     else:
         before = overlay.attributes(key)
         patch = Patch(
@@ -360,12 +377,8 @@ def _put(overlay: Overlay, key: ObjectKey, attributes: Attributes, origin: Objec
                 [name for name in patch.written if name not in before],
             ]
         )
-        change = _change(version, key, OperationKind.UPDATE, patch.encode(), images, state.version, time_us)
+        change = made._replace(
+            version=version, kind=OperationKind.UPDATE, patch=patch.encode(), before=images, previous=state.version
+        )
         new_state = ObjectState(version, state.created, state.creator, False, False, encoded)
     overlay.write(change, new_state, attributes)
-
-
-def _change(  # noqa: PLR0917 - the parts of one change
-    version: int, key: ObjectKey, kind: OperationKind, patch: bytes, before: bytes, previous: int, time_us: int
-) -> Change:
-    return Change(version, key, kind, patch, before, previous, NO_REPLICA, 0, False, SYSTEM_USER, time_us)

@@ -2,7 +2,8 @@
 Conflicts: what others did to an object since the author of an operation looked at it.
 
 Changes of the author's own replica are no conflict, nor is what a hook wrote while its
-operation was applied; intents of one kind merge with each other.
+operation was applied; intents of one kind merge with each other. What a migration did is
+nobody's change: the past is told as if it had always been so.
 """
 
 from __future__ import annotations

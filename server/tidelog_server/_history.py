@@ -1,4 +1,9 @@
-"""History: what an object was before, rebuilt from the change log's before-images."""
+"""
+History: what an object was before, rebuilt from the change log's before-images.
+
+It can be told as it was written, or in the terms of today: who compares it with an
+operation needs the latter.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from tidelog._errors import StorageError
 from tidelog._operation import OperationKind
 from tidelog._values import Attributes, decode_trusted
 from tidelog_server._records import Change, ObjectState
+from tidelog_server._retelling import Retelling
 from tidelog_server._store import Reader
 
 
@@ -41,19 +47,43 @@ def undone_changes(reader: Reader, state: ObjectState) -> Iterator[tuple[Change,
         version = change.previous
 
 
+def kept_changes(newest: int, change_of: Callable[[int], Change | None]) -> Iterator[Change]:
+    """
+    Yield the changes of one key from its *newest* one back, as far as they are kept.
+
+    Args:
+        newest: Version of the object now.
+        change_of: Returns the change of a version, or None if it is not kept.
+    """
+    position = newest
+    while position and (change := change_of(position)) is not None:
+        yield change
+        position = change.previous
+
+
 def changes_since(version: int, newest: int, change_of: Callable[[int], Change | None]) -> Iterator[Change]:
     """
-    Yield the changes of one object above *version*, from its *newest* one back, as far as they are kept.
+    Yield what was done to one object above *version*, from its *newest* change back, in the terms of today.
+
+    What migrations did is left out, since nobody meant it; what is older than one is
+    retold, also what was done under a former key. It goes back as far as the changes are kept.
 
     Args:
         version: Where to end.
         newest: Version of the object now.
         change_of: Returns the change of a version, or None if it is not kept.
     """
+    retellings: list[Retelling] = []
     position = newest
-    while position > version:
-        change = change_of(position)
-        if change is None:
-            return
-        yield change
+    while position > version and (change := change_of(position)) is not None:
+        if change.new_names is not None:
+            former = change_of(change.moved_from) if change.moved_from else change
+            if former is None:
+                return
+            retellings.append(Retelling.after_migration(change, former))
+            position = former.previous
+            continue
         position = change.previous
+        for retelling in reversed(retellings):
+            change = retelling.told(change)
+        yield change

@@ -10,9 +10,9 @@ was merely added is fine without it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 
-from tidelog._errors import InvalidValue, LimitExceeded
+from tidelog._errors import InvalidValue, LimitExceeded, ValidationFailed
 from tidelog._keys import ObjectKey
 from tidelog._limits import OBJECT_BYTES_MAX
 from tidelog._patch import Patch, check_attributes
@@ -37,12 +37,13 @@ class Migration:
     """
 
     def __init__(
-        self, application: Application, *, since: int, entities: Iterable[str], done_after: int | None
+        self, application: Application, *, since: int, entities: Collection[str], done_after: int | None
     ) -> None:
         self._application = application
         self._schema = application.schema
         self._since = since
         self._done_after = done_after
+        self._new_names = {entity: self._names_of(entity) for entity in entities}
         self._former_names: defaultdict[str, list[str]] = defaultdict(list)
         for entity in entities if done_after is not None else ():
             today, _ = self._schema.upcast(entity, Patch(), since)
@@ -52,6 +53,29 @@ class Migration:
     def origins(self, key: ObjectKey) -> list[ObjectKey]:
         """Return the keys of all stored objects that may become the object of this key."""
         return [key, *((entity, key[1]) for entity in self._former_names.get(key[0], ()))]
+
+    def new_names(self, entity: str) -> Mapping[str, str]:
+        """Return the present names of attributes, by their former ones, of the objects stored as this entity."""
+        return self._new_names[entity]
+
+    def check_names(self, key: ObjectKey, attributes: Attributes) -> None:
+        """
+        Check an object that stays as it is.
+
+        Raises:
+            ValidationFailed: It has names that the schema has given up since: they would be taken for
+                others, or for nothing at all.
+        """
+        if self._done_after is not None:
+            return
+        entity, patch = self._schema.upcast(key[0], Patch(attributes), self._since, key[1])
+        if entity != key[0]:
+            raise ValidationFailed(entity=key[0], id=key[1], rule=f"the schema calls this entity {entity!r} now")
+        for name, now in zip(attributes, patch.set, strict=True):
+            if name != now:
+                raise ValidationFailed(
+                    entity=entity, id=key[1], attribute=name, value=attributes[name], rule=f"is called {now!r} now"
+                )
 
     def outcome(self, key: ObjectKey, state: ObjectState) -> Outcome:
         """
@@ -80,6 +104,14 @@ class Migration:
                     f"{type(error).__name__}: {error}"
                 ) from error
         return None if migrated is None else ((entity, key[1]), self._completed(entity, migrated))
+
+    def _names_of(self, entity: str) -> dict[str, str]:
+        found = {}
+        for former in {rename.attribute for rename in self._schema.renames if rename.attribute is not None}:
+            _, patch = self._schema.upcast(entity, Patch(unset=(former,)), self._since)
+            if patch.unset != (former,):
+                [found[former]] = patch.unset
+        return found
 
     def _completed(self, entity: str, attributes: Attributes) -> Attributes:
         """Return attributes with the defaults of those that must have a value."""

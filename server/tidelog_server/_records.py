@@ -64,6 +64,10 @@ class Change(NamedTuple):
         user_id: The principal it is attributed to.
         time_us: The server's clock in microseconds since 1970. Information only.
         failure: Id of the synchronization failure whose retry made it; empty otherwise.
+        new_names: The names that a migration gave to attributes, by their former ones.
+            None: no migration made the change.
+        moved_from: Version of the deletion by which a migration took the object away
+            from its former key, to create it under this one. 0: it did not.
     """
 
     version: int
@@ -78,6 +82,8 @@ class Change(NamedTuple):
     user_id: str
     time_us: int
     failure: bytes = b""
+    new_names: Mapping[str, str] | None = None
+    moved_from: int = 0
 
 
 class Settled(NamedTuple):

@@ -80,7 +80,13 @@ class Tenant:
         self._data = _Data(application, store, name, principal, clock)
 
     def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002 - the glossary's word
-        """Return an object's attributes, as far as the principal may read them, or None if there is none."""
+        """
+        Return an object's attributes, as far as the principal may read them, or None if there is none.
+
+        Raises:
+            ValidationFailed: The schema has no such entity.
+            InvalidValue: A name or an id that cannot be.
+        """
         found = self._data.found((entity, id))
         return None if found is None else found.attributes
 
@@ -171,12 +177,13 @@ class TenantTransaction:
         Return an object's attributes as this transaction would leave them, but for what hooks do, or None.
 
         Raises:
+            ValidationFailed: The schema has no such entity.
+            InvalidValue: A name or an id that cannot be.
             LimitExceeded: The transaction has looked at 10,000 objects already.
         """
         self._check_open()
         key = (entity, id)
-        check_name(entity, "an entity name")
-        check_id(id)
+        self._data.check_key(key)
         if key not in self._views:
             if len(self._seen) >= TRANSACTION_READS_MAX:
                 raise LimitExceeded(f"a transaction that looks at more than {TRANSACTION_READS_MAX} objects")
@@ -345,14 +352,25 @@ class _Data:
 
     def found(self, key: ObjectKey) -> Found | None:
         """Return an object as the principal sees it, or None."""
-        check_name(key[0], "an entity name")
-        check_id(key[1])
+        self.check_key(key)
         with self._store.read(self._name) as reader:
             state = reader.objects((key,)).get(key)
         if state is None or state.deleted:
             return None
         attributes = self._readable.entity(key[0]).readable(decode_trusted(state.attributes))
         return None if attributes is None else Found(key[1], state.version, attributes)
+
+    def check_key(self, key: ObjectKey) -> None:
+        """
+        Check that there can be an object of this key.
+
+        Raises:
+            ValidationFailed: The schema has no such entity.
+            InvalidValue: The name or the id cannot be.
+        """
+        check_name(key[0], "an entity name")
+        check_id(key[1])
+        self.schema.check_patch(key[0], Patch(), key[1])
 
     def objects(self, entity: str, where: Where) -> Iterator[Found]:
         """Iterate over an entity's objects that match, as the principal sees them."""
@@ -369,8 +387,7 @@ class _Data:
             ValidationFailed: It does not fit the schema, as far as that can be told without the object and its hooks.
             InvalidValue: It cannot be stored.
         """
-        check_name(entity, "an entity name")
-        check_id(id_)
+        self.check_key((entity, id_))
         patch.check()
         self.schema.check_patch(entity, patch, id_)
         encoded = b"" if kind is OperationKind.DELETE else patch.encode()

@@ -141,7 +141,22 @@ class StoreContract:
     def test_what_a_job_returns_is_written_and_yielded(self, store: Store) -> None:
         """The future yields the job's result once all that it returned can be read back as it was."""
         state = make_state(7, created=3, creator=REPLICA_B, sole_writer=False, attributes=b"\x81\xa1a\x01")
-        change = Change(7, task("t1"), OperationKind.UPDATE, b"p", b"b", 3, REPLICA_B, 2**62, True, "änn", -5)
+        change = Change(
+            7,
+            task("t1"),
+            OperationKind.UPDATE,
+            b"p",
+            b"b",
+            3,
+            REPLICA_B,
+            2**62,
+            by_hook=True,
+            user_id="änn",
+            time_us=-5,
+            failure=b"f" * 16,
+            new_names={"ö": "oe"},
+            moved_from=6,
+        )
         replica = ReplicaState(4, "änn", 2**62, 2**64 - 1, ((1, 5), (9, 2**62)))
         settled = Settled(2**64 - 1, 7, changed_by_server=True, failure_id=b"", culprit=False)
         failure = FailureRecord(b"f" * 16, b"\x00\xff", REPLICA_B, (task("x"), ("Note", "y")))

@@ -60,6 +60,7 @@ CORE_MODULES = (
     "tidelog_server._migration",
     "tidelog_server._overlay",
     "tidelog_server._projection",
+    "tidelog_server._retelling",
 )
 INPUT_OUTPUT = {"grpc", "lmdb"}
 

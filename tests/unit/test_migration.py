@@ -10,20 +10,25 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
-from tests.builders import TENANT, TIME_US, Lab, create, said, update
+from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, Lab, create, delete, said, update
 
 from tidelog import Entity, Integer, InvalidRule, List, Reference, Rename, Schema, String, attribute
 from tidelog_server import (
     Application,
+    HookContext,
+    HookObject,
     MigrationUnfinished,
     OperationRefused,
     Principal,
+    Reject,
     SchemaContradicted,
     Tenant,
 )
 from tidelog_server import _adoption as adoption
+from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._download import Download, cursor_at, start_of
+from tidelog_server._errors import FailureStale
 from tidelog_server._indexes import TABLES
 from tidelog_server._projection import Projection
 from tidelog_server._records import Identity, Writes
@@ -220,6 +225,22 @@ class TestChecking:
         with pytest.raises(SchemaContradicted, match="was served with version 3 already"):
             adopt(lab, old)
 
+    def test_a_version_that_does_not_rise_is_told(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Another schema of the same or of a lower version is served, and the log says so."""
+        lab = filled(application(task({"n": Integer()}), version=2), ("Task", "t1", {"n": 1}))
+        said = "its version has not risen"
+        adopt(lab, application(task({"n": Integer()}), version=2))
+        adopt(lab, application(task({"n": Integer(), "m": Integer()}), version=3))
+        assert said not in caplog.text
+
+        for version in (3, 2):
+            adopt(lab, application(task({"n": Integer()}), version=version))
+            assert said in caplog.text
+            caplog.clear()
+
+        with pytest.raises(SchemaContradicted, match="another schema of this version: raise it"):
+            adopt(lab, application(task({"m": Integer()}), version=2))
+
     def test_memory_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """No read and no job takes more than a page, whatever there is to be checked and written."""
         monkeypatch.setattr(adoption, "PAGE_OBJECTS_MAX", 7)
@@ -235,6 +256,36 @@ class TestChecking:
 
 
 RENAMED = Rename(version=2, entity="Task", attribute="n", to="m")
+
+
+class TestNamesThatWereGivenUp:
+    def test_a_name_with_another_meaning_is_named(self) -> None:
+        """What the store calls n is no longer what the schema calls n: a start that does not migrate is refused."""
+        lab = filled(application(task({"n": Integer(), "m": Integer()})), ("Task", "t1", {"n": 1}), ("Task", "t2", {}))
+        renames = [RENAMED_TO_K, Rename(version=3, entity="Task", attribute="m", to="n")]
+        served = application(task({"k": Integer(), "n": Integer()}), version=3, renames=renames)
+
+        assert contradictions(lab, served) == [
+            "tenant 'default': Task 't1': attribute 'n' is 1, but is called 'k' now"
+        ]
+        adopt(lab, served, migrate=True)
+        assert contents(lab) == {"Task/t1": {"k": 1}, "Task/t2": {}}
+
+    def test_an_open_schema_does_not_leave_them_behind(self) -> None:
+        """Also where any name is accepted, objects are not left under names that operations no longer lead to."""
+        lab = filled(OPEN, ("Sale", "s1", {}), ("Task", "t1", {"n": 1}))
+        renames = [Rename(version=2, entity="Sale", to="Order"), RENAMED_TO_K]
+        served = application(task({}), Entity("Order", {}), version=2, renames=renames, open=True)
+
+        assert contradictions(lab, served) == [
+            "tenant 'default': Sale 's1': the schema calls this entity 'Order' now",
+            "tenant 'default': Task 't1': attribute 'n' is 1, but is called 'k' now",
+        ]
+        adopt(lab, served, migrate=True)
+        assert contents(lab) == {"Order/s1": {}, "Task/t1": {"k": 1}}
+
+
+RENAMED_TO_K = Rename(version=2, entity="Task", attribute="n", to="k")
 
 
 class TestMigrating:
@@ -307,6 +358,20 @@ class TestMigrating:
 
         assert contents(lab) == {"Order/x": {}}
         assert said(lab.settle(update(1, "x", {"n": 1}, entity="Order", base_version=2))) == ["OBJECT_GONE"]
+
+    def test_an_object_goes_where_another_one_was_deleted_with_what_is_pending(self) -> None:
+        """Who has seen the object after the other one was deleted can only have meant this one."""
+        lab = filled(application(Entity("Sale", {"n": Integer()}), Entity("Order", {})), ("Order", "x", {}))
+        tenant = Tenant(lab.application, lab.store, TENANT, None, lambda: TIME_US)
+        tenant.delete("Order", "x")
+        tenant.create("Sale", {"n": 1}, "x")
+        renames = [Rename(version=2, entity="Sale", to="Order")]
+
+        adopt(lab, application(Entity("Order", {"n": Integer()}), version=2, renames=renames), migrate=True)
+
+        pending = update(1, "x", {"n": 2}, entity="Sale", base_version=3, schema_version=1)
+        assert said(lab.settle(pending)) == ["APPLIED"]
+        assert contents(lab) == {"Order/x": {"n": 2}}
 
     def test_what_must_have_a_value_gets_its_default(self) -> None:
         """A newly required attribute without a value, or null, gets its default; a merely optional one stays away."""
@@ -441,6 +506,218 @@ class TestMigrating:
             served.migration("Task", version=2)(lambda _: None)
         with pytest.raises(InvalidRule, match="plain function"):
             served.migration("Task", version=1)(later)  # type: ignore[type-var]
+
+
+class Seen(NamedTuple):
+    """What a conflict policy was asked: base, theirs, mine."""
+
+    base: dict[str, Any]
+    theirs: dict[str, Any]
+    mine: dict[str, Any] | None
+
+
+def watched_policy(served: Application, entity: str) -> list[Seen]:
+    """Let a policy decide that adds what is theirs and mine; return what it will be asked."""
+    asked: list[Seen] = []
+
+    def policy(base: dict[str, Any], theirs: dict[str, Any], mine: dict[str, Any] | None) -> dict[str, Any]:
+        asked.append(Seen(base, theirs, mine))
+        return {**theirs, **(mine or {})}
+
+    served.on_conflict(entity, policy)
+    return asked
+
+
+def moved(*, version: int = 2) -> Application:
+    """Return an application in whose schema sales are orders, and their price is in cents."""
+    served = application(
+        Entity(
+            "Order",
+            {"cents": Integer(), "note": String(), "state": String(required=True, default="open"), "who": String()},
+        ),
+        version=version,
+        renames=[
+            Rename(version=2, entity="Sale", to="Order"),
+            Rename(version=2, entity="Order", attribute="price", to="cents"),
+            Rename(version=2, entity="Order", attribute="text", to="note"),
+        ],
+    )
+
+    @served.migration("Order", version=2)
+    def in_cents(attributes: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in attributes.items() if name != "legacy"}
+        return kept if "cents" not in kept else {**kept, "cents": kept["cents"] * 100}
+
+    return served
+
+
+BEFORE_THE_MOVE = application(
+    Entity("Sale", {"price": Integer(), "text": String(), "who": String(), "legacy": String()})
+)
+
+
+def pending(seq: int, set: dict[str, Any] | None = None, **others: Any) -> bytes:  # noqa: A002 - a patch's field
+    """Return an update of s1 that was made with the schema before the move."""
+    return update(seq, "s1", set, entity="Sale", schema_version=1, **others)
+
+
+class TestPendingOperations:
+    """What a device did before a migration, and sends after it."""
+
+    def test_a_migration_is_no_conflict(self) -> None:
+        """With `reject_stale` nothing is stale because of a migration, whatever it did to the object."""
+        lab = filled(BEFORE_THE_MOVE, ("Sale", "s1", {"price": 2, "text": "a"}), ("Sale", "s2", {}))
+        served = moved()
+        served.on_conflict("Order", "reject_stale")
+
+        adopt(lab, served, migrate=True)
+
+        results = lab.settle(
+            pending(1, {"price": 3, "text": "b"}, base_version=1),
+            delete(2, "s2", entity="Sale", schema_version=1, base_version=2),
+        )
+        assert said(results) == ["APPLIED", "APPLIED"]
+
+    def test_what_others_did_before_or_after_it_still_is(self) -> None:
+        """What somebody changed by its former name before a migration is told from the rest, through two of them."""
+        lab = filled(BEFORE_THE_MOVE, ("Sale", "s1", {"price": 2, "text": "a", "who": "x"}))
+        lab.settle(pending(1, {"text": "theirs"}, base_version=1), replica=REPLICA_B)
+        adopt(lab, moved(), migrate=True)
+        served = application(
+            Entity("Order", {"cents": Integer(), "remark": String(), "state": String(), "owner": String()}),
+            version=3,
+            renames=[
+                *moved().schema.renames,
+                Rename(version=3, entity="Order", attribute="note", to="remark"),
+                Rename(version=3, entity="Order", attribute="who", to="owner"),
+            ],
+        )
+        served.on_conflict("Order", "reject_stale")
+        adopt(lab, served, migrate=True)
+        lab.settle(update(2, "s1", {"owner": "theirs"}, entity="Order", base_version=lab.version()), replica=REPLICA_B)
+
+        results = lab.settle(
+            pending(1, {"text": "mine"}, base_version=1),
+            pending(2, {"who": "mine"}, base_version=1),
+            pending(3, {"price": 5}, base_version=1),
+            pending(4, {"text": "mine"}, base_version=2),
+        )
+
+        assert said(results) == ["CONFLICT", "CONFLICT", "APPLIED", "APPLIED"]
+        assert "'remark' of Order 's1'" in results[0].message
+
+    def test_a_policy_gets_the_object_as_its_author_would_see_it_now(self) -> None:
+        """The base has the names of today, and the values that the migration made of what its author saw."""
+        lab = filled(BEFORE_THE_MOVE, ("Sale", "s1", {"price": 2, "text": "a", "legacy": "z"}))
+        lab.settle(pending(1, {"text": "theirs", "who": "ben", "legacy": "y"}, base_version=1), replica=REPLICA_B)
+        served = moved()
+        asked = watched_policy(served, "Order")
+        adopt(lab, served, migrate=True)
+
+        assert said(lab.settle(pending(1, {"text": "mine"}, base_version=1))) == ["APPLIED"]
+
+        base = {"cents": 200, "note": "a", "state": "open"}
+        assert asked == [Seen(base, {**base, "note": "theirs", "who": "ben"}, {**base, "note": "mine"})]
+
+    def test_what_the_author_did_before_it_is_its_own(self) -> None:
+        """What the author's replica did before a migration is what the migration made of it."""
+        lab = filled(BEFORE_THE_MOVE)
+        lab.settle(
+            create(1, "s1", {"price": 1, "text": "a"}, entity="Sale"),
+            pending(2, {"price": 2, "who": "ann"}, unset=["text"]),
+            pending(3, increment={"price": 1}),
+        )
+        served = moved()
+        asked = watched_policy(served, "Order")
+        adopt(lab, served, migrate=True)
+        lab.settle(update(1, "s1", {"note": "theirs"}, entity="Order", base_version=9), replica=REPLICA_B)
+
+        assert said(lab.settle(pending(4, {"text": "mine"}))) == ["APPLIED"]
+
+        [(base, theirs, mine)] = asked
+        assert base == {}
+        assert theirs == {"cents": 300, "note": "theirs", "state": "open", "who": "ann"}
+        assert mine is not None
+        assert {**mine, "cents": 0} == {"cents": 0, "note": "mine", "state": "open", "who": "ann"}
+
+    def test_a_migration_does_not_make_a_failure_stale(self) -> None:
+        """A retry after a migration needs no force, unless somebody changed the same, by whatever name."""
+        lab = filled(Application(schema=BEFORE_THE_MOVE.schema), ("Sale", "s1", {"price": 2, "text": "a"}))
+
+        @lab.application.before_commit("Sale")
+        def refuses(sale: HookObject, context: HookContext) -> None:
+            raise Reject("not today")
+
+        refused = [lab.settle(pending(seq, values, base_version=1))[0].failure_id
+                   for seq, values in ((1, {"text": "mine"}), (2, {"price": 3}))]  # fmt: skip
+        lab.application = BEFORE_THE_MOVE
+        lab.settle(pending(1, {"text": "theirs"}, base_version=1), replica=REPLICA_B)
+        served = moved()
+        adopt(lab, served, migrate=True)
+        decision = failures.Decision(Principal("olga"), TIME_US)
+
+        with pytest.raises(FailureStale):
+            lab.store.submit(TENANT, lambda reader: failures.retry(reader, served, refused[0], decision)).result()
+        lab.store.submit(TENANT, lambda reader: failures.retry(reader, served, refused[1], decision)).result()
+
+        assert contents(lab) == {"Order/s1": {"cents": 3, "note": "theirs", "state": "open"}}
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_a_policy_is_asked_as_if_the_names_had_always_been_these(self, seed: int) -> None:
+        """Whenever the names change in a history, a policy is asked the same, and decides the same."""
+        outcomes = [outcome_of_history(seed, migrated_at) for migrated_at in (0, 1, 3, 6, 9, 12)]
+
+        assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+ONE_NAME = application(Entity("Sale", {"a": Integer(), "b": Integer(), "c": Integer()}))
+OTHER_NAMES = application(
+    Entity("Order", {"x": Integer(), "a": Integer(), "c": Integer()}),
+    version=3,
+    renames=[
+        Rename(version=2, entity="Sale", to="Order"),
+        Rename(version=2, entity="Order", attribute="a", to="x"),
+        Rename(version=3, entity="Order", attribute="b", to="a"),
+    ],
+)
+
+
+def outcome_of_history(seed: int, migrated_at: int) -> tuple[list[str], list[Seen], dict[str, dict[str, Any]]]:
+    """Let two devices change an object, and migrate it meanwhile; return what became of a last operation."""
+    dice = random.Random(seed)
+    lab = filled(Application(schema=ONE_NAME.schema))
+    watched_policy(lab.application, "Sale")
+    served = Application(schema=OTHER_NAMES.schema)
+    asked = watched_policy(served, "Order")
+    # The migration takes versions, too: what was seen is remembered by when it was.
+    versions = [0]
+    for seq in range(1, 13):
+        if seq == migrated_at + 1:
+            adopt(lab, served, migrate=True)
+        replica, operation = random_operation(dice, seq, versions)
+        lab.settle(operation, replica=replica)
+        versions.append(lab.version())
+    if migrated_at == 12:
+        adopt(lab, served, migrate=True)
+    asked.clear()
+    _, operation = random_operation(dice, 13, versions)
+    return said(lab.settle(operation)), asked, contents(lab)
+
+
+def random_operation(dice: random.Random, seq: int, versions: list[int]) -> tuple[bytes, bytes]:
+    """Return some replica and what it does."""
+    replica, base_version = dice.choice([REPLICA_A, REPLICA_B]), dice.choice(versions)
+    said_so: dict[str, Any] = {"entity": "Sale", "schema_version": 1}
+    values = {name: dice.randrange(3) for name in "abc" if dice.random() < 0.5}
+    match dice.choice(["update", "update", "increment", "delete" if seq == 13 else "update"]):
+        case _ if seq == 1:
+            return replica, create(seq, "s1", values, **said_so)
+        case "update":
+            unset = [name for name in "abc" if name not in values][:1]
+            return replica, update(seq, "s1", values, unset=unset, base_version=base_version, **said_so)
+        case "increment":
+            return replica, update(seq, "s1", increment=values, base_version=base_version, **said_so)
+    return replica, delete(seq, "s1", base_version=base_version, **said_so)
 
 
 class TestIndexes:

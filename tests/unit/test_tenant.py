@@ -98,6 +98,24 @@ class TestMethods:
         assert tenant.get("Task", id_) is None
         lab.check_history()
 
+    def test_an_entity_that_the_schema_lacks_is_told(self, shop: Lab) -> None:
+        """Whoever reads or writes what can never be there has mistaken its name."""
+        tenant = tenant_of(shop)
+        attempts: list[Callable[[], object]] = [
+            lambda: tenant.get("Ordr", "o1"),
+            lambda: tenant.create("Ordr", {}),
+            lambda: tenant.update("Ordr", "o1", {}),
+            lambda: tenant.delete("Ordr", "o1"),
+        ]
+
+        for attempt in attempts:
+            with pytest.raises(ValidationFailed, match="the schema has no such entity"):
+                attempt()
+        with pytest.raises(InvalidConstraint, match="the schema has no entity 'Ordr'"):
+            tenant.query("Ordr")
+        with tenant.transaction() as transaction, pytest.raises(ValidationFailed, match="the schema has no such"):
+            transaction.get("Ordr", "o1")
+
     def test_ids_are_new_unless_given(self, lab: Lab) -> None:
         """`create` returns the id that was given, or one that nobody has."""
         tenant = tenant_of(lab)
@@ -374,6 +392,7 @@ class TestRights:
         assert tenant.get("Task", "t2") is None
         assert [found.id for found in tenant.query("Task")] == ["t1"]
         assert [found.id for found in tenant.query("Task", attribute("region") == claim("region"))] == ["t1"]
+        assert list(tenant.query("Task", ~(attribute("region") == claim("team")))) == []
         with pytest.raises(ObjectNotFound):
             tenant.update("Task", "t2", {"title": "x"})
         with pytest.raises(ObjectNotFound):
