@@ -630,7 +630,7 @@ class TestPendingOperations:
         served = moved()
         asked = watched_policy(served, "Order")
         adopt(lab, served, migrate=True)
-        lab.settle(update(1, "s1", {"note": "theirs"}, entity="Order", base_version=9), replica=REPLICA_B)
+        lab.settle(update(1, "s1", {"note": "theirs"}, entity="Order", base_version=lab.version()), replica=REPLICA_B)
 
         assert said(lab.settle(pending(4, {"text": "mine"}))) == ["APPLIED"]
 
