@@ -268,7 +268,7 @@ def _signing_keys(jwk_set: Any) -> list[SigningKey]:
         raise ValueError("a JWK set has a list of keys")
     found = []
     for jwk in jwk_set["keys"]:
-        if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig":
+        if not isinstance(jwk, dict) or jwk.get("use") not in (None, "sig"):
             continue
         try:
             key = jwt.PyJWK(jwk)
