@@ -125,9 +125,10 @@ class String(_Sized, frozen=True, kw_only=True):
         min_length: Least number of code points.
         max_length: Greatest number of code points.
         pattern: A regular expression of Python's `re` that the whole string must match.
-            A string over 1,000 code points does not match any. Patterns are the
-            application's own and are not searched for traps: one whose repetitions
-            nest, as in `(a+)+`, may take for ever on a hostile string; write
+            A string over 1,000 code points does not match any. A pattern is code of
+            the application's: the server runs it while nobody else's operations are
+            applied, and does not search it for traps. One whose repetitions nest, as
+            in `(a+)+`, can take for ever on a hostile string of 40 characters; write
             `(?>a+)+`, or `a+`.
     """
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -393,6 +393,18 @@ def constraint_from_message(message: constraint_pb2.Constraint) -> Constraint:
     # Before anything is decoded: one byte can become an object of a hundred. Of the depth protobuf takes care.
     _check_size(message.ByteSize())
     return _from_message(message)
+
+
+def comparisons(constraint: Constraint) -> Iterator[Comparison]:
+    """Iterate over the comparisons that a constraint is made of."""
+    match constraint:
+        case Comparison():
+            yield constraint
+        case All(members) | Any_(members):
+            for member in members:
+                yield from comparisons(member)
+        case Not(member):
+            yield from comparisons(member)
 
 
 def required_values(constraint: Constraint) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -23,6 +23,8 @@ from tidelog._errors import InvalidSchema, InvalidValue, quoted
 from tidelog._limits import ENTITY_ATTRIBUTES_MAX
 from tidelog._patch import check_attribute_name
 from tidelog._values import check_name
+
+_T = TypeVar("_T")
 
 
 class EntityReference(NamedTuple):
@@ -79,6 +81,8 @@ class Entity:
         unique: Iterable[str | Iterable[str]] = (),
         indexes: Iterable[str] = (),
     ) -> None:
+        if not isinstance(attributes, Mapping):
+            raise InvalidSchema(f"{name}: attributes are declared by name, as in a dict, got {quoted(attributes)}")
         try:
             check_name(name, "an entity name")
             for attribute in attributes:
@@ -95,8 +99,11 @@ class Entity:
                 )
         self.name = name
         self.attributes = MappingProxyType(dict(attributes))
-        self.unique = tuple((one,) if isinstance(one, str) else tuple(one) for one in unique)
-        self.indexes = tuple(indexes)
+        self.unique = tuple(
+            (one,) if isinstance(one, str) else _listed(f"{name}: a unique set", one)
+            for one in _listed(f"{name}: the unique sets", unique)
+        )
+        self.indexes = _listed(f"{name}: the indexes", indexes)
         self.references = tuple(
             EntityReference(attribute, one.target, one.many, one.on_delete, one.required)
             for attribute, one in self.attributes.items()
@@ -113,18 +120,18 @@ class Entity:
     def __repr__(self) -> str:
         return f"<Entity {self.name}: {', '.join(self.attributes)}>"
 
-    def _check_names(self, what: str, names: tuple[str, ...], *, not_looked_up: tuple[type[Attribute], ...]) -> None:
-        if len(set(names)) < len(names):
-            raise InvalidSchema(f"{self.name}: {what} names an attribute twice: {', '.join(names)}")
+    def _check_names(self, what: str, names: tuple[Any, ...], *, not_looked_up: tuple[type[Attribute], ...]) -> None:
         for name in names:
-            declared = self.attributes.get(name)
+            declared = self.attributes.get(name) if isinstance(name, str) else None
             if declared is None:
-                raise InvalidSchema(f"{self.name}: {what} names {name!r}, which is none of the attributes")
+                raise InvalidSchema(f"{self.name}: {what} names {quoted(name)}, which is none of the attributes")
             if isinstance(declared, not_looked_up) or (isinstance(declared, Reference) and declared.many):
                 raise InvalidSchema(
                     f"{self.name}: {what} names {name!r}, but nothing is looked up by a value that is "
                     f"{declared.value_check().phrase}"
                 )
+        if len(set(names)) < len(names):
+            raise InvalidSchema(f"{self.name}: {what} names an attribute twice: {', '.join(names)}")
 
 
 class Rename(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -172,6 +179,13 @@ class Rename(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     def __str__(self) -> str:
         what = self.entity if self.attribute is None else f"{self.entity}.{self.attribute}"
         return f"the rename of {what} to {self.to} in version {self.version}"
+
+
+def _listed(what: str, members: Iterable[_T]) -> tuple[_T, ...]:
+    """Return members as a tuple. A string is iterable too, but never meant as one. Raises InvalidSchema."""
+    if isinstance(members, str) or not isinstance(members, Iterable):
+        raise InvalidSchema(f"{what} must be a list, got {quoted(members)}")
+    return tuple(members)
 
 
 # Types whose values are not looked up as a whole.

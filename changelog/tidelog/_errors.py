@@ -24,7 +24,7 @@ What tidelog raises.
     - TokenUnavailable           the program's token provider failed
     - Unauthenticated            the server does not accept the credentials
     - PermissionRefused          the server does not let this principal do that
-    - DownloadRefused            the replica asks for objects by what it may not ask for
+    - DownloadRefused            the replica asks for objects by what the schema does not have
     - ProtocolUnsupported        client and server speak different versions
     - ProtocolViolated           the other side sent what the protocol does not allow
     - ReplicaForked              the server knows another log under this replica's id
@@ -241,8 +241,8 @@ class DownloadRefused(SynchronizationError):
     """
     The server does not take a constraint on what the replica wants to download.
 
-    It uses an attribute that may not be read, or does not fit the schema: open the
-    replica with another one.
+    It does not fit the server's schema: open the replica with another one. What is
+    pending can still be uploaded, by the other modes.
     """
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from tidelog._constraints import All, Any_, Comparison, Constraint, Not
+from tidelog._constraints import Constraint, comparisons
 from tidelog._entity import Entity, EntityReference, Rename
 from tidelog._errors import InvalidConstraint, InvalidSchema, ValidationFailed, quoted
 from tidelog._limits import SCHEMA_ENTITIES_MAX, SCHEMA_RENAMES_MAX
@@ -72,7 +72,7 @@ class Schema:
         self.version = version
         self.open = open
         self.entities: Mapping[str, Entity] = MappingProxyType(_by_name(entities))
-        self.renames = tuple(renames)
+        self.renames = _renames(renames)
         if len(self.renames) > SCHEMA_RENAMES_MAX:
             raise InvalidSchema(f"a schema of {len(self.renames)} renames: the limit is {SCHEMA_RENAMES_MAX}")
         self._references = {name: entity.references for name, entity in self.entities.items() if entity.references}
@@ -208,15 +208,9 @@ class Schema:
             if self.open:
                 return
             raise InvalidConstraint(f"the schema has no entity {entity!r}")
-        parts = [constraint]
-        while parts:
-            match parts.pop():
-                case Comparison() as comparison:
-                    rules.check_comparison(comparison)
-                case All(members) | Any_(members):
-                    parts += members
-                case Not(member):
-                    parts.append(member)
+        if constraint is not None:
+            for comparison in comparisons(constraint):
+                rules.check_comparison(comparison)
 
     def upcast(self, entity: str, patch: Patch, schema_version: int, id: str = "") -> tuple[str, Patch]:  # noqa: A002
         """
@@ -339,7 +333,19 @@ class Schema:
         return SchemaParts(list(self.entities.values()), self.version, list(self.renames), self.open)
 
 
+def _renames(renames: Iterable[Rename]) -> tuple[Rename, ...]:
+    if not isinstance(renames, Iterable):
+        raise InvalidSchema(f"renames are a list, got {quoted(renames)}")
+    found = tuple(renames)
+    for rename in found:
+        if not isinstance(rename, Rename):
+            raise InvalidSchema(f"{quoted(rename)} is among the renames, but is no Rename")
+    return found
+
+
 def _by_name(entities: Iterable[Entity]) -> dict[str, Entity]:
+    if not isinstance(entities, Iterable):
+        raise InvalidSchema(f"the entities of a schema are a list, got {quoted(entities)}")
     found: dict[str, Entity] = {}
     for entity in entities:
         if not isinstance(entity, Entity):

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
-from tidelog._constraints import Constraint, Where, constraint_of
+from tidelog._constraints import Comparison, Constraint, Where, comparisons, constraint_of
 from tidelog._downloads import Download, DownloadMode, DownloadWish, download_of
-from tidelog._errors import InvalidConstraint, InvalidRule, InvalidValue
+from tidelog._errors import InvalidConstraint, InvalidRule, InvalidSchema, InvalidValue, quoted
 from tidelog._patch import check_attribute_name
 from tidelog._schema import Schema
-from tidelog._values import check_name
+from tidelog._values import check_id, check_name
 from tidelog_server._access import EVERYTHING, AccessRule, Rights
 from tidelog_server._indexes import indexed_entities
 from tidelog_server._principal import Principal
@@ -174,6 +174,10 @@ class Application:
         hook_seconds_max: How long the hooks on one operation may take. What goes on longer
             is ended and recorded as `HOOK_ERROR`; code that waits outside of Python is
             ended when it comes back.
+
+    Raises:
+        InvalidSchema: *schema* is none.
+        InvalidRule: *operators* is no list of roles, or hooks get no time.
     """
 
     def __init__(
@@ -183,8 +187,10 @@ class Application:
         operators: Iterable[str] = (),
         hook_seconds_max: float = HOOK_SECONDS_MAX_DEFAULT,
     ) -> None:
-        if not hook_seconds_max > 0:
-            raise InvalidRule(f"hooks may take {hook_seconds_max!r} seconds: expected more than 0")
+        if schema is not None and not isinstance(schema, Schema):
+            raise InvalidSchema(f"the schema of an application is a Schema, got {quoted(schema)}: see Schema.load")
+        if not isinstance(hook_seconds_max, int | float) or not hook_seconds_max > 0:
+            raise InvalidRule(f"hooks may take {quoted(hook_seconds_max)} seconds: expected a number above 0")
         self.hook_seconds_max = hook_seconds_max
         self.schema = schema if schema is not None else Schema(open=True)
         self.has_schema = schema is not None
@@ -192,12 +198,10 @@ class Application:
         self.access_rules: list[AccessRule] = []
         self.synchronization: dict[str, EntitySynchronization] = {}
         self.conflict_policies: dict[str, Merge | Literal["reject_stale"]] = {}
-        self._operators = frozenset(operators)
+        self._operators = _operator_roles(operators)
         self._hooks: dict[tuple[str, str], list[Hook]] = {}
         self._migrations: dict[str, dict[int, Migration]] = {}
         self._user_lookup: Callable[[str, str], Principal | None] | None = None
-        if isinstance(operators, str):
-            raise InvalidRule(f"operators are a list of roles, got {operators!r}")
 
     def allow(
         self,
@@ -226,11 +230,13 @@ class Application:
             check: What objects must be after they were written. None: what *where* says.
 
         Raises:
-            InvalidRule: It names what the schema does not have, or compares with a value of another type.
+            InvalidRule: It names what the schema does not have, compares with a value of another type, or is
+                made of something else than it should be. For every entity: none of them has what it names.
         """
-        if not role:
-            raise InvalidRule("a role has a name; '*' is everybody")
-        what = f"the access rule of {role!r} on {entity!r}"
+        what = f"the access rule of {quoted(role)} on {quoted(entity)}"
+        _check_role(role, what)
+        _check_flag("create", create, what)
+        _check_flag("delete", delete, what)
         if entity != EVERYTHING:
             self._check_entity(entity, what)
         self.access_rules.append(
@@ -265,17 +271,17 @@ class Application:
                 the mode is `never`: for replicas that worked with what was allowed before.
 
         Raises:
-            InvalidRule: It names what the schema does not have, or a date without a time zone.
+            InvalidRule: It names what the schema does not have, a date without a time zone, or no date.
         """
-        what = f"the synchronization of {entity!r}"
+        what = f"the synchronization of {quoted(entity)}"
         self._check_entity(entity, what)
         try:
             offer = download_of(download)
         except (InvalidValue, InvalidConstraint) as error:
             raise InvalidRule(f"{what}: {error}") from error
         self._constraint(entity, offer.where, what)
-        if uploads_until is not None and uploads_until.utcoffset() is None:
-            raise InvalidRule(f"{what}: {uploads_until} has no time zone")
+        _check_flag("uploads", uploads, what)
+        _check_date("uploads_until", uploads_until, what)
         self.synchronization[entity] = EntitySynchronization(offer, uploads, uploads_until)
 
     def on_conflict(self, entity: str, policy: Merge | Literal["reject_stale"]) -> None:
@@ -294,9 +300,10 @@ class Application:
         Raises:
             InvalidRule: The schema has no such entity, or it is no policy.
         """
-        self._check_entity(entity, f"the conflict policy of {entity!r}")
-        if policy != "reject_stale" and not callable(policy):
-            raise InvalidRule(f"a conflict policy is 'reject_stale' or a function, got {policy!r}")
+        what = f"the conflict policy of {quoted(entity)}"
+        self._check_entity(entity, what)
+        if policy != "reject_stale":
+            _check_function(policy, what, ("base", "theirs", "mine"), other="'reject_stale' or ")
         self.conflict_policies[entity] = policy
 
     def migration(self, entity: str, *, version: int) -> Callable[[_M], _M]:
@@ -314,15 +321,16 @@ class Application:
             version: The version of the schema that it leads to.
 
         Raises:
-            InvalidRule: The schema has no such entity, or its version is older, or there is one already.
+            InvalidRule: The schema has no such entity, or its version is older, or there is one already, or
+                it is no such function.
         """
-        what = f"the migration of {entity!r} to version {version!r}"
+        what = f"the migration of {quoted(entity)} to version {quoted(version)}"
         self._check_entity(entity, what)
         if type(version) is not int or not 1 <= version <= self.schema.version:
             raise InvalidRule(f"{what}: the schema has version {self.schema.version}")
 
         def register(function: _M) -> _M:
-            _check_function(function, "a migration")
+            _check_function(function, what, ("attributes",))
             if self._migrations.setdefault(entity, {}).setdefault(version, function) is not function:
                 raise InvalidRule(f"{what} stands twice")
             return function
@@ -339,7 +347,11 @@ class Application:
 
         A retried operation is judged by the present rights of its author; without the
         function, or where it returns None, by those of the operator who retries it.
+
+        Raises:
+            InvalidRule: It is no such function.
         """
+        _check_function(lookup, "the lookup of users", ("tenant", "user_id"))
         self._user_lookup = lookup
         return lookup
 
@@ -387,10 +399,11 @@ class Application:
         return self._hooks.get((moment, entity), _NO_HOOKS)
 
     def _registrar(self, moment: str, entity: str) -> Callable[[_H], _H]:
-        self._check_entity(entity, f"a hook on {entity!r}")
+        what = f"a {moment} hook of {quoted(entity)}"
+        self._check_entity(entity, what)
 
         def register(hook: _H) -> _H:
-            _check_function(hook, "a hook")
+            _check_function(hook, what, ("object", "context"))
             self._hooks.setdefault((moment, entity), []).append(hook)
             return hook
 
@@ -405,34 +418,107 @@ class Application:
             raise InvalidRule(f"{what}: the schema has no entity {entity!r}")
 
     def _attribute_names(self, entity: str, names: Iterable[str], what: str) -> frozenset[str] | None:
-        if names == EVERYTHING:
+        if isinstance(names, str) and names == EVERYTHING:
             return None
-        if isinstance(names, str):
-            raise InvalidRule(f"{what}: attributes are a list of names or '*', got {names!r}")
-        found = frozenset(names)
-        declared = self.schema.entity(entity)
-        for name in sorted(found):
+        found = _listed(names, f"{what}: attributes are a list of names or '*'")
+        for name in found:
             try:
                 check_attribute_name(name)
             except InvalidValue as error:
                 raise InvalidRule(f"{what}: {error}") from error
-            if not self.schema.open and declared is not None and name not in declared.attributes:
-                raise InvalidRule(f"{what}: {entity} has no attribute {name!r}")
-        return found
+            if not self._has_attribute(entity, name):
+                owner = "no entity has an" if entity == EVERYTHING else f"{entity} has no"
+                raise InvalidRule(f"{what}: {owner} attribute {name!r}")
+        return frozenset(found)
+
+    def _has_attribute(self, entity: str, name: str) -> bool:
+        """Tell whether objects of an entity, or of any, may have an attribute."""
+        if self.schema.open:
+            return True
+        about = self.schema.entities.values() if entity == EVERYTHING else (self.schema.entities[entity],)
+        return any(name in one.attributes for one in about)
 
     def _constraint(self, entity: str, where: Where, what: str) -> Constraint | None:
         try:
             constraint = constraint_of(where)
-            if constraint is not None and entity != EVERYTHING:
-                self.schema.check_constraint(entity, constraint)
+            if constraint is not None:
+                self._check_constraint(entity, constraint)
         except InvalidConstraint as error:
             raise InvalidRule(f"{what}: {error}") from error
         return constraint
 
+    def _check_constraint(self, entity: str, constraint: Constraint) -> None:
+        if entity != EVERYTHING:
+            self.schema.check_constraint(entity, constraint)
+        elif not self.schema.open:
+            for comparison in comparisons(constraint):
+                self._check_for_any(comparison)
 
-def _check_function(function: Callable[..., object], what: str) -> None:
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        raise InvalidRule(f"{what} is a plain function, which {function.__qualname__} is not")
+    def _check_for_any(self, comparison: Comparison) -> None:
+        """Raise InvalidConstraint unless a comparison makes sense for any entity."""
+        misfit = InvalidConstraint(f"no entity has an attribute {comparison.attribute!r}")
+        for name, declared in self.schema.entities.items():
+            if comparison.attribute in declared.attributes:
+                try:
+                    self.schema.check_constraint(name, comparison)
+                except InvalidConstraint as error:
+                    misfit = error
+                else:
+                    return
+        raise misfit
+
+
+def _check_role(role: object, what: str) -> None:
+    try:
+        check_id(role, "a role")  # type: ignore[arg-type]  # that is the question
+    except InvalidValue as error:
+        raise InvalidRule(f"{what}: {error}; '*' is everybody") from error
+
+
+def _check_flag(name: str, flag: object, what: str) -> None:
+    # Not what is true in Python: the text "no" is.
+    if type(flag) is not bool:
+        raise InvalidRule(f"{what}: {name} is {quoted(flag)}, but must be True or False")
+
+
+def _check_date(name: str, date: object, what: str) -> None:
+    if date is not None and not (isinstance(date, datetime) and date.utcoffset() is not None):
+        raise InvalidRule(f"{what}: {name} is {quoted(date)}, but must be a datetime with a time zone")
+
+
+def _operator_roles(operators: Iterable[str]) -> frozenset[str]:
+    roles = _listed(operators, "operators are a list of roles")
+    for role in roles:
+        _check_role(role, "the operators")
+        if role == EVERYTHING:
+            raise InvalidRule("operators are named by their roles, and '*' is none")
+    return frozenset(roles)
+
+
+def _listed(members: Iterable[str], expected: str) -> list[str]:
+    """Return names as a list. A string is iterable too, but never meant as one."""
+    if isinstance(members, str) or not isinstance(members, Iterable):
+        raise InvalidRule(f"{expected}, got {quoted(members)}")
+    return list(members)
+
+
+def _check_function(function: object, what: str, parameters: tuple[str, ...], *, other: str = "") -> None:
+    """Raise InvalidRule unless a function can be called, at once and with so many arguments."""
+    expected = f"{what} is {other}a plain function of ({', '.join(parameters)})"
+    if not callable(function):
+        raise InvalidRule(f"{expected}, got {quoted(function)}")
+    name = getattr(function, "__qualname__", quoted(function))
+    for one in (function, function.__call__):
+        if inspect.iscoroutinefunction(one) or inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one):
+            raise InvalidRule(f"{expected}, which {name} is not: it returns before it has run")
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except Exception:  # noqa: BLE001 - one written in C may have none, and annotations may lead anywhere
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError as error:
+        raise InvalidRule(f"{expected}, but {name} takes {signature}") from error
 
 
 _EVERYTHING_SYNCHRONIZED = EntitySynchronization()

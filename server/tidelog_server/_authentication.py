@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -136,8 +137,8 @@ class StaticTokens:
         except OSError as error:
             raise InvalidValue(f"{path} should hold tokens: {error.strerror}") from error
         except (ValueError, msgspec.MsgspecError) as error:
-            # What it says names places, not values.
-            raise InvalidValue(f"{path} does not hold tokens as it should: {error}") from error
+            # Without its cause, which may quote a name of the file's: some write tokens where names belong.
+            raise InvalidValue(f"{path} does not hold tokens as it should: {_complaint(error)}") from None
         tokens: dict[str, Principal] = {}
         for number, entry in enumerate(entries, start=1):
             try:
@@ -215,6 +216,17 @@ class _TokenEntry(msgspec.Struct, forbid_unknown_fields=True):
 
 class _TokensFile(msgspec.Struct, forbid_unknown_fields=True):
     tokens: list[_TokenEntry]
+
+
+def _complaint(error: Exception) -> str:
+    """Return what a library says of a file, and where, without the names that it quotes."""
+    text = str(error)
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return f"it is no TOML{text[text.rfind(' (') :]}"
+    if isinstance(error, msgspec.ValidationError) and "unknown field" in text:
+        entry = re.search(r" - at `\$\.tokens\[\d+\]`$", text)
+        return f"there is an unknown field{entry[0] if entry else ''}"
+    return text
 
 
 _NAMES: Final = (x509.DNSName, x509.RFC822Name, x509.UniformResourceIdentifier, x509.IPAddress)

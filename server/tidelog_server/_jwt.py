@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 import jwt
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from tidelog._address import is_loopback
 from tidelog._errors import InvalidValue
@@ -138,6 +140,23 @@ class JwtAuthenticator:
         return frozenset(roles)
 
 
+# A bare key is used with the algorithm of the token, the other one with its own.
+_Key: TypeAlias = jwt.PyJWK | RSAPublicKey
+
+
+class SigningKey(NamedTuple):
+    """
+    A public key that others sign with.
+
+    Attributes:
+        key_id: How tokens call it; None: not at all.
+        key: The key.
+    """
+
+    key_id: str | None
+    key: _Key
+
+
 class KeySet:
     """
     Public keys that somebody else publishes, read again as they change.
@@ -147,23 +166,23 @@ class KeySet:
 
     Args:
         name: What messages call the keys.
-        read: Reads them.
+        read: Reads them: a JWK set as JSON has it.
         fresh_seconds: For how long they need not be read again.
         pause_seconds: The least time between two readings.
     """
 
     def __init__(
-        self, name: str, read: Callable[[], jwt.PyJWKSet], *, fresh_seconds: float, pause_seconds: float = 0.0
+        self, name: str, read: Callable[[], Any], *, fresh_seconds: float, pause_seconds: float = 0.0
     ) -> None:
         self._name = name
         self._read = read
         self._fresh_seconds = fresh_seconds
         self._pause_seconds = pause_seconds
         self._lock = threading.Lock()
-        self._keys: list[jwt.PyJWK] = []
+        self._keys: list[SigningKey] = []
         self._read_at = self._tried_at = float("-inf")
 
-    def find(self, key_id: str | None) -> jwt.PyJWK:
+    def find(self, key_id: str | None) -> SigningKey:
         """
         Return the key with an id. Where there is only one key, a token need not name it.
 
@@ -184,7 +203,7 @@ class KeySet:
             raise AuthenticationFailed("the token is signed with a key that is not known here")
         return found
 
-    def _match(self, key_id: str | None) -> jwt.PyJWK | None:
+    def _match(self, key_id: str | None) -> SigningKey | None:
         if key_id is None:
             return self._keys[0] if len(self._keys) == 1 else None
         return next((key for key in self._keys if key.key_id == key_id), None)
@@ -195,7 +214,7 @@ class KeySet:
             return
         self._tried_at = now
         try:
-            self._keys = [key for key in self._read().keys if key.public_key_use in ("sig", None)]
+            self._keys = _signing_keys(self._read())
             self._read_at = now
         except Exception as error:  # noqa: BLE001 - a network, a file, or what is in it
             _log.warning("the keys cannot be read", source=self._name, error=type(error).__name__)
@@ -205,7 +224,7 @@ class KeySet:
 
 def _key_finder(
     key: str | bytes | None, jwks: str | Path | None, algorithms: list[str]
-) -> Callable[[str | None], jwt.PyJWK | str | bytes]:
+) -> Callable[[str | None], _Key | str | bytes]:
     """Return what finds the key for an id."""
     if key is not None and jwks is None:
         _check_key(key, algorithms)
@@ -214,7 +233,8 @@ def _key_finder(
     if jwks is not None and key is None:
         if not _KEY_PAIR_ALGORITHMS.issuperset(algorithms):
             raise InvalidValue(f"a JWK set holds public keys: {algorithms[0]} needs a secret key")
-        return _key_set(jwks).find
+        keys = _key_set(jwks)
+        return lambda key_id: keys.find(key_id).key
     raise InvalidValue("tokens are checked with a key or with a JWK set: give one of them")
 
 
@@ -225,19 +245,39 @@ def _key_set(source: str | Path) -> KeySet:
         if source.lower().startswith("http://") and not is_loopback(host):
             _log.warning("keys are read without TLS: whoever is on the way can replace them", host=host)
         client = jwt.PyJWKClient(source, cache_jwk_set=False, timeout=URL_TIMEOUT_SECONDS)
-        return KeySet(host, client.get_jwk_set, fresh_seconds=URL_KEYS_FRESH_SECONDS, pause_seconds=URL_PAUSE_SECONDS)
+        return KeySet(host, client.fetch_data, fresh_seconds=URL_KEYS_FRESH_SECONDS, pause_seconds=URL_PAUSE_SECONDS)
     path = Path(source)
 
-    def read() -> jwt.PyJWKSet:
-        return jwt.PyJWKSet.from_json(path.read_text(encoding="utf-8"))
+    def read() -> Any:
+        return json.loads(path.read_text(encoding="utf-8"))
 
     try:
-        read()
+        keys = _signing_keys(read())
     except OSError as error:
         raise InvalidValue(f"{path} should hold a JWK set: {error.strerror}") from error
-    except (ValueError, AttributeError, jwt.PyJWTError) as error:
-        raise InvalidValue(f"{path} holds no JWK set with public keys") from error
+    except ValueError as error:
+        raise InvalidValue(f"{path} holds no JWK set") from error
+    if not keys:
+        raise InvalidValue(f"{path} holds no JWK set with public keys for signatures")
     return KeySet(str(path), read, fresh_seconds=FILE_KEYS_FRESH_SECONDS)
+
+
+def _signing_keys(jwk_set: Any) -> list[SigningKey]:
+    """Return the keys of a JWK set that check signatures; what is no such key is passed over. Raises ValueError."""
+    if not isinstance(jwk_set, dict) or not isinstance(jwk_set.get("keys"), list):
+        raise ValueError("a JWK set has a list of keys")
+    found = []
+    for jwk in jwk_set["keys"]:
+        if not isinstance(jwk, dict) or jwk.get("use") not in (None, "sig"):
+            continue
+        try:
+            key = jwt.PyJWK(jwk)
+        except jwt.PyJWTError:
+            continue
+        # A key need not say its algorithm. Those of other types follow from the key, an RSA key serves several.
+        is_any_rsa = key.key_type == "RSA" and not jwk.get("alg")
+        found.append(SigningKey(key.key_id, key.key if is_any_rsa else key))
+    return found
 
 
 def _checked_algorithms(algorithms: list[str]) -> list[str]:

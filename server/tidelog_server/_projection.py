@@ -4,7 +4,9 @@ Projection: the part of a tenant that a principal may see and that its replica a
 Entity by entity three things come together: what the access rules let the principal
 read, how much the application offers to replicas, and how much the replica wants.
 The offer is a ceiling, the wish narrows it. A wish is decided on what may be read of
-an object, so it cannot be used to find out the rest.
+an object, so it cannot be used to find out the rest; one that names what the principal
+may not read of any object matches nothing. That may be so from one day to the next,
+and who loses access must lose the objects, not the way to synchronize.
 
 What shaped the projection leaves a fingerprint in each cursor. An entity whose
 fingerprint has changed is reconciled: what the replica has of it was chosen otherwise.
@@ -150,13 +152,21 @@ class Projection:
         application: Says what may be read and what is offered.
         principal: Who reads.
         wishes: How much the replica wants, by entity; of others what is offered.
+        tolerant: Whether a wish that does not fit the schema is passed over instead of refused.
 
     Raises:
-        InvalidConstraint: A wish names what the principal may not read, or does not fit the schema.
+        InvalidConstraint: A wish does not fit the schema.
         InvalidValue: A wish is for what no entity can be called.
     """
 
-    def __init__(self, application: Application, principal: Principal, wishes: Mapping[str, Download]) -> None:
+    def __init__(
+        self,
+        application: Application,
+        principal: Principal,
+        wishes: Mapping[str, Download],
+        *,
+        tolerant: bool = False,
+    ) -> None:
         self.principal = principal
         self._application = application
         self._rights = application.rights(principal)
@@ -164,8 +174,19 @@ class Projection:
         self._wishes: dict[str, Download] = {}
         for entity, wish in wishes.items():
             check_name(entity, "an entity name")
-            where = _checked(application.schema, self._rights, entity, wish.where)
-            self._wishes[entity] = Download(wish.mode, where)
+            self._wishes[entity] = wish if wish.where is None else self._usable(entity, wish.where, tolerant=tolerant)
+
+    def _usable(self, entity: str, where: Constraint, *, tolerant: bool) -> Download:
+        """Return the wish for what matches a constraint, as far as it means anything. Raises InvalidConstraint."""
+        try:
+            self._application.schema.check_constraint(entity, where)
+        except InvalidConstraint:
+            if not tolerant:
+                raise
+            return _EVERYTHING
+        if _hidden(self._rights.entity(entity), where):
+            return Download(DownloadMode.WHERE, NEVER)
+        return Download(DownloadMode.WHERE, _bound(where, self.principal))
 
     def entity(self, name: str) -> EntityProjection:
         """Return what the replica has of an entity."""
@@ -217,19 +238,19 @@ def matching(schema: Schema, rights: Rights, entity: str, where: Constraint | No
     Raises:
         InvalidConstraint: It names what the principal may not read, or does not fit the schema.
     """
-    return Sight(rights.entity(entity), wished=_checked(schema, rights, entity, where))
-
-
-def _checked(schema: Schema, rights: Rights, entity: str, where: Constraint | None) -> Constraint | None:
-    """Return a constraint that came from outside, with the principal's claims in place. Raises InvalidConstraint."""
+    readable = rights.entity(entity)
     if where is None:
-        return None
-    names = rights.entity(entity).readable_names()
-    hidden = sorted(where.attributes() - names) if names is not None else []
-    if hidden:
+        return Sight(readable)
+    if hidden := _hidden(readable, where):
         raise InvalidConstraint(f"the constraint on {entity} uses {hidden[0]!r}, which may not be read")
     schema.check_constraint(entity, where)
-    return _bound(where, rights.principal)
+    return Sight(readable, wished=_bound(where, rights.principal))
+
+
+def _hidden(rights: EntityRights, where: Constraint) -> list[str]:
+    """Return the attributes in a constraint that the principal may not read of any object."""
+    names = rights.readable_names()
+    return [] if names is None else sorted(where.attributes() - names)
 
 
 def _bound(where: Constraint, principal: Principal) -> Constraint:

@@ -181,7 +181,13 @@ class Session:
         check_binding(start, principal)
         self._upload: Upload | None = None
         self._selection: list[ObjectKey] = []
-        self._projection = Projection(application, principal, wishes_of(start.downloads))
+        # A wish that makes no sense is an error of who downloads; it must not keep anybody's work from being uploaded.
+        self._projection = Projection(
+            application,
+            principal,
+            wishes_of(start.downloads),
+            tolerant=self.mode != sync_pb2.SYNCHRONIZE_MODE_ALL,
+        )
         self._start = Start()
         self._download = Download(store, self._projection, replica=self._replica, confirms=start.accepts_confirmations)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.builders import REPLICA_B, World, contents, create, delete, quick_folder, update
 
-from tidelog import DownloadMode, DownloadRefused, attribute
+from tidelog import DownloadMode, DownloadRefused, Entity, Integer, Schema, attribute
 from tidelog_client import Replica, SkipReason
 from tidelog_server import Application
 
@@ -82,13 +82,47 @@ class TestWishes:
         assert ids(a) == ["t10", "t8", "t9"]
         assert world.lab.attributes("mine") == {"n": 0}
 
-    def test_a_constraint_that_does_not_fit(self, world: World, application: Application) -> None:
-        """A constraint over what may not be read is a typed error."""
-        application.allow("*", "Task", read=["title"])
+    def test_losing_what_a_wish_names(self, world: World, application: Application) -> None:
+        """Who may not read any more what its wish names loses the objects, keeps its edits, and goes on."""
+        application.allow("*", "*", create=True, write="*")
         a = world.replica(download={"Task": attribute("n") > 7})
+        a.synchronize_all()
+        a.update("Task", "t9", {"n": 90})
+        a.create("Note", {"text": "first"}, "n1")
+        application.access_rules.clear()
+        application.allow("*", "Task", read=["title"], write=["title"])
+        application.allow("*", "Note", create=True, write="*")
 
-        with pytest.raises(DownloadRefused, match="'n', which may not be read"):
-            a.synchronize_all(timeout=10)
+        report = a.synchronize_unsynchronized()
+
+        assert (report.applied, [failure.attributes for failure in report.failures]) == (1, [{"n": 90}])
+        a.create("Note", {"text": "second"}, "n2")
+        assert a.synchronize_selected([("Note", "n2")]).applied == 1
+        report = a.synchronize_all()
+        assert (ids(a), report.removed) == ([], 3)
+        assert ids(a, "Note") == ["n1", "n2"]
+        a.close()
+
+        application.allow("*", "Task")
+        a = world.replica(download={"Task": attribute("n") > 7})
+        a.synchronize_all()
+        assert ids(a) == ["t10", "t8", "t9"]
+
+    def test_a_constraint_that_does_not_fit(self) -> None:
+        """A constraint that does not fit the schema stops the download with a typed error, and no upload."""
+        application = Application(schema=Schema([Entity("Task", {"n": Integer()})]))
+        with quick_folder() as folder, World(folder, application) as world:
+            a = world.replica(download={"Task": attribute("n") == "seven"})
+            a.create("Task", {"n": 1}, "mine")
+            a.create("Task", {"n": 2}, "sent")
+
+            with pytest.raises(DownloadRefused, match="which is never compared with 'seven'"):
+                a.synchronize_all(timeout=10)
+
+            assert a.synchronize_selected([("Task", "sent")]).applied == 1
+            assert a.synchronize_unsynchronized().applied == 1
+            assert ids(a) == ["mine", "sent"]
+            assert world.lab.attributes("mine") == {"n": 1}
 
 
 class TestModes:

@@ -137,6 +137,9 @@ def test_a_download_without_a_session(world: World) -> None:
         "complete",
     ]
     request.downloads[0].where.CopyFrom((attribute("salary") == 1).to_message())
+    answers = stub.DownloadSnapshots(request, timeout=10)
+    assert [one.WhichOneof("message") for one in answers] == ["started", "complete"]
+    request.downloads[0].where.CopyFrom((attribute("wages") == 1).to_message())
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.DownloadSnapshots(request, timeout=10))
     assert reason_of(caught.value) == (grpc.StatusCode.INVALID_ARGUMENT, "CONSTRAINT_INVALID")

@@ -26,7 +26,6 @@ from tidelog import (
     DownloadMode,
     Entity,
     Integer,
-    InvalidConstraint,
     Schema,
     String,
     attribute,
@@ -38,7 +37,6 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal, _download
 from tidelog_server._indexes import Written, index_writes, rebuilt
-from tidelog_server._projection import Projection
 from tidelog_server._records import Writes
 from tidelog_server._session import Session
 from tidelog_server._store import Reader
@@ -100,17 +98,6 @@ class Rules:
             application.synchronize(entity, offer)
         return application
 
-    def without_refused_wishes(self) -> Rules:
-        """Return the rules with those wishes that a server takes."""
-        taken = {}
-        for entity, wish in self.wishes.items():
-            try:
-                Projection(self.application(), self.principal, {entity: wish})
-                taken[entity] = wish
-            except InvalidConstraint:
-                pass
-        return Rules(self.granted, self.offers, taken, self.roles, self.me, self.indexes)
-
     def mode(self, entity: str) -> DownloadMode:
         """Return how much of an entity is downloaded."""
         modes = [one[entity].mode for one in (self.offers, self.wishes) if entity in one]
@@ -142,13 +129,29 @@ class Rules:
         if offer is not None and offer.where is not None and not self._matches(offer.where, attributes):
             return None
         seen = self.readable(entity, attributes)
-        if seen is None or (wish is not None and wish.where is not None and not self._matches(wish.where, seen)):
-            return None
-        return seen
+        if seen is None or wish is None or wish.where is None:
+            return seen
+        return seen if self._may_name(entity, wish.where) and self._matches(wish.where, seen) else None
+
+    def _may_name(self, entity: str, where: Constraint) -> bool:
+        """Tell whether each attribute in a constraint may be read of some object."""
+        if not self.granted:
+            return True
+        readable = [
+            where.attributes() if one.read is None else one.read
+            for one in self.granted
+            if (one.role == "*" or one.role in self.roles)
+            and one.entity in ("*", entity)
+            and (one.where is None or not (one.where.claims() - self._claims().keys()))
+        ]
+        return where.attributes() <= frozenset().union(*readable)
 
     def _matches(self, where: Constraint, attributes: Attributes) -> bool:
-        claims = {"user_id": "ann", **({} if self.me is None else {"me": self.me})}
+        claims = self._claims()
         return not (where.claims() - claims.keys()) and where.bind(claims).matches(attributes)
+
+    def _claims(self) -> dict[str, Any]:
+        return {"user_id": "ann", **({} if self.me is None else {"me": self.me})}
 
 
 class ReplicaModel:
@@ -243,14 +246,14 @@ class World:
 
     def change_rules(self, rules: Rules) -> None:
         """The application is started with other rules, the principal has other roles, the replica other wishes."""
-        self.rules = rules.without_refused_wishes()
+        self.rules = rules
         self.application = rules.application()
 
     def change_wish(self, wish: Download, entity: str) -> None:
         """The replica wants another part of one entity."""
         now = self.rules
         wishes = {**now.wishes, entity: wish}
-        self.rules = Rules(now.granted, now.offers, wishes, now.roles, now.me, now.indexes).without_refused_wishes()
+        self.rules = Rules(now.granted, now.offers, wishes, now.roles, now.me, now.indexes)
 
     def make_indexes_anew(self) -> None:
         """The server makes the indexes anew from what is there: they forget who left a value."""

@@ -503,12 +503,14 @@ class TestSession:
             desk.session(bound_user_id="bob")
 
     def test_a_wish_that_is_refused(self) -> None:
-        """A wish for what may not be read ends the session before it begins."""
-        application = Application()
-        application.allow("*", "Task", read=["n"])
+        """A wish that does not fit the schema ends a session of mode all before it begins, and no other."""
+        desk = Desk(Application(schema=INDEXED))
+        wish = attribute("who") == 1
 
-        with pytest.raises(InvalidConstraint, match="'salary', which may not be read"):
-            Desk(application).session(wishes={"Task": attribute("salary") > 1})
+        with pytest.raises(InvalidConstraint, match="'who' is a string"):
+            desk.session(wishes={"Task": wish})
+        for mode in (UNSYNCHRONIZED, SELECTED):
+            assert not desk.session(mode, wishes={"Task": wish}).open().result().entities
 
     @pytest.mark.parametrize("mode", [UNSYNCHRONIZED, SELECTED])
     def test_other_modes_reconcile_nothing(self, mode: sync_pb2.SynchronizeMode.ValueType) -> None:

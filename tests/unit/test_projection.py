@@ -155,21 +155,47 @@ class TestModes:
         assert seen(entity.readable.encoded(state_of(TASK))) == TASK
         assert entity.index_prefixes == ()
 
-    def test_wishes_for_what_may_not_be_read(self) -> None:
-        """A wish that names an attribute which may not be read, or does not fit the schema, is refused."""
+    @pytest.mark.parametrize(
+        "where", [attribute("n") == 1, ~(attribute("n") == 2), (attribute("kind") == "x") & ~(attribute("n") == 1)]
+    )
+    def test_wishes_for_what_may_not_be_read(self, where: Any) -> None:
+        """A wish that names what may not be read of any object matches nothing; an online read is refused."""
         application = Application(schema=SCHEMA)
         application.allow("worker", "Task", read=["kind"])
 
-        for where in (attribute("n") == 1, (attribute("kind") == "x") & ~(attribute("n") == 1)):
-            with pytest.raises(InvalidConstraint, match="the constraint on Task uses 'n', which may not be read"):
-                projected(application, Task=where)
-            with pytest.raises(InvalidConstraint):
-                matching(application.schema, application.rights(ANN), "Task", where)
-        closed = Application(schema=Schema(list(SCHEMA.entities.values())))
-        with pytest.raises(InvalidConstraint, match="Note has no attribute 'kind'"):
-            projected(closed, Note=attribute("kind") == "x")
+        entity = projected(application, Task=where).entity("Task")
+
+        assert entity.shown.encoded(state_of(TASK)) is None
+        assert (entity.mode, entity.index_prefixes) == (DownloadMode.WHERE, ())
+        assert seen(entity.readable.encoded(state_of(TASK))) == {"kind": "x"}
+        with pytest.raises(InvalidConstraint, match="the constraint on Task uses 'n', which may not be read"):
+            matching(application.schema, application.rights(ANN), "Task", where)
+
+    def test_what_may_not_be_read_any_more_is_another_projection(self) -> None:
+        """Losing what a wish names changes the entity's fingerprint, so that its objects are compared anew."""
+        before, after = Application(), Application()
+        before.allow("worker", "Task", read=["kind", "n"])
+        after.allow("worker", "Task", read=["kind"])
+        wish = attribute("n") == 1
+
+        scopes = [projected(application, Task=wish).scope.of("Task") for application in (before, after)]
+
+        assert scopes[0] != scopes[1]
+
+    def test_wishes_that_do_not_fit_the_schema(self) -> None:
+        """Such a wish is refused, also where nothing may be read, or passed over."""
+        application = Application(schema=Schema(list(SCHEMA.entities.values())))
+        application.allow("boss", "*")
+        wishes = downloads_of({"Note": ~(attribute("kind") == "x"), "Task": attribute("n") == "x"})
+
+        for entity, wish in wishes.items():
+            with pytest.raises(InvalidConstraint, match=r"has no attribute 'kind'|never compared with 'x'"):
+                Projection(application, ANN, {entity: wish})
+        boss = Principal("boss", roles=frozenset({"boss"}))
+        tolerant = Projection(application, boss, wishes, tolerant=True)
+        assert all(tolerant.entity(name).shown.is_whole for name in wishes)
         with pytest.raises(InvalidValue):
-            Projection(application, ANN, {"": Download()})
+            Projection(application, ANN, {"": Download()}, tolerant=True)
 
 
 class TestPlans:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Any
+import functools
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from typing import Any, ClassVar
 
 import pytest
 from tests.builders import (
@@ -24,6 +26,7 @@ from tidelog import (
     Enumeration,
     Integer,
     InvalidRule,
+    InvalidSchema,
     List,
     Patch,
     Reference,
@@ -504,10 +507,161 @@ class TestDeclarations:
         with pytest.raises(InvalidRule):
             declare(Application(schema=SHOP))
 
-    def test_a_single_role_is_no_list_of_operators(self) -> None:
-        """A string is a sequence of letters, but never meant as one."""
-        with pytest.raises(InvalidRule):
-            Application(operators="admin")
+    @pytest.mark.parametrize(
+        ("declare", "why"),
+        [
+            (lambda app: app.allow(5, "Order"), "the access rule of 5 on 'Order': a role"),
+            (lambda app: app.allow(["a", "b"], "Order"), "a role"),
+            (lambda app: app.allow("a\0b", "Order"), "a role"),
+            (lambda app: app.allow("a", None), "an entity name"),
+            (lambda app: app.allow("a", "Order", create="no"), "create is 'no', but must be True or False"),
+            (lambda app: app.allow("a", "Order", delete=1), "delete is 1, but must be True or False"),
+            (lambda app: app.allow("a", "Order", read=None), r"a list of names or '\*', got null"),
+            (lambda app: app.allow("a", "Order", write=True), r"a list of names or '\*', got True"),
+            (lambda app: app.allow("a", "Order", read=attribute("note")), "a list of names"),
+            (lambda app: app.allow("a", "Order", read=["note", 5]), "an attribute name"),
+            (lambda app: app.allow("a", "Order", read=[["note"]]), "an attribute name"),
+            (lambda app: app.allow("a", "Order", where=5), "where must be a constraint"),
+            (lambda app: app.allow("a", "Order", where={5: 1}), "an attribute name"),
+            (lambda app: app.allow("a", "*", read=["colour"]), r"on '\*': no entity has an attribute 'colour'"),
+            (lambda app: app.allow("a", "*", write=["note", "colour"]), "no entity has an attribute 'colour'"),
+            (lambda app: app.allow("a", "*", where={"colour": 1}), "no entity has an attribute 'colour'"),
+            (
+                lambda app: app.allow("a", "*", check=~attribute("colour").exists()),
+                "no entity has an attribute 'colour'",
+            ),
+            (lambda app: app.allow("a", "*", where={"count": "x"}), "'count' is an integer, which is never compared"),
+            (lambda app: app.synchronize("Order", uploads="no"), "uploads is 'no', but must be True or False"),
+            (lambda app: app.synchronize("Order", uploads_until="2026"), "uploads_until is '2026', but must be"),
+            (lambda app: app.synchronize("Order", uploads_until=date(2026, 1, 1)), "but must be a datetime with"),
+            (lambda app: app.synchronize("Order", None), "a download is a constraint or one of"),
+            (lambda app: app.before_commit(5), "an entity name"),
+        ],
+    )
+    def test_a_rule_made_of_something_else_is_refused_when_it_is_declared(self, declare: Any, why: str) -> None:
+        """What could never hold, or would hold for the wrong, is an InvalidRule that says what is wrong."""
+        application = Application(schema=SHOP)
+
+        with pytest.raises(InvalidRule, match=why):
+            declare(application)
+        assert not application.access_rules
+        assert not application.synchronization
+
+    def test_a_rule_for_every_entity_needs_one_that_it_fits(self) -> None:
+        """A rule on every entity may name what only some of them have; in an open schema, anything."""
+        application = Application(schema=SHOP)
+        some = (attribute("owner") == "x") | (attribute("number") == 1) | (attribute("order") == claim("order"))
+        application.allow("a", "*", read=["owner", "lines"], where=some)
+        open_ = Application(schema=Schema(SHOP.entities.values(), open=True))
+        open_.allow("a", "*", read=["colour"], where=attribute("colour") == 1)
+
+        assert len(application.access_rules) == len(open_.access_rules) == 1
+
+    @pytest.mark.parametrize(
+        ("operators", "why"),
+        [
+            ("admin", "a list of roles, got 'admin'"),
+            (None, "a list of roles, got null"),
+            ([5], "the operators: a role"),
+            ([""], "the operators: a role"),
+            ([["admin"]], "the operators: a role"),
+            (["*"], r"'\*' is none"),
+        ],
+    )
+    def test_operators_are_a_list_of_roles(self, operators: Any, why: str) -> None:
+        """What no principal can be is no operator; a string is a sequence of letters, but never meant as one."""
+        with pytest.raises(InvalidRule, match=why):
+            Application(operators=operators)
+
+    @pytest.mark.parametrize("schema", ["shop.toml", {}, [Entity("A", {})]])
+    def test_a_schema_is_a_schema(self, schema: Any) -> None:
+        """An application does not take for a schema what is none."""
+        with pytest.raises(InvalidSchema, match="the schema of an application is a Schema, got"):
+            Application(schema=schema)
+
+
+class _LaterCalled:
+    async def __call__(self, first: Any, second: Any) -> None:
+        """Return before anything has run."""
+
+
+async def _later(first: Any, second: Any) -> None:
+    """Return before anything has run."""
+
+
+def _yielding(first: Any, second: Any) -> Any:
+    yield first
+
+
+async def _yielding_later(first: Any, second: Any) -> Any:
+    yield first
+
+
+class TestFunctions:
+    TAKERS: ClassVar[dict[str, tuple[int, Callable[[Application, Any], object]]]] = {
+        "before_commit": (2, lambda app, function: app.before_commit("Order")(function)),
+        "after_commit": (2, lambda app, function: app.after_commit("Order")(function)),
+        "before_delete": (2, lambda app, function: app.before_delete("Order")(function)),
+        "after_delete": (2, lambda app, function: app.after_delete("Order")(function)),
+        "on_conflict": (3, lambda app, function: app.on_conflict("Order", function)),
+        "migration": (1, lambda app, function: app.migration("Order", version=2)(function)),
+        "users": (2, lambda app, function: app.users(function)),
+    }
+
+    @pytest.mark.parametrize("taker", TAKERS)
+    def test_take_the_right_number_of_arguments(self, taker: str) -> None:
+        """A function that could not be called, for want of a parameter or of an argument, is refused at once."""
+        count, register = self.TAKERS[taker]
+        functions: list[Callable[..., Any]] = [
+            lambda: None,
+            lambda a: a,
+            lambda a, b: (a, b),
+            lambda a, b, c: (a, b, c),
+            lambda a, b, c, d: (a, b, c, d),
+        ]
+
+        for number, function in enumerate(functions):
+            application = Application(schema=SHOP)
+            if number == count:
+                register(application, function)
+            else:
+                with pytest.raises(InvalidRule, match=r"a plain function of \(.*\), but .*<lambda> takes \("):
+                    register(application, function)
+        register(Application(schema=SHOP), lambda *arguments: arguments)
+        register(Application(schema=SHOP), lambda a, b=None, c=None, *, d=None: (a, b, c, d))
+        register(Application(schema=SHOP), functools.partial(functions[count + 1], "first"))
+
+    @pytest.mark.parametrize("taker", TAKERS)
+    @pytest.mark.parametrize(
+        "function", [_later, _LaterCalled(), _yielding, _yielding_later, functools.partial(_later)]
+    )
+    def test_run_when_they_are_called(self, taker: str, function: Any) -> None:
+        """A function that only returns something still to be run is refused at once."""
+        with pytest.raises(InvalidRule, match=r"a plain function of .*it returns before it has run"):
+            self.TAKERS[taker][1](Application(schema=SHOP), function)
+
+    @pytest.mark.parametrize("taker", TAKERS)
+    @pytest.mark.parametrize("function", [5, None, "reject", []])
+    def test_are_functions(self, taker: str, function: Any) -> None:
+        """What cannot be called is no function."""
+        with pytest.raises(InvalidRule, match="a plain function of"):
+            self.TAKERS[taker][1](Application(schema=SHOP), function)
+
+    def test_that_others_wrap_count_as_they_are(self) -> None:
+        """A decorator that adds an argument of its own does not deceive."""
+
+        def inner(found: HookObject, context: HookContext, database: object) -> None:
+            raise NotImplementedError
+
+        @functools.wraps(inner)
+        def with_database(found: HookObject, context: HookContext) -> None:
+            inner(found, context, None)
+
+        application = Application(schema=SHOP)
+        application.before_commit("Order")(with_database)
+
+        assert application.hooks("before_commit", "Order") == [with_database]
+        assert Application().migration("Order", version=1)(dict) is dict
 
 
 class TestConflicts:
