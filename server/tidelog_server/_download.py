@@ -29,6 +29,7 @@ from tidelog_server._history import undone_changes
 from tidelog_server._indexes import complete_since, versions_of
 from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
+from tidelog_server._sealing import Sealer
 from tidelog_server._store import Reader, Store
 
 CATCH_UP_ROUNDS_MAX: Final = 3
@@ -129,28 +130,6 @@ class Start(NamedTuple):
         return self.cursor is not None and not self.reconciling and self.cursor.version == head.version
 
 
-def start_of(
-    reader: Reader, identity: Identity, projection: Projection, cursor_bytes: bytes, resume_token: bytes
-) -> Start:
-    """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
-    cursor = _valid_cursor(reader, identity, cursor_bytes)
-    indexed_since = complete_since(reader.index)
-    changed = frozenset[str]() if cursor is None else _changed(reader, projection, cursor)
-    reconciling = {name for name in changed if projection.entity(name).mode.downloads}
-    if cursor is not None and cursor.version < indexed_since:
-        reconciling.update(name for name in reader.entities() if projection.entity(name).index_prefixes)
-    place = None
-    token = _parsed(splice_pb2.ResumeToken, resume_token)
-    if token is not None:
-        place = Place(*(getattr(token, name) for name in Place._fields))
-        # A download that began before the indexes were made anew may have passed over what reconciles now.
-        is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
-        if not is_sound or token != _token(identity, projection, cursor, place):
-            place = None
-    is_foreign = cursor is None and bool(cursor_bytes)
-    return Start(cursor, changed, frozenset(reconciling), place, is_foreign=is_foreign)
-
-
 def cursor_at(identity: Identity, head: Head, scope: Scope) -> bytes:
     """Return the cursor that stands for everything up to *head*."""
     return splice_pb2.Cursor(
@@ -182,7 +161,29 @@ class Download:
         self._tenant = projection.principal.tenant
         self._replica = replica
         self._confirmed = replica if confirms else None
+        # A token tells where hidden objects stand, and by which values of hidden attributes they are found.
+        self._sealer = Sealer(store, "resume")
         self.head = Head(0, b"")
+
+    def start_of(self, reader: Reader, cursor_bytes: bytes, resume_token: bytes) -> Start:
+        """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
+        projection = self._projection
+        cursor = _valid_cursor(reader, self._store.identity, cursor_bytes)
+        indexed_since = complete_since(reader.index)
+        changed = frozenset[str]() if cursor is None else _changed(reader, projection, cursor)
+        reconciling = {name for name in changed if projection.entity(name).mode.downloads}
+        if cursor is not None and cursor.version < indexed_since:
+            reconciling.update(name for name in reader.entities() if projection.entity(name).index_prefixes)
+        place = None
+        token = _parsed(splice_pb2.ResumeToken, self._sealer.open(resume_token, self._tenant) or b"")
+        if token is not None:
+            place = Place(*(getattr(token, name) for name in Place._fields))
+            # A download that began before the indexes were made anew may have passed over what reconciles now.
+            is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
+            if not is_sound or token != self._token(cursor, place):
+                place = None
+        is_foreign = cursor is None and bool(cursor_bytes)
+        return Start(cursor, changed, frozenset(reconciling), place, is_foreign=is_foreign)
 
     def everything_since(self, start: Start) -> Iterator[sync_pb2.SnapshotPage]:
         """
@@ -205,10 +206,21 @@ class Download:
                         break
             for page in pages:
                 if not page.is_empty:
-                    page.message.resume_token = _token(
-                        self._store.identity, self._projection, start.cursor, page.end
-                    ).SerializeToString()
+                    token = self._token(start.cursor, page.end).SerializeToString()
+                    page.message.resume_token = self._sealer.seal(token, self._tenant)
                     yield page.message
+
+    def _token(self, cursor: splice_pb2.Cursor | None, place: Place) -> splice_pb2.ResumeToken:
+        """Return what a resume token holds. What another one holds besides the place is of another download."""
+        identity, scope = self._store.identity, self._projection.scope
+        return splice_pb2.ResumeToken(
+            start=cursor,
+            epoch=identity.epoch,
+            timeline=identity.timeline,
+            scope=scope.default,
+            entities=scope.entities,
+            **place._asdict(),
+        )
 
     def changed_by_operations(
         self, start: Start, first_seq: int, first_version: int, last_version: int
@@ -519,21 +531,6 @@ def _changed(reader: Reader, projection: Projection, cursor: splice_pb2.Cursor) 
     if scope.default != before.default:
         names.update(reader.entities())
     return frozenset(name for name in names if scope.of(name) != before.of(name))
-
-
-def _token(
-    identity: Identity, projection: Projection, cursor: splice_pb2.Cursor | None, place: Place
-) -> splice_pb2.ResumeToken:
-    scope = projection.scope
-    return splice_pb2.ResumeToken(
-        start=cursor,
-        epoch=identity.epoch,
-        timeline=identity.timeline,
-        # Without a cursor nothing else ties the positions to the tenant.
-        scope=scope.default + b"\0" + projection.principal.tenant.encode(),
-        entities=scope.entities,
-        **place._asdict(),
-    )
 
 
 def _parsed(kind: type[_M], data: bytes) -> _M | None:

@@ -22,7 +22,7 @@ from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import _engine
 from tidelog_server._application import Application
-from tidelog_server._download import Download, Start, cursor_at, start_of
+from tidelog_server._download import Download, Start, cursor_at
 from tidelog_server._engine import Evaluation, UploadState
 from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
 from tidelog_server._outcomes import Result, Status, Uploader
@@ -259,13 +259,7 @@ class Session:
         request, is_all = self._request, self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL
         with self._store.read(self._principal.tenant) as reader:
             head = reader.head()
-            self._start = start_of(
-                reader,
-                identity,
-                self._projection,
-                request.cursor,
-                request.resume_token if is_all else b"",
-            )
+            self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
         started = sync_pb2.SessionStarted(
             protocol_version=_limits.PROTOCOL_VERSION,
             limits=LIMITS,

@@ -20,9 +20,10 @@ from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal
 from tidelog_server import _download as download_module
 from tidelog_server._errors import ReplicaOwned
-from tidelog_server._indexes import Written, index_writes, rebuilt
+from tidelog_server._indexes import Written, by_version_prefix, index_writes, rebuilt
 from tidelog_server._outcomes import Uploader
 from tidelog_server._records import Writes
+from tidelog_server._sealing import Sealer
 from tidelog_server._session import Session, Upload
 from tidelog_server._store import Reader
 
@@ -377,14 +378,17 @@ class TestResuming:
     def test_a_token_that_does_not_fit(self, desk: Desk) -> None:
         """A token of another cursor, scope, tenant or of no sense is disregarded."""
         token = self.cut(desk, 3)
-        read = splice_pb2.ResumeToken.FromString(token)
-        unsound = []
+        sealer = Sealer(desk.store, "resume")
+        opened = sealer.open(token, TENANT)
+        assert opened is not None
+        read = splice_pb2.ResumeToken.FromString(opened)
+        unsound = []  # as from before the store was put back
         for name, value in (("position", 99), ("round_head", 99), ("previous_round_head", 9), ("first_head", 0)):
-            other = splice_pb2.ResumeToken.FromString(token)
+            other = splice_pb2.ResumeToken.FromString(opened)
             setattr(other, name, value)
-            unsound.append(other.SerializeToString())
+            unsound.append(sealer.seal(other.SerializeToString(), TENANT))
 
-        for bad in (*unsound, b"\xff", self.cut(desk, 3, wishes={"Task": "never"})[:-1]):
+        for bad in (*unsound, opened, sealer.seal(b"\xff", TENANT), b"\xff", token[:-1]):
             desk.cursor = b""
             assert len(desk.download(resume_token=bad)) == 5
             assert not desk.started.resumed
@@ -399,6 +403,23 @@ class TestResuming:
         desk.write(*(Step(task(id_), {}) for id_ in "abcde"))
         assert len(desk.download(resume_token=token)) == 5
         assert not desk.started.resumed
+
+    def test_a_token_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A token does not show by which value of an attribute that may not be read an object was found."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        application = Application(schema=INDEXED)
+        application.allow("*", "Task", read=["title"], where=attribute("who") == "ann")
+        desk = Desk(application, schema=INDEXED)
+        for id_ in "abc":
+            desk.put(id_, who="ann", title=id_)
+        found_by = by_version_prefix("Task", "who", "ann")
+
+        token = self.cut(desk, 2)
+        assert not any(part in token for part in (found_by, b"Task", b"who"))
+        opened = Sealer(desk.store, "resume").open(token, TENANT)
+        assert opened is not None
+        assert found_by in opened
+        assert desk.download(resume_token=token) == [("c", {"title": "c"})]
 
     def test_a_tenant_that_never_rests(self, desk: Desk) -> None:
         """A download that is overtaken by writes page after page ends all the same, at a head that it has seen."""
