@@ -230,19 +230,14 @@ class Session:
 
     def pages(self) -> Iterator[sync_pb2.SnapshotPage]:
         """Iterate over the download. Each step reads one page in a short transaction."""
+        download, upload = self._download, self._upload
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
-            yield from self._download.everything_since(self._start)
-            return
-        with self._store.read(self._principal.tenant) as reader:
-            head = reader.head()
+            return download.everything_since(self._start)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_SELECTED:
-            yield from self._download.selected(self._selection)
-        elif self._upload is not None and self._upload.first_version:
-            upload = self._upload
-            yield from self._download.changed_by_operations(
-                self._start, upload.first_seq, upload.first_version, head.version
-            )
-        self._download.head = head
+            return download.selected(self._selection)
+        if upload is not None and upload.first_version:
+            return download.changed_by_operations(self._start, upload.first_seq, upload.first_version)
+        return download.selected(())  # nothing was applied, so nothing is told
 
     def complete(self) -> sync_pb2.SessionComplete:
         """Return the last message, after the last page."""
