@@ -189,7 +189,7 @@ class Application:
     ) -> None:
         if schema is not None and not isinstance(schema, Schema):
             raise InvalidSchema(f"the schema of an application is a Schema, got {quoted(schema)}: see Schema.load")
-        if not isinstance(hook_seconds_max, int | float) or not hook_seconds_max > 0:
+        if type(hook_seconds_max) not in (int, float) or not hook_seconds_max > 0:
             raise InvalidRule(f"hooks may take {quoted(hook_seconds_max)} seconds: expected a number above 0")
         self.hook_seconds_max = hook_seconds_max
         self.schema = schema if schema is not None else Schema(open=True)

@@ -11,24 +11,32 @@ The sources are scanned in rounds, each up to the head at which the round began.
 are read in a transaction of their own; the download ends in the one whose head is
 where its round ends, and this head is the new cursor. So no change can slip in below
 a cursor, whatever is written meanwhile.
+
+Where single objects are asked for, what was changed while their pages were read comes
+again at the end. So these downloads too bring what one moment had, and no part of a
+commit group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from tidelog._downloads import DownloadMode
+from tidelog._errors import StorageError
 from tidelog._keys import ObjectKey, pack_position
 from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
+from tidelog._values import Attributes
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
-from tidelog_server._history import undone_changes
+from tidelog_server._history import changes_since, undone_changes
 from tidelog_server._indexes import complete_since, left_prefix, versions_of
 from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
+from tidelog_server._sealing import Sealer
 from tidelog_server._store import Reader, Store
 
 CATCH_UP_ROUNDS_MAX: Final = 3
@@ -129,28 +137,6 @@ class Start(NamedTuple):
         return self.cursor is not None and not self.reconciling and self.cursor.version == head.version
 
 
-def start_of(
-    reader: Reader, identity: Identity, projection: Projection, cursor_bytes: bytes, resume_token: bytes
-) -> Start:
-    """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
-    cursor = _valid_cursor(reader, identity, cursor_bytes)
-    indexed_since = complete_since(reader.index)
-    changed = frozenset[str]() if cursor is None else _changed(reader, projection, cursor)
-    reconciling = {name for name in changed if projection.entity(name).mode.downloads}
-    if cursor is not None and cursor.version < indexed_since:
-        reconciling.update(name for name in reader.entities() if projection.entity(name).index_prefixes)
-    place = None
-    token = _parsed(splice_pb2.ResumeToken, resume_token)
-    if token is not None:
-        place = Place(*(getattr(token, name) for name in Place._fields))
-        # A download that began before the indexes were made anew may have passed over what reconciles now.
-        is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
-        if not is_sound or token != _token(identity, projection, cursor, place):
-            place = None
-    is_foreign = cursor is None and bool(cursor_bytes)
-    return Start(cursor, changed, frozenset(reconciling), place, is_foreign=is_foreign)
-
-
 def cursor_at(identity: Identity, head: Head, scope: Scope) -> bytes:
     """Return the cursor that stands for everything up to *head*."""
     return splice_pb2.Cursor(
@@ -182,7 +168,29 @@ class Download:
         self._tenant = projection.principal.tenant
         self._replica = replica
         self._confirmed = replica if confirms else None
+        # A token tells where hidden objects stand, and by which values of hidden attributes they are found.
+        self._sealer = Sealer(store, "resume")
         self.head = Head(0, b"")
+
+    def start_of(self, reader: Reader, cursor_bytes: bytes, resume_token: bytes) -> Start:
+        """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
+        projection = self._projection
+        cursor = _valid_cursor(reader, self._store.identity, cursor_bytes)
+        indexed_since = complete_since(reader.index)
+        changed = frozenset[str]() if cursor is None else _changed(reader, projection, cursor)
+        reconciling = {name for name in changed if projection.entity(name).mode.downloads}
+        if cursor is not None and cursor.version < indexed_since:
+            reconciling.update(name for name in reader.entities() if projection.entity(name).index_prefixes)
+        place = None
+        token = _parsed(splice_pb2.ResumeToken, self._sealer.open(resume_token, self._tenant) or b"")
+        if token is not None:
+            place = Place(*(getattr(token, name) for name in Place._fields))
+            # A download that began before the indexes were made anew may have passed over what reconciles now.
+            is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
+            if not is_sound or token != self._token(cursor, place):
+                place = None
+        is_foreign = cursor is None and bool(cursor_bytes)
+        return Start(cursor, changed, frozenset(reconciling), place, is_foreign=is_foreign)
 
     def everything_since(self, start: Start) -> Iterator[sync_pb2.SnapshotPage]:
         """
@@ -205,55 +213,54 @@ class Download:
                         break
             for page in pages:
                 if not page.is_empty:
-                    page.message.resume_token = _token(
-                        self._store.identity, self._projection, start.cursor, page.end
-                    ).SerializeToString()
+                    token = self._token(start.cursor, page.end).SerializeToString()
+                    page.message.resume_token = self._sealer.seal(token, self._tenant)
                     yield page.message
 
+    def _token(self, cursor: splice_pb2.Cursor | None, place: Place) -> splice_pb2.ResumeToken:
+        """Return what a resume token holds. What another one holds besides the place is of another download."""
+        identity, scope = self._store.identity, self._projection.scope
+        return splice_pb2.ResumeToken(
+            start=cursor,
+            epoch=identity.epoch,
+            timeline=identity.timeline,
+            scope=scope.default,
+            entities=scope.entities,
+            **place._asdict(),
+        )
+
     def changed_by_operations(
-        self, start: Start, first_seq: int, first_version: int, last_version: int
+        self, start: Start, first_seq: int, first_version: int
     ) -> Iterator[sync_pb2.SnapshotPage]:
         """
-        Yield each object that the replica's operations from *first_seq* on changed, as it is now.
+        Yield each object that the replica's operations from *first_seq* on changed, hooks included; sets `head`.
 
-        The changes, of hooks too, lie between the two versions. Entities that the
-        replica never synchronizes are left out; of those that it does not download,
-        it gets what it may read.
+        Their first change is at *first_version* or right before it. Entities that the
+        replica never synchronizes are left out; of those that it does not download, it
+        gets what it may read.
         """
+        before = self._before_operation(first_version)
+        first_head = self._present_version()
 
-        def is_ours(change: Change | None) -> bool:
-            return change is not None and change.replica == self._replica and change.seq >= first_seq
+        def is_ours(change: Change) -> bool:
+            return change.replica == self._replica and change.seq >= first_seq
 
-        first = position = self._before_operation(first_version)
-        while position < last_version:
-            with self._store.read(self._tenant) as reader:
-                changes = reader.changes(position, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
-                page = _Page(self._confirmed)
-                for change in changes:
-                    if page.is_full or change.version > last_version:
-                        break
-                    position = change.version
-                    entity = self._projection.entity(change.key[0])
-                    if not is_ours(change) or entity.mode is DownloadMode.NEVER:
-                        continue
-                    state = reader.objects((change.key,))[change.key]
-                    # Only the newest of our changes to an object sends it, so that it comes once.
-                    newest = reader.change(state.version)
-                    while newest is not None and not is_ours(newest):
-                        newest = reader.change(newest.previous)
-                    if newest is not None and newest.version == change.version:
-                        page.take(state)
-                        sight = entity.shown if entity.mode.downloads else entity.readable
-                        seen = sight.encoded(state)
-                        if seen is not None:
-                            confirms = sight.sees_whole_objects and start.confirms(change.key[0])
-                            page.add(change.key, state, seen, confirms=confirms)
-                        elif _was_seen(reader, state, sight, first, is_ours):
-                            page.add_removal(change.key, state.version)
-            if not page.is_empty:
-                yield page.message
-            if not changes:
+        def concerns(key: ObjectKey) -> bool:
+            return self._projection.entity(key[0]).mode is not DownloadMode.NEVER
+
+        def add(page: _Page, reader: Reader, key: ObjectKey, state: ObjectState) -> None:
+            if not any(is_ours(change) for change in changes_since(before, state.version, reader.change)):
                 return
+            page.take(state)
+            entity = self._projection.entity(key[0])
+            sight = entity.shown if entity.mode.downloads else entity.readable
+            seen = sight.encoded(state)
+            if seen is not None:
+                page.add(key, state, seen, confirms=sight.sees_whole_objects and start.confirms(key[0]))
+            elif _was_seen(undone_changes(reader, state), sight, before, first_head, is_ours):
+                page.add_removal(key, state.version)
+
+        yield from self._changed_since(before, concerns, add)
 
     def _before_operation(self, version: int) -> int:
         """Return the version before everything that the operation applied at *version* caused, hooks before it too."""
@@ -267,29 +274,75 @@ class Download:
                 before -= 1
         return before
 
-    def selected(self, keys: Sequence[ObjectKey]) -> Iterator[sync_pb2.SnapshotPage]:
-        """Yield the objects of these keys as they are; those that are not there, or not to be read, as removals."""
-        remaining = list(dict.fromkeys(keys))
+    def selected(self, keys: Iterable[ObjectKey]) -> Iterator[sync_pb2.SnapshotPage]:
+        """Yield the objects of these keys; those that are not there, or not to be read, as removals."""
+        wanted = dict.fromkeys(keys)
+        told: dict[ObjectKey, int] = {}  # at which version; 0: as gone
+
+        def add(page: _Page, reader: Reader, key: ObjectKey, state: ObjectState | None) -> None:
+            page.take(state)
+            entity = self._projection.entity(key[0])
+            seen = entity.readable.encoded(state) if state is not None else None
+            version = state.version if state is not None and seen is not None else 0
+            if told.get(key) == version:
+                return
+            told[key] = version
+            if state is not None and seen is not None:
+                page.add(key, state, seen, confirms=False, outside=entity.shown.encoded(state) is None)
+            else:
+                # All alike: neither the version nor a repetition must tell what is hidden from what never was.
+                page.add_removal(key, reader.head().version)
+
+        first_head = self._present_version()
+        remaining = deque(wanted)
         while remaining:
             page = _Page()
             with self._store.read(self._tenant) as reader:
-                head = reader.head()
-                taken = 0
-                for key in remaining:
-                    if page.is_full:
-                        break
-                    taken += 1
-                    entity = self._projection.entity(key[0])
-                    state = reader.objects((key,)).get(key)
-                    page.take(state)
-                    seen = entity.readable.encoded(state) if state is not None else None
-                    if state is None or seen is None:
-                        # All alike: the version must not tell what is hidden from what never was.
-                        page.add_removal(key, head.version)
-                    else:
-                        page.add(key, state, seen, outside=entity.shown.encoded(state) is None)
-            remaining = remaining[taken:]
+                while remaining and not page.is_full:
+                    key = remaining.popleft()
+                    add(page, reader, key, reader.objects((key,)).get(key))
             yield page.message
+        yield from self._changed_since(first_head, wanted.__contains__, add)
+
+    def _changed_since(
+        self,
+        version: int,
+        concerns: Callable[[ObjectKey], bool],
+        add: Callable[[_Page, Reader, ObjectKey, ObjectState], None],
+    ) -> Iterator[sync_pb2.SnapshotPage]:
+        """
+        Yield what was changed above a version: each object that *concerns* names, with what *add* has to say of it.
+
+        It goes by the newest change of each object, and ends in a transaction that it reads
+        up to its head, which is `head` then. So all is told as of that moment, whatever was
+        written while earlier pages were read.
+        """
+        position = round_head = version
+        round_count = 0
+        caught_up = False
+        while not caught_up:
+            pages: list[_Page] = []
+            with self._store.read(self._tenant) as reader:
+                self.head = reader.head()
+                if position >= round_head:
+                    round_head, round_count = self.head.version, round_count + 1
+                while position < self.head.version and (not pages or round_count > CATCH_UP_ROUNDS_MAX):
+                    page = _Page(self._confirmed)
+                    pages.append(page)
+                    for change in _changes(reader, position):
+                        if page.is_full:
+                            break
+                        position = change.version
+                        if concerns(change.key):
+                            state = reader.objects((change.key,))[change.key]
+                            if state.version == position:
+                                add(page, reader, change.key, state)
+                caught_up = position >= self.head.version
+            yield from (page.message for page in pages if not page.is_empty)
+
+    def _present_version(self) -> int:
+        with self._store.read(self._tenant) as reader:
+            return reader.head().version
 
 
 class _Source(NamedTuple):
@@ -494,16 +547,37 @@ class _Page:
             self.message.removals.add(entity=key[0], id=key[1], version=version)
 
 
-def _was_seen(reader: Reader, state: ObjectState, sight: Sight, after: int, is_ours: Callable[[Change], bool]) -> bool:
-    """Tell whether an object was seen before the first of our changes above a version, or is one of our own."""
+def _changes(reader: Reader, after: int) -> list[Change]:
+    """Return the first changes above a version. Raises StorageError if they are not kept."""
+    changes = reader.changes(after, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
+    if not changes or changes[0].version != after + 1:
+        raise StorageError(f"the change log does not reach back to version {after + 1}")
+    return changes
+
+
+def _was_seen(
+    history: Iterable[tuple[Change, Attributes | None]],
+    sight: Sight,
+    after: int,
+    first_head: int,
+    is_ours: Callable[[Change], bool],
+) -> bool:
+    """
+    Tell whether a replica may know of an object that it does not see.
+
+    It does if the object is one of its own, was seen before the first of our changes
+    above a version, or was seen when earlier pages were read, from *first_head* on.
+    """
     seen = False
-    for change, before in undone_changes(reader, state):
+    for change, before in history:
         if change.version <= after:
             break
-        if is_ours(change):
-            if not change.by_hook:
-                return True  # whose id the replica gave, or was given
+        if is_ours(change) and not change.by_hook:
+            return True  # whose id the replica gave, or was given
+        if is_ours(change) or change.version > first_head:
             seen = before is not None and sight.of(before) is not None
+            if seen and change.version > first_head:
+                return True
     return seen
 
 
@@ -525,21 +599,6 @@ def _changed(reader: Reader, projection: Projection, cursor: splice_pb2.Cursor) 
     if scope.default != before.default:
         names.update(reader.entities())
     return frozenset(name for name in names if scope.of(name) != before.of(name))
-
-
-def _token(
-    identity: Identity, projection: Projection, cursor: splice_pb2.Cursor | None, place: Place
-) -> splice_pb2.ResumeToken:
-    scope = projection.scope
-    return splice_pb2.ResumeToken(
-        start=cursor,
-        epoch=identity.epoch,
-        timeline=identity.timeline,
-        # Without a cursor nothing else ties the positions to the tenant.
-        scope=scope.default + b"\0" + projection.principal.tenant.encode(),
-        entities=scope.entities,
-        **place._asdict(),
-    )
 
 
 def _parsed(kind: type[_M], data: bytes) -> _M | None:

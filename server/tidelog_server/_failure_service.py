@@ -22,6 +22,7 @@ from tidelog_server._application import Application
 from tidelog_server._errors import NotFound, OperatorRequired, RequestInvalid
 from tidelog_server._principal import Principal
 from tidelog_server._requests import LIST_PAGE_MAX, page_size, parsed, uuid_bytes
+from tidelog_server._sealing import PageTokens
 from tidelog_server._session import Clock, parse_replica_id, server_time_us
 from tidelog_server._store import Reader, Store
 
@@ -40,19 +41,19 @@ class FailureService:
         self._application = application
         self._store = store
         self._clock = clock
+        self._tokens = PageTokens(store, "ListFailures")
 
     def list_failures(self, data: bytes, principal: Principal) -> failure_pb2.ListFailuresResponse:
         """List failures. Reads one page of the scan: what is filtered out is read too."""
         request = parsed(failure_pb2.ListFailuresRequest, data)
         matches = self._filter(request, principal)
-        position = request.page_token
-        after = uuid_bytes(position, "a page token") if position else b""
+        position = self._tokens.position(request.page_token, principal.tenant)
         limit = page_size(request.page_size)
         response = failure_pb2.ListFailuresResponse()
         room_bytes = RESPONSE_BYTES_MAX
         with self._store.read(principal.tenant) as reader:
-            found = reader.failures(after, LIST_PAGE_MAX, PAGE_BYTES_MAX)
-        for _id, record in found:
+            found = reader.failures(position, LIST_PAGE_MAX, PAGE_BYTES_MAX)
+        for failure_id, record in found:
             failure = failure_pb2.SynchronizationFailure.FromString(record)
             if matches(failure):
                 told = self._told(failure, principal, RESPONSE_BYTES_MAX)
@@ -60,8 +61,8 @@ class FailureService:
                 if len(response.failures) == limit or (response.failures and room_bytes < 0):
                     break
                 response.failures.append(told)
-            position = failure.id
-        response.next_page_token = position if found else ""
+            position = failure_id
+        response.next_page_token = self._tokens.token(position if found else b"", principal.tenant)
         return response
 
     def get_failure(self, data: bytes, principal: Principal) -> failure_pb2.GetFailureResponse:
@@ -71,7 +72,7 @@ class FailureService:
         with self._store.read(principal.tenant) as reader:
             failure = _failures.load(reader, failure_id)
             if not self._may_see(failure, principal):
-                raise NotFound(f"there is no failure {request.id}", reason="FAILURE_NOT_FOUND")
+                raise NotFound(f"there is no failure {uuid_utils.UUID(bytes=failure_id)}", reason="FAILURE_NOT_FOUND")
             dependents = islice(_failures.dependents(reader, failure_id), DEPENDENTS_NAMED_MAX)
             response = failure_pb2.GetFailureResponse(
                 present=self._present(reader, failure, principal),

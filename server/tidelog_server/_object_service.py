@@ -12,6 +12,7 @@ from tidelog_server._errors import NotFound
 from tidelog_server._principal import Principal
 from tidelog_server._projection import Sight, matching
 from tidelog_server._requests import LIST_PAGE_MAX, page_size, parsed
+from tidelog_server._sealing import PageTokens
 from tidelog_server._store import Store
 
 
@@ -21,6 +22,7 @@ class ObjectService:
     def __init__(self, application: Application, store: Store) -> None:
         self._application = application
         self._store = store
+        self._tokens = PageTokens(store, "ListObjects")
 
     def get_object(self, data: bytes, principal: Principal) -> object_pb2.GetObjectResponse:
         """Get one object."""
@@ -40,25 +42,24 @@ class ObjectService:
         """List objects. Reads one page of the scan: what does not match is read too."""
         request = parsed(object_pb2.ListObjectsRequest, data)
         check_name(request.entity, "an entity name")
-        if request.page_token:
-            check_id(request.page_token)
+        scan = (principal.tenant, request.entity)
+        position = self._tokens.position(request.page_token, *scan).decode()
         limit = page_size(request.page_size)
         where = constraint_from_message(request.where) if request.HasField("where") else None
         sight = self._sight(principal, request.entity, where)
         response = object_pb2.ListObjectsResponse()
-        position = request.page_token
         with self._store.read(principal.tenant) as reader:
             objects, has_more = reader.entity_objects(request.entity, position, LIST_PAGE_MAX, PAGE_BYTES_MAX)
         for key, state in objects:
             if len(response.objects) == limit:
-                response.next_page_token = position
-                return response
+                has_more = True
+                break
             position = key[1]
             seen = sight.encoded(state)
             if seen is not None:
                 response.objects.append(_snapshot(key, state.version, seen))
         if has_more:
-            response.next_page_token = position
+            response.next_page_token = self._tokens.token(position.encode(), *scan)
         return response
 
     def get_schema(self, data: bytes, _principal: Principal) -> schema_pb2.GetSchemaResponse:

@@ -15,7 +15,7 @@ fingerprint has changed is reconciled: what the replica has of it was chosen oth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Final, NamedTuple
 
@@ -135,11 +135,8 @@ class EntityProjection:
         if self.mode.downloads:
             declared = schema.entity(name)
             indexes = declared.indexes if declared is not None else ()
-            index, values = _index_of(indexes, [offer.where, wish.where, _rows_seen(rights)])
-            if index is None:
-                self.index_prefixes = None
-            else:
-                self.index_prefixes = tuple(sorted({by_version_prefix(name, index, value) for value in values}))
+            conditions = (offer.where, wish.where, _rows_seen(rights))
+            self.index_prefixes = _index_prefixes(name, indexes, conditions, rights)
             shape = (str(offer.where), str(wish.where))
             self.fingerprint = rights.fingerprint() if shape == _PLAIN else _digest((rights.fingerprint(), *shape))
 
@@ -272,15 +269,34 @@ def _reading_rules(rights: EntityRights) -> list[AccessRule]:
     return [rule for rule in rights.rules or () if rule.read != frozenset()]
 
 
-def _index_of(indexes: Iterable[str], conditions: Iterable[Constraint | None]) -> tuple[str | None, Sequence[object]]:
-    """Return the index that leads to the fewest values, and these values; None if no index helps."""
+def _index_prefixes(
+    entity: str, indexes: Iterable[str], conditions: Iterable[Constraint | None], rights: EntityRights
+) -> tuple[bytes, ...] | None:
+    """
+    Return where in the table of indexes the objects are found by the fewest values; None if no index helps.
+
+    A download brings together what it finds by one value. So by an attribute that is not
+    read of each object at most one value is looked up: else the order would tell which
+    objects have the same.
+    """
     stated = tuple(one for one in conditions if one is not None)
     if NEVER in stated:
-        return "", ()
+        return ()
     required = required_values(All(stated))
-    found = [name for name in indexes if name in required and len(required[name]) <= INDEXED_VALUES_MAX]
-    best = min(found, key=lambda name: len(required[name]), default=None)
-    return best, required[best] if best is not None else ()
+    found = []
+    for index in indexes:
+        if index in required and len(required[index]) <= INDEXED_VALUES_MAX:
+            prefixes = tuple(sorted({by_version_prefix(entity, index, value) for value in required[index]}))
+            if len(prefixes) <= 1 or _reads_of_each(rights, index):
+                found.append(prefixes)
+    return min(found, key=len, default=None)
+
+
+def _reads_of_each(rights: EntityRights, attribute: str) -> bool:
+    """Tell whether an attribute is read of each object that is seen."""
+    return rights.reads_everything or all(
+        rule.read is None or attribute in rule.read for rule in _reading_rules(rights)
+    )
 
 
 def _digest(shape: object) -> bytes:

@@ -28,7 +28,7 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server._application import Application
 from tidelog_server._callers import Callers
-from tidelog_server._download import Download, cursor_at, start_of
+from tidelog_server._download import Download, cursor_at
 from tidelog_server._errors import RequestInvalid
 from tidelog_server._failure_service import FailureService
 from tidelog_server._object_service import ObjectService
@@ -195,9 +195,9 @@ class Services:
             check_protocol_version(request.protocol_version)
             identity = self._store.identity
             projection = Projection(self._application, principal, wishes_of(request.downloads))
-            with self._store.read(principal.tenant) as reader:
-                start = start_of(reader, identity, projection, request.cursor, request.resume_token)
             download = Download(self._store, projection)
+            with self._store.read(principal.tenant) as reader:
+                start = download.start_of(reader, request.cursor, request.resume_token)
             started = sync_pb2.DownloadStarted(
                 resumed=start.resumed,
                 reconcile=start.reconcile,

@@ -22,7 +22,7 @@ from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import _engine
 from tidelog_server._application import Application
-from tidelog_server._download import Download, Start, cursor_at, start_of
+from tidelog_server._download import Download, Start, cursor_at
 from tidelog_server._engine import Evaluation, UploadState
 from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
 from tidelog_server._outcomes import Result, Status, Uploader
@@ -236,19 +236,14 @@ class Session:
 
     def pages(self) -> Iterator[sync_pb2.SnapshotPage]:
         """Iterate over the download. Each step reads one page in a short transaction."""
+        download, upload = self._download, self._upload
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
-            yield from self._download.everything_since(self._start)
-            return
-        with self._store.read(self._principal.tenant) as reader:
-            head = reader.head()
+            return download.everything_since(self._start)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_SELECTED:
-            yield from self._download.selected(self._selection)
-        elif self._upload is not None and self._upload.first_version:
-            upload = self._upload
-            yield from self._download.changed_by_operations(
-                self._start, upload.first_seq, upload.first_version, head.version
-            )
-        self._download.head = head
+            return download.selected(self._selection)
+        if upload is not None and upload.first_version:
+            return download.changed_by_operations(self._start, upload.first_seq, upload.first_version)
+        return download.selected(())  # nothing was applied, so nothing is told
 
     def complete(self) -> sync_pb2.SessionComplete:
         """Return the last message, after the last page."""
@@ -265,13 +260,7 @@ class Session:
         request, is_all = self._request, self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL
         with self._store.read(self._principal.tenant) as reader:
             head = reader.head()
-            self._start = start_of(
-                reader,
-                identity,
-                self._projection,
-                request.cursor,
-                request.resume_token if is_all else b"",
-            )
+            self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
         started = sync_pb2.SessionStarted(
             protocol_version=_limits.PROTOCOL_VERSION,
             limits=LIMITS,

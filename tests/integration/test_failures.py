@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -340,6 +342,29 @@ class TestCallers:
         for token in ("ann", "olga"):
             assert shop.call("GetFailure", one, token).failure.operation == shop.failure.operation_bytes
             assert [failure.id for failure in shop.call("ListFailures", all_, token).failures] == [shop.failure.id]
+
+    @pytest.mark.parametrize("spelled", [str.lower, str.upper])
+    def test_cannot_tell_hidden_from_absent(self, shop: Shop, spelled: Callable[[str], str]) -> None:
+        """The words about somebody else's failure are those about none, however its id is spelled."""
+        words = []
+        for failure_id in (shop.failure.id, str(uuid.uuid4())):
+            with pytest.raises(grpc.RpcError) as caught:
+                shop.call("GetFailure", failure_pb2.GetFailureRequest(id=spelled(failure_id)), "bob")
+            words.append(str(caught.value.details()).replace(failure_id, "?"))
+
+        assert words == ["there is no failure ?"] * 2
+
+    def test_learn_no_id_from_a_page_token(self, shop: Shop) -> None:
+        """Where a list goes on does not tell which failures of others it has passed, and goes on all the same."""
+        page = shop.call("ListFailures", failure_pb2.ListFailuresRequest(), "bob")
+        token = page.next_page_token
+
+        assert (len(page.failures), bool(token)) == (0, True)
+        failure_id = uuid.UUID(shop.failure.id)
+        assert failure_id.bytes not in base64.urlsafe_b64decode(token)
+        assert not {str(failure_id), failure_id.hex} & {token, token.lower()}
+        rest = shop.call("ListFailures", failure_pb2.ListFailuresRequest(page_token=token), "bob")
+        assert (len(rest.failures), rest.next_page_token) == (0, "")
 
     @pytest.mark.parametrize("token", ["ann", "bob"])
     def test_need_to_be_operators_to_work_off(self, shop: Shop, token: str) -> None:

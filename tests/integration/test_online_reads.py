@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -92,6 +93,25 @@ def test_a_list(world: World) -> None:
     assert listed(world, page_size=1) == both
     assert listed(world, attribute("title") == "B") == [{"title": "B", "done": 0}]
     assert listed(world, attribute("done") == 1) == []
+
+
+def test_a_page_token(world: World) -> None:
+    """Where a list goes on does not tell the ids of what may not be seen, and counts in its own list alone."""
+    steps = [Step(("Task", f"hidden{number:04}"), {"done": 1}) for number in range(1_001)]
+    write_steps(world.store, [*steps, Step(("Task", "last"), {"title": "Z", "done": 0})], schema=SCHEMA)
+    stub = object_pb2_grpc.ObjectServiceStub(world.channel())
+    token = stub.ListObjects(object_pb2.ListObjectsRequest(entity="Task"), timeout=10).next_page_token
+
+    assert "hidden" not in token
+    assert b"hidden" not in base64.urlsafe_b64decode(token)
+    assert len(listed(world)) == 3
+    for request in (
+        object_pb2.ListObjectsRequest(entity="Note", page_token=token),
+        object_pb2.ListObjectsRequest(entity="Task", page_token="hidden0000"),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ListObjects(request, timeout=10)
+        assert reason_of(caught.value) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
 
 
 @pytest.mark.parametrize("where", [attribute("salary") > 1, attribute("none") == 1, ~attribute("salary").exists()])

@@ -20,9 +20,10 @@ from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal
 from tidelog_server import _download as download_module
 from tidelog_server._errors import ReplicaOwned
-from tidelog_server._indexes import Written, index_writes, rebuilt
+from tidelog_server._indexes import Written, by_version_prefix, index_writes, rebuilt
 from tidelog_server._outcomes import Uploader
 from tidelog_server._records import Writes
+from tidelog_server._sealing import Sealer
 from tidelog_server._session import Session, Upload
 from tidelog_server._store import Reader
 
@@ -92,21 +93,29 @@ class Desk:
         self.cursor = session.complete().cursor
         return told(pages)
 
-    def select(self, *ids: str, **fields: Any) -> list[sync_pb2.SnapshotPage]:
-        """Download selected tasks."""
+    def selecting(self, *ids: str, **fields: Any) -> Session:
+        """Return a session that is to download selected tasks."""
         session = self.session(SELECTED, **fields)
         session.open().result()
         session.select(sync_pb2.Selection(keys=[sync_pb2.ObjectKey(entity="Task", id=id_) for id_ in ids]))
-        return list(session.pages())
+        return session
 
-    def unsynchronized(self, first_version: int, first_seq: int = 1, **fields: Any) -> list[tuple[Any, ...]]:
-        """Return what a session tells of the operations that were applied from a version on."""
+    def select(self, *ids: str, **fields: Any) -> list[sync_pb2.SnapshotPage]:
+        """Download selected tasks."""
+        return list(self.selecting(*ids, **fields).pages())
+
+    def uploaded(self, first_version: int, first_seq: int = 1, **fields: Any) -> Session:
+        """Return a session whose operations were applied from a version on, and that is to download what they did."""
         session = self.session(UNSYNCHRONIZED, **fields)
         session.open().result()
         upload = Upload(self.application, self.store, Uploader(REPLICA_A, self.principal, 1, leaves_earlier=False))
         upload.first_seq, upload.first_version = first_seq, first_version
         session._upload = upload
-        return told(list(session.pages()))
+        return session
+
+    def unsynchronized(self, first_version: int, first_seq: int = 1, **fields: Any) -> list[tuple[Any, ...]]:
+        """Return what a session tells of the operations that were applied from a version on."""
+        return told(list(self.uploaded(first_version, first_seq, **fields).pages()))
 
 
 class TestDelta:
@@ -377,14 +386,17 @@ class TestResuming:
     def test_a_token_that_does_not_fit(self, desk: Desk) -> None:
         """A token of another cursor, scope, tenant or of no sense is disregarded."""
         token = self.cut(desk, 3)
-        read = splice_pb2.ResumeToken.FromString(token)
-        unsound = []
+        sealer = Sealer(desk.store, "resume")
+        opened = sealer.open(token, TENANT)
+        assert opened is not None
+        read = splice_pb2.ResumeToken.FromString(opened)
+        unsound = []  # as from before the store was put back
         for name, value in (("position", 99), ("round_head", 99), ("previous_round_head", 9), ("first_head", 0)):
-            other = splice_pb2.ResumeToken.FromString(token)
+            other = splice_pb2.ResumeToken.FromString(opened)
             setattr(other, name, value)
-            unsound.append(other.SerializeToString())
+            unsound.append(sealer.seal(other.SerializeToString(), TENANT))
 
-        for bad in (*unsound, b"\xff", self.cut(desk, 3, wishes={"Task": "never"})[:-1]):
+        for bad in (*unsound, opened, sealer.seal(b"\xff", TENANT), b"\xff", token[:-1]):
             desk.cursor = b""
             assert len(desk.download(resume_token=bad)) == 5
             assert not desk.started.resumed
@@ -399,6 +411,23 @@ class TestResuming:
         desk.write(*(Step(task(id_), {}) for id_ in "abcde"))
         assert len(desk.download(resume_token=token)) == 5
         assert not desk.started.resumed
+
+    def test_a_token_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A token does not show by which value of an attribute that may not be read an object was found."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        application = Application(schema=INDEXED)
+        application.allow("*", "Task", read=["title"], where=attribute("who") == "ann")
+        desk = Desk(application, schema=INDEXED)
+        for id_ in "abc":
+            desk.put(id_, who="ann", title=id_)
+        found_by = by_version_prefix("Task", "who", "ann")
+
+        token = self.cut(desk, 2)
+        assert not any(part in token for part in (found_by, b"Task", b"who"))
+        opened = Sealer(desk.store, "resume").open(token, TENANT)
+        assert opened is not None
+        assert found_by in opened
+        assert desk.download(resume_token=token) == [("c", {"title": "c"})]
 
     def test_a_tenant_that_never_rests(self, desk: Desk) -> None:
         """A download that is overtaken by writes page after page ends all the same, at a head that it has seen."""
@@ -488,6 +517,126 @@ class TestUnsynchronized:
         assert desk.unsynchronized(first, wishes={"Task": "nothing_clear"}) == [("x", "confirmed")]
         assert desk.unsynchronized(first, wishes={"Task": attribute("n") == 1}) == [("x", "confirmed")]
         assert desk.unsynchronized(first, wishes={"Task": attribute("n") == 2}) == [("x", "gone")]
+
+
+@dataclass
+class Moments(Desk):
+    """
+    A desk that knows what a replica had to see at each version.
+
+    Attributes:
+        seen: By version, what may be read of the tasks a, b and c; "gone" for what may not.
+    """
+
+    seen: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, *steps: Step) -> int:
+        """Write in one transaction."""
+        version = super().write(*steps)
+        with self.store.read(TENANT) as reader:
+            states = reader.objects(map(task, "abc"))
+        held = {id_: decode_map(one.attributes) for (_, id_), one in states.items() if not one.deleted}
+        self.seen[version] = {id_: held[id_] if "hidden" not in held.get(id_, HIDDEN) else "gone" for id_ in "abc"}
+        return version
+
+
+HIDDEN = {"hidden": 1}
+
+
+class TestOneMoment:
+    """Downloads of single objects, while somebody writes between their pages."""
+
+    @pytest.fixture
+    def desk(self, monkeypatch: pytest.MonkeyPatch) -> Moments:
+        """Give tasks of which those that are not hidden may be read, one to a page; this replica has written them."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        application = Application()
+        application.allow("*", "*", where=~attribute("hidden").exists())
+        desk = Moments(application)
+        desk.write(*(Step(task(id_), {}, REPLICA_B) for id_ in "abc"))
+        desk.write(*(Step(task(id_), {"n": 0}, REPLICA_A) for id_ in "abc"))
+        return desk
+
+    def session(self, desk: Moments, mode: str) -> Session:
+        """Return a session that is to download all three tasks."""
+        return desk.selecting(*"abc") if mode == "selected" else desk.uploaded(4)
+
+    def holds(self, pages: Sequence[sync_pb2.SnapshotPage]) -> dict[str, Any]:
+        """Return what a replica has that takes in pages in order; nothing comes twice at one version."""
+        held: dict[str, Any] = {}
+        versions: dict[str, int] = {}
+        for page in pages:
+            told_now = [(one.id, one.version) for one in page.snapshots]
+            told_now += [(one.id, one.version) for one in page.removals]
+            for id_, version in told_now:
+                assert version > versions.get(id_, 0)
+                versions[id_] = version
+            held.update(told([page]))
+        return held
+
+    @pytest.mark.parametrize("mode", ["selected", "unsynchronized"])
+    @pytest.mark.parametrize("first", [0, 1, 2, 3])
+    @pytest.mark.parametrize("second", [0, 1, 2])
+    def test_no_part_of_a_group(self, desk: Moments, mode: str, first: int, second: int) -> None:
+        """Whatever groups are applied between which pages, all that is told was so at one moment, that of the end."""
+        session = self.session(desk, mode)
+        pages = session.pages()
+        seen = list(itertools.islice(pages, first))
+        desk.write(Step(task("a"), {"n": 1}), Step(task("b"), None), Step(task("c"), HIDDEN), Step(task("x"), {}))
+        seen += itertools.islice(pages, second)
+        desk.write(Step(task("a"), {"n": 2}), Step(task("c"), {"n": 2}), Step(("Note", "x"), {}))
+        desk.write(Step(task("b"), {"n": 3}), Step(task("c"), None))
+        seen += pages
+
+        assert self.holds(seen) == desk.seen[session.complete().version]
+
+    @pytest.mark.parametrize("mode", ["selected", "unsynchronized"])
+    def test_a_tenant_that_never_rests(self, desk: Moments, mode: str) -> None:
+        """A download that is overtaken by groups page after page ends all the same, with what one moment had."""
+        session = self.session(desk, mode)
+        seen = []
+        for page in session.pages():
+            seen.append(page)
+            desk.write(*(Step(task(id_), {"n": len(seen)}) for id_ in "abc"))
+            assert len(seen) < 100
+
+        assert len(seen) > 3
+        assert self.holds(seen) == desk.seen[session.complete().version]
+
+    def test_what_stays_hidden(self, desk: Moments) -> None:
+        """That a hidden object was changed meanwhile is not told to who selected it, nor that it was created."""
+        desk.put("b", hidden=1)
+        pages = desk.selecting("a", "b", "x").pages()
+        seen = list(itertools.islice(pages, 3))
+        desk.write(Step(task("b"), {**HIDDEN, "n": 1}), Step(task("x"), HIDDEN))
+
+        assert told([*seen, *pages]) == [("a", {"n": 0}), ("b", "gone"), ("x", "gone")]
+
+    def test_what_a_hook_let_be_seen(self, desk: Moments) -> None:
+        """What only a hook of ours made visible is removed if somebody hides it after it was sent."""
+        desk.put("h", hidden=1)
+        first = desk.write(
+            Step(task("a"), {"n": 1}, REPLICA_A),
+            Step(task("h"), {"n": 1}, REPLICA_A, by_hook=True),
+            Step(task("b"), {"n": 1}, REPLICA_A),
+        )
+        pages = desk.uploaded(first - 2).pages()
+        seen = list(itertools.islice(pages, 2))
+        assert told(seen)[-1] == ("h", {"n": 1})
+        desk.put("h", hidden=1)
+
+        assert self.holds([*seen, *pages])["h"] == "gone"
+
+    def test_a_change_log_that_is_cut_meanwhile(self, desk: Moments) -> None:
+        """If the change log is cut above the first page, the download fails for now rather than miss a change."""
+        pages = desk.selecting("a").pages()
+        next(pages)
+        desk.put("a", n=1)
+        desk.put("a", n=2)
+        del desk.store._tenants[TENANT].changes[7]
+
+        with pytest.raises(StorageError, match="does not reach back to version 7"):
+            list(pages)
 
 
 class TestSession:

@@ -27,7 +27,7 @@ from tidelog_server import (
 from tidelog_server import _adoption as adoption
 from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
-from tidelog_server._download import Download, cursor_at, start_of
+from tidelog_server._download import Download, cursor_at
 from tidelog_server._errors import FailureStale
 from tidelog_server._indexes import TABLES
 from tidelog_server._projection import Projection
@@ -971,7 +971,7 @@ def download(lab: Lab, cursor: bytes) -> Downloaded:
     projection = Projection(lab.application, Principal("ann"), {})
     found = Download(lab.store, projection)
     with lab.store.read(TENANT) as reader:
-        start = start_of(reader, lab.store.identity, projection, cursor, b"")
+        start = found.start_of(reader, cursor, b"")
     pages = list(found.everything_since(start))
     return Downloaded(
         {one.id for page in pages for one in page.snapshots},

@@ -323,12 +323,26 @@ class TestSources:
         """Rules add up: each must require a value, and all values are looked at."""
         application = Application(schema=SCHEMA)
         application.allow("worker", "Task", where=attribute("who") == "ann")
-        application.allow("worker", "Task", read=["n"], where=attribute("who") == "bob")
+        application.allow("worker", "Task", read=["n", "who"], where=attribute("who") == "bob")
         both = projected(application).entity("Task").index_prefixes
         application.allow("worker", "Task", read=["n"])
 
         assert both == tuple(sorted(by_version_prefix("Task", "who", one) for one in ("ann", "bob")))
         assert projected(application).entity("Task").index_prefixes is None
+
+    @pytest.mark.parametrize(("read", "is_used"), [(["n"], False), (["n", "kind"], True)])
+    def test_a_value_that_may_not_be_read(self, read: list[str], is_used: bool) -> None:  # noqa: FBT001
+        """By an attribute that is not read of each object at most one value is looked up: order tells nothing."""
+        application = Application(schema=SCHEMA)
+        application.allow("worker", "Task", read=["n", "kind"], where=attribute("n") == 1)
+        application.allow("worker", "Task", read=read, where=attribute("n") == 2)
+
+        def prefixes(*kinds: str) -> tuple[bytes, ...] | None:
+            application.synchronize("Task", attribute("kind").is_in(list(kinds)))
+            return projected(application).entity("Task").index_prefixes
+
+        assert prefixes("x", "x") == (by_version_prefix("Task", "kind", "x"),)
+        assert (prefixes("x", "y") is not None) == is_used
 
     def test_too_many_values(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """More values than are scanned one by one are not looked up."""
