@@ -130,7 +130,8 @@ class ServerEnd:
                 results = sync_pb2.BatchResults(results=self.settle(operations))
                 return [sync_pb2.SynchronizeResponse(batch_results=results)]
             case "upload_complete":
-                complete = sync_pb2.SessionComplete(cursor=self.cursor(), version=self.version)
+                is_all = self.start.mode == sync_pb2.SYNCHRONIZE_MODE_ALL
+                complete = sync_pb2.SessionComplete(cursor=self.cursor() if is_all else b"", version=self.version)
                 return [
                     sync_pb2.SynchronizeResponse(upload_settled=sync_pb2.UploadSettled()),
                     *(sync_pb2.SynchronizeResponse(page=one) for one in self.download()),

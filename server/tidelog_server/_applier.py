@@ -144,7 +144,7 @@ class UnitApplier:
             # Another incarnation than the author saw; an author who created this one has seen it.
             if operation.base_version < state.created and state.creator != self._replica:
                 # Nor was it ever seen by an author whose own creation was refused.
-                cause = self._outcomes.own_refused_creation(key) if not operation.base_version else None
+                cause = self._outcomes.late_creation(key, state.created) if not operation.base_version else None
                 if cause:
                     message = f"{key[0]} {key[1]!r} could not be created"
                     raise Refused(FailureReason.DEPENDENCY_FAILED, message, cause=cause)

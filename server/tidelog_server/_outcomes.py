@@ -173,10 +173,20 @@ class Outcomes:
 
     def refused_creation(self, key: ObjectKey) -> bytes | None:
         """Return the failure because of which this replica could not create an object that it knows nothing of."""
-        return None if self._knowledge.knows(key) else self.own_refused_creation(key)
+        return None if self._knowledge.knows(key) else self._own_refused_creation(key)
 
-    def own_refused_creation(self, key: ObjectKey) -> bytes | None:
-        """Return the failure because of which this replica could not create an object, whatever is there now."""
+    def late_creation(self, key: ObjectKey, created: int) -> bytes | None:
+        """Return the failure of this replica's creation of an object that was there already, created at a version."""
+        failure_id = self._own_refused_creation(key)
+        if failure_id is None:
+            return None
+        known = self._failures.get(failure_id)
+        data = known.data if known is not None else self._reader.failure(failure_id)
+        record = failure_pb2.SynchronizationFailure.FromString(data or b"")
+        is_late = record.reason == FailureReason.ALREADY_EXISTS.number and record.version >= created
+        return failure_id if is_late else None
+
+    def _own_refused_creation(self, key: ObjectKey) -> bytes | None:
         return self._refused_creations.get(key) or self._reader.refused_creation(self._uploader.replica, key)
 
     def give_up(self, unit: Unit, wait: Waits) -> list[Result]:

@@ -563,6 +563,8 @@ def _is_justified(
     if reason is FailureReason.OBJECT_GONE:
         # Of another incarnation than its author saw: created since, by somebody else.
         return None in states or (operation.base_version < server.objects[key].created)
+    if reason is FailureReason.DEPENDENCY_FAILED and not operation.base_version and None not in states:
+        return True  # its author's own creation came too late: what is there is somebody else's
     if reason in (FailureReason.DANGLING_REFERENCE, FailureReason.DEPENDENCY_FAILED):
         if operation.kind is not OperationKind.CREATE and None in states:
             return True
