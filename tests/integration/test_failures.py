@@ -344,9 +344,7 @@ class TestCallers:
             assert [failure.id for failure in shop.call("ListFailures", all_, token).failures] == [shop.failure.id]
 
     @pytest.mark.parametrize("spelled", [str.lower, str.upper])
-    def test_cannot_tell_hidden_from_absent(
-        self, shop: Shop, spelled: Callable[[str], str]
-    ) -> None:
+    def test_cannot_tell_hidden_from_absent(self, shop: Shop, spelled: Callable[[str], str]) -> None:
         """The words about somebody else's failure are those about none, however its id is spelled."""
         words = []
         for failure_id in (shop.failure.id, str(uuid.uuid4())):
