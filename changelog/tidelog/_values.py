@@ -227,6 +227,11 @@ def equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def decimal_text(value: Decimal) -> str:
+    """Return one spelling for all decimals of a value, exactly, however many digits it has."""
+    return str(value.normalize(_WIDE)) if value else "0"
+
+
 def identity(value: Any) -> Hashable:
     """Return a key that two values share exactly if they are `equal`."""
     kind = type(value)
@@ -236,7 +241,7 @@ def identity(value: Any) -> Hashable:
         return (kind, frozenset((key, identity(member)) for key, member in value.items()))
     if kind is Decimal:
         # Its own hash is one that a hostile author can make collide.
-        return (kind, str(value.normalize(_WIDE)) if value else "0")
+        return (kind, decimal_text(value))
     if kind is float and value != value:
         return (kind, "NaN")
     return (kind, value)

@@ -69,10 +69,12 @@ class _Adopted(msgspec.Struct, frozen=True):
 
     Attributes:
         schema: The schema, as JSON; empty if it was none.
+        migrated: The newest version of a schema whose migrations have run.
         unfinished: What has begun since; None: nothing has.
     """
 
     schema: str = ""
+    migrated: int = 0
     unfinished: _Unfinished | None = None
 
 
@@ -94,8 +96,15 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
     text = schema.to_json() if application.has_schema else ""
     note = store.note(_NOTE)
     known = msgspec.json.decode(note, type=_Adopted) if note else _Adopted()
-    if known == _Adopted(text):
+    if known == _Adopted(text, known.migrated):
         return
+    if schema.version < known.migrated:
+        raise SchemaContradicted(
+            f"the store was migrated to version {known.migrated} of the schema: "
+            f"what version {schema.version} says of it is no longer true; serve that version or a newer one",
+            [],
+            count=0,
+        )
     former = Schema.from_json(known.schema) if known.schema else Schema(open=True)
     since = former.version if known.schema else 0
     fingerprint = schema.fingerprint.hex()
@@ -112,27 +121,37 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
     migrations = {}
     contradictions: list[str] = []
     count = 0
+    has_migrated = False
+    not_run: list[str] = []
     for tenant in store.tenants():
         with store.read(tenant) as reader:
             entities = reader.entities()
         done_after = heads[tenant] if heads is not None else None
         migrations[tenant] = Migration(application, since=since, entities=entities, done_after=done_after)
+        for entity in schema.entities if known.schema else ():
+            if due := application.migrations(entity, after=since):
+                has_migrated = True
+                if not migrate and entity in entities:
+                    not_run.append(f"tenant {tenant!r}: {entity}: the migration to version {due[0][0]} has not run")
         for found in _contradictions(schema, store, tenant, migrations[tenant]):
             count += 1
             if len(contradictions) < CONTRADICTIONS_NAMED_MAX:
                 contradictions.append(f"tenant {tenant!r}: {found}")
+    if not_run and not count:
+        contradictions, count = not_run[:CONTRADICTIONS_NAMED_MAX], len(not_run)
     if count:
         raise SchemaContradicted(_summary(count, schema, since, migrate=migrate), contradictions, count=count)
 
     rebuilds = known.unfinished is not None or index_shape(former) != index_shape(schema)
     if migrate or rebuilds:
-        _set_note(store, _Adopted(known.schema, _Unfinished(schema.version, fingerprint, heads)))
+        _set_note(store, _Adopted(known.schema, known.migrated, _Unfinished(schema.version, fingerprint, heads)))
     for tenant, migration in migrations.items():
         if migrate:
             _migrate(application, store, tenant, migration, time_us)
         if rebuilds:
             _rebuild_indexes(application, store, tenant)
-    _set_note(store, _Adopted(text))
+    migrated = schema.version if migrate and has_migrated else known.migrated
+    _set_note(store, _Adopted(text, migrated))
     if text != known.schema and schema.version <= since:
         _log.warning("the schema is another one, but its version has not risen", version=schema.version, former=since)
     _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)

@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 
 from tidelog._keys import POSITION_BYTES, ObjectKey, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._schema import Schema
-from tidelog._values import Attributes, encode
+from tidelog._values import Attributes, decimal_text, encode
 
 DIGEST_BYTES: Final = 16
 
@@ -241,7 +241,7 @@ def _canonical(value: Any) -> Any:
     """Return one spelling for all that are `equal`."""
     kind = type(value)
     if kind is Decimal:
-        return value.normalize() if value else Decimal(0)
+        return ["decimal", decimal_text(value)]
     if kind is float:
         return value + 0.0 if value == value else math.nan  # -0.0 equals 0.0, and there is one NaN
     if kind is list:

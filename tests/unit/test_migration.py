@@ -418,7 +418,7 @@ class TestMigrating:
         assert contents(lab) == {"Task/t1": {"n": 22}}
 
     def test_without_being_told_nothing_is_migrated(self) -> None:
-        """A start that was not told to migrate adopts what fits as it is."""
+        """A start that was not told to migrate does not pass over a migration: it names what has not run."""
         lab = filled(application(task({"n": Integer()})), ("Task", "t1", {"n": 1}))
         served = application(task({"n": Integer()}), version=2)
 
@@ -426,9 +426,31 @@ class TestMigrating:
         def spoils(attributes: dict[str, Any]) -> dict[str, Any]:
             return {"n": 0}
 
-        adopt(lab, served)
+        with pytest.raises(SchemaContradicted) as refused:
+            adopt(lab, served)
 
+        assert refused.value.contradictions == ["tenant 'default': Task: the migration to version 2 has not run"]
         assert contents(lab) == {"Task/t1": {"n": 1}}
+        adopt(lab, served, migrate=True)
+        assert contents(lab) == {"Task/t1": {"n": 0}}
+
+    def test_there_is_no_way_back_behind_a_migration(self) -> None:
+        """An older schema, or none, is refused once a migration has run: it would run again on the way forward."""
+        former = application(task({"n": Integer()}))
+        lab = filled(former, ("Task", "t1", {"n": 1}))
+        served = application(task({"n": Integer()}), version=2)
+
+        @served.migration("Task", version=2)
+        def doubles(attributes: dict[str, Any]) -> dict[str, Any]:
+            return {"n": 2 * attributes["n"]}
+
+        adopt(lab, served, migrate=True)
+
+        for older in (former, Application()):
+            with pytest.raises(SchemaContradicted, match="migrated to version 2"):
+                adopt(lab, older)
+        adopt(lab, served, migrate=True)
+        assert contents(lab) == {"Task/t1": {"n": 2}}
 
     @pytest.mark.parametrize(
         ("result", "message"),

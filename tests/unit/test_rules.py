@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from datetime import UTC, date, datetime
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import pytest
@@ -22,6 +23,7 @@ from tests.builders import delete as make_delete
 from tests.builders import update as make_update
 
 from tidelog import (
+    DecimalNumber,
     Entity,
     Enumeration,
     Integer,
@@ -1094,3 +1096,18 @@ def test_what_builds_upon_a_creation_that_came_too_late_depends_on_it() -> None:
 
     assert said(results) == ["ALREADY_EXISTS", "DEPENDENCY_FAILED", "DEPENDENCY_FAILED"]
     assert {lab.failure(one).cause_failure_id for one in results[1:]} == {lab.failure(results[0]).id}
+
+
+def test_decimals_are_told_apart_by_all_their_digits() -> None:
+    """Unique and indexed decimals of any size and precision are what they are, spelled however."""
+    schema = Schema([Entity("Rate", {"value": DecimalNumber()}, unique=["value"], indexes=["value"])])
+    lab = Lab(Application(schema=schema))
+    long = "1." + "0" * 40
+
+    def rate(seq: int, text: str) -> bytes:
+        return create(seq, f"r{seq}", {"value": Decimal(text)}, entity="Rate")
+
+    texts = [long + "1", long + "2", "1E+1000000", "2.50", "2.5"]
+    results = lab.settle(*(rate(seq, text) for seq, text in enumerate(texts, start=1)))
+
+    assert said(results) == ["APPLIED"] * 4 + ["UNIQUE_VIOLATED"]

@@ -292,9 +292,10 @@ class EntityDownload(_message.Message):
     """How much of it."""
     @_builtins.property
     def where(self) -> _constraint_pb2.Constraint:
-        """Which objects. Mode where only. It may use attributes that the principal
-        may read; another one is refused with `INVALID_ARGUMENT`, reason
-        `CONSTRAINT_INVALID`.
+        """Which objects. Mode where only. It is decided on what the principal may read;
+        one that names an attribute which may not be read of any object matches
+        nothing. One that does not fit the schema is refused in mode all with
+        `INVALID_ARGUMENT`, reason `CONSTRAINT_INVALID`.
         """
 
     def __init__(
