@@ -1111,3 +1111,54 @@ def test_decimals_are_told_apart_by_all_their_digits() -> None:
     results = lab.settle(*(rate(seq, text) for seq, text in enumerate(texts, start=1)))
 
     assert said(results) == ["APPLIED"] * 4 + ["UNIQUE_VIOLATED"]
+
+
+class TestOperators:
+    def test_without_rules_and_operators_everybody_is_one(self) -> None:
+        """An application that states neither trusts everybody."""
+        assert Application().is_operator(ANN)
+
+    def test_with_rules_nobody_is_one_unless_named(self) -> None:
+        """The first access rule ends that; a role that is named works off failures."""
+        ruled = Application()
+        ruled.allow("technician", "Order")
+        named = Application(operators=["dispatcher"])
+
+        assert not ruled.is_operator(ANN)
+        assert not named.is_operator(ANN)
+        assert named.is_operator(DISPATCHER)
+
+
+class TestEdgesOfRules:
+    def test_a_rule_that_does_not_cover_the_object_vouches_for_nothing(self) -> None:
+        """What an object becomes is accepted by a rule that was about it before."""
+        lab = shop()
+        lab.application.allow("technician", "Order", write=["note"], where={"status": "open"}, check={"note": "fine"})
+        lab.application.allow("technician", "Order", read=[], write=["note"], where={"status": "done"}, check={})
+
+        results = [
+            *settle(lab, ANN, update(1, "o1", {"note": "other"}, entity="Order")),
+            *settle(lab, ANN, update(2, "o1", {"note": "fine"}, entity="Order")),
+        ]
+
+        assert results == ["ACCESS_DENIED", "APPLIED"]
+
+    def test_a_claim_that_is_null_is_missing(self) -> None:
+        """A rule over a claim without a value grants nothing."""
+        lab = shop()
+        lab.application.allow("technician", "Order", write="*", where=~(attribute("owner") == claim("team")))
+        nobody = Principal("ann", roles=frozenset({"technician"}), claims={"team": None})
+
+        assert settle(lab, nobody, update(1, "o1", {"note": "x"}, entity="Order")) == ["OBJECT_GONE"]
+
+    def test_a_former_incarnation_is_no_conflict(self) -> None:
+        """What happened to an object of the same id before it was created anew is another story."""
+        lab = shop()
+        lab.application.on_conflict("Order", "reject_stale")
+        lab.settle(
+            update(3, "o1", {"note": "theirs"}, entity="Order"), delete(4, "o1", entity="Order"), replica=REPLICA_B
+        )
+
+        results = lab.settle(order(1, "o1"), make_update(2, "o1", {"note": "mine"}, entity="Order", base_version=2))
+
+        assert said(results) == ["APPLIED", "APPLIED"]
