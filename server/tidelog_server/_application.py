@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 from tidelog._constraints import Comparison, Constraint, Where, comparisons, constraint_of
 from tidelog._downloads import Download, DownloadMode, DownloadWish, download_of
 from tidelog._errors import InvalidConstraint, InvalidRule, InvalidSchema, InvalidValue, quoted
+from tidelog._logging import get_logger
 from tidelog._patch import check_attribute_name
 from tidelog._schema import Schema
 from tidelog._values import check_id, check_name
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 HOOK_SECONDS_MAX_DEFAULT: Final = 30.0
+
+_log = get_logger("tidelog.application")
 
 
 class Reject(Exception):
@@ -356,8 +359,24 @@ class Application:
         return lookup
 
     def user(self, tenant: str, user_id: str) -> Principal | None:
-        """Return who a user is today, or None if that is not known."""
-        return self._user_lookup(tenant, user_id) if self._user_lookup is not None else None
+        """
+        Return who a user is today, or None if that is not known.
+
+        Raises:
+            TransientError: The function that should say so fails, or names somebody else.
+        """
+        if self._user_lookup is None:
+            return None
+        try:
+            found: object = self._user_lookup(tenant, user_id)
+        except Exception as error:
+            _log.exception("the lookup of users failed", tenant=tenant, user_id=user_id)
+            raise TransientError(f"the application cannot say who {user_id!r} is: its log has the details") from error
+        if found is None:
+            return None
+        if not isinstance(found, Principal) or (found.tenant, found.user_id) != (tenant, user_id):
+            raise TransientError(f"the application was asked who {user_id!r} is, and named somebody else")
+        return found
 
     def rights(self, principal: Principal) -> Rights:
         """Return what a principal may do."""

@@ -38,7 +38,7 @@ from tidelog import (
     attribute,
     claim,
 )
-from tidelog_server import Application, HookContext, HookObject, Principal, Reject
+from tidelog_server import Application, HookContext, HookObject, Principal, Reject, TransientError
 
 ANN = Principal("ann", roles=frozenset({"technician"}), claims={"region": "north"})
 BOB = Principal("bob", roles=frozenset({"technician"}), claims={"region": "south"})
@@ -1127,6 +1127,34 @@ class TestOperators:
         assert not ruled.is_operator(ANN)
         assert not named.is_operator(ANN)
         assert named.is_operator(DISPATCHER)
+
+
+class TestUsers:
+    def test_are_looked_up(self) -> None:
+        """The function says who a user is, or that it does not know."""
+        application = Application()
+        application.users(lambda tenant, user_id: ANN if user_id == "ann" else None)
+
+        assert application.user("default", "ann") is ANN
+        assert application.user("default", "bob") is None
+
+    @pytest.mark.parametrize("found", [BOB, "ann", Principal("ann", "elsewhere")])
+    def test_are_who_was_asked_for(self, found: Any) -> None:
+        """Somebody else, or nobody at all, is not taken for the author."""
+        application = Application()
+        application.users(lambda tenant, user_id: found)
+
+        with pytest.raises(TransientError):
+            application.user("default", "ann")
+
+    def test_may_be_unknown_for_now(self) -> None:
+        """A function that fails settles nothing: the retry can be repeated."""
+        application = Application()
+        nobody: dict[str, Principal] = {}
+        application.users(lambda tenant, user_id: nobody[user_id])
+
+        with pytest.raises(TransientError, match="cannot say who 'ann' is"):
+            application.user("default", "ann")
 
 
 class TestEdgesOfRules:
