@@ -1190,3 +1190,41 @@ class TestEdgesOfRules:
         results = lab.settle(order(1, "o1"), make_update(2, "o1", {"note": "mine"}, entity="Order", base_version=2))
 
         assert said(results) == ["APPLIED", "APPLIED"]
+
+
+@pytest.mark.parametrize(
+    "intent",
+    [
+        {"increment": {"secret": 1}},
+        {"add": {"secret": ["x"]}},
+        {"remove": {"secret": ["x"]}},
+    ],
+)
+def test_no_intent_quotes_what_its_author_may_not_read(intent: dict[str, Any]) -> None:
+    """An intent that does not fit a hidden value is refused without the value."""
+    lab = shop()
+    lab.settle(update(3, "o1", {"secret": "moonlight"}, entity="Order"), replica=REPLICA_B)
+    lab.application.allow("technician", "Order", read=["note"], write=["secret"])
+
+    [result] = lab.session(principal=ANN).settle(update(1, "o1", entity="Order", **intent))
+
+    assert said([result]) == ["VALIDATION_FAILED"]
+    assert "moonlight" not in result.message
+
+
+def test_a_taken_value_is_quoted_as_far_as_its_author_may_read_it() -> None:
+    """Of values that are unique together, a hidden one is named and not told."""
+    schema = Schema([Entity("Seat", {"row": String(), "plan": String()}, unique=[("row", "plan")])])
+    lab = Lab(Application(schema=schema))
+    lab.settle(
+        create(1, "s1", {"row": "a", "plan": "moonlight"}, entity="Seat"),
+        create(2, "s2", {"row": "b", "plan": "moonlight"}, entity="Seat"),
+    )
+    lab.application.allow("technician", "Seat", read=["row"], write=["row"])
+
+    [result] = lab.session(b"c" * 16, principal=ANN).settle(update(1, "s2", {"row": "a"}, entity="Seat"))
+
+    assert said([result]) == ["UNIQUE_VIOLATED"]
+    assert "'a'" in result.message
+    assert "plan" in result.message
+    assert "moonlight" not in result.message
