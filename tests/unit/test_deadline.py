@@ -31,10 +31,10 @@ def for_ever() -> None:
 
 
 def test_a_hook_without_an_end_is_ended() -> None:
-    """It settles its operation as HOOK_ERROR, and the next one is none the worse."""
-    lab = lab_with(lambda task, context: for_ever() if task["loop"] else None)
+    """It settles its operation as HOOK_ERROR, and the next one, which has no hook, is none the worse."""
+    lab = lab_with(lambda task, context: for_ever())
 
-    results = lab.settle(create(1, "t1", {"loop": True}), create(2, "t2", {"loop": False}))
+    results = lab.settle(create(1), create(2, "n1", entity="Note"))
 
     assert said(results) == ["HOOK_ERROR", "APPLIED"]
     assert "longer than 0.15 seconds" in results[0].message
@@ -101,7 +101,10 @@ def test_a_verdict_in_time_is_heard() -> None:
     def refuses(task: HookObject, context: HookContext) -> None:
         raise Reject("no")
 
-    assert said(lab_with(refuses).settle(create(1))) == ["HOOK_REJECTED"]
+    application = Application(hook_seconds_max=60)
+    application.before_commit("Task")(refuses)
+
+    assert said(Lab(application).settle(create(1))) == ["HOOK_REJECTED"]
 
 
 def test_nothing_arrives_after_the_end() -> None:
