@@ -66,8 +66,10 @@ class ServerEnd:
         if self._session is None:
             raise AssertionError(f"{which} came before start")
         if which == "batch":
-            results = sync_pb2.BatchResults()
-            settled_now = self._session.upload(list(request.batch.operations)).result(STORE_TIMEOUT_SECONDS)
+            settled_now = self._session.upload(list(request.batch.operations), request.batch.former_outcomes).result(
+                STORE_TIMEOUT_SECONDS
+            )
+            results = sync_pb2.BatchResults(checkpoint=self._session.checkpoint())
             put_results(settled_now, results.results)
             return _response(batch_results=results.SerializeToString())
         if which == "selection":
@@ -75,6 +77,7 @@ class ServerEnd:
             return None
         settled = sync_pb2.UploadSettled()
         put_results(self._session.settle_held().result(STORE_TIMEOUT_SECONDS), settled.results)
+        settled.checkpoint = self._session.checkpoint()
         with self._store.read(self._principal.tenant) as reader:
             self.settled_version = reader.head().version
         self._pages = self._session.pages()
