@@ -84,8 +84,8 @@ class Lineage:
                     start.former_identities.add(replica_id=replica_id, last_seq=last_seq, settled_seq=settled_seq)
 
     def note_checkpoint(self, transaction: LmdbTransaction, checkpoint: bytes) -> None:
-        """Remember what the server said of its history, unless it says nothing of the state here as yet."""
-        if checkpoint and not self._meta.get(transaction, "next_timeline"):
+        """Remember what the server said of its history."""
+        if checkpoint:
             self._meta.put(transaction, checkpoint=checkpoint)
 
     # --- forks ----------------------------------------------------------------

@@ -278,7 +278,7 @@ class TestRestoredServers:
         assert (again.server_restored, again.reoffered, a.pending_count()) == (False, 0, 0)
 
     def test_others_wrote_since(self, site: Site) -> None:
-        """What somebody else changed since the restore is not overwritten, it becomes a failure; the rest is applied."""
+        """What somebody else changed since the restore is not overwritten but becomes a failure; the rest goes."""
         a, b = site.device("a"), site.device("b")
         a.create("Task", {"title": "x", "n": 0}, "t1")
         a.create("Task", {"title": "x", "n": 0}, "t2")
@@ -339,20 +339,24 @@ class TestRestoredServers:
             assert contents(site.device("a")) == contents(site.device("b")) == site.truth()
 
     def test_cuts_while_offering_again(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A restore that is met in several attempts, cut at each message, has no double effect and loses nothing."""
-        a = site.device("a")
+        """Cut at whatever message, nothing is lost or applied twice, and what is shown never loses an own edit."""
+        a, b = site.device("a"), site.device("b")
         a.create("Task", {"n": 0}, "t1")
         a.synchronize_all()
         site.shut("a")
         site.back_up()
+        b = site.device("b")
+        for number in range(20):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
         a = site.device("a")
         for number in range(5):
             a.update("Task", "t1", increment={"n": 1})
             a.create("Task", {}, f"new {number}")
         a.synchronize_all()
+        a.update("Task", "t1", increment={"n": 100})  # pending
         site.shut("a")
         site.copy("a", "before")
-        expected = {"t1": {"n": 5}, **{f"new {number}": {} for number in range(5)}}
         cut_at = 0
         done = False
         while not done:
@@ -362,11 +366,94 @@ class TestRestoredServers:
             site.restore()
             a = site.device("a")
             done = cut_session(a, monkeypatch, after_messages=cut_at)
-            assert contents(a) in (expected, site.truth())
+            assert a.get("Task", "t1")["n"] == 105  # type: ignore[index]
             a.synchronize_all()
+            expected = {"t1": {"n": 105}, **{f"new {number}": {} for number in range(5)}}
             assert contents(a) == site.truth() == expected
             assert a.pending_count() == 0
         assert cut_at > 5
+
+    def test_put_back_while_offering_again(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a device was told while it adopted a timeline is evidence too, should that timeline be put back."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        a.synchronize_all()
+        site.shut("a")
+        site.restore()
+        assert not cut_session(site.device("a"), monkeypatch, after_messages=1)  # a new timeline began
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 10})
+        assert not cut_session(a, monkeypatch, after_messages=3)
+        assert a.pending_count() == 0
+        site.shut("a")
+
+        site.restore()
+        site.sync("a")
+
+        assert contents(site.device("a")) == site.truth() == {"t1": {"n": 11}}
+
+    def test_results_of_which_the_state_never_came(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was applied before the restore, and never downloaded, shows once only after it was offered again."""
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        b = site.device("b")
+        for number in range(20):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        assert not cut_session(a, monkeypatch, after_messages=2)
+        assert a.pending_count() == 0
+        site.shut("a")
+
+        site.restore()
+        site.sync("a")
+
+        assert contents(site.device("a")) == site.truth() == {"t1": {"n": 1}}
+
+    def test_objects_that_are_not_downloaded(self, site: Site) -> None:
+        """Whoever keeps an object that it never downloads does not take an older version for one it has seen."""
+        site.application.on_conflict("Note", "reject_stale")
+        options: dict[str, Any] = {"download": {"Note": "nothing_preserve"}}
+        a = site.device("a", **options)
+        a.create("Note", {"text": "1"}, "n1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        c = site.device("c")
+        for number in range(20):
+            c.create("Task", {}, f"t{number}")
+        c.synchronize_all()
+        a = site.device("a", **options)
+        a.update("Note", "n1", {"text": "2"})
+        a.synchronize_all()
+        a.synchronize_selected([("Note", "n1")])
+        site.shut("a")
+        site.restore()
+        a = site.device("a", **options)
+        a.synchronize_all()
+        b = site.device("b")
+        b.synchronize_all()
+        b.update("Note", "n1", {"text": "of b"})
+        for number in range(30):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+
+        a.update("Note", "n1", {"text": "3"})
+        report = a.synchronize_all()
+
+        assert [one.reason for one in report.failures] == [FailureReason.CONFLICT]
+        assert site.truth("Note") == {"n1": {"text": "of b"}}
 
     def test_what_waits_keeps_its_meaning(self, site: Site) -> None:
         """A pending operation whose base is newer than the backup is judged by what its author can have seen."""
