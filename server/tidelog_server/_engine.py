@@ -27,6 +27,7 @@ from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
 from tidelog_server._errors import OperationForked, OperationsOutOfOrder, RequestInvalid, SessionSuperseded
+from tidelog_server._formers import Formers
 from tidelog_server._held import HeldUnits
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import BEHIND_ANOTHER, Outcomes, Result, Status, Uploader
@@ -135,6 +136,7 @@ class _Evaluator:
             rights=rights,
             time_us=time_us,
         )
+        self._formers = Formers(uploader.formers, uploader.principal.user_id, reader)
         self._replica_state = known
         self._last_seq = state.last_seq
         self._last_former_seq = state.last_former_seq
@@ -175,11 +177,9 @@ class _Evaluator:
         for member in members:
             if member.seq in former and former[member.seq].nonce != member.nonce:
                 raise OperationForked(f"seq {member.seq} of this replica was settled before as another operation")
-        for identity in self._uploader.formers:
-            rest = {member.seq: member.nonce for member in members if 0 < member.seq <= identity.last_seq}
-            for seq, settled in self._reader.settled(identity.replica, rest.keys() - former.keys()).items():
-                if settled.nonce == rest[seq]:
-                    former[seq] = settled
+        if self._uploader.formers:
+            rest = {member.seq: member.nonce for member in members if member.seq and member.seq not in former}
+            former |= self._formers.settled(rest)
         return former
 
     def _named_objects(self, members: Iterable[Member]) -> Iterator[ObjectKey]:
@@ -206,7 +206,7 @@ class _Evaluator:
             return outcomes.record_former(unit)
         if outcomes.is_parked(unit):
             return outcomes.park(unit, BEHIND_ANOTHER)
-        if any(self._is_forgotten(member) for member in unit):
+        if any(self._formers.is_forgotten(member.seq) for member in unit):
             message = "it was settled before under another id of the replica; what became of it is not kept any more"
             return outcomes.refuse(unit, Refused(FailureReason.SUPERSEDED, message))
         if len(unit) > 1 and size_bytes(unit) > GROUP_BYTES_MAX:
@@ -224,16 +224,6 @@ class _Evaluator:
             return outcomes.refuse(unit, refusal)
         except Waits as wait:
             return self._hold(unit, wait.message)
-
-    def _is_forgotten(self, member: Member) -> bool:
-        """Tell whether an operation may have been settled under a former id, with no trace left of how."""
-        return any(
-            member.seq <= identity.last_seq
-            and (state := self._reader.replica(identity.replica)) is not None
-            and state.has_settled(member.seq)
-            and not self._reader.settled(identity.replica, (member.seq,))
-            for identity in self._uploader.formers
-        )
 
     def _is_newer(self, unit: Unit) -> bool:
         return self._application.has_schema and any(
@@ -261,6 +251,7 @@ class _Evaluator:
     def _evaluation(self, results: list[Result]) -> Evaluation:
         overlay, outcomes = self._overlay, self._outcomes
         replica_state = outcomes.replica_state(self._replica_state)
+        former_settled, twins = self._formers.writes(outcomes.settled)
         writes = Writes(
             objects=overlay.written_objects(),
             changes=overlay.changes,
@@ -268,8 +259,8 @@ class _Evaluator:
             settled=outcomes.settled,
             failures=outcomes.failures,
             version=overlay.version,
-            index_entries={**self._units.index_writes(), **outcomes.index_writes()},
-            former_settled=outcomes.former_settled(),
+            index_entries={**self._units.index_writes(), **outcomes.index_writes(), **twins},
+            former_settled=former_settled,
         )
         state = UploadState(
             self._last_seq,

@@ -10,6 +10,7 @@ tells what it is about:
     l  entity NUL name NUL digest version -> id         objects that had it: by the version at which they lost it
     p  entity NUL name NUL digest id -> table version   where in `v` or `l` an object stands
     d  cause failure                 -> nothing         failures because of a failure
+    t  replica seq nonce             -> outcome         what was settled beside another operation; see `_formers`
     s                                -> version         since when `l` has all that left a value
 
 Values are represented by a digest, because a key has a limited length: whoever looks
@@ -37,6 +38,7 @@ _BY_VERSION: Final = b"v"
 _LEFT: Final = b"l"
 _PLACE: Final = b"p"
 _DEPENDENT: Final = b"d"
+_TWIN: Final = b"t"
 _SINCE: Final = b"s"
 
 # The tables that follow from a schema and the objects alone.
@@ -173,6 +175,11 @@ def complete_since(lookup: Callable[[bytes], bytes | None]) -> int:
     """Return the version since which the entries by version tell of all objects that left a value."""
     noted = lookup(_SINCE)
     return unpack_position(noted) if noted is not None else 0
+
+
+def twin_key(replica: bytes, seq: int, nonce: int) -> bytes:
+    """Return where it stands what became of an operation whose place is another one's."""
+    return _TWIN + replica + pack_position(seq) + pack_position(nonce)
 
 
 def dependents_prefix(failure_id: bytes) -> bytes:

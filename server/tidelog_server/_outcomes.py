@@ -24,7 +24,7 @@ from tidelog_server._indexes import IndexWrites, dependents_prefix
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
-from tidelog_server._records import FailureRecord, FormerSettled, ReplicaState, Settled, merged_ranges
+from tidelog_server._records import FailureRecord, ReplicaState, Settled, with_settled
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader
 from tidelog_server._units import FormerOutcome, Member, Unit, created_keys, keys_of
@@ -282,21 +282,7 @@ class Outcomes:
         if not self.settled:
             return None
         self.settled.sort()
-        return _with_settled(known, self.settled)
-
-    def former_settled(self) -> list[FormerSettled]:
-        """Return what was settled now and may be settled under former ids of the replica too."""
-        found = []
-        for identity in self._uploader.formers:
-            candidates = [one for one in self.settled if 0 < one[0] <= identity.last_seq]
-            taken = self._reader.settled(identity.replica, [seq for seq, _ in candidates])
-            state = self._reader.replica(identity.replica)
-            if state is None:
-                state = ReplicaState(0, self._uploader.principal.user_id, 0, 0, ())
-            settled = [one for one in candidates if one[0] not in taken and not state.has_settled(one[0])]
-            if settled:
-                found.append(FormerSettled(identity.replica, _with_settled(state, settled), settled))
-        return found
+        return with_settled(known, self.settled)
 
     def index_writes(self) -> IndexWrites:
         """Return what finds the failures that others caused."""
@@ -305,16 +291,6 @@ class Outcomes:
             for failure_id, cause in self._causes.items()
             if cause and failure_id in self._failures
         }
-
-
-def _with_settled(known: ReplicaState, settled: list[tuple[int, Settled]]) -> ReplicaState:
-    """Return a replica's state with what was settled, in the order of its seqs."""
-    newest_seq, newest = settled[-1]
-    newest_nonce = newest.nonce
-    if newest_seq <= known.newest_seq:
-        newest_seq, newest_nonce = known.newest_seq, known.newest_nonce
-    ranges = merged_ranges(known.settled_ranges, [seq for seq, _ in settled])
-    return known._replace(newest_seq=newest_seq, newest_nonce=newest_nonce, settled_ranges=ranges)
 
 
 def _refusal_again(seq: int, settled: Settled, record: failure_pb2.SynchronizationFailure) -> Result:

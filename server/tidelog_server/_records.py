@@ -237,3 +237,13 @@ def merged_ranges(ranges: tuple[tuple[int, int], ...], seqs: list[int]) -> tuple
         else:
             merged.append((first, last))
     return tuple(merged)
+
+
+def with_settled(known: ReplicaState, settled: Sequence[tuple[int, Settled]]) -> ReplicaState:
+    """Return a replica's state with what was settled, in the order of its seqs."""
+    newest_seq, newest = settled[-1]
+    newest_nonce = newest.nonce
+    if newest_seq <= known.newest_seq:
+        newest_seq, newest_nonce = known.newest_seq, known.newest_nonce
+    ranges = merged_ranges(known.settled_ranges, [seq for seq, _ in settled])
+    return known._replace(newest_seq=newest_seq, newest_nonce=newest_nonce, settled_ranges=ranges)

@@ -17,11 +17,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tests.builders import TENANT, MemoryStore, contents, quick_folder
 from tests.simulation.link import ServerEnd
 
-from tidelog import ForeignServer
+from tidelog import MassRemoval, ServerUnavailable
 from tidelog._operation import decode_operation
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
@@ -34,7 +33,6 @@ from tidelog_server._status import status_of
 
 SEEDS = 40
 STEPS = 40
-IDS = [f"t{number}" for number in range(4)]
 USER = Principal("ann", tenant=TENANT)
 
 
@@ -145,18 +143,20 @@ class World:
         action()
 
     def new_device(self) -> None:
+        """Set up a device with an empty directory."""
         name = f"device {next(self.names)}"
         self.devices.append(name)
         self.open(name).close()
 
     def commit(self) -> None:
+        """Commit some operations on a device."""
         with self.open(self.dice.choice(self.devices)) as replica:
             for _ in range(self.dice.randint(1, 3)):
-                id_ = self.dice.choice(IDS)
                 mark = f"{next(self.marks)}" if self.dice.random() < 0.9 else "bad"
-                if replica.get("Task", id_) is None:
-                    id_ = f"{id_} {next(self.names)}"
-                    replica.create("Task", {"n": 1, "marks": [mark]}, id_)
+                shown = list(contents(replica))
+                id_ = self.dice.choice([*shown[:4], ""])
+                if not id_:
+                    replica.create("Task", {"n": 1, "marks": [mark]}, f"t{next(self.names)}")
                 elif self.dice.random() < 0.05:
                     replica.delete("Task", id_)
                 else:
@@ -164,6 +164,7 @@ class World:
                     replica.update("Task", id_, title, increment={"n": 1}, add={"marks": [mark]})
 
     def synchronize(self) -> None:
+        """Synchronize a device, in some mode."""
         name = self.dice.choice(self.devices)
         with self.open(name) as replica:
             shown = contents(replica)
@@ -178,11 +179,7 @@ class World:
                     report = replica.synchronize_selected([("Task", one) for one in ids[:2]], timeout=0)
             except Cut:
                 self.covered.add("crash")
-            except ForeignServer:
-                raise
-            except Exception as error:
-                if type(error).__name__ not in {"ServerUnavailable", "MassRemoval"}:
-                    raise
+            except (ServerUnavailable, MassRemoval) as error:
                 self.covered.add(type(error).__name__)
             else:
                 self.note(report)
@@ -198,26 +195,31 @@ class World:
             self.covered.add("reoffer")
 
     def put_aside(self) -> None:
+        """Keep a copy of a device's directory."""
         name = f"copy {next(self.names)}"
         shutil.copytree(self.folder / self.dice.choice(self.devices), self.folder / name)
         self.copies.append(name)
 
     def put_back(self) -> None:
+        """Put a copy in the place of a device's directory."""
         if self.copies:
             name = self.dice.choice(self.devices)
             shutil.rmtree(self.folder / name)
             shutil.copytree(self.folder / self.dice.choice(self.copies), self.folder / name)
 
     def copy_device(self) -> None:
+        """Go on with a directory on another device too."""
         if len(self.devices) < 5:
             name = f"device {next(self.names)}"
             shutil.copytree(self.folder / self.dice.choice(self.devices), self.folder / name)
             self.devices.append(name)
 
     def back_up(self) -> None:
+        """Keep a copy of the server's store."""
         self.backups.append(copy.deepcopy(self.disk))
 
     def restore(self) -> None:
+        """Put a copy in the place of the server's store."""
         if self.backups:
             self.disk = copy.deepcopy(self.dice.choice(self.backups[-2:]))
             self.store = MemoryStore(self.disk)
@@ -244,14 +246,10 @@ class World:
                 failure_pb2.SynchronizationFailure.FromString(data)
                 for _, data in reader.failures(b"", 1_000_000, 1 << 30)
             ]
-            changes = reader.changes(0, 1_000_000, 1 << 30)
         failed = {decode_operation(one.operation).nonce for one in failures}
-        applied = {(change.replica, change.seq) for change in changes}
-        settled = (
-            {(seq, mark.nonce): mark for (replica, seq), mark in self.disk["tenants"][TENANT].settled.items()}
-            if self.disk.get("tenants", {}).get(TENANT)
-            else {}
-        )
+        tenants = self.disk["tenants"]
+        marks = tenants[TENANT].settled if TENANT in tenants else {}
+        settled = {(seq, mark.nonce): mark for (_, seq), mark in marks.items()}
         for name in self.devices:
             with self.open(name) as replica:
                 assert replica.pending_count() == 0, f"{name} has operations left"
@@ -262,9 +260,9 @@ class World:
                     assert mark is not None, f"{name}: seq {operation.seq} is lost"
                     if mark.failure_id:
                         assert operation.nonce in failed, f"{name}: seq {operation.seq} failed without a record"
-        assert len(applied) <= len(changes)
 
     def new_name(self) -> str:
+        """Return the name of a directory that is not there yet."""
         return f"fresh {next(self.names)}"
 
 
@@ -284,15 +282,10 @@ def run(seed: int, steps: int = STEPS) -> set[str]:
         return world.covered
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_nothing_is_lost(seed: int) -> None:
+def test_nothing_is_lost() -> None:
     """Whatever is copied and put back, every kept operation settles once, or is a failure for a person to look at."""
-    run(seed)
-
-
-def test_the_seeds_reach_everything() -> None:
-    """Forks, rebases, crashes and offers that are superseded all occur."""
     covered: set[str] = set()
     for seed in range(SEEDS):
         covered |= run(seed)
-    assert covered >= {"fork", "rebase", "reoffer", "crash", "HOOK_REJECTED", "SUPERSEDED"}
+
+    assert covered >= {"fork", "rebase", "reoffer", "crash", "ServerUnavailable", "HOOK_REJECTED", "SUPERSEDED"}
