@@ -137,6 +137,13 @@ def sync(
     tls_ca: TlsCaOption = None,
     tls_certificate: TlsCertificateOption = None,
     tls_key: TlsKeyOption = None,
+    accept_foreign_server: Annotated[
+        bool, typer.Option("--accept-foreign-server", help="Let the replica become one of another server.")
+    ] = False,
+    accept_mass_removal: Annotated[
+        bool,
+        typer.Option("--accept-mass-removal", help="Remove most of an entity although the server does not say why."),
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """
@@ -146,6 +153,8 @@ def sync(
     """
     if mode is not None and select:
         raise typer.BadParameter("give --mode or --select, not both", param_hint="--select")
+    if (accept_foreign_server or accept_mass_removal) and (select or mode is SyncMode.UNSYNCHRONIZED):
+        raise typer.BadParameter("consent is given when all is synchronized", param_hint="--accept-...")
     if timeout is not None and not math.isfinite(timeout):
         raise typer.BadParameter("expected a number of seconds", param_hint="--timeout")
     keys = [_key(one) for one in select or ()]
@@ -161,7 +170,12 @@ def sync(
             elif mode is SyncMode.UNSYNCHRONIZED:
                 report = opened.synchronize_unsynchronized(timeout=timeout, on_progress=on_progress)
             else:
-                report = opened.synchronize_all(timeout=timeout, on_progress=on_progress)
+                report = opened.synchronize_all(
+                    timeout=timeout,
+                    on_progress=on_progress,
+                    accept_foreign_server=accept_foreign_server,
+                    accept_mass_removal=accept_mass_removal,
+                )
         # Still open: the report reads large failures from the replica.
         if json_:
             print_json(_report_as_data(report))
@@ -405,6 +419,10 @@ def _print_report(report: Report) -> None:
         f"confirmed {report.confirmed}, removed {report.removed} ({report.sent_bytes} bytes sent, "
         f"{report.received_bytes} received, {report.upload_seconds + report.download_seconds:.2f} s)"
     )
+    if report.former_replica_id:
+        print(f"this directory is a copy of the replica {report.former_replica_id}: it goes on under another id")
+    if report.server_restored or report.reoffered:
+        print(f"the server was put back from a backup: {report.reoffered} operations were offered to it again")
     print_table(_FAILURE_COLUMNS, map(_failure_row, report.failures))
     print_table(_SKIPPED_COLUMNS, ((one.reason.value, one.entity, one.id, one.message) for one in report.skipped))
     print_table((Column("ALSO SYNCHRONIZED"), Column("ID")), report.added)
