@@ -361,10 +361,10 @@ def _write(data: _Data, writes: Writes) -> None:
     if writes.changes:
         data.head = Head(writes.version, secrets.token_bytes(COMMIT_ID_BYTES))
         data.commits[writes.version] = data.head.commit_id
-    identities = [(*writes.replica, writes.settled)] if writes.replica is not None else []
-    for replica, state, settled in (*identities, *writes.former_settled):
+    if writes.replica is not None:
+        replica, state = writes.replica
         data.replicas[replica] = state
-        data.settled.update(((replica, seq), one) for seq, one in settled)
+        data.settled.update(((replica, seq), one) for seq, one in writes.settled)
     for failure in writes.failures:
         data.failures[failure.id] = failure.data
         data.refused.update(((failure.replica, key), failure.id) for key in failure.refused_creations)

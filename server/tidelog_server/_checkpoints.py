@@ -3,8 +3,9 @@ Checkpoints: what a replica shows a server that was put back from a backup.
 
 A checkpoint names commits of a tenant's history: the newest one, and older ones at
 growing distances. A store that lacks one of them, in the same timeline, has lost
-history that somebody was told of. The newest one that it has tells how far its history
-and the replica's are the same. It is sealed: nobody can make one up.
+history that somebody was told of; so has one in which fewer of the replica's operations
+are settled, refusals among them. The newest commit that it has tells how far its history
+and the replica's are the same. A checkpoint is sealed: nobody can make one up.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ COMMITS_MAX: Final = 48
 
 class Checkpoints:
     """
-    Makes and reads the checkpoints of one tenant.
+    Makes and reads the checkpoints of one replica.
 
     Args:
         store: Whose history they are of.
         tenant: The tenant.
+        replica: The replica's id in 16 bytes.
     """
 
-    def __init__(self, store: Store, tenant: str) -> None:
+    def __init__(self, store: Store, tenant: str, replica: bytes) -> None:
         self._store = store
         self._tenant = tenant
+        self._replica = replica
         self._sealer = Sealer(store, "checkpoint")
         self._older: list[Head] = []
 
@@ -42,9 +45,9 @@ class Checkpoints:
         """Note the older commits that the checkpoints of a session name."""
         self._older = _spread(reader)
 
-    def at(self, head: Head) -> bytes:
-        """Return the checkpoint of a history that stands at *head*; empty if nothing was ever applied."""
-        if not head.version:
+    def at(self, head: Head, settled_count: int) -> bytes:
+        """Return the checkpoint of a history at *head*; empty if it has not begun and nothing was settled."""
+        if not head.version and not settled_count:
             return b""
         identity = self._store.identity
         commits = [head, *(one for one in self._older if one.version < head.version)]
@@ -52,19 +55,24 @@ class Checkpoints:
             epoch=identity.epoch,
             timeline=identity.timeline,
             commits=[splice_pb2.Commit(version=one.version, commit_id=one.commit_id) for one in commits],
+            replica=self._replica,
+            settled_count=settled_count,
         )
         return self._sealer.seal(checkpoint.SerializeToString(), self._tenant)
 
     def contradicts(self, reader: Reader, data: bytes) -> bool:
-        """Tell whether a checkpoint is of this timeline, and names a commit that the store has lost."""
+        """Tell whether a checkpoint is of this timeline, and names what the store has lost."""
         checkpoint = self._opened(data)
         identity = self._store.identity
         if checkpoint is None or (checkpoint.epoch, checkpoint.timeline) != (identity.epoch, identity.timeline):
             return False
+        state = reader.replica(checkpoint.replica)
+        if (state.settled_count if state is not None else 0) < checkpoint.settled_count:
+            return True
         newest = max(checkpoint.commits, key=lambda one: one.version)
         if newest.version > reader.head().version:
             return True
-        known = reader.commit_id(newest.version)
+        known = reader.commit_id(newest.version) if newest.version else newest.commit_id
         if known is None:
             # Is it gone with what is not kept any more, or did this history never commit there?
             return reader.change(newest.version) is not None

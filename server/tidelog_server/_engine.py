@@ -136,7 +136,7 @@ class _Evaluator:
             rights=rights,
             time_us=time_us,
         )
-        self._formers = Formers(uploader.formers, uploader.principal.user_id, reader)
+        self._formers = Formers(uploader.replica, uploader.formers, reader)
         self._replica_state = known
         self._last_seq = state.last_seq
         self._last_former_seq = state.last_former_seq
@@ -177,7 +177,7 @@ class _Evaluator:
         for member in members:
             if member.seq in former and former[member.seq].nonce != member.nonce:
                 raise OperationForked(f"seq {member.seq} of this replica was settled before as another operation")
-        if self._uploader.formers:
+        if self._formers.exist:
             rest = {member.seq: member.nonce for member in members if member.seq and member.seq not in former}
             former |= self._formers.settled(rest)
         return former
@@ -251,7 +251,6 @@ class _Evaluator:
     def _evaluation(self, results: list[Result]) -> Evaluation:
         overlay, outcomes = self._overlay, self._outcomes
         replica_state = outcomes.replica_state(self._replica_state)
-        former_settled, twins = self._formers.writes(outcomes.settled)
         writes = Writes(
             objects=overlay.written_objects(),
             changes=overlay.changes,
@@ -259,8 +258,11 @@ class _Evaluator:
             settled=outcomes.settled,
             failures=outcomes.failures,
             version=overlay.version,
-            index_entries={**self._units.index_writes(), **outcomes.index_writes(), **twins},
-            former_settled=former_settled,
+            index_entries={
+                **self._units.index_writes(),
+                **outcomes.index_writes(),
+                **self._formers.notes(outcomes.settled),
+            },
         )
         state = UploadState(
             self._last_seq,

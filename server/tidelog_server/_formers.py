@@ -1,78 +1,76 @@
 """
-Former ids of a replica: what was settled under them, and is settled under them too.
+Former ids of a replica: what was settled under them, and what copies of it settled under others.
 
-Copies of one directory share an id until they learn of each other, and use the same
-positions of the log for operations of their own. What is settled under a former id
-stands in its place there; where the place is another operation's, it stands beside it,
-by its nonce. So a copy of an operation is recognized whichever copy of the directory
-it comes from.
+Copies of one directory share an id until they learn of each other, and may use the same
+positions of the log for operations of their own. So what is settled under a new id is
+noted for each former one by its nonce, beside whatever stands in its place there. By
+these notes an operation that several copies hold is recognized, whichever sends it first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgpack
 
 from tidelog_server._author import FormerIdentity
-from tidelog_server._indexes import IndexWrites, twin_key
-from tidelog_server._records import FormerSettled, ReplicaState, Settled, with_settled
+from tidelog_server._indexes import IndexWrites, twin_key, twins_prefix
+from tidelog_server._records import Settled
 from tidelog_server._store import Reader
 
 
 class Formers:
     """
-    The former ids of one replica.
+    What is known of a replica's operations under other ids than its present one.
 
     Args:
-        identities: The ids.
-        user_id: Whose replica it is.
+        replica: The present id in 16 bytes.
+        identities: The former ones.
         reader: What the store holds.
     """
 
-    def __init__(self, identities: Sequence[FormerIdentity], user_id: str, reader: Reader) -> None:
+    def __init__(self, replica: bytes, identities: Sequence[FormerIdentity], reader: Reader) -> None:
+        self._replica = replica
         self._identities = identities
-        self._user_id = user_id
         self._reader = reader
+        self._has_copies = bool(reader.index_range(twins_prefix(replica), b"", 1))
+
+    @property
+    def exist(self) -> bool:
+        """Whether there may be anything."""
+        return self._has_copies or bool(self._identities)
 
     def settled(self, nonces: Mapping[int, int]) -> dict[int, Settled]:
-        """Return which operations were settled under a former id, given their nonces by seq."""
-        found: dict[int, Settled] = {}
-        for identity in self._identities:
-            seqs = [seq for seq in nonces if 0 < seq <= identity.last_seq and seq not in found]
-            standing = self._reader.settled(identity.replica, seqs)
-            for seq in seqs:
-                one = standing.get(seq)
-                if one is not None and one.nonce == nonces[seq]:
-                    found[seq] = one
-                elif twin := self._reader.index(twin_key(identity.replica, seq, nonces[seq])):
-                    found[seq] = Settled._make(msgpack.unpackb(twin))
-        return found
+        """Return which operations were settled under another id, given their nonces by seq."""
+        return {seq: one for seq, nonce in nonces.items() if (one := self._settled(seq, nonce)) is not None}
 
     def is_forgotten(self, seq: int) -> bool:
         """Tell whether an operation may have been settled under a former id, with no trace left of how."""
         return any(
-            0 < seq <= identity.last_seq
-            and (state := self._reader.replica(identity.replica)) is not None
+            (state := self._reader.replica(former)) is not None
             and state.has_settled(seq)
-            and not self._reader.settled(identity.replica, (seq,))
-            for identity in self._identities
+            and not self._reader.settled(former, (seq,))
+            for former in self._formers_of(seq)
         )
 
-    def writes(self, settled: Sequence[tuple[int, Settled]]) -> tuple[list[FormerSettled], IndexWrites]:
-        """Return what is written so that what is settled, in the order of its seqs, is known under the former ids."""
-        records: list[FormerSettled] = []
-        twins: IndexWrites = {}
-        for identity in self._identities:
-            common = [one for one in settled if 0 < one[0] <= identity.last_seq]
-            standing = self._reader.settled(identity.replica, [seq for seq, _ in common])
-            state = self._reader.replica(identity.replica) or ReplicaState(0, self._user_id, 0, 0, ())
-            free = []
-            for seq, one in common:
-                if not state.has_settled(seq):
-                    free.append((seq, one))
-                elif seq not in standing or standing[seq].nonce != one.nonce:
-                    twins[twin_key(identity.replica, seq, one.nonce)] = msgpack.packb(one)
-            if free:
-                records.append(FormerSettled(identity.replica, with_settled(state, free), free))
-        return records, twins
+    def notes(self, settled: Sequence[tuple[int, Settled]]) -> IndexWrites:
+        """Return what is written so that what is settled now is recognized under the former ids."""
+        return {
+            twin_key(former, seq, one.nonce): msgpack.packb(one)
+            for seq, one in settled
+            for former in self._formers_of(seq)
+        }
+
+    def _settled(self, seq: int, nonce: int) -> Settled | None:
+        for former in self._formers_of(seq):
+            one = self._reader.settled(former, (seq,)).get(seq)
+            if one is not None and one.nonce == nonce:
+                return one
+        for replica in (self._replica, *self._formers_of(seq)):
+            twin = self._reader.index(twin_key(replica, seq, nonce))
+            if twin is not None:
+                return Settled._make(msgpack.unpackb(twin))
+        return None
+
+    def _formers_of(self, seq: int) -> Iterator[bytes]:
+        return (identity.replica for identity in self._identities if 0 < seq <= identity.last_seq)

@@ -10,7 +10,7 @@ tells what it is about:
     l  entity NUL name NUL digest version -> id         objects that had it: by the version at which they lost it
     p  entity NUL name NUL digest id -> table version   where in `v` or `l` an object stands
     d  cause failure                 -> nothing         failures because of a failure
-    t  replica seq nonce             -> outcome         what was settled beside another operation; see `_formers`
+    t  replica seq nonce             -> outcome         what copies of a replica settled; see `_formers`
     s                                -> version         since when `l` has all that left a value
 
 Values are represented by a digest, because a key has a limited length: whoever looks
@@ -177,9 +177,14 @@ def complete_since(lookup: Callable[[bytes], bytes | None]) -> int:
     return unpack_position(noted) if noted is not None else 0
 
 
+def twins_prefix(replica: bytes) -> bytes:
+    """Return where the keys begin under which copies of a replica note what they settled."""
+    return _TWIN + replica
+
+
 def twin_key(replica: bytes, seq: int, nonce: int) -> bytes:
-    """Return where it stands what became of an operation whose place is another one's."""
-    return _TWIN + replica + pack_position(seq) + pack_position(nonce)
+    """Return the key under which a copy of a replica notes what became of an operation."""
+    return twins_prefix(replica) + pack_position(seq) + pack_position(nonce)
 
 
 def dependents_prefix(failure_id: bytes) -> bytes:

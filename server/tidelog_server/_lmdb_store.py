@@ -266,13 +266,13 @@ class LmdbStore:
             else:
                 indexed.append((prefix + key, value))
         put_many(transaction, databases.indexes, indexed)
-        identities = [(*writes.replica, writes.settled)] if writes.replica is not None else []
-        for replica, replica_state, settled in (*identities, *writes.former_settled):
+        if writes.replica is not None:
+            replica, replica_state = writes.replica
             put(prefix + replica, _packed(replica_state), db=databases.replicas)
             put_many(
                 transaction,
                 databases.settled,
-                [(prefix + replica + pack_position(seq), _pack_settled(one)) for seq, one in settled],
+                [(prefix + replica + pack_position(seq), _pack_settled(one)) for seq, one in writes.settled],
             )
         for failure in writes.failures:
             put(prefix + failure.id, failure.data, db=databases.failures)

@@ -130,6 +130,11 @@ class ReplicaState(NamedTuple):
     newest_nonce: int
     settled_ranges: tuple[tuple[int, int], ...]
 
+    @property
+    def settled_count(self) -> int:
+        """How many operations are settled."""
+        return sum(last - first + 1 for first, last in self.settled_ranges)
+
     def has_settled(self, seq: int) -> bool:
         """Tell whether an operation is settled, whether or not it is kept how."""
         place = bisect_right(self.settled_ranges, (seq, MAX_POSITION)) - 1
@@ -179,21 +184,6 @@ class FailureRecord(NamedTuple):
     refused_creations: tuple[ObjectKey, ...]
 
 
-class FormerSettled(NamedTuple):
-    """
-    What is settled under an id that the replica had before, too.
-
-    Attributes:
-        replica: The id in 16 bytes.
-        state: The replica's state under it.
-        settled: Outcomes by seq.
-    """
-
-    replica: bytes
-    state: ReplicaState
-    settled: list[tuple[int, Settled]]
-
-
 class Writes(NamedTuple):
     """
     What one batch writes: all of it in one transaction, or none.
@@ -206,7 +196,6 @@ class Writes(NamedTuple):
         failures: Failures, new ones and those that changed.
         version: The tenant's newest version after this.
         index_entries: What changes in the table of indexes: new values by key, None to remove.
-        former_settled: What is settled under former ids of the replica, too.
         timeline: The timeline that the whole store begins with this; empty: it goes on.
     """
 
@@ -217,7 +206,6 @@ class Writes(NamedTuple):
     failures: list[FailureRecord]
     version: int
     index_entries: Mapping[bytes, bytes | None] = _NO_ENTRIES
-    former_settled: Sequence[FormerSettled] = ()
     timeline: str = ""
 
 

@@ -250,7 +250,8 @@ class Session:
         )
         self._start = Start()
         self._timeline = store.identity.timeline
-        self._checkpoints = Checkpoints(store, principal.tenant)
+        self._settled_count = 0
+        self._checkpoints = Checkpoints(store, principal.tenant, self._replica)
         # Versions of another timeline do not tell what the replica still has.
         confirms = start.accepts_confirmations and not self._is_of_other_timeline
         self._download = Download(store, self._projection, replica=self._replica, confirms=confirms)
@@ -286,7 +287,9 @@ class Session:
     def checkpoint(self) -> bytes:
         """Return the checkpoint of what is settled by now."""
         with self._store.read(self._principal.tenant) as reader:
-            return self._checkpoints.at(reader.head())
+            known = reader.replica(self._replica)
+            self._settled_count = known.settled_count if known is not None else 0
+            return self._checkpoints.at(reader.head(), self._settled_count)
 
     def select(self, selection: sync_pb2.Selection) -> None:
         """Add objects to be downloaded."""
@@ -322,7 +325,9 @@ class Session:
         """Return the last message, after the last page."""
         check_timeline(self._store, self._timeline)
         head: Head = self._download.head
-        complete = sync_pb2.SessionComplete(version=head.version, checkpoint=self._checkpoints.at(head))
+        complete = sync_pb2.SessionComplete(
+            version=head.version, checkpoint=self._checkpoints.at(head, self._settled_count)
+        )
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
             complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
         else:
@@ -389,6 +394,7 @@ class Session:
         if self._application.has_schema:
             started.schema.CopyFrom(self._application.schema.to_message())
         if known is not None:
+            self._settled_count = known.settled_count
             started.settled.newest_seq = known.newest_seq
             started.settled.newest_nonce = known.newest_nonce
             for first, last in known.settled_ranges:

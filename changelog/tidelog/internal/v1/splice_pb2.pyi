@@ -355,10 +355,16 @@ class Checkpoint(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     COMMITS_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
+    SETTLED_COUNT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
     """The store it speaks of."""
     timeline: _builtins.str
     """The run of history it speaks of."""
+    replica: _builtins.bytes
+    """The replica that it was given to."""
+    settled_count: _builtins.int
+    """How many of the replica's operations were settled."""
     @_builtins.property
     def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Commit]:
         """Commits of that history: the newest one, and older ones at growing distances."""
@@ -369,10 +375,12 @@ class Checkpoint(_message.Message):
         epoch: _builtins.str = ...,
         timeline: _builtins.str = ...,
         commits: _abc.Iterable[Global___Commit] | None = ...,
+        replica: _builtins.bytes = ...,
+        settled_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "epoch", b"epoch", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "epoch", b"epoch", "replica", b"replica", "settled_count", b"settled_count", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
