@@ -325,9 +325,8 @@ class Session:
         """Return the last message, after the last page."""
         check_timeline(self._store, self._timeline)
         head: Head = self._download.head
-        complete = sync_pb2.SessionComplete(
-            version=head.version, checkpoint=self._checkpoints.at(head, self._settled_count)
-        )
+        checkpoint = self._checkpoints.at(head, self._settled_count)
+        complete = sync_pb2.SessionComplete(version=head.version, checkpoint=checkpoint)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
             complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
         else:

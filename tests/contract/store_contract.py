@@ -124,6 +124,7 @@ class StoreContract:
             assert reader.head() == Head(0, b"")
             assert reader.commit_id(0) is None
             assert reader.commit_id(1) is None
+            assert reader.commit_until(1) is None
             assert reader.objects([task("t1")]) == {}
             assert reader.entity_objects("Task", "", 10, UNBOUNDED) == ([], False)
             assert reader.latest_objects("Task", 0, 10, UNBOUNDED) == ([], False)
@@ -261,6 +262,44 @@ class StoreContract:
             assert [reader.commit_id(head.version) for head in heads] == [head.commit_id for head in heads]
             # Nothing ever ended in the middle of a commit.
             assert [reader.commit_id(version) for version in (1, 3, 5, 7, 9, 11)] == [None] * 6
+            assert [reader.commit_until(version) for version in (0, 1, 2, 3, 9, 10, 99)] == [
+                *(None, None),
+                *(heads[0], heads[0], heads[3], heads[4], heads[4]),
+            ]
+
+    def test_commits_of_other_tenants_are_not_found(self, store: Store) -> None:
+        """The newest commit below a version is one of the tenant's own."""
+        for tenant in ("one", "two", "three"):
+            store.submit(tenant, writing(task("t1"), task("t2"))).result(10)
+
+        for tenant in ("one", "two", "three"):
+            with store.read(tenant) as reader:
+                assert reader.commit_until(9) == reader.head()
+                assert reader.commit_until(1) is None
+
+    def test_a_new_timeline(self, store: Store) -> None:
+        """A job may begin a new timeline of the whole store; the epoch stays, and so do all data."""
+        store.submit(TENANT, writing(task("t1"))).result(10)
+        before = store.identity
+
+        store.submit(TENANT, lambda _: (make_writes(version=1, timeline="another"), None)).result(10)
+
+        assert store.identity == before._replace(timeline="another")
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 1
+            assert task("t1") in reader.objects([task("t1")])
+
+    def test_a_timeline_of_a_job_that_fails(self, store: Store) -> None:
+        """What fails begins no timeline."""
+        before = store.identity
+
+        def fails(reader: Reader) -> tuple[Writes, None]:
+            raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            store.submit(TENANT, fails).result(10)
+
+        assert store.identity == before
 
     def test_what_writes_no_change_leaves_the_head(self, store: Store) -> None:
         """Outcomes and failures alone move neither version nor commit id."""
