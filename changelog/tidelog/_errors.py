@@ -28,6 +28,7 @@ What tidelog raises.
     - ProtocolUnsupported        client and server speak different versions
     - ProtocolViolated           the other side sent what the protocol does not allow
     - ReplicaForked              the server knows another log under this replica's id
+    - ReplicaRetired             the server has forgotten what became of this replica's operations
     - ForeignServer              the server is not the one that this replica belongs to
 
 Branch on the class and on attributes; the sentence is for people.
@@ -256,6 +257,14 @@ class ProtocolViolated(SynchronizationError):
 
 class ReplicaForked(SynchronizationError):
     """The server knows other operations under this replica's id: one of the two logs is a copy."""
+
+
+class ReplicaRetired(SynchronizationError):
+    """
+    The server has forgotten what became of this replica's operations: it was away for too long.
+
+    It cannot upload under its id any more. What is pending is still there.
+    """
 
 
 class ForeignServer(SynchronizationError):

@@ -26,6 +26,7 @@ from tidelog_server._access import Denied, Rights
 from tidelog_server._application import Application, Hook
 from tidelog_server._conflicts import divergence
 from tidelog_server._deadline import paused
+from tidelog_server._errors import HistoryCollected
 from tidelog_server._hooks import ActionContext, HookedObject, call
 from tidelog_server._integrity import Integrity
 from tidelog_server._knowledge import Knowledge
@@ -362,9 +363,14 @@ class Action:
         operation = self.operation
         if operation.base_version > self._first_version:
             operation = operation._replace(base_version=0)  # nobody has ever seen that version
-        found = divergence(
-            self.overlay, state, before, operation, self._replica, patch, is_retried=bool(self._failure)
-        )
+        try:
+            found = divergence(
+                self.overlay, state, before, operation, self._replica, patch, is_retried=bool(self._failure)
+            )
+        except HistoryCollected as error:
+            # Who cannot tell what was changed must not take it for nothing.
+            message = f"{key[0]} {key[1]!r} was changed since its author saw it, too long ago to tell by whom"
+            raise Refused(FailureReason.CONFLICT, message) from error
         if found is None:
             return after
         if policy == "reject_stale":

@@ -12,7 +12,7 @@ from typing import Final
 from tidelog._errors import LimitExceeded, ValidationFailed
 from tidelog._failure import FailureReason
 from tidelog._logging import get_logger
-from tidelog._operation import OperationKind
+from tidelog._operation import Operation, OperationKind
 from tidelog._patch import encoded_attributes
 from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
@@ -132,6 +132,8 @@ class UnitApplier:
         else:
             state = self._overlay.state(key)
             if state is None or not self._knowledge.knows(key):
+                if state is None and self._was_collected(operation):
+                    return (self._overlay.version, False)  # as if the tombstone were there
                 cause = self._outcomes.refused_creation(key)
                 raise Refused(
                     FailureReason.DEPENDENCY_FAILED if cause else FailureReason.OBJECT_GONE,
@@ -157,6 +159,18 @@ class UnitApplier:
             else:
                 version = action.update(key, member.patch, operation.patch)
         return (version, action.changed_own_object)
+
+    def _was_collected(self, operation: Operation) -> bool:
+        """
+        Tell whether an operation deletes what was deleted so long ago that no tombstone is left.
+
+        Its author saw the object. Who may not see all objects is told of this one what is told of a hidden one.
+        """
+        return (
+            operation.kind is OperationKind.DELETE
+            and 0 < operation.base_version <= self._overlay.collected()
+            and not self._knowledge.is_anything_hidden(operation.entity)
+        )
 
 
 def _reason_of(error: Exception | None) -> FailureReason:

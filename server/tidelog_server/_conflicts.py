@@ -56,10 +56,13 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
         patch: What the operation writes; None: it deletes the object.
         is_retried: Whether the operation was refused before: then what its author did
             before it may have been retried too.
+
+    Raises:
+        HistoryCollected: Something was done to the object since, and what it was is no longer kept.
     """
     base_version = operation.base_version
     retried_before = operation.seq if is_retried else 0
-    if state.version <= base_version:
+    if state.version <= base_version or (state.sole_writer and state.creator == replica):
         return None
     changes = list(changes_since(max(base_version, state.created - 1), state.version, overlay.change))
     foreign = (change for change in changes if _is_foreign(change, replica, retried_before))

@@ -143,7 +143,7 @@ class _Evaluator:
         schema = self._schema
         members = [read_member(data, schema) for data in batch]
         self._check_order(members)
-        former = self._former_outcomes(members)
+        former, forgotten = self._former_outcomes(members)
         self._overlay.prefetch(self._named_objects(members))
         units = list(split_units(members))
         if len(members) > BATCH_OPERATIONS_MAX and len(units) > 1:
@@ -151,7 +151,9 @@ class _Evaluator:
         results: list[Result] = []
         for unit in units:
             if former and any(member.seq in former for member in unit):
-                results.extend(self._repeated(unit, former))
+                results.extend(self._repeated(unit, former, forgotten))
+            elif forgotten and not forgotten.isdisjoint(member.seq for member in unit):
+                results.extend(self._outcomes.refuse(unit, _superseded()))
             else:
                 results.extend(self._first_try(unit))
         return self._evaluation(results)
@@ -163,15 +165,17 @@ class _Evaluator:
                     raise OperationsOutOfOrder(f"seq {member.seq} came after seq {self._last_seq}")
                 self._last_seq = member.seq
 
-    def _former_outcomes(self, members: list[Member]) -> dict[int, Settled]:
-        """Look up what was settled before; nothing above the newest settled seq was."""
+    def _former_outcomes(self, members: list[Member]) -> tuple[dict[int, Settled], frozenset[int]]:
+        """Look up what was settled before, and the seqs of that of which nobody knows any more how."""
+        # Nothing above the newest settled seq was.
         newest = self._replica_state.newest_seq
         seqs = [member.seq for member in members if 0 < member.seq <= newest]
         former = self._reader.settled(self._uploader.replica, seqs) if seqs else {}
         for member in members:
             if member.seq in former and former[member.seq].nonce != member.nonce:
                 raise OperationForked(f"seq {member.seq} of this replica was settled before as another operation")
-        return former
+        has_settled = self._replica_state.has_settled
+        return former, frozenset(seq for seq in seqs if seq not in former and has_settled(seq))
 
     def _named_objects(self, members: Iterable[Member]) -> Iterator[ObjectKey]:
         has_references = self._schema.has_references
@@ -182,11 +186,13 @@ class _Evaluator:
                     for _attribute, target in self._schema.referenced(member.operation.entity, member.patch.set):
                         yield target
 
-    def _repeated(self, unit: Unit, former: dict[int, Settled]) -> Iterator[Result]:
+    def _repeated(self, unit: Unit, former: dict[int, Settled], forgotten: frozenset[int]) -> Iterator[Result]:
         for member in unit:
             settled = former.get(member.seq)
             if settled is None:
                 refusal = Refused(FailureReason.MALFORMED, "a part of its commit group was settled before without it")
+                if member.seq in forgotten:
+                    refusal = _superseded()
                 yield from self._outcomes.refuse((member,), refusal)
             elif not settled.failure_id:
                 yield Result(member.seq, Status.APPLIED, settled.version, settled.changed_by_server)
@@ -262,3 +268,9 @@ class _Evaluator:
             outcomes.parked,
         )
         return Evaluation(writes, results, state)
+
+
+def _superseded() -> Refused:
+    """Refuse what was settled before: whoever applied it again might do so twice."""
+    message = "was settled before, so long ago that what became of it is no longer known: it is not applied again"
+    return Refused(FailureReason.SUPERSEDED, message)

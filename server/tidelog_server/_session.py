@@ -24,7 +24,13 @@ from tidelog_server import _engine
 from tidelog_server._application import Application
 from tidelog_server._download import Download, Start, cursor_at
 from tidelog_server._engine import Evaluation, UploadState
-from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
+from tidelog_server._errors import (
+    ProtocolVersionUnknown,
+    ReplicaOwned,
+    ReplicaRetired,
+    RequestInvalid,
+    SessionSuperseded,
+)
 from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import Principal
 from tidelog_server._projection import Projection
@@ -196,7 +202,7 @@ class Session:
         if self._request.uploading:
             opened = self._store.submit(
                 self._principal.tenant,
-                lambda reader: begin_upload(reader, self._replica, self._principal),
+                lambda reader: begin_upload(reader, self._replica, self._principal, self._clock()),
             )
             return _then(opened, self._started)
         done: Future[sync_pb2.SessionStarted] = Future()
@@ -296,13 +302,18 @@ class Session:
         return started
 
 
-def begin_upload(reader: Reader, replica: bytes, principal: Principal) -> tuple[Writes, ReplicaState]:
+def begin_upload(reader: Reader, replica: bytes, principal: Principal, time_us: int) -> tuple[Writes, ReplicaState]:
     """Take the replica's next session number, binding a new replica to its principal."""
     known = reader.replica(replica)
     check_owner(known, principal)
     if known is None:
         known = ReplicaState(0, principal.user_id, 0, 0, ())
-    begun = known._replace(session_number=known.session_number + 1)
+    if known.retired:
+        raise ReplicaRetired(
+            "this replica was away for so long that what became of its operations is forgotten: "
+            "it goes on under another replica id"
+        )
+    begun = known._replace(session_number=known.session_number + 1, heard_us=time_us)
     return Writes({}, [], (replica, begun), [], [], reader.head().version), begun
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from tests.builders import REPLICA_A, REPLICA_B, TENANT, USER, MemoryStore, Step, write_steps
+from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, USER, MemoryStore, Step, collect, write_steps
 
-from tidelog import Entity, InvalidConstraint, Schema, StorageError, String, attribute
+from tidelog import Entity, InvalidConstraint, Schema, String, attribute
 from tidelog._downloads import DownloadWish, downloads_of
 from tidelog._keys import ObjectKey
 from tidelog._values import decode_map
@@ -19,7 +19,7 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal
 from tidelog_server import _download as download_module
-from tidelog_server._errors import ReplicaOwned
+from tidelog_server._errors import HistoryCollected, ReplicaOwned
 from tidelog_server._indexes import Written, by_version_prefix, index_writes, rebuilt
 from tidelog_server._outcomes import Uploader
 from tidelog_server._records import Writes
@@ -338,13 +338,13 @@ class TestReconciliation:
         desk.put("x", n=1)
         desk.download()
         desk.put("y", n=1)
-        del desk.store._tenants[TENANT].changes[2]
+        collect(desk.store, TIME_US + 1)
 
         assert [one[0] for one in desk.download()] == ["x", "y"]
         assert desk.started.reconcile
 
     def test_a_change_log_that_is_cut_meanwhile(self) -> None:
-        """If the change log is cut below what a download needs, it fails for now rather than guess."""
+        """If the change log is collected above the cursor, a download that has begun ends rather than guess."""
         desk = Desk()
         wishes: dict[str, DownloadWish] = {"Task": attribute("n") == 1}
         desk.put("x", n=1)
@@ -353,9 +353,9 @@ class TestReconciliation:
         desk.put("x", n=3)
         session = desk.session(wishes=wishes)
         session.open().result()
-        del desk.store._tenants[TENANT].changes[2]
+        collect(desk.store, TIME_US + 1)
 
-        with pytest.raises(StorageError, match="does not reach back to version 2"):
+        with pytest.raises(HistoryCollected, match="begin again"):
             list(session.pages())
 
 
@@ -628,14 +628,14 @@ class TestOneMoment:
         assert self.holds([*seen, *pages])["h"] == "gone"
 
     def test_a_change_log_that_is_cut_meanwhile(self, desk: Moments) -> None:
-        """If the change log is cut above the first page, the download fails for now rather than miss a change."""
+        """If the change log is collected above the first page, the download ends rather than miss a change."""
         pages = desk.selecting("a").pages()
         next(pages)
         desk.put("a", n=1)
         desk.put("a", n=2)
-        del desk.store._tenants[TENANT].changes[7]
+        collect(desk.store, TIME_US + 1)
 
-        with pytest.raises(StorageError, match="does not reach back to version 7"):
+        with pytest.raises(HistoryCollected, match="does not reach back to version 7"):
             list(pages)
 
 
