@@ -13,7 +13,6 @@ from tidelog._errors import InvalidValue, ResourceClosed, TidelogError
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog_server import _collection as collection
-from tidelog_server._collection import STEP_ENTRIES
 from tidelog_server._failures import is_payload_due, without_payloads
 from tidelog_server._indexes import left_up_to
 from tidelog_server._records import ReplicaState, Writes
@@ -133,7 +132,7 @@ class Retention:
         more = True
         while more:
             with self._store.read(tenant) as reader:
-                due, after = left_up_to(reader.collected(), after, reader.index_range, STEP_ENTRIES)
+                due, after = left_up_to(reader.collected(), after, reader.index_range, collection.STEP_ENTRIES)
             if due:
                 self._submit(tenant, partial(collection.without_left_entries, entries=due))
             more = bool(after)
@@ -152,7 +151,7 @@ class Retention:
         after = b""
         while True:
             with self._store.read(tenant) as reader:
-                page = reader.replicas(after, STEP_ENTRIES)
+                page = reader.replicas(after, collection.STEP_ENTRIES)
             if not page:
                 return
             yield from page
@@ -173,7 +172,7 @@ class Retention:
         while True:
             with self._store.read(tenant) as reader:
                 state = reader.replica(replica)
-                keys = reader.refused_creations(replica, STEP_ENTRIES)
+                keys = reader.refused_creations(replica, collection.STEP_ENTRIES)
             if state is None or not state.retired or not keys:
                 return
             self._submit(tenant, partial(collection.without_refused_creations, replica=replica, keys=keys))
