@@ -80,7 +80,7 @@ class World:
             (name, failure.operation.seq)
             for name, replica in self.replicas.items()
             for failure in replica.failures()
-            if failure.operation.kind is not OperationKind.DELETE
+            if failure.operation is not None and failure.operation.kind is not OperationKind.DELETE
         }
 
     def forget(self, but: int) -> None:
