@@ -680,7 +680,7 @@ class World:
         self.store = LmdbStore(folder / "server")
         self.lab = Lab(application or Application(), self.store)
         self._authenticator = authenticator
-        self.server = self._made_server()
+        self.server = self.made_server()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -701,14 +701,16 @@ class World:
         """Stop the server and start one with another application over the same store, at another address."""
         self.server.stop(grace_seconds=0)
         self.lab.application = application
-        self.server = self._made_server()
+        self.server = self.made_server()
         self.server.start()
 
-    def _made_server(self) -> Server:
+    def made_server(self, listen: str = "127.0.0.1:0") -> Server:
+        """Return a server of the lab's application and store, not started. It forgets no history."""
         # What the lab writes is of long ago by the server's clock.
         return Server(
             self.lab.application,
             store=self.store,
+            listen=listen,
             authenticator=self._authenticator,
             history_retention=timedelta.max,
             replica_retention=timedelta.max,

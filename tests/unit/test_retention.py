@@ -25,13 +25,25 @@ from tests.builders import (
     write_steps,
 )
 
-from tidelog import Entity, FailureReason, InvalidValue, OperationKind, ResourceClosed, Schema, String, attribute
+from tidelog import (
+    Entity,
+    FailureReason,
+    InvalidValue,
+    OperationKind,
+    Rename,
+    ResourceClosed,
+    Schema,
+    String,
+    attribute,
+)
 from tidelog._operation import decode_operation
 from tidelog._values import Attributes
 from tidelog_server import Application, Collected, HookContext, HookObject, Principal, Reject, Server, _collection
 from tidelog_server import _failures as failures
+from tidelog_server._adoption import adopt_schema
 from tidelog_server._errors import FailureStale, ReplicaOwned, ReplicaRetired, SessionSuperseded
 from tidelog_server._failures import Decision
+from tidelog_server._indexes import by_version_prefix, left_prefix, versions_of
 from tidelog_server._outcomes import Result
 from tidelog_server._records import Writes
 from tidelog_server._session import begin_upload
@@ -554,6 +566,49 @@ class TestFailures:
 
         with pytest.raises(FailureStale):
             self.retry(lab, failed)
+
+
+class TestSchemas:
+    def test_an_index_is_made_of_what_is_left(self) -> None:
+        """Where a schema asks for another index, objects are found by it whose history is forgotten."""
+        lab = Lab()
+        adopt_schema(lab.application, lab.store, migrate=False, time_us=TIME_US)
+        lab.settle(create(1, "a", {"who": "ann"}), create(2, "b", {"who": "bob"}), create(3, "gone", {"who": "ann"}))
+        lab.settle(delete(4, "gone"))
+        forget_all(lab)
+        lab.settle(update(5, "b", {"who": "ann"}), replica=REPLICA_A)
+        lab.settle(update(6, "b", {"who": "eve"}), replica=REPLICA_A)
+
+        adopt_schema(Application(schema=INDEXED), lab.store, migrate=False, time_us=lab.time_us)
+
+        with lab.store.read(TENANT) as reader:
+
+            def found(table: str, who: str) -> list[tuple[int, str]]:
+                prefix = by_version_prefix("Task", "who", who)
+                prefix = left_prefix(prefix) if table == "left" else prefix
+                return list(versions_of(reader.index_range(prefix, b"", 10), prefix))
+
+            assert [found("has", who) for who in ("ann", "bob", "eve")] == [[(1, "a")], [], [(6, "b")]]
+            assert [found("left", who) for who in ("ann", "bob", "eve")] == [[(6, "b")], [(5, "b")], []]
+
+    def test_a_migration_after_that(self) -> None:
+        """Objects whose history is forgotten are migrated like others; what was renamed is told by its new name."""
+        lab = Lab()
+        lab.settle(create(1, "a", {"title": "x", "n": 1}), replica=REPLICA_B)
+        forget_all(lab)
+        renamed = Rename(entity="Task", attribute="title", to="name", version=2)
+        schema = Schema([Entity("Task", {"name": String()})], version=2, open=True, renames=[renamed])
+        lab.application = Application(schema=schema)
+        lab.application.on_conflict("Task", "reject_stale")
+
+        adopt_schema(lab.application, lab.store, migrate=True, time_us=lab.time_us)
+
+        assert lab.attributes("a") == {"name": "x", "n": 1}
+        # Nobody meant what a migration does: the author has seen all that anybody did.
+        assert said(lab.settle(update(1, "a", {"name": "y"}, base_version=1, schema_version=2))) == ["APPLIED"]
+        forget_all(lab)
+        # Nobody knows any more that it was a migration.
+        assert said(lab.settle(update(2, "a", {"n": 2}, base_version=1, schema_version=2))) == ["CONFLICT"]
 
 
 class TestServer:
