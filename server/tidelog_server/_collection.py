@@ -117,7 +117,8 @@ def without_refused_creations(reader: Reader, replica: bytes, keys: Iterable[Obj
 
 def _is_old(reader: Reader, settled: Settled, collected: int, before_us: int) -> bool:
     if not settled.failure_id:
-        return settled.version <= collected
+        # What changed nothing has the version before it: only a change behind it tells its age.
+        return settled.version < collected
     record = failure_pb2.SynchronizationFailure.FromString(reader.failure(settled.failure_id) or b"")
     return record.create_time.ToMicroseconds() < before_us
 

@@ -125,13 +125,14 @@ class TestReturn:
         a.synchronize_all()
         a.update("Task", "x", increment={"n": 5})
         world.lose_answers(a)
+        world.lab.settle(create(1, "other", {}), replica=REPLICA_B)
         forget(world)
 
         assert a.synchronize_all().rejected == 1
 
         (failure,) = a.failures()
         assert failure.reason is FailureReason.SUPERSEDED
-        assert contents(a) == {"x": {"n": 6}}
+        assert contents(a) == {"x": {"n": 6}, "other": {}}
         assert world.lab.attributes("x") == {"n": 6}
 
     @pytest.mark.parametrize("mode", MODES)
