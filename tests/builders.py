@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple, Self, TypeVar, cast
@@ -41,6 +42,7 @@ from tidelog_server._principal import ANONYMOUS
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
     Change,
+    Forgotten,
     Head,
     Identity,
     ObjectState,
@@ -48,6 +50,7 @@ from tidelog_server._records import (
     Settled,
     Writes,
 )
+from tidelog_server._retention import Collected, Periods, Retention
 from tidelog_server._session import begin_upload
 from tidelog_server._store import ObjectsPage, Reader, Store
 
@@ -178,6 +181,7 @@ class _Data:
     """What a store keeps of one tenant. States replace each other, so a shallow copy is a snapshot."""
 
     head: Head = field(default_factory=lambda: Head(0, b""))
+    collected: int = 0
     commits: dict[int, bytes] = field(default_factory=dict)
     objects: dict[ObjectKey, ObjectState] = field(default_factory=dict)
     changes: dict[int, Change] = field(default_factory=dict)
@@ -190,6 +194,7 @@ class _Data:
     def copy(self) -> _Data:
         return _Data(
             self.head,
+            self.collected,
             dict(self.commits),
             dict(self.objects),
             dict(self.changes),
@@ -216,6 +221,9 @@ class _MemoryReader:
     def commit_until(self, version: int) -> Head | None:
         newest = max((one for one in self._data.commits if one <= version), default=None)
         return None if newest is None else Head(newest, self._data.commits[newest])
+
+    def collected(self) -> int:
+        return self._data.collected
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
         return {key: self._data.objects[key] for key in keys if key in self._data.objects}
@@ -254,8 +262,16 @@ class _MemoryReader:
     def replica(self, replica: bytes) -> ReplicaState | None:
         return self._data.replicas.get(replica)
 
+    def replicas(self, after: bytes, limit: int) -> list[tuple[bytes, ReplicaState]]:
+        ids = sorted(self._data.replicas)
+        return [(one, self._data.replicas[one]) for one in ids[bisect_right(ids, after) :][:limit]]
+
     def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
         return {seq: self._data.settled[replica, seq] for seq in seqs if (replica, seq) in self._data.settled}
+
+    def first_settled(self, replica: bytes, limit: int) -> list[tuple[int, Settled]]:
+        seqs = sorted(seq for one, seq in self._data.settled if one == replica)[:limit]
+        return [(seq, self._data.settled[replica, seq]) for seq in seqs]
 
     def failure(self, failure_id: bytes) -> bytes | None:
         return self._data.failures.get(failure_id)
@@ -266,6 +282,9 @@ class _MemoryReader:
 
     def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
         return self._data.refused.get((replica, key))
+
+    def refused_creations(self, replica: bytes, limit: int) -> list[ObjectKey]:
+        return [key for one, key in self._data.refused if one == replica][:limit]
 
 
 class MemoryStore:
@@ -365,9 +384,23 @@ def _write(data: _Data, writes: Writes) -> None:
         replica, state = writes.replica
         data.replicas[replica] = state
         data.settled.update(((replica, seq), one) for seq, one in writes.settled)
+    _forget(data, writes.forgotten)
     for failure in writes.failures:
         data.failures[failure.id] = failure.data
         data.refused.update(((failure.replica, key), failure.id) for key in failure.refused_creations)
+
+
+def _forget(data: _Data, forgotten: Forgotten) -> None:
+    if forgotten.version:
+        data.collected = forgotten.version
+        data.changes = {version: one for version, one in data.changes.items() if version > forgotten.version}
+        data.commits = {version: one for version, one in data.commits.items() if version >= forgotten.version}
+    for key in forgotten.tombstones:
+        del data.objects[key]
+    for mark in forgotten.settled:
+        del data.settled[mark]
+    for refused in forgotten.refused_creations:
+        del data.refused[refused]
 
 
 # --- the engine -------------------------------------------------------------------
@@ -381,6 +414,7 @@ class Session:
     application: Application
     uploader: Uploader
     state: UploadState = field(default_factory=UploadState)
+    time_us: int = TIME_US
 
     def batch(self, *operations: bytes) -> list[Result]:
         """Evaluate a batch, write what comes of it, return the results."""
@@ -391,7 +425,7 @@ class Session:
                 uploader=self.uploader,
                 reader=reader,
                 state=self.state,
-                time_us=TIME_US,
+                time_us=self.time_us,
             )
         )
 
@@ -403,7 +437,7 @@ class Session:
                 uploader=self.uploader,
                 reader=reader,
                 state=self.state,
-                time_us=TIME_US,
+                time_us=self.time_us,
             )
         )
 
@@ -429,15 +463,17 @@ class Lab:
 
     application: Application = field(default_factory=Application)
     store: Store = field(default_factory=MemoryStore)
+    time_us: int = TIME_US
 
     def session(
         self, replica: bytes = REPLICA_A, *, principal: Principal = USER, leaves_earlier: bool = False
     ) -> Session:
         """Begin to upload as a replica."""
-        begun = self.store.submit(TENANT, lambda reader: begin_upload(reader, replica, principal)).result()
-        return Session(
-            self.store, self.application, Uploader(replica, principal, begun.session_number, leaves_earlier)
-        )
+        begun = self.store.submit(
+            TENANT, lambda reader: begin_upload(reader, replica, principal, self.time_us)
+        ).result()
+        uploader = Uploader(replica, principal, begun.session_number, leaves_earlier)
+        return Session(self.store, self.application, uploader, time_us=self.time_us)
 
     def settle(self, *operations: bytes, replica: bytes = REPLICA_A) -> list[Result]:
         """Upload operations in a session of their own; return the final results in order."""
@@ -488,6 +524,10 @@ class Lab:
         with self.store.read(TENANT) as reader:
             return sorted(reader.settled(replica, seqs))
 
+    def collect(self, *, history: timedelta = timedelta(0), replicas: timedelta = timedelta.max) -> Collected:
+        """Let be forgotten what was done before now; replicas only if a period is given."""
+        return collect(self.store, self.time_us, history=history, replicas=replicas)
+
     def check_history(self) -> None:
         """Fail unless the change log explains every object: its state, its before-images, its order."""
         states: dict[ObjectKey, tuple[int, dict[str, Any]] | None] = {}
@@ -521,6 +561,13 @@ def said(results: Iterable[Result]) -> list[str]:
     return [names.get(result.status) or str(result.reason) for result in results]
 
 
+def collect(
+    store: Store, now_us: int, *, history: timedelta = timedelta(0), replicas: timedelta = timedelta.max
+) -> Collected:
+    """Let a store forget what was done before a moment; replicas only if a period is given."""
+    return Retention(store, Periods(history, replicas, failures=timedelta.max), lambda: now_us).collect()
+
+
 # --- a history made by hand --------------------------------------------------------
 
 
@@ -543,7 +590,14 @@ class Step(NamedTuple):
     by_hook: bool = False
 
 
-def write_steps(store: Store, steps: Sequence[Step], *, schema: Schema | None = None, tenant: str = TENANT) -> int:
+def write_steps(
+    store: Store,
+    steps: Sequence[Step],
+    *,
+    schema: Schema | None = None,
+    tenant: str = TENANT,
+    time_us: int = TIME_US,
+) -> int:
     """
     Write changes in one transaction, with the entries in the indexes that a schema asks for.
 
@@ -562,6 +616,7 @@ def write_steps(store: Store, steps: Sequence[Step], *, schema: Schema | None = 
                 continue
             version += 1
             change, states[step.key] = _written(step, version, state, before)
+            change = change._replace(time_us=time_us)
             changes.append(change)
         written = {key: state for key, state in states.items() if key not in stored or stored[key] is not state}
         index = index_writes(
@@ -631,8 +686,8 @@ class World:
         self.folder = folder
         self.store = LmdbStore(folder / "server")
         self.lab = Lab(application or Application(), self.store)
-        self.server = Server(self.lab.application, store=self.store, authenticator=authenticator)
         self._authenticator = authenticator
+        self.server = self.made_server()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -653,8 +708,20 @@ class World:
         """Stop the server and start one with another application over the same store, at another address."""
         self.server.stop(grace_seconds=0)
         self.lab.application = application
-        self.server = Server(application, store=self.store, authenticator=self._authenticator)
+        self.server = self.made_server()
         self.server.start()
+
+    def made_server(self, listen: str = "127.0.0.1:0") -> Server:
+        """Return a server of the lab's application and store, not started. It forgets no history."""
+        # What the lab writes is of long ago by the server's clock.
+        return Server(
+            self.lab.application,
+            store=self.store,
+            listen=listen,
+            authenticator=self._authenticator,
+            history_retention=timedelta.max,
+            replica_retention=timedelta.max,
+        )
 
     def channel(self) -> grpc.Channel:
         """Open a channel to the server; it is closed with the world."""

@@ -28,6 +28,7 @@ What tidelog raises.
     - ProtocolUnsupported        client and server speak different versions
     - ProtocolViolated           the other side sent what the protocol does not allow
     - ReplicaForked              the server knows another log under this replica's id
+    - ReplicaRetired             the server has forgotten what became of this replica's operations
     - ForeignServer              the server is not the one that this replica belongs to
     - MassRemoval                most of an entity would be removed, and the server does not say why
 
@@ -259,6 +260,15 @@ class ProtocolViolated(SynchronizationError):
 class ReplicaForked(SynchronizationError):
     """
     The server knows other operations under this replica's id: one of the two logs is a copy.
+
+    A synchronization goes on from there by itself, under another replica id. It is raised
+    only if that happens again at once.
+    """
+
+
+class ReplicaRetired(SynchronizationError):
+    """
+    The server has forgotten what became of this replica's operations: it was away for too long.
 
     A synchronization goes on from there by itself, under another replica id. It is raised
     only if that happens again at once.

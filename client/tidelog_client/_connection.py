@@ -18,6 +18,7 @@ from tidelog._errors import (
     ProtocolUnsupported,
     ProtocolViolated,
     ReplicaForked,
+    ReplicaRetired,
     ServerUnavailable,
     SynchronizationError,
     TokenUnavailable,
@@ -42,6 +43,7 @@ _TRANSIENT: Final = frozenset(
 _BY_REASON: Final[dict[str, type[SynchronizationError]]] = {
     "PROTOCOL_VERSION_UNSUPPORTED": ProtocolUnsupported,
     "REPLICA_FORKED": ReplicaForked,
+    "REPLICA_RETIRED": ReplicaRetired,
     "REPLICA_OWNED": PermissionRefused,
     "CONSTRAINT_INVALID": DownloadRefused,
     "REQUEST_INVALID": ProtocolViolated,

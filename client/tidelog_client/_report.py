@@ -120,7 +120,7 @@ class Report:
         skipped: What was left out.
         added: Keys of objects that a selection did not name and that had to be uploaded with it.
         former_replica_id: The id under which the replica went until now, if its directory turned out to
-            be a copy, or put back from one; empty otherwise.
+            be a copy, or put back from one, or if the server had given the replica up; empty otherwise.
         server_restored: Whether the server turned out to be put back from a backup, or another one.
         reoffered: Operations that had been settled, that the server had lost, and that it settled anew.
     """

@@ -229,9 +229,9 @@ class Synchronization:
         self._check_log(started.settled)
         self._limits = started.limits
         self._check_upload(Plans(started))
-        if self._mode is not Mode.ALL:
-            self._storage.publication.discard_merge()
-        elif not started.resumed:
+        # What a download that was broken off left behind can be gone on with in mode all only.
+        self._storage.publication.discard_merge()
+        if self._mode is Mode.ALL and not started.resumed:
             self._storage.publication.discard_staged()
         if not self._upload.operation_count + self._reoffer_count:
             self._stage = _Stage.SETTLING

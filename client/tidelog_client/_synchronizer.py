@@ -21,6 +21,7 @@ from tidelog._errors import (
     NotConfigured,
     ProtocolViolated,
     ReplicaForked,
+    ReplicaRetired,
     ServerUnavailable,
     SynchronizationInProgress,
     Unauthenticated,
@@ -137,12 +138,12 @@ class Synchronizer:
                     if token_refused or not connection.may_get_another_token:
                         raise
                     token_refused = True
-                except ReplicaForked as error:
+                except (ReplicaForked, ReplicaRetired) as error:
                     if report.former_replica_id:
                         raise
                     report.former_replica_id = self._storage.fork()
                     _log.warning(
-                        "the directory is a copy, or was put back from one: it goes on under another replica id",
+                        "the directory is a copy, or was away for too long: it goes on under another replica id",
                         former_replica_id=report.former_replica_id,
                         replica_id=self._storage.lineage.replica_id,
                         detail=str(error),

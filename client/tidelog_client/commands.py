@@ -420,7 +420,9 @@ def _print_report(report: Report) -> None:
         f"{report.received_bytes} received, {report.upload_seconds + report.download_seconds:.2f} s)"
     )
     if report.former_replica_id:
-        print(f"this directory is a copy of the replica {report.former_replica_id}: it goes on under another id")
+        print(
+            f"the replica goes on under another id than {report.former_replica_id}: it is a copy, or was away too long"
+        )
     if report.server_restored or report.reoffered:
         print(f"the server was put back from a backup: {report.reoffered} operations were offered to it again")
     print_table(_FAILURE_COLUMNS, map(_failure_row, report.failures))

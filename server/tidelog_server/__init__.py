@@ -24,6 +24,7 @@ from tidelog_server._errors import (
 from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import Principal
+from tidelog_server._retention import Collected
 from tidelog_server._server import Server
 from tidelog_server._tenant import Found, Tenant, TenantTransaction
 from tidelog_server._tls import ServerTls
@@ -36,6 +37,7 @@ __all__ = [
     "Authenticator",
     "CertificateAuthenticator",
     "ChangedMeanwhile",
+    "Collected",
     "Credentials",
     "Found",
     "HookContext",

@@ -27,6 +27,7 @@ from tidelog_server._application import Application, Hook
 from tidelog_server._author import Author
 from tidelog_server._conflicts import divergence
 from tidelog_server._deadline import paused
+from tidelog_server._errors import HistoryCollected
 from tidelog_server._hooks import ActionContext, HookedObject, call
 from tidelog_server._integrity import Integrity
 from tidelog_server._knowledge import Knowledge
@@ -377,9 +378,14 @@ class Action:
         sight = self._author.sight(operation, self._former_version)
         if sight.base_version > self._first_version:
             sight = sight._replace(base_version=0)  # nobody has ever seen that version
-        found = divergence(
-            self.overlay, state, before, operation, self._author, sight, patch, is_retried=bool(self._failure)
-        )
+        try:
+            found = divergence(
+                self.overlay, state, before, operation, self._author, sight, patch, is_retried=bool(self._failure)
+            )
+        except HistoryCollected as error:
+            # Who cannot tell what was changed must not take it for nothing.
+            message = f"{key[0]} {key[1]!r} was changed since its author saw it, too long ago to tell by whom"
+            raise Refused(FailureReason.CONFLICT, message) from error
         if found is None:
             return after
         if policy == "reject_stale":

@@ -143,6 +143,8 @@ class UnitApplier:
         else:
             state = self._overlay.state(key)
             if state is None or not self._knowledge.knows(key):
+                if state is None and self._was_collected(operation):
+                    return (self._overlay.version, False)  # as if the tombstone were there
                 cause = self._outcomes.refused_creation(key)
                 raise Refused(
                     FailureReason.DEPENDENCY_FAILED if cause else FailureReason.OBJECT_GONE,
@@ -194,6 +196,18 @@ class UnitApplier:
                 FailureReason.SUPERSEDED,
                 f"{key[0]} {key[1]!r} was changed by somebody else since the server was put back from a backup",
             )
+
+    def _was_collected(self, operation: Operation) -> bool:
+        """
+        Tell whether an operation deletes what was deleted so long ago that no tombstone is left.
+
+        Its author saw the object. Who may not see all objects is told of this one what is told of a hidden one.
+        """
+        return (
+            operation.kind is OperationKind.DELETE
+            and 0 < operation.base_version <= self._overlay.collected()
+            and not self._knowledge.is_anything_hidden(operation.entity)
+        )
 
 
 def _reason_of(error: Exception | None) -> FailureReason:

@@ -74,8 +74,8 @@ class Checkpoints:
             return True
         known = reader.commit_id(newest.version) if newest.version else newest.commit_id
         if known is None:
-            # Is it gone with what is not kept any more, or did this history never commit there?
-            return reader.change(newest.version) is not None
+            # Is it gone with what was collected, or did this history never commit there?
+            return newest.version >= reader.collected()
         return known != newest.commit_id
 
     def common_version(self, reader: Reader, data: bytes) -> int:

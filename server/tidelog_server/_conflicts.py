@@ -15,7 +15,8 @@ from tidelog._operation import Operation, OperationKind
 from tidelog._patch import Patch, decode_patch
 from tidelog._values import Attributes
 from tidelog_server._author import Author, Sight
-from tidelog_server._history import attributes_before, changes_since, reaches_back
+from tidelog_server._errors import HistoryCollected
+from tidelog_server._history import attributes_before, changes_since
 from tidelog_server._overlay import Overlay
 from tidelog_server._records import Change, ObjectState
 
@@ -59,10 +60,13 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
         patch: What the operation writes; None: it deletes the object.
         is_retried: Whether the operation was refused before: then what its author did
             before it may have been retried too.
+
+    Raises:
+        HistoryCollected: Something was done to the object since, and what it was is no longer kept.
     """
     base_version = sight.base_version
     retried_before = operation.seq if is_retried else 0
-    if state.version <= base_version:
+    if state.version <= base_version or (state.sole_writer and state.creator == author.replica):
         return None
     changes = list(changes_since(max(base_version, state.created - 1), state.version, overlay.change))
     foreign = (change for change in changes if _is_foreign(change, author, sight, retried_before))
@@ -112,13 +116,14 @@ def is_superseded(overlay: Overlay, state: ObjectState, author: Author, sight: S
     """
     bases = author.old_bases
     common_version = bases.common_version if bases is not None else 0
-    if not reaches_back(common_version, state.version, overlay.change):
+    try:
+        return any(
+            collision(change, patch) is not None
+            for change in changes_since(common_version, state.version, overlay.change)
+            if not author.wrote(change) and not sight.covers(change)
+        )
+    except HistoryCollected:
         return True
-    return any(
-        collision(change, patch) is not None
-        for change in changes_since(common_version, state.version, overlay.change)
-        if not author.wrote(change) and not sight.covers(change)
-    )
 
 
 def _is_foreign(change: Change, author: Author, sight: Sight, retried_before: int) -> bool:

@@ -26,13 +26,13 @@ from typing import Final, NamedTuple, TypeVar
 from google.protobuf.message import DecodeError
 
 from tidelog._downloads import DownloadMode
-from tidelog._errors import StorageError
 from tidelog._keys import ObjectKey, pack_position
 from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog._values import Attributes
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
-from tidelog_server._history import changes_since, undone_changes
+from tidelog_server._errors import HistoryCollected
+from tidelog_server._history import changes_since, kept, undone_changes
 from tidelog_server._indexes import complete_since, left_prefix, versions_of
 from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
 from tidelog_server._records import NO_REPLICA, Change, Head, Identity, ObjectState
@@ -86,6 +86,7 @@ class Start(NamedTuple):
         reconciling: Entities that are reconciled although there is a cursor.
         place: Where an interrupted download goes on; None: it begins now.
         is_foreign: Whether the replica has a state of which nothing is known here.
+        collected: Whether it is reconciled because what was done since its cursor is collected.
     """
 
     cursor: splice_pb2.Cursor | None = None
@@ -93,6 +94,7 @@ class Start(NamedTuple):
     reconciling: frozenset[str] = frozenset()
     place: Place | None = None
     is_foreign: bool = False
+    collected: bool = False
 
     @property
     def reconcile(self) -> bool:
@@ -175,7 +177,10 @@ class Download:
     def start_of(self, reader: Reader, cursor_bytes: bytes, resume_token: bytes) -> Start:
         """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
         projection = self._projection
-        cursor = _valid_cursor(reader, self._store.identity, cursor_bytes)
+        cursor = _own_cursor(self._store.identity, cursor_bytes)
+        collected = cursor is not None and cursor.version < reader.collected()
+        if cursor is not None and (collected or not _is_of_commit(cursor, reader)):
+            cursor = None
         indexed_since = complete_since(reader.index)
         changed = frozenset[str]() if cursor is None else _changed(reader, projection, cursor)
         reconciling = {name for name in changed if projection.entity(name).mode.downloads}
@@ -187,10 +192,12 @@ class Download:
             place = Place(*(getattr(token, name) for name in Place._fields))
             # A download that began before the indexes were made anew may have passed over what reconciles now.
             is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
+            # What was sent before, and deleted since, must have left its tombstone.
+            is_sound = is_sound and reader.collected() <= place.first_head
             if not is_sound or token != self._token(cursor, place):
                 place = None
         is_foreign = cursor is None and bool(cursor_bytes)
-        return Start(cursor, changed, frozenset(reconciling), place, is_foreign=is_foreign)
+        return Start(cursor, changed, frozenset(reconciling), place, is_foreign=is_foreign, collected=collected)
 
     def everything_since(self, start: Start) -> Iterator[sync_pb2.SnapshotPage]:
         """
@@ -237,7 +244,8 @@ class Download:
 
         Their first change is at *first_version* or right before it. Entities that the
         replica never synchronizes are left out; of those that it does not download, it
-        gets what it may read.
+        gets what it may read. Of what they did so long ago that it is collected nothing
+        is told: the next session of mode all reconciles.
         """
         before = self._before_operation(first_version)
         first_head = self._present_version()
@@ -257,13 +265,17 @@ class Download:
             seen = sight.encoded(state)
             if seen is not None:
                 page.add(key, state, seen, confirms=sight.sees_whole_objects and start.confirms(key[0]))
-            elif _was_seen(undone_changes(reader, state), sight, before, first_head, is_ours):
+            elif _was_seen(undone_changes(reader, state, before), sight, first_head, is_ours):
                 page.add_removal(key, state.version)
 
         yield from self._changed_since(before, concerns, add)
 
     def _before_operation(self, version: int) -> int:
-        """Return the version before everything that the operation applied at *version* caused, hooks before it too."""
+        """
+        Return the version before everything that the operation applied at *version* caused, hooks before it too.
+
+        It is no lower than what is collected.
+        """
         with self._store.read(self._tenant) as reader:
             change = reader.change(version)
             before = version - 1
@@ -272,7 +284,7 @@ class Download:
                 if earlier is None or (earlier.replica, earlier.seq) != (change.replica, change.seq):
                     break
                 before -= 1
-        return before
+            return max(before, reader.collected())
 
     def selected(self, keys: Iterable[ObjectKey]) -> Iterator[sync_pb2.SnapshotPage]:
         """Yield the objects of these keys; those that are not there, or not to be read, as removals."""
@@ -400,6 +412,10 @@ class _Scan:
         if self._start.is_at(head):
             return
         place = self._place or Place(b"", 0, head.version, 0, head.version)
+        cursor = self._start.cursor
+        if reader.collected() > (place.first_head if cursor is None else cursor.version):
+            # A tombstone that the replica needs to be told of may be among what went.
+            raise HistoryCollected("what was changed since the download began is collected already: begin again")
         page = _Page(self._confirmed)
         while True:
             for source in self._sources(reader, place.source):
@@ -475,7 +491,7 @@ class _Scan:
         oldest = place.first_head if cursor_version is None else cursor_version
         if state.version <= oldest:
             return False
-        for change, before in undone_changes(reader, state):
+        for change, before in undone_changes(reader, state, oldest):
             is_oldest = change.previous <= oldest
             # What this round has sent and lost again stands above its head: the next one tells.
             was_sent = change.previous <= place.previous_round_head and change.version > place.first_head
@@ -548,17 +564,15 @@ class _Page:
 
 
 def _changes(reader: Reader, after: int) -> list[Change]:
-    """Return the first changes above a version. Raises StorageError if they are not kept."""
+    """Return the first changes above a version. Raises HistoryCollected if they are not kept."""
     changes = reader.changes(after, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
-    if not changes or changes[0].version != after + 1:
-        raise StorageError(f"the change log does not reach back to version {after + 1}")
+    kept(changes[0] if changes and changes[0].version == after + 1 else None, after + 1)
     return changes
 
 
 def _was_seen(
     history: Iterable[tuple[Change, Attributes | None]],
     sight: Sight,
-    after: int,
     first_head: int,
     is_ours: Callable[[Change], bool],
 ) -> bool:
@@ -566,12 +580,10 @@ def _was_seen(
     Tell whether a replica may know of an object that it does not see.
 
     It does if the object is one of its own, was seen before the first of our changes
-    above a version, or was seen when earlier pages were read, from *first_head* on.
+    in its *history*, or was seen when earlier pages were read, from *first_head* on.
     """
     seen = False
     for change, before in history:
-        if change.version <= after:
-            break
         if is_ours(change) and not change.by_hook:
             return True  # whose id the replica gave, or was given
         if is_ours(change) or change.version > first_head:
@@ -581,15 +593,17 @@ def _was_seen(
     return seen
 
 
-def _valid_cursor(reader: Reader, identity: Identity, data: bytes) -> splice_pb2.Cursor | None:
+def _own_cursor(identity: Identity, data: bytes) -> splice_pb2.Cursor | None:
+    """Return a cursor of this store and timeline, or None."""
     cursor = _parsed(splice_pb2.Cursor, data)
     if cursor is None or (cursor.epoch, cursor.timeline) != (identity.epoch, identity.timeline):
         return None
-    if cursor.version < 0 or (reader.commit_id(cursor.version) if cursor.version else b"") != cursor.commit_id:
-        return None
-    # What has left the projection since is told from the change log: it must reach back.
-    is_old = cursor.version < reader.head().version
-    return None if is_old and reader.change(cursor.version + 1) is None else cursor
+    return cursor if cursor.version >= 0 else None
+
+
+def _is_of_commit(cursor: splice_pb2.Cursor, reader: Reader) -> bool:
+    """Tell whether a cursor stands where a commit ended, and for what that led to."""
+    return (reader.commit_id(cursor.version) if cursor.version else b"") == cursor.commit_id
 
 
 def _changed(reader: Reader, projection: Projection, cursor: splice_pb2.Cursor) -> frozenset[str]:

@@ -156,7 +156,7 @@ class _Evaluator:
             self._last_former_seq = _checked_order(members, self._last_former_seq)
         else:
             self._last_seq = _checked_order(members, self._last_seq)
-        former = self._settled_before(members)
+        former, forgotten = self._settled_before(members)
         self._overlay.prefetch(self._named_objects(members))
         units = list(split_units(members))
         if len(members) > BATCH_OPERATIONS_MAX and len(units) > 1:
@@ -164,23 +164,30 @@ class _Evaluator:
         results: list[Result] = []
         for unit in units:
             if former and any(member.seq in former for member in unit):
-                results.extend(self._repeated(unit, former))
+                results.extend(self._repeated(unit, former, forgotten))
+            elif forgotten and not forgotten.isdisjoint(member.seq for member in unit):
+                results.extend(self._outcomes.refuse(unit, _superseded()))
             else:
                 results.extend(self._first_try(unit))
         return self._evaluation(results)
 
-    def _settled_before(self, members: list[Member]) -> dict[int, Settled]:
-        """Look up what was settled before; nothing above the newest settled seq was."""
+    def _settled_before(self, members: list[Member]) -> tuple[dict[int, Settled], set[int]]:
+        """Look up what was settled before, and the seqs of that of which nobody knows any more how."""
+        # Nothing above the newest settled seq was.
         newest = self._replica_state.newest_seq
         seqs = [member.seq for member in members if 0 < member.seq <= newest]
         former = self._reader.settled(self._uploader.replica, seqs) if seqs else {}
         for member in members:
             if member.seq in former and former[member.seq].nonce != member.nonce:
                 raise OperationForked(f"seq {member.seq} of this replica was settled before as another operation")
+        has_settled = self._replica_state.has_settled
+        forgotten = {seq for seq in seqs if seq not in former and has_settled(seq)}
         if self._formers.exist:
             rest = {member.seq: member.nonce for member in members if member.seq and member.seq not in former}
             former |= self._formers.settled(rest)
-        return former
+            forgotten.update(filter(self._formers.is_forgotten, rest))
+            forgotten.difference_update(former)
+        return former, forgotten
 
     def _named_objects(self, members: Iterable[Member]) -> Iterator[ObjectKey]:
         has_references = self._schema.has_references
@@ -191,11 +198,13 @@ class _Evaluator:
                     for _attribute, target in self._schema.referenced(member.operation.entity, member.patch.set):
                         yield target
 
-    def _repeated(self, unit: Unit, former: dict[int, Settled]) -> Iterator[Result]:
+    def _repeated(self, unit: Unit, former: dict[int, Settled], forgotten: set[int]) -> Iterator[Result]:
         for member in unit:
             settled = former.get(member.seq)
             if settled is None:
                 refusal = Refused(FailureReason.MALFORMED, "a part of its commit group was settled before without it")
+                if member.seq in forgotten:
+                    refusal = _superseded()
                 yield from self._outcomes.refuse((member,), refusal)
             else:
                 yield self._outcomes.repeat(member, settled, is_new=not self._replica_state.has_settled(member.seq))
@@ -206,9 +215,6 @@ class _Evaluator:
             return outcomes.record_former(unit)
         if outcomes.is_parked(unit):
             return outcomes.park(unit, BEHIND_ANOTHER)
-        if any(self._formers.is_forgotten(member.seq) for member in unit):
-            message = "it was settled before under another id of the replica; what became of it is not kept any more"
-            return outcomes.refuse(unit, Refused(FailureReason.SUPERSEDED, message))
         if len(unit) > 1 and size_bytes(unit) > GROUP_BYTES_MAX:
             message = f"a commit group of {size_bytes(unit)} bytes: the limit is {GROUP_BYTES_MAX}"
             return outcomes.refuse(unit, Refused(FailureReason.TOO_LARGE, message))
@@ -283,3 +289,9 @@ def _checked_order(members: Iterable[Member], last_seq: int) -> int:
                 raise OperationsOutOfOrder(f"seq {member.seq} came after seq {last_seq}")
             last_seq = member.seq
     return last_seq
+
+
+def _superseded() -> Refused:
+    """Refuse what was settled before: whoever applied it again might do so twice."""
+    message = "was settled before, so long ago that what became of it is no longer known: it is not applied again"
+    return Refused(FailureReason.SUPERSEDED, message)

@@ -8,6 +8,8 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
     - OperationsOutOfOrder     positions in an upload that do not rise
   + ProtocolVersionUnknown     a client of another protocol version
   + SessionSuperseded          a newer session of the replica has begun to upload
+  + ReplicaRetired             the replica was away for so long that it cannot upload any more
+  + HistoryCollected           the change log does not reach back as far as it is needed
   + OperationForked            a settled position was sent with another nonce
   + ReplicaOwned               the replica id belongs to another principal
   + NotFound                   what was asked for by name is not there (to this principal)
@@ -59,6 +61,14 @@ class ProtocolVersionUnknown(TidelogError):
 
 class SessionSuperseded(TidelogError):
     """A newer session of the replica has begun to upload: this one may write nothing more."""
+
+
+class ReplicaRetired(TidelogError):
+    """What became of the replica's operations is forgotten: it goes on under another id."""
+
+
+class HistoryCollected(TidelogError):
+    """The change log does not reach back as far as it is needed."""
 
 
 class OperationForked(TidelogError):

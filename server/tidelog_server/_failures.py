@@ -19,7 +19,7 @@ from tidelog._errors import InvalidValue, LimitExceeded
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import GROUP_BYTES_MAX, OPERATION_BYTES_MAX
-from tidelog._operation import OperationKind, decode_operation, identity_of
+from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
 from tidelog._patch import Patch
 from tidelog._schema import Schema
 from tidelog.v1 import failure_pb2
@@ -28,7 +28,7 @@ from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
 from tidelog_server._author import Author
 from tidelog_server._conflicts import collision
-from tidelog_server._errors import FailureSettled, FailureStale, NotFound, RequestInvalid
+from tidelog_server._errors import FailureSettled, FailureStale, HistoryCollected, NotFound, RequestInvalid
 from tidelog_server._history import changes_since
 from tidelog_server._indexes import IndexWrites, dependents_prefix
 from tidelog_server._knowledge import Knowledge
@@ -383,17 +383,24 @@ class _Retry:
                 continue
             patch = member.patch if operation.kind is OperationKind.UPDATE else None
             state = self._overlay.state(operation.key)
-            if state is None:
-                continue
-            for change in changes_since(record.version, state.version, self._overlay.change):
+            if state is not None and self._is_changed(operation, patch, record.version, state.version):
+                entity, id_ = operation.key
+                raise FailureStale(
+                    f"what the operation writes of {entity} {id_!r} was changed since it was refused: "
+                    "look at the object, then force the retry or dismiss the failure"
+                )
+
+    def _is_changed(self, operation: Operation, patch: Patch | None, since: int, newest: int) -> bool:
+        """Tell whether somebody changed what an operation writes above a version, as far as that can be ruled out."""
+        try:
+            for change in changes_since(since, newest, self._overlay.change):
                 # What its author did before it is no news to it, even if it was refused too and retried first.
                 is_earlier = change.replica == self._replica and change.seq < operation.seq
                 if change.version <= self._head_version and not is_earlier and collision(change, patch) is not None:
-                    entity, id_ = operation.key
-                    raise FailureStale(
-                        f"what the operation writes of {entity} {id_!r} was changed since it was refused: "
-                        "look at the object, then force the retry or dismiss the failure"
-                    )
+                    return True
+        except HistoryCollected:
+            return True  # something was, and nobody can tell any more what
+        return False
 
     def _looking_at_present(self, unit: Unit) -> Iterator[Member]:
         """Yield the members as if their author had seen the objects as they are."""

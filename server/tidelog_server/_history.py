@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tidelog._errors import StorageError
 from tidelog._operation import OperationKind
 from tidelog._values import Attributes, decode_trusted
+from tidelog_server._errors import HistoryCollected
 from tidelog_server._records import Change, ObjectState
 from tidelog_server._retelling import Retelling
 from tidelog_server._store import Reader
@@ -29,22 +29,27 @@ def attributes_before(change: Change, after: Attributes | None) -> Attributes | 
     return {**{name: value for name, value in kept if name not in absent}, **present}
 
 
-def undone_changes(reader: Reader, state: ObjectState) -> Iterator[tuple[Change, Attributes | None]]:
+def undone_changes(reader: Reader, state: ObjectState, after: int) -> Iterator[tuple[Change, Attributes | None]]:
     """
-    Yield the changes that led to a state, the newest first, each with what the object held before it.
+    Yield the changes above a version that led to a state, the newest first, each with what the object held before it.
 
     Raises:
-        StorageError: The change log does not reach back as far as it is read.
+        HistoryCollected: The change log does not reach back as far as it is read.
     """
     attributes = None if state.deleted else decode_trusted(state.attributes)
     version = state.version
-    while version:
-        change = reader.change(version)
-        if change is None:
-            raise StorageError(f"the change log does not reach back to version {version}")
+    while version > after:
+        change = kept(reader.change(version), version)
         attributes = attributes_before(change, attributes)
         yield change, attributes
         version = change.previous
+
+
+def kept(change: Change | None, version: int) -> Change:
+    """Return the change of a version. Raises HistoryCollected if it is not kept."""
+    if change is None:
+        raise HistoryCollected(f"the change log does not reach back to version {version}")
+    return change
 
 
 def kept_changes(newest: int, change_of: Callable[[int], Change | None]) -> Iterator[Change]:
@@ -61,36 +66,29 @@ def kept_changes(newest: int, change_of: Callable[[int], Change | None]) -> Iter
         position = change.previous
 
 
-def reaches_back(version: int, newest: int, change_of: Callable[[int], Change | None]) -> bool:
-    """Tell whether all changes of one key above a version are kept; *newest* is the version of the object now."""
-    position = newest
-    while position > version:
-        change = change_of(position)
-        if change is None:
-            return False
-        position = change.previous
-    return True
-
-
 def changes_since(version: int, newest: int, change_of: Callable[[int], Change | None]) -> Iterator[Change]:
     """
     Yield what was done to one object above *version*, from its *newest* change back, in the terms of today.
 
     What migrations did is left out, since nobody meant it; what is older than one is
-    retold, also what was done under a former key. It goes back as far as the changes are kept.
+    retold, also what was done under a former key.
 
     Args:
         version: Where to end.
         newest: Version of the object now.
         change_of: Returns the change of a version, or None if it is not kept.
+
+    Raises:
+        HistoryCollected: There is more than what is kept, at the end of that.
     """
     retellings: list[Retelling] = []
     position = newest
-    while position > version and (change := change_of(position)) is not None:
+    while position > version:
+        change = kept(change_of(position), position)
         if change.new_names is not None:
-            former = change_of(change.moved_from) if change.moved_from else change
-            if former is None:
+            if 0 < change.moved_from <= version:
                 return
+            former = kept(change_of(change.moved_from), change.moved_from) if change.moved_from else change
             retellings.append(Retelling.after_migration(change, former))
             position = former.previous
             continue

@@ -187,6 +187,35 @@ def twin_key(replica: bytes, seq: int, nonce: int) -> bytes:
     return twins_prefix(replica) + pack_position(seq) + pack_position(nonce)
 
 
+def left_up_to(
+    version: int, after: bytes, index_range: Callable[[bytes, bytes, int], list[tuple[bytes, bytes]]], limit: int
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """
+    Look at *limit* entries of objects that lost a value, and return those that did so up to a version.
+
+    Returns them with the key to go on after; empty: there are no more.
+    """
+    entries = index_range(_LEFT, after, limit)
+    if not entries:
+        return [], b""
+    due = [(key, id_) for key, id_ in entries if unpack_position(key[-POSITION_BYTES:]) <= version]
+    last, _ = entries[-1]
+    if not due or due[-1][0] != last:
+        # Whatever else has lost this value did so later.
+        last = last[:-POSITION_BYTES] + b"\xff" * POSITION_BYTES
+    return due, last
+
+
+def without_left(entries: Iterable[tuple[bytes, bytes]], lookup: Callable[[bytes], bytes | None]) -> IndexWrites:
+    """Return what takes entries of `left_up_to` out of the table, as far as they are still there."""
+    removed: IndexWrites = {}
+    for key, id_ in entries:
+        place = _PLACE + key[len(_LEFT) : -POSITION_BYTES] + id_
+        if lookup(place) == _LEFT + key[-POSITION_BYTES:]:
+            removed |= {key: None, place: None}
+    return removed
+
+
 def dependents_prefix(failure_id: bytes) -> bytes:
     """Return what the keys of the failures start with that a failure caused; their ids follow."""
     return _DEPENDENT + failure_id

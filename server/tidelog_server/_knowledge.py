@@ -50,6 +50,10 @@ class Knowledge:
         before = attributes_before(deletion, None) if deletion is not None else None
         return before is not None and rights.sees(before)
 
+    def is_anything_hidden(self, entity: str) -> bool:
+        """Tell whether there may be objects of an entity that the author may not know of."""
+        return self._rights is not None and not self._rights.entity(entity).reads_everything
+
     def reads(self, key: ObjectKey, attributes: Attributes, names: Collection[str]) -> bool:
         """Tell whether the author may know what these attributes of an object are."""
         if self._rights is None:

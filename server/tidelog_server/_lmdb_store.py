@@ -10,6 +10,7 @@ neighbours, and go on so that what is written together sorts together:
 
     tenants    name                        -> number
     heads      tenant                      -> version, commit id
+    collected  tenant                      -> highest version collected
     commits    tenant version              -> id of the commit that ended there
     objects    tenant entity NUL id        -> state
     by_version tenant entity NUL version   -> id, at the latest version only
@@ -48,6 +49,7 @@ from tidelog._operation import OperationKind
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
     Change,
+    Forgotten,
     Head,
     Identity,
     ObjectState,
@@ -274,6 +276,7 @@ class LmdbStore:
                 databases.settled,
                 [(prefix + replica + pack_position(seq), _pack_settled(one)) for seq, one in writes.settled],
             )
+        self._forget(transaction, prefix, writes.forgotten)
         for failure in writes.failures:
             put(prefix + failure.id, failure.data, db=databases.failures)
             for uncreated in failure.refused_creations:
@@ -282,6 +285,22 @@ class LmdbStore:
             put(b"timeline", writes.timeline.encode(), db=databases.meta)
             # The jobs behind this one, of the same commit too, are of the new timeline.
             self._identity = self._identity._replace(timeline=writes.timeline)
+
+    def _forget(self, transaction: LmdbTransaction, prefix: bytes, forgotten: Forgotten) -> None:
+        databases, delete = self._databases, transaction.delete
+        if forgotten.version:
+            last = pack_position(forgotten.version)
+            _delete_up_to(transaction, databases.changes, prefix, last)
+            _delete_up_to(transaction, databases.commits, prefix, pack_position(forgotten.version - 1))
+            transaction.put(prefix, last, db=databases.collected)
+        for (entity, id_), version in forgotten.tombstones.items():
+            place = prefix + entity_prefix(entity)
+            delete(place + id_.encode(), db=databases.objects)
+            delete(place + pack_position(version), db=databases.by_version)
+        for replica, seq in forgotten.settled:
+            delete(prefix + replica + pack_position(seq), db=databases.settled)
+        for replica, key in forgotten.refused_creations:
+            delete(prefix + replica + pack_object_key(*key), db=databases.refused)
 
 
 class LmdbReader:
@@ -308,6 +327,9 @@ class LmdbReader:
         if not found or not (key := cursor.key()).startswith(self._prefix):
             return None
         return Head(unpack_position(key[len(self._prefix) :]), cursor.value())
+
+    def collected(self) -> int:
+        return unpack_position(self._transaction.get(self._prefix, b"", db=self._databases.collected))
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
         get, database, prefix = self._transaction.get, self._databases.objects, self._prefix
@@ -376,9 +398,12 @@ class LmdbReader:
 
     def replica(self, replica: bytes) -> ReplicaState | None:
         value = self._transaction.get(self._prefix + replica, db=self._databases.replicas)
-        if value is None:
-            return None
-        return ReplicaState._make(msgpack.unpackb(value, use_list=False))
+        return None if value is None else _unpack_replica(value)
+
+    def replicas(self, after: bytes, limit: int) -> list[tuple[bytes, ReplicaState]]:
+        start = self._prefix + after + b"\0" if after else self._prefix
+        found = islice(self._scan(self._databases.replicas, start, self._prefix), limit)
+        return [(key[len(self._prefix) :], _unpack_replica(value)) for key, value in found]
 
     def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
         prefix = self._prefix + replica
@@ -388,6 +413,11 @@ class LmdbReader:
             if value is not None:
                 found[seq] = _unpack_settled(value)
         return found
+
+    def first_settled(self, replica: bytes, limit: int) -> list[tuple[int, Settled]]:
+        prefix = self._prefix + replica
+        found = islice(self._scan(self._databases.settled, prefix, prefix), limit)
+        return [(unpack_position(key[len(prefix) :]), _unpack_settled(value)) for key, value in found]
 
     def failure(self, failure_id: bytes) -> bytes | None:
         return self._transaction.get(self._prefix + failure_id, db=self._databases.failures)
@@ -404,6 +434,11 @@ class LmdbReader:
 
     def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
         return self._transaction.get(self._prefix + replica + pack_object_key(*key), db=self._databases.refused)
+
+    def refused_creations(self, replica: bytes, limit: int) -> list[ObjectKey]:
+        prefix = self._prefix + replica
+        found = islice(self._scan(self._databases.refused, prefix, prefix), limit)
+        return [unpack_object_key(key[len(prefix) :]) for key, _ in found]
 
     def _scan(self, database: LmdbDatabase, start: bytes, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         cursor = self._transaction.cursor(database)
@@ -447,6 +482,7 @@ class _Databases:
     def __init__(self, environment: Environment) -> None:
         self.tenants = environment.database("tenants")
         self.heads = environment.database("heads")
+        self.collected = environment.database("collected")
         self.commits = environment.database("commits")
         self.objects = environment.database("objects")
         self.by_version = environment.database("by_version")
@@ -464,6 +500,18 @@ _NOTE: Final = b"\0"
 
 # Sorts before every tenant's number: a tenant that was never written reads as empty.
 _NO_TENANT: Final = _TENANT.pack(0)
+
+
+def _delete_up_to(transaction: LmdbTransaction, database: LmdbDatabase, prefix: bytes, last: bytes) -> None:
+    """Delete the entries of a tenant whose positions are up to *last*."""
+    cursor = transaction.cursor(database)
+    found = cursor.set_range(prefix)
+    while found and prefix <= cursor.key() <= prefix + last:
+        found = cursor.delete() and bool(cursor.key())
+
+
+def _unpack_replica(value: bytes) -> ReplicaState:
+    return ReplicaState(*msgpack.unpackb(value, use_list=False))
 
 
 def _unpack_object(value: bytes) -> ObjectState:

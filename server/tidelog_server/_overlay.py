@@ -76,6 +76,10 @@ class Overlay:
             return self.changes[version - self._first_version]
         return self._reader.change(version)
 
+    def collected(self) -> int:
+        """Return the highest version collected."""
+        return self._reader.collected()
+
     def index(self, key: bytes) -> bytes | None:
         """Return a value of the table of indexes, as it is without this batch."""
         return self._reader.index(key)

@@ -24,6 +24,7 @@ COMMIT_ID_BYTES: Final = 8
 NO_REPLICA: Final = bytes(REPLICA_ID_BYTES)
 
 _NO_ENTRIES: Final[Mapping[bytes, bytes | None]] = MappingProxyType({})
+_NO_TOMBSTONES: Final[Mapping[ObjectKey, int]] = MappingProxyType({})
 
 
 class ObjectState(NamedTuple):
@@ -122,6 +123,8 @@ class ReplicaState(NamedTuple):
         newest_seq: Its newest settled operation. 0: none.
         newest_nonce: That operation's nonce.
         settled_ranges: Ranges (first, last) of settled seqs, ascending.
+        heard_us: The server's clock when the replica last began to upload. 0: not known.
+        retired: Whether it was away for so long that what became of its operations is forgotten.
     """
 
     session_number: int
@@ -129,6 +132,13 @@ class ReplicaState(NamedTuple):
     newest_seq: int
     newest_nonce: int
     settled_ranges: tuple[tuple[int, int], ...]
+    heard_us: int = 0
+    retired: bool = False
+
+    @property
+    def watermark(self) -> int:
+        """The seq up to which everything is settled."""
+        return self.settled_ranges[0][1] if self.settled_ranges and self.settled_ranges[0][0] == 1 else 0
 
     @property
     def settled_count(self) -> int:
@@ -136,7 +146,7 @@ class ReplicaState(NamedTuple):
         return sum(last - first + 1 for first, last in self.settled_ranges)
 
     def has_settled(self, seq: int) -> bool:
-        """Tell whether an operation is settled, whether or not it is kept how."""
+        """Tell whether an operation is settled, also if nobody knows any more how."""
         place = bisect_right(self.settled_ranges, (seq, MAX_POSITION)) - 1
         return place >= 0 and seq <= self.settled_ranges[place][1]
 
@@ -184,6 +194,24 @@ class FailureRecord(NamedTuple):
     refused_creations: tuple[ObjectKey, ...]
 
 
+class Forgotten(NamedTuple):
+    """
+    What goes for good.
+
+    Attributes:
+        version: The highest version that is collected after this, never lower than before:
+            changes up to it go, and the ids of commits below it.
+        tombstones: Keys of tombstones, with their versions.
+        settled: Outcomes, by replica and seq.
+        refused_creations: What is known of creations that were refused, by replica and key.
+    """
+
+    version: int = 0
+    tombstones: Mapping[ObjectKey, int] = _NO_TOMBSTONES
+    settled: Sequence[tuple[bytes, int]] = ()
+    refused_creations: Sequence[tuple[bytes, ObjectKey]] = ()
+
+
 class Writes(NamedTuple):
     """
     What one batch writes: all of it in one transaction, or none.
@@ -197,6 +225,7 @@ class Writes(NamedTuple):
         version: The tenant's newest version after this.
         index_entries: What changes in the table of indexes: new values by key, None to remove.
         timeline: The timeline that the whole store begins with this; empty: it goes on.
+        forgotten: What goes for good.
     """
 
     objects: dict[ObjectKey, tuple[ObjectState, int]]
@@ -207,6 +236,7 @@ class Writes(NamedTuple):
     version: int
     index_entries: Mapping[bytes, bytes | None] = _NO_ENTRIES
     timeline: str = ""
+    forgotten: Forgotten = Forgotten()
 
 
 def merged_ranges(ranges: tuple[tuple[int, int], ...], seqs: list[int]) -> tuple[tuple[int, int], ...]:

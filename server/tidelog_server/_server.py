@@ -26,7 +26,14 @@ from tidelog_server._callers import Callers
 from tidelog_server._errors import AddressUnavailable
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import DEFAULT_TENANT, Principal
-from tidelog_server._retention import Retention
+from tidelog_server._retention import (
+    FAILURE_RETENTION_DEFAULT,
+    HISTORY_RETENTION_DEFAULT,
+    REPLICA_RETENTION_DEFAULT,
+    Collected,
+    Periods,
+    Retention,
+)
 from tidelog_server._services import Services
 from tidelog_server._session import server_time_us
 from tidelog_server._store import Store
@@ -34,7 +41,6 @@ from tidelog_server._tenant import Tenant
 from tidelog_server._tls import ServerTls
 
 STOP_GRACE_SECONDS: Final = 2.0
-FAILURE_RETENTION_DEFAULT: Final = timedelta(days=90)
 
 _SERVICE_NAMES: Final = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -77,11 +83,16 @@ class Server:
         tls: How to speak TLS. None: not at all.
         migrate: Change stored objects that do not fit the application's schema, by its
             renames, defaults and migrations.
+        history_retention: How long changes, deletions and what became of operations are
+            remembered. A replica that was away for longer gets everything anew.
+        replica_retention: After what time without an upload a replica is retired: it
+            cannot upload any more under its id. Not less than *history_retention*.
         failure_retention: How long the payloads of settled failures are kept.
 
     Raises:
-        InvalidValue: *listen* is no address, a file of *tls* is not what it should be, or
-            *authenticator* wants certificates that *tls* does not ask for.
+        InvalidValue: *listen* is no address, a file of *tls* is not what it should be,
+            *authenticator* wants certificates that *tls* does not ask for, or the
+            retention periods do not fit each other.
         StoreInUse: At the start: another server has the store open.
         SchemaContradicted: At the start: what the store holds does not fit the application's schema.
         MigrationUnfinished: At the start: a migration was broken off, and this would not finish it.
@@ -97,6 +108,8 @@ class Server:
         authenticator: Authenticator | None = None,
         tls: ServerTls | None = None,
         migrate: bool = False,
+        history_retention: timedelta = HISTORY_RETENTION_DEFAULT,
+        replica_retention: timedelta = REPLICA_RETENTION_DEFAULT,
         failure_retention: timedelta = FAILURE_RETENTION_DEFAULT,
     ) -> None:
         asks_for_certificates = tls is not None and tls.client_ca is not None
@@ -106,7 +119,8 @@ class Server:
         self._store_given = store
         self._listen = check_address(listen)
         self._migrate = migrate
-        self._failure_retention = failure_retention
+        self._periods = Periods(history_retention, replica_retention, failure_retention)
+        self._periods.check()
         self._authenticator = authenticator
         self._credentials = tls.credentials() if tls is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -133,7 +147,7 @@ class Server:
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
             asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
-            self._retention = Retention(self._store, failures=self._failure_retention, clock=server_time_us)
+            self._retention = Retention(self._store, self._periods, server_time_us)
             self._retention.start()
         except BaseException:
             self._end_loop()
@@ -173,12 +187,24 @@ class Server:
             ResourceClosed: The server is not running.
             InvalidValue: The name is none, or *principal* belongs to another tenant.
         """
-        if not self._address:
-            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+        self._check_running()
         check_id(name, "a tenant")
         if principal is not None and principal.tenant != name:
             raise InvalidValue(f"{principal.user_id!r} belongs to the tenant {principal.tenant!r}, not to {name!r}")
         return Tenant(self._application, self._store, name, principal, server_time_us)
+
+    def collect(self) -> Collected:
+        """
+        Forget now what is older than it is to be kept, which a running server does every hour.
+
+        Returns once that is done, and how much it was. Nobody else is kept waiting.
+
+        Raises:
+            ResourceClosed: The server is not running, or is stopped meanwhile.
+            StorageError: The store could not be written. What was not collected is collected later.
+        """
+        self._check_running()
+        return self._retention.collect()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -212,6 +238,10 @@ class Server:
         await server.start()
         self._grpc = server
         self._address = f"{host}:{port}"
+
+    def _check_running(self) -> None:
+        if not self._address:
+            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
 
     def _warn_of_open_doors(self) -> None:
         local = is_loopback(host_of(self._listen))

@@ -165,7 +165,9 @@ class Services:
         check_protocol_version(request.protocol_version)
         replica = parse_replica_id(request.replica_id)
         begun: ReplicaState = await asyncio.wrap_future(
-            self._store.submit(principal.tenant, lambda reader: begin_upload(reader, replica, principal))
+            self._store.submit(
+                principal.tenant, lambda reader: begin_upload(reader, replica, principal, server_time_us())
+            )
         )
         upload = Upload(
             self._application,

@@ -32,6 +32,7 @@ from tidelog_server._engine import Evaluation, UploadState
 from tidelog_server._errors import (
     ProtocolVersionUnknown,
     ReplicaOwned,
+    ReplicaRetired,
     RequestInvalid,
     SessionSuperseded,
     for_people,
@@ -345,7 +346,7 @@ class Session:
         check_owner(known, self._principal)
         writes = Writes({}, [], None, [], [], reader.head().version)
         if self._request.uploading:
-            writes, known = begin_upload(reader, self._replica, self._principal)
+            writes, known = begin_upload(reader, self._replica, self._principal, self._clock())
         if self._checkpoints.contradicts(reader, self._request.checkpoint):
             writes = writes._replace(timeline=str(uuid_utils.uuid4()))
             _log.warning(
@@ -377,6 +378,9 @@ class Session:
             self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
             self._checkpoints.begin(reader)
             old_bases = self._old_bases(reader)
+        cause = sync_pb2.RECONCILE_CAUSE_UNSPECIFIED
+        if self._start.collected:
+            cause = sync_pb2.RECONCILE_CAUSE_HISTORY_COLLECTED
         started = sync_pb2.SessionStarted(
             protocol_version=_limits.PROTOCOL_VERSION,
             limits=LIMITS,
@@ -385,6 +389,7 @@ class Session:
             timeline=identity.timeline,
             resumed=self._start.resumed,
             reconcile=is_all and self._start.reconcile,
+            reconcile_cause=cause,
             entities=self._projection.plans(self._clock(), self._start.reconciled if is_all else ()),
             tenant=self._principal.tenant,
             user_id=self._principal.user_id,
@@ -416,13 +421,18 @@ class Session:
         return started
 
 
-def begin_upload(reader: Reader, replica: bytes, principal: Principal) -> tuple[Writes, ReplicaState]:
+def begin_upload(reader: Reader, replica: bytes, principal: Principal, time_us: int) -> tuple[Writes, ReplicaState]:
     """Take the replica's next session number, binding a new replica to its principal."""
     known = reader.replica(replica)
     check_owner(known, principal)
     if known is None:
         known = ReplicaState(0, principal.user_id, 0, 0, ())
-    begun = known._replace(session_number=known.session_number + 1)
+    if known.retired:
+        raise ReplicaRetired(
+            "this replica was away for so long that what became of its operations is forgotten: "
+            "it goes on under another replica id"
+        )
+    begun = known._replace(session_number=known.session_number + 1, heard_us=time_us)
     return Writes({}, [], (replica, begun), [], [], reader.head().version), begun
 
 

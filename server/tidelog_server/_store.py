@@ -39,7 +39,16 @@ class Reader(Protocol):
         ...
 
     def commit_id(self, version: int) -> bytes | None:
-        """Return the id of the commit that ended at *version*, or None if none did."""
+        """Return the id of the commit that ended at *version*, or None if none did or it is collected."""
+        ...
+
+    def collected(self) -> int:
+        """
+        Return the highest version collected: 0 at first, and never less than before.
+
+        Changes and tombstones up to it are not kept, all above it are; the ids of
+        commits are kept from it on.
+        """
         ...
 
     def commit_until(self, version: int) -> Head | None:
@@ -55,7 +64,7 @@ class Reader(Protocol):
         ...
 
     def entities(self) -> list[str]:
-        """Return the entities that ever had an object, in byte order."""
+        """Return the entities that have objects, tombstones too, in byte order."""
         ...
 
     def latest_objects(self, entity: str, after: int, limit: int, bytes_max: int) -> ObjectsPage:
@@ -90,8 +99,16 @@ class Reader(Protocol):
         """Return what is known of a replica, or None."""
         ...
 
+    def replicas(self, after: bytes, limit: int) -> list[tuple[bytes, ReplicaState]]:
+        """Return up to *limit* replicas in the order of their ids above *after*."""
+        ...
+
     def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
-        """Return the outcomes of those operations of a replica that are settled, by seq."""
+        """Return the outcomes of those operations of a replica that are settled, by seq, as far as they are kept."""
+        ...
+
+    def first_settled(self, replica: bytes, limit: int) -> list[tuple[int, Settled]]:
+        """Return up to *limit* of the outcomes kept of a replica's operations, from the lowest seq on."""
         ...
 
     def failure(self, failure_id: bytes) -> bytes | None:
@@ -108,6 +125,10 @@ class Reader(Protocol):
 
     def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
         """Return the id of the failure because of which a replica could not create the object, or None."""
+        ...
+
+    def refused_creations(self, replica: bytes, limit: int) -> list[ObjectKey]:
+        """Return up to *limit* keys of objects that a replica could not create."""
         ...
 
 

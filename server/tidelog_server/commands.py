@@ -33,7 +33,11 @@ from tidelog_server import (
     failure_commands,
 )
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
-from tidelog_server._server import FAILURE_RETENTION_DEFAULT
+from tidelog_server._retention import (
+    FAILURE_RETENTION_DEFAULT,
+    HISTORY_RETENTION_DEFAULT,
+    REPLICA_RETENTION_DEFAULT,
+)
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -118,6 +122,14 @@ def serve(
             "--migrate", help="Change stored objects that do not fit the schema, as the application declares it."
         ),
     ] = False,
+    history_retention: Annotated[
+        float,
+        typer.Option(metavar="DAYS", min=0, help="How long changes and deletions are remembered."),
+    ] = HISTORY_RETENTION_DEFAULT / timedelta(days=1),
+    replica_retention: Annotated[
+        float,
+        typer.Option(metavar="DAYS", min=0, help="How long replicas are remembered that upload nothing."),
+    ] = REPLICA_RETENTION_DEFAULT / timedelta(days=1),
     failure_retention: Annotated[
         float,
         typer.Option(metavar="DAYS", min=0, help="How long the payloads of settled failures are kept."),
@@ -159,7 +171,9 @@ def serve(
             authenticator=authenticator,
             tls=tls,
             migrate=migrate,
-            failure_retention=_days(failure_retention),
+            history_retention=_days(history_retention, "--history-retention"),
+            replica_retention=_days(replica_retention, "--replica-retention"),
+            failure_retention=_days(failure_retention, "--failure-retention"),
         ) as server:
             if served is None:
                 _log.warning("no application was given: every change is accepted")
@@ -174,11 +188,11 @@ def serve(
         raise CommandFailed(error.summary, ExitCode.STORAGE) from error
 
 
-def _days(count: float) -> timedelta:
+def _days(count: float, option: str) -> timedelta:
     try:
         return timedelta(days=count)
     except (OverflowError, ValueError) as error:
-        raise typer.BadParameter(f"{count:g} days", param_hint="--failure-retention") from error
+        raise typer.BadParameter(f"{count:g} days", param_hint=option) from error
 
 
 def spare_the_collector() -> None:

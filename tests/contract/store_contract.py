@@ -19,6 +19,7 @@ from tidelog._keys import ObjectKey
 from tidelog_server._records import (
     Change,
     FailureRecord,
+    Forgotten,
     Head,
     ObjectState,
     ReplicaState,
@@ -87,6 +88,11 @@ def failing(*records: FailureRecord) -> Job:
     return lambda reader: (make_writes(failures=list(records)), None)
 
 
+def forgetting(**fields: Any) -> Job:
+    """Return a job that forgets."""
+    return lambda reader: (make_writes(forgotten=Forgotten(**fields), version=reader.head().version), None)
+
+
 def ids_of(found: Iterable[tuple[ObjectKey, ObjectState]]) -> list[str]:
     """Return the ids of objects."""
     return [key[1] for key, _ in found]
@@ -125,6 +131,7 @@ class StoreContract:
             assert reader.commit_id(0) is None
             assert reader.commit_id(1) is None
             assert reader.commit_until(1) is None
+            assert reader.collected() == 0
             assert reader.objects([task("t1")]) == {}
             assert reader.entity_objects("Task", "", 10, UNBOUNDED) == ([], False)
             assert reader.latest_objects("Task", 0, 10, UNBOUNDED) == ([], False)
@@ -134,10 +141,13 @@ class StoreContract:
             assert reader.change(1) is None
             assert reader.changes(0, 10, UNBOUNDED) == []
             assert reader.replica(REPLICA_A) is None
+            assert reader.replicas(b"", 10) == []
             assert reader.settled(REPLICA_A, [1]) == {}
+            assert reader.first_settled(REPLICA_A, 10) == []
             assert reader.failure(bytes(16)) is None
             assert reader.failures(b"", 10, 1 << 30) == []
             assert reader.refused_creation(REPLICA_A, task("t1")) is None
+            assert reader.refused_creations(REPLICA_A, 10) == []
 
     def test_what_a_job_returns_is_written_and_yielded(self, store: Store) -> None:
         """The future yields the job's result once all that it returned can be read back as it was."""
@@ -158,7 +168,7 @@ class StoreContract:
             new_names={"ö": "oe"},
             moved_from=6,
         )
-        replica = ReplicaState(4, "änn", 2**62, 2**64 - 1, ((1, 5), (9, 2**62)))
+        replica = ReplicaState(4, "änn", 2**62, 2**64 - 1, ((1, 5), (9, 2**62)), 2**62, retired=True)
         settled = Settled(2**64 - 1, 7, changed_by_server=True, failure_id=b"", culprit=False)
         failure = FailureRecord(b"f" * 16, b"\x00\xff", REPLICA_B, (task("x"), ("Note", "y")))
 
@@ -601,6 +611,116 @@ class StoreContract:
             assert reader.refused_creation(REPLICA_A, task("t3")) is None
             assert reader.refused_creation(REPLICA_B, task("t1")) is None
 
+    def test_replicas_page_by_page(self, store: Store) -> None:
+        """Replicas come in the order of their ids, above an id, up to a number."""
+        ids = [bytes([*([255] * 15), number]) for number in (0, 9, 255)]
+        for number, replica in enumerate(reversed(ids)):
+            state = ReplicaState(number, "ann", 0, 0, (), heard_us=number)
+            store.submit(TENANT, recording(replica=replica, state=state)).result(10)
+        store.submit("other", recording()).result(10)
+
+        with store.read(TENANT) as reader:
+            found = reader.replicas(b"", 10)
+            assert [(replica, state.session_number, state.heard_us) for replica, state in found] == [
+                (ids[0], 2, 2),
+                (ids[1], 1, 1),
+                (ids[2], 0, 0),
+            ]
+            assert reader.replicas(b"", 1) == found[:1]
+            assert reader.replicas(ids[0], 10) == found[1:]
+            assert reader.replicas(ids[2], 10) == []
+
+    def test_first_outcomes(self, store: Store) -> None:
+        """Outcomes come from the lowest seq on, up to a number, and only those of the replica."""
+        outcomes = [(seq, Settled(seq, seq, False, b"", False)) for seq in (2, 3, 300, 2**40)]
+        store.submit(TENANT, recording(*reversed(outcomes))).result(10)
+        store.submit(TENANT, recording((1, outcomes[0][1]), replica=REPLICA_B)).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.first_settled(REPLICA_A, 10) == outcomes
+            assert reader.first_settled(REPLICA_A, 2) == outcomes[:2]
+
+    # --- forgetting -----------------------------------------------------------
+
+    def test_the_collected_past(self, store: Store) -> None:
+        """Changes up to the collected version go, commits below it; what is above, and the head, stays."""
+        for name in ("one", "two"):
+            for number in range(4):
+                store.submit(name, writing(task(f"a{number}"), task(f"b{number}"))).result(10)
+        with store.read("one") as reader:
+            before = reader.head()
+            ids = {version: reader.commit_id(version) for version in (4, 6, 8)}
+
+        store.submit("one", forgetting(version=4)).result(10)
+
+        with store.read("one") as reader:
+            assert (reader.collected(), reader.head()) == (4, before)
+            assert [change.version for change in reader.changes(0, 10, UNBOUNDED)] == [5, 6, 7, 8]
+            assert [reader.change(version) is None for version in (1, 4, 5)] == [True, True, False]
+            assert reader.commit_id(2) is None
+            assert {version: reader.commit_id(version) for version in ids} == ids
+            assert len(reader.entity_objects("Task", "", 10, UNBOUNDED).objects) == 8
+        with store.read("two") as reader:
+            assert reader.collected() == 0
+            assert len(reader.changes(0, 10, UNBOUNDED)) == 8
+            assert reader.commit_id(2) is not None
+
+        store.submit("one", forgetting(version=8)).result(10)
+
+        with store.read("one") as reader:
+            assert (reader.collected(), reader.head()) == (8, before)
+            assert reader.changes(0, 10, UNBOUNDED) == []
+            assert reader.commit_id(8) == before.commit_id
+        store.submit("one", writing(task("c"))).result(10)
+        with store.read("one") as reader:
+            assert [change.version for change in reader.changes(0, 10, UNBOUNDED)] == [9]
+
+    def test_forgotten_tombstones(self, store: Store) -> None:
+        """A forgotten tombstone is found neither by key nor by version; an entity without objects is none."""
+        store.submit(TENANT, writing(task("t1"), task("t2"), ("Note", "t1"))).result(10)
+        store.submit(TENANT, writing(task("t1"), ("Note", "t1"), deleted=True)).result(10)
+
+        store.submit(TENANT, forgetting(tombstones={task("t1"): 4, ("Note", "t1"): 5})).result(10)
+
+        with store.read(TENANT) as reader:
+            assert list(reader.objects([task("t1"), task("t2"), ("Note", "t1")])) == [task("t2")]
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t2"]
+            assert ids_of(reader.entity_objects("Task", "", 10, UNBOUNDED).objects) == ["t2"]
+            assert reader.entities() == ["Task"]
+        store.submit(TENANT, writing(task("t1"))).result(10)
+        with store.read(TENANT) as reader:
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t2", "t1"]
+
+    def test_forgotten_outcomes(self, store: Store) -> None:
+        """Outcomes and refused creations go one by one; what the replica's state says stays."""
+        outcome = Settled(1, 1, False, b"", False)
+        for replica in (REPLICA_A, REPLICA_B):
+            store.submit(TENANT, recording((1, outcome), (2, outcome), replica=replica)).result(10)
+            failure = FailureRecord(replica, b"x", replica, (task("t1"), task("t2")))
+            store.submit(TENANT, failing(failure)).result(10)
+
+        forgotten = forgetting(settled=[(REPLICA_A, 1)], refused_creations=[(REPLICA_A, task("t1"))])
+        store.submit(TENANT, forgotten).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.first_settled(REPLICA_A, 10) == [(2, outcome)]
+            assert reader.first_settled(REPLICA_B, 10) == [(1, outcome), (2, outcome)]
+            assert reader.refused_creations(REPLICA_A, 10) == [task("t2")]
+            assert sorted(reader.refused_creations(REPLICA_B, 10)) == [task("t1"), task("t2")]
+            assert len(reader.refused_creations(REPLICA_B, 1)) == 1
+            assert reader.replica(REPLICA_A) is not None
+            assert reader.failure(REPLICA_A) == b"x"
+
+    def test_nothing_forgotten(self, store: Store) -> None:
+        """Whoever forgets nothing leaves what was collected before."""
+        store.submit(TENANT, writing(task("t1"))).result(10)
+        store.submit(TENANT, forgetting(version=1)).result(10)
+        store.submit(TENANT, writing(task("t2"))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.collected() == 1
+            assert reader.change(2) is not None
+
     # --- reading --------------------------------------------------------------
 
     def test_a_reader_sees_one_moment(self, store: Store) -> None:
@@ -694,6 +814,7 @@ class StoreContract:
             first.submit(tenant, writing(task(f"{tenant}-1"), task(f"{tenant}-2"))).result(10)
         first.submit("two", recording((1, Settled(1, 1, False, b"", False)))).result(10)
         first.submit("two", indexing({b"a": b"1"})).result(10)
+        first.submit("two", forgetting(version=1)).result(10)
         first.set_note("schema", b"7")
         with first.read("two") as reader:
             head = reader.head()
@@ -712,6 +833,7 @@ class StoreContract:
                 assert reader.settled(REPLICA_A, [1])
                 assert reader.entities() == ["Task"]
                 assert reader.index(b"a") == b"1"
+                assert reader.collected() == 1
             second.submit("three", writing(task("three-3"))).result(10)
             second.submit("four", writing(task("four-1"))).result(10)
             with second.read("three") as reader:

@@ -207,7 +207,7 @@ class TestOutages:
         assert address in str(caught.value)
         assert a.pending_count() == 1
         assert contents(a) == {"t1": {}}
-        with Server(world.lab.application, store=world.store, listen=address):
+        with world.made_server(address):
             assert a.synchronize_all(timeout=10).applied == 1
 
     def test_no_time_at_all(self, world: World) -> None:
@@ -242,7 +242,7 @@ class TestOutages:
             with suppress(ServerUnavailable):
                 a.synchronize_all(timeout=0.5, on_progress=stops)
 
-            with Server(world.lab.application, store=world.store, listen=address):
+            with world.made_server(address):
                 a.synchronize_all(timeout=10)
                 assert a.pending_count() == 0
                 assert len(contents(a)) == 1_201

@@ -231,13 +231,24 @@ class TestCommand:
             a.synchronize_all()
             assert {found["price"] for found in a.query("Task")} == {100 * price for price in range(1, 10)}
 
-    @pytest.mark.parametrize("days", ["-1", "x", "nan", "1e300"])
-    def test_a_retention_that_makes_no_sense_is_refused(self, shop: Path, days: str) -> None:
+    @pytest.mark.parametrize(
+        ("of", "days"),
+        [("failure", "-1"), ("failure", "x"), ("failure", "nan"), ("history", "1e300"), ("replica", "1e300")],
+    )
+    def test_a_retention_that_makes_no_sense_is_refused(self, shop: Path, of: str, days: str) -> None:
         """A number of days that cannot be is wrong usage."""
-        result = serve(shop, "shop:old", "--failure-retention", days)
+        result = serve(shop, "shop:old", f"--{of}-retention", days)
 
         assert result.returncode == ExitCode.USAGE
         assert result.stderr.startswith("error: ")
+        assert f"--{of}-retention" in result.stderr
+
+    def test_retentions_that_do_not_fit_each_other_are_refused(self, shop: Path) -> None:
+        """A replica that were retired before history is forgotten is an error at the start."""
+        result = serve(shop, "shop:old", "--history-retention", "10", "--replica-retention", "5")
+
+        assert result.returncode == ExitCode.USAGE
+        assert "history is kept for 10 days" in result.stderr
 
 
 def command(folder: Path, *args: str) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 The download against a model: what a replica holds is what a naive reading of the rules says.
 
 Two writers change a small tenant, the rules and wishes change, downloads are cut and go
-on, writes fall between their pages. The replica is modelled by what the protocol tells
+on, writes fall between their pages, history is forgotten. The replica is modelled by what the protocol tells
 it to do with a page; what it may see is computed object by object, without any of the
 server's machinery. What goes wrong is cut down to the fewest actions that still do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from random import Random
@@ -18,7 +18,7 @@ from unittest import mock
 from uuid import UUID
 
 import pytest
-from tests.builders import REPLICA_A, TENANT, MemoryStore, Step, write_steps
+from tests.builders import REPLICA_A, TENANT, TIME_US, MemoryStore, Step, collect, write_steps
 
 from tidelog import (
     Constraint,
@@ -36,6 +36,7 @@ from tidelog._values import decode_map, equal
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal, _download
+from tidelog_server._errors import HistoryCollected
 from tidelog_server._indexes import Written, index_writes, rebuilt
 from tidelog_server._records import Writes
 from tidelog_server._session import Session
@@ -44,7 +45,7 @@ from tidelog_server._store import Reader
 pytestmark = pytest.mark.slow
 
 FOREIGN_CURSOR = splice_pb2.Cursor(epoch="elsewhere", version=7).SerializeToString()
-SEEDS = 20
+SEEDS = 40
 ACTIONS = 300
 
 Attributes = dict[str, Any]
@@ -226,6 +227,7 @@ class World:
         self.rules = Rules()
         self.application = self.rules.application()
         self.began = 0
+        self.is_broken_off = False
 
     def others_write(self, batch: list[Step]) -> None:
         """Somebody else changes objects."""
@@ -271,11 +273,17 @@ class World:
 
         self.store.submit(TENANT, job).result()
 
+    def collect(self, but: int) -> None:
+        """The server forgets its history but for some changes."""
+        collect(self.store, TIME_US + 1 + self._version() - but)
+
     def lose_cursor(self) -> None:
         """The server does not know the replica's cursor any more."""
         self.replica.cursor, self.replica.staged = FOREIGN_CURSOR, []
 
-    def download(self, limits: dict[str, int], meanwhile: list[list[Step]], kept: int | None) -> None:
+    def download(
+        self, limits: dict[str, int], meanwhile: list[list[Step]], kept: int | None, collects: int | None
+    ) -> None:
         """
         Download everything, while somebody writes between the pages.
 
@@ -283,6 +291,7 @@ class World:
             limits: Sizes that differ from the server's.
             meanwhile: What is written after each page.
             kept: Break off with so many pages kept. None: complete.
+            collects: How many changes of its history the server remembers after the second page. None: all.
         """
         replica, rules = self.replica, self.rules
         session = Session(self.application, self.store, rules.principal, self._start())
@@ -294,14 +303,20 @@ class World:
                 replica.staged = []
                 self.began = started.version
             staged = list(replica.staged)
-            for number, page in enumerate(session.pages()):
+            for number, page in enumerate(self._pages(session)):
                 self._check_page(page, started)
                 staged.append(page)
                 if kept is not None and number + 1 >= kept:
                     break
                 if number < len(meanwhile):
                     self._write(meanwhile[number])
+                if number == 1 and collects is not None:
+                    self.collect(collects)
             else:
+                if self.is_broken_off:
+                    replica.staged = staged
+                    self.download(limits, [], kept, None)
+                    return
                 if kept is None:
                     replica.staged = staged
                     complete = session.complete()
@@ -309,6 +324,13 @@ class World:
                     self._check_replica(complete.version)
                     return
         replica.staged = staged if kept else replica.staged
+
+    def _pages(self, session: Session) -> Iterator[sync_pb2.SnapshotPage]:
+        self.is_broken_off = False
+        try:
+            yield from session.pages()
+        except HistoryCollected:
+            self.is_broken_off = True
 
     def _start(self) -> sync_pb2.SessionStart:
         replica = self.replica
@@ -328,7 +350,7 @@ class World:
             if step.attributes is not None or self.history[step.key][-1][1] is not None:
                 version += 1
                 self.history[step.key].append((version, step.attributes))
-        assert write_steps(self.store, steps, schema=INDEXED) == version
+        assert write_steps(self.store, steps, schema=INDEXED, time_us=TIME_US + version) == version
         return version
 
     def _version(self) -> int:
@@ -391,6 +413,7 @@ class Draw:
         "change_rules": 6,
         "change_wish": 4,
         "make_indexes_anew": 3,
+        "collect": 12,
         "lose_cursor": 1,
     }
 
@@ -432,6 +455,9 @@ class Draw:
     def _make_indexes_anew(self) -> dict[str, Any]:
         return {}
 
+    def _collect(self) -> dict[str, Any]:
+        return {"but": self._random.choice([0, 1, 2, 3, 5, 10])}
+
     def _lose_cursor(self) -> dict[str, Any]:
         return {}
 
@@ -445,6 +471,7 @@ class Draw:
             },
             "meanwhile": [self._batch() for _ in range(random.choice([0, 0, 1, 2, 6]))],
             "kept": random.choice([None, None, None, 0, 1, 2, 3]),
+            "collects": random.choice([None, None, None, 0, 3]),
         }
 
     def _batch(self) -> list[Step]:

@@ -54,6 +54,7 @@ CORE_MODULES = (
     "tidelog_client._synchronization",
     "tidelog_client._upload",
     "tidelog_server._action",
+    "tidelog_server._collection",
     "tidelog_server._engine",
     "tidelog_server._failures",
     "tidelog_server._history",

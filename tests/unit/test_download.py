@@ -9,9 +9,9 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from tests.builders import REPLICA_A, REPLICA_B, TENANT, USER, MemoryStore, Step, write_steps
+from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, USER, MemoryStore, Step, collect, write_steps
 
-from tidelog import Entity, InvalidConstraint, Schema, StorageError, String, attribute
+from tidelog import Entity, InvalidConstraint, Schema, String, attribute
 from tidelog._downloads import DownloadWish, downloads_of
 from tidelog._keys import ObjectKey
 from tidelog._values import decode_map
@@ -19,7 +19,7 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server import Application, Principal
 from tidelog_server import _download as download_module
-from tidelog_server._errors import ReplicaOwned
+from tidelog_server._errors import HistoryCollected, ReplicaOwned
 from tidelog_server._indexes import Written, by_version_prefix, index_writes, rebuilt
 from tidelog_server._outcomes import Uploader
 from tidelog_server._records import Writes
@@ -338,13 +338,13 @@ class TestReconciliation:
         desk.put("x", n=1)
         desk.download()
         desk.put("y", n=1)
-        del desk.store._tenants[TENANT].changes[2]
+        collect(desk.store, TIME_US + 1)
 
         assert [one[0] for one in desk.download()] == ["x", "y"]
         assert desk.started.reconcile
 
     def test_a_change_log_that_is_cut_meanwhile(self) -> None:
-        """If the change log is cut below what a download needs, it fails for now rather than guess."""
+        """If the change log is collected above the cursor, a download that has begun ends rather than guess."""
         desk = Desk()
         wishes: dict[str, DownloadWish] = {"Task": attribute("n") == 1}
         desk.put("x", n=1)
@@ -353,10 +353,181 @@ class TestReconciliation:
         desk.put("x", n=3)
         session = desk.session(wishes=wishes)
         session.open().result()
-        del desk.store._tenants[TENANT].changes[2]
+        collect(desk.store, TIME_US + 1)
 
-        with pytest.raises(StorageError, match="does not reach back to version 2"):
+        with pytest.raises(HistoryCollected, match="begin again"):
             list(session.pages())
+
+
+class TestCollected:
+    @pytest.fixture
+    def desk(self) -> Desk:
+        """Give a replica that has a task, which was deleted since, and another one that was created since."""
+        desk = Desk()
+        desk.put("x", n=1)
+        desk.download()
+        desk.delete("x")
+        desk.put("y", n=1)
+        return desk
+
+    def collect(self, desk: Desk) -> None:
+        """Let all that was done until now be forgotten."""
+        collect(desk.store, TIME_US + 1)
+
+    def test_who_stands_below_is_reconciled(self, desk: Desk) -> None:
+        """A replica that was away for longer than history is kept gets everything, and is told why by the start."""
+        self.collect(desk)
+        session = desk.session()
+
+        assert session.open().result().reconcile
+        assert session._start.collected
+        assert told(list(session.pages())) == [("y", {"n": 1})]
+
+    def test_who_stands_there_is_not(self, desk: Desk) -> None:
+        """A replica that has all that is collected goes on from there."""
+        desk.download()
+        self.collect(desk)
+        desk.put("z", n=1)
+        session = desk.session()
+
+        assert not session.open().result().reconcile
+        assert not session._start.collected
+        assert told(list(session.pages())) == [("z", {"n": 1})]
+        assert not desk.session(cursor=desk.cursor)._start.collected
+
+    def test_who_never_had_anything(self, desk: Desk) -> None:
+        """That history is collected is no reason for who has no state, or one of another store."""
+        self.collect(desk)
+        foreign = splice_pb2.Cursor(epoch="elsewhere").SerializeToString()
+        for cursor in (b"", foreign):
+            desk.cursor = cursor
+            session = desk.session()
+            assert session.open().result().reconcile
+            assert not session._start.collected
+
+    def test_an_empty_tenant_is_a_state_too(self) -> None:
+        """A replica that saw an empty tenant was away like any other."""
+        desk = Desk()
+        desk.download()
+        desk.put("x", n=1)
+        self.collect(desk)
+        session = desk.session()
+
+        assert session.open().result().reconcile
+        assert session._start.collected
+
+    def test_own_objects_come_whole(self, desk: Desk) -> None:
+        """What the replica wrote alone is not confirmed but sent: how it saw things then is no longer known."""
+        desk.put("mine", REPLICA_A, n=1)
+        self.collect(desk)
+
+        assert desk.download() == [("y", {"n": 1}), ("mine", {"n": 1})]
+
+    @pytest.mark.parametrize("has_cursor", [True, False])
+    def test_what_is_deleted_and_forgotten_during_a_download(
+        self, desk: Desk, monkeypatch: pytest.MonkeyPatch, *, has_cursor: bool
+    ) -> None:
+        """If what was sent is deleted and forgotten before the download ends, it ends rather than miss that."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        desk.put("z", n=1)
+        if not has_cursor:
+            desk.cursor = b""
+        session = desk.session()
+        session.open().result()
+        pages = session.pages()
+        assert told([next(pages), next(pages)])[-1] == (("y", {"n": 1}) if has_cursor else ("z", {"n": 1}))
+        desk.delete("y")
+        self.collect(desk)
+
+        with pytest.raises(HistoryCollected):
+            list(pages)
+
+    def test_a_download_that_stands_above_goes_on(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is collected below the state that a download starts from does not concern it."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        desk.cursor = b""
+        desk.put("z", n=1)
+        session = desk.session()
+        session.open().result()
+        pages = session.pages()
+        first = next(pages)
+        self.collect(desk)
+        desk.put("y", n=2)
+
+        assert told([first, *pages]) == [("y", {"n": 1}), ("z", {"n": 1}), ("y", {"n": 2})]
+
+    def test_a_token_of_before(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A download that was broken off goes on unless what was done since its begin is collected."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        desk.cursor = b""
+        desk.put("z", n=1)
+        session = desk.session()
+        session.open().result()
+        token = next(session.pages()).resume_token
+        self.collect(desk)
+
+        assert desk.session(resume_token=token).open().result().resumed
+        desk.delete("y")
+        assert desk.session(resume_token=token).open().result().resumed
+        self.collect(desk)
+
+        assert desk.download(resume_token=token) == [("z", {"n": 1})]
+        assert not desk.started.resumed
+
+    def test_a_token_with_a_cursor_of_before(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A delta that was broken off cannot go on if its cursor is below what is collected."""
+        monkeypatch.setattr(download_module, "PAGE_OBJECTS_MAX", 1)
+        session = desk.session()
+        session.open().result()
+        token = next(session.pages()).resume_token
+        assert desk.session(resume_token=token).open().result().resumed
+        self.collect(desk)
+
+        assert desk.download(resume_token=token) == [("y", {"n": 1})]
+        assert (desk.started.resumed, desk.started.reconcile) == (False, True)
+
+    def test_by_an_index(self) -> None:
+        """Where an index leads to the objects, a delta tells of what left since, whatever was forgotten before."""
+        desk = Desk(Application(schema=INDEXED), schema=INDEXED)
+        wishes: dict[str, DownloadWish] = {"Task": attribute("who") == "ann"}
+        for id_ in ("early", "late", "stays"):
+            desk.put(id_, who="ann")
+        desk.download(wishes=wishes)
+        desk.put("early", who="bob")
+        desk.download(wishes=wishes)
+        self.collect(desk)
+        desk.put("late", who="bob")
+        desk.put("early", who="carl")
+
+        assert desk.download(wishes=wishes) == [("late", "gone")]
+        desk.put("early", who="ann")
+        assert desk.download(wishes=wishes) == [("early", {"who": "ann"})]
+        self.collect(desk)
+        assert desk.download(wishes=wishes) == []
+        desk.cursor = b""
+        assert [one[0] for one in desk.download(wishes=wishes)] == ["stays", "early"]
+
+    def test_what_its_operations_did_long_ago(self, desk: Desk) -> None:
+        """A session of mode unsynchronized tells what its operations did as far as that is kept."""
+        first = desk.put("a", REPLICA_A, n=1)
+        self.collect(desk)
+        desk.write(Step(task("b"), {"n": 1}, REPLICA_A, seq=2), Step(task("c"), {"n": 1}))
+
+        assert desk.unsynchronized(first) == [("b", {"n": 1})]
+
+    def test_what_its_operations_hid(self, desk: Desk) -> None:
+        """What a hook of theirs made disappear is told as gone, though it is not known how it came about."""
+        desk.application.allow("*", "Task", where=attribute("n") == 1)
+        self.collect(desk)
+        first = desk.write(Step(task("y"), {"n": 2}, REPLICA_A, by_hook=True))
+
+        assert desk.unsynchronized(first) == [("y", "gone")]
+
+    def test_selected_objects(self, desk: Desk) -> None:
+        """Objects that were deleted and forgotten are told as gone when they are asked for."""
+        self.collect(desk)
+
+        assert told(desk.select("x", "y")) == [("y", {"n": 1}), ("x", "gone")]
 
 
 class TestResuming:
@@ -628,14 +799,14 @@ class TestOneMoment:
         assert self.holds([*seen, *pages])["h"] == "gone"
 
     def test_a_change_log_that_is_cut_meanwhile(self, desk: Moments) -> None:
-        """If the change log is cut above the first page, the download fails for now rather than miss a change."""
+        """If the change log is collected above the first page, the download ends rather than miss a change."""
         pages = desk.selecting("a").pages()
         next(pages)
         desk.put("a", n=1)
         desk.put("a", n=2)
-        del desk.store._tenants[TENANT].changes[7]
+        collect(desk.store, TIME_US + 1)
 
-        with pytest.raises(StorageError, match="does not reach back to version 7"):
+        with pytest.raises(HistoryCollected, match="does not reach back to version 7"):
             list(pages)
 
 

@@ -1932,4 +1932,4 @@ class TestFencing:
 
         assert session.uploader.session_number == before.session_number + 1
         assert lab.replica() == before._replace(session_number=before.session_number + 1)
-        assert lab.replica() == ReplicaState(2, USER.user_id, 1, 1_000_001, ((1, 1),))
+        assert lab.replica() == ReplicaState(2, USER.user_id, 1, 1_000_001, ((1, 1),), TIME_US)

@@ -34,7 +34,7 @@ from tidelog_server import _failures as failures
 from tidelog_server._errors import FailureSettled, FailureStale, NotFound, RequestInvalid
 from tidelog_server._failures import Decision, RetryOutcome
 from tidelog_server._outcomes import Result
-from tidelog_server._retention import Retention
+from tidelog_server._retention import Periods, Retention
 
 OPERATOR: Final = Principal("olga", roles=frozenset({"operator"}))
 
@@ -1137,8 +1137,9 @@ class TestDismiss:
 
 
 def forget(desk: Desk, *, now_us: int = TIME_US + 1, kept: timedelta = timedelta(0)) -> None:
-    """Let the retention look once."""
-    Retention(desk.lab.store, failures=kept, clock=lambda: now_us).look()
+    """Collect once, payloads only."""
+    periods = Periods(history=timedelta.max, replicas=timedelta.max, failures=kept)
+    Retention(desk.lab.store, periods, lambda: now_us).collect()
 
 
 class TestRetention:

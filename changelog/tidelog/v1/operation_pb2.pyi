@@ -121,7 +121,9 @@ class _FailureReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Failure
     FAILURE_REASON_DEPENDENCY_FAILED: _FailureReason.ValueType  # 14
     """An operation that this one builds upon was refused."""
     FAILURE_REASON_SUPERSEDED: _FailureReason.ValueType  # 15
-    """After a restore of the server, somebody else changed the object first."""
+    """After a restore of the server, somebody else changed the object first; or
+    the operation was settled so long ago that nobody knows any more how.
+    """
     FAILURE_REASON_MALFORMED: _FailureReason.ValueType  # 16
     """The operation cannot be read or breaks a rule of the format."""
     FAILURE_REASON_TOO_LARGE: _FailureReason.ValueType  # 17
@@ -163,7 +165,9 @@ FAILURE_REASON_GROUP_REJECTED: FailureReason.ValueType  # 13
 FAILURE_REASON_DEPENDENCY_FAILED: FailureReason.ValueType  # 14
 """An operation that this one builds upon was refused."""
 FAILURE_REASON_SUPERSEDED: FailureReason.ValueType  # 15
-"""After a restore of the server, somebody else changed the object first."""
+"""After a restore of the server, somebody else changed the object first; or
+the operation was settled so long ago that nobody knows any more how.
+"""
 FAILURE_REASON_MALFORMED: FailureReason.ValueType  # 16
 """The operation cannot be read or breaks a rule of the format."""
 FAILURE_REASON_TOO_LARGE: FailureReason.ValueType  # 17

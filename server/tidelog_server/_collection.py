@@ -1,0 +1,127 @@
+"""
+Collection: what of a tenant's past may go, and what is written when it does. No I/O.
+
+How long something is kept goes by the server's clock; what it means that it is gone
+goes by versions. Changes are collected from the oldest on, and with a deletion its
+tombstone: so what is kept tells all that happened above one version. Whoever stands
+below it reconciles.
+
+Each function that finds something looks at a page, so that nobody who writes is kept
+waiting for that. Each one that writes makes sure that it still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import Any, Final, NamedTuple
+
+from tidelog._keys import ObjectKey
+from tidelog._limits import PAGE_BYTES_MAX
+from tidelog._operation import OperationKind
+from tidelog.v1 import failure_pb2
+from tidelog_server._indexes import without_left
+from tidelog_server._records import Forgotten, ReplicaState, Settled, Writes
+from tidelog_server._store import Reader
+
+# What goes in one transaction, at the most.
+STEP_ENTRIES: Final = 500
+
+
+class Past(NamedTuple):
+    """
+    The oldest part of a tenant's history.
+
+    Attributes:
+        version: Its newest version.
+        change_count: How many changes it has.
+        deleted: Keys of the objects that were deleted then.
+    """
+
+    version: int
+    change_count: int
+    deleted: list[ObjectKey]
+
+
+def past_before(reader: Reader, before_us: int) -> Past | None:
+    """Return the oldest changes that are kept, as far as they were made before a time; None: there are none."""
+    changes = reader.changes(reader.collected(), STEP_ENTRIES, PAGE_BYTES_MAX)
+    past = list(takewhile(lambda change: change.time_us < before_us, changes))
+    if not past:
+        return None
+    deleted = [change.key for change in past if change.kind is OperationKind.DELETE]
+    return Past(past[-1].version, len(past), deleted)
+
+
+def without_past(reader: Reader, past: Past) -> tuple[Writes, int]:
+    """Let a past go, with the tombstones of what was not created anew; return how many these are."""
+    tombstones = {
+        key: state.version
+        for key, state in reader.objects(past.deleted).items()
+        if state.deleted and state.version <= past.version
+    }
+    version = max(past.version, reader.collected())
+    return _writes(reader, forgotten=Forgotten(version, tombstones)), len(tombstones)
+
+
+def without_left_entries(reader: Reader, entries: Sequence[tuple[bytes, bytes]]) -> tuple[Writes, int]:
+    """Take entries of objects that lost a value out of the table of indexes; return how many they are."""
+    removed = without_left(entries, reader.index)
+    return _writes(reader, index_entries=removed), len(removed)
+
+
+def is_absent(state: ReplicaState, before_us: int) -> bool:
+    """Tell whether a replica was last heard of before a time, and is not retired yet."""
+    return not state.retired and 0 < state.heard_us < before_us
+
+
+def retired(reader: Reader, replica: bytes, before_us: int) -> tuple[Writes | None, int]:
+    """Retire a replica, if it is still absent; return how many were."""
+    state = reader.replica(replica)
+    if state is None or not is_absent(state, before_us):
+        return None, 0
+    # The number fences a session that may still be open.
+    gone = state._replace(retired=True, session_number=state.session_number + 1)
+    return _writes(reader, replica=(replica, gone)), 1
+
+
+def settled_before(reader: Reader, replica: bytes, before_us: int) -> list[int]:
+    """
+    Return the first operations of a replica of which it may be forgotten what became of them.
+
+    Of a retired one all may. Another one may repeat what it got no answer to: that is
+    below what is settled without a gap, and its being settled stays known.
+    """
+    state = reader.replica(replica)
+    if state is None:
+        return []
+    found = reader.first_settled(replica, STEP_ENTRIES)
+    collected = reader.collected()
+
+    def may_go(mark: tuple[int, Settled]) -> bool:
+        seq, settled = mark
+        return state.retired or (seq <= state.watermark and _is_old(reader, settled, collected, before_us))
+
+    return [seq for seq, _ in takewhile(may_go, found)]
+
+
+def without_outcomes(reader: Reader, replica: bytes, seqs: Sequence[int]) -> tuple[Writes, int]:
+    """Forget what became of operations; return how many they are."""
+    return _writes(reader, forgotten=Forgotten(settled=[(replica, seq) for seq in seqs])), len(seqs)
+
+
+def without_refused_creations(reader: Reader, replica: bytes, keys: Iterable[ObjectKey]) -> tuple[Writes, None]:
+    """Forget what a replica could not create."""
+    return _writes(reader, forgotten=Forgotten(refused_creations=[(replica, key) for key in keys])), None
+
+
+def _is_old(reader: Reader, settled: Settled, collected: int, before_us: int) -> bool:
+    if not settled.failure_id:
+        # What changed nothing has the version before it: only a change behind it tells its age.
+        return settled.version < collected
+    record = failure_pb2.SynchronizationFailure.FromString(reader.failure(settled.failure_id) or b"")
+    return record.create_time.ToMicroseconds() < before_us
+
+
+def _writes(reader: Reader, **fields: Any) -> Writes:
+    return Writes({}, [], None, [], [], reader.head().version)._replace(**fields)
