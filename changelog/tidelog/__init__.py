@@ -51,12 +51,14 @@ from tidelog._errors import (
     StoreInUse,
     SynchronizationError,
     SynchronizationInProgress,
+    TargetExists,
     TidelogError,
     TokenUnavailable,
     Unauthenticated,
     ValidationFailed,
 )
 from tidelog._failure import FailureReason, SynchronizationFailure
+from tidelog._finding import Finding, FindingKind
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch
 from tidelog._schema import Schema
@@ -78,6 +80,8 @@ __all__ = [
     "EntityReference",
     "Enumeration",
     "FailureReason",
+    "Finding",
+    "FindingKind",
     "File",
     "Float",
     "ForeignServer",
@@ -114,6 +118,7 @@ __all__ = [
     "SynchronizationError",
     "SynchronizationFailure",
     "SynchronizationInProgress",
+    "TargetExists",
     "TidelogError",
     "Timestamp",
     "TokenUnavailable",

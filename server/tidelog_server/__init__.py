@@ -16,13 +16,16 @@ from tidelog_server._errors import (
     AddressUnavailable,
     AuthenticationFailed,
     AuthenticationUnavailable,
+    BackupDamaged,
     ChangedMeanwhile,
     MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
 )
 from tidelog_server._jwt import JwtAuthenticator
+from tidelog_server._lmdb_backup import Restored, backup_store, restore_store
 from tidelog_server._lmdb_store import LmdbStore
+from tidelog_server._lmdb_verification import verify_store
 from tidelog_server._principal import Principal
 from tidelog_server._server import Server
 from tidelog_server._tenant import Found, Tenant, TenantTransaction
@@ -34,6 +37,7 @@ __all__ = [
     "AuthenticationFailed",
     "AuthenticationUnavailable",
     "Authenticator",
+    "BackupDamaged",
     "CertificateAuthenticator",
     "ChangedMeanwhile",
     "Credentials",
@@ -47,6 +51,7 @@ __all__ = [
     "PeerCertificate",
     "Principal",
     "Reject",
+    "Restored",
     "SchemaContradicted",
     "Server",
     "ServerTls",
@@ -54,4 +59,7 @@ __all__ = [
     "Tenant",
     "TenantTransaction",
     "TransientError",
+    "backup_store",
+    "restore_store",
+    "verify_store",
 ]

@@ -31,6 +31,7 @@ from tidelog._schema import Schema
 from tidelog._values import Attributes, decimal_text, encode
 
 DIGEST_BYTES: Final = 16
+FAILURE_ID_BYTES: Final = 16
 
 _UNIQUE: Final = b"u"
 _REFERRER: Final = b"r"
@@ -45,6 +46,19 @@ _SINCE: Final = b"s"
 TABLES: Final = (_UNIQUE, _REFERRER, _BY_VERSION, _LEFT, _PLACE)
 
 IndexWrites = dict[bytes, bytes | None]
+
+
+class Entry(NamedTuple):
+    """
+    Whom an entry of the table is about.
+
+    Attributes:
+        key: Key of the object whose entry it is.
+        left_at: The version at which the object lost the value; 0: it has it.
+    """
+
+    key: ObjectKey
+    left_at: int
 
 
 class Written(NamedTuple):
@@ -190,6 +204,34 @@ def twin_key(replica: bytes, seq: int, nonce: int) -> bytes:
 def dependents_prefix(failure_id: bytes) -> bytes:
     """Return what the keys of the failures start with that a failure caused; their ids follow."""
     return _DEPENDENT + failure_id
+
+
+def split_dependent(key: bytes) -> tuple[bytes, bytes] | None:
+    """Return (cause, failure) of a key under a `dependents_prefix`, or None if it is another key."""
+    ids = key[len(_DEPENDENT) :]
+    if not key.startswith(_DEPENDENT) or len(ids) != 2 * FAILURE_ID_BYTES:
+        return None
+    return ids[:FAILURE_ID_BYTES], ids[FAILURE_ID_BYTES:]
+
+
+def split_entry(key: bytes, value: bytes) -> Entry:
+    """
+    Return whom an entry of `TABLES` is about.
+
+    Raises:
+        ValueError: It is none.
+    """
+    table, rest = key[:1], key[1:]
+    if table == _UNIQUE:
+        entity, _, _digest_bytes = rest.partition(b"\0")
+        return Entry((entity.decode(), value.decode()), 0)
+    if table == _REFERRER:
+        _target_entity, _target_id, entity, id_, _name = rest.split(b"\0")
+        return Entry((entity.decode(), id_.decode()), 0)
+    entity, _name, place = rest.split(b"\0", 2)
+    id_, standing = (place[DIGEST_BYTES:], value) if table == _PLACE else (value, table + place[DIGEST_BYTES:])
+    left_at = unpack_position(standing[1:]) if standing[:1] == _LEFT else 0
+    return Entry((entity.decode(), id_.decode()), left_at)
 
 
 def _follow(
