@@ -20,6 +20,7 @@ from tidelog._downloads import Download, DownloadMode, DownloadWish, downloads_o
 from tidelog._environment import MAP_BYTES_DEFAULT
 from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
 from tidelog._failure import SynchronizationFailure
+from tidelog._finding import Finding
 from tidelog._limits import MESSAGE_BYTES_MAX, SELECTION_OBJECTS_MAX
 from tidelog._logging import get_logger
 from tidelog._operation import Operation
@@ -35,6 +36,7 @@ from tidelog_client._selection import Selection, select
 from tidelog_client._storage import Storage
 from tidelog_client._synchronization import Consent, Mode
 from tidelog_client._synchronizer import Synchronizer
+from tidelog_client._verification import findings
 
 LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
 LOG_RETENTION_BYTES_DEFAULT: Final = 1024**3
@@ -355,6 +357,14 @@ class Replica:
         while step := self._storage.trim(oldest_us, self._log_retention_bytes, count_max=TRIM_STEP_OPERATIONS):
             trimmed += step
         return trimmed
+
+    def verify(self) -> Iterator[Finding]:
+        """
+        Yield what is wrong in the replica's directory; nothing if all that it keeps agrees. Nothing is written.
+
+        It is read as of one moment: until the last finding is taken, the file grows by what is written.
+        """
+        return findings(self._storage.environment)
 
     def _logged(self, operation: Operation) -> LoggedOperation:
         with self._storage.environment.read() as transaction:

@@ -155,7 +155,7 @@ class Storage:
                     seq = unpack_position(key)
                     if until is not None and seq > until:
                         break
-                    page.append(_unpack_pending(seq, value))
+                    page.append(unpack_pending(seq, value))
                     found = cursor.next()
             yield from page
             if len(page) < READ_PAGE_ENTRIES:
@@ -192,7 +192,7 @@ class Storage:
         batch_bytes = 0
         with self.environment.read() as transaction:
             for places in _units(self._places(transaction, after, until, seqs)):
-                if sieve is not None and sieve.holds_back([_unpack_pending(*place).key for place in places]):
+                if sieve is not None and sieve.holds_back([unpack_pending(*place).key for place in places]):
                     continue
                 unit: list[tuple[int, bytes]] = []
                 unit_bytes = 0
@@ -233,13 +233,13 @@ class Storage:
             if version == 0:
                 value = transaction.get(pack_position(seq), db=self._pending)
                 if value is not None:
-                    found.append(_unpack_pending(seq, value))
+                    found.append(unpack_pending(seq, value))
         return found
 
     def pending_at(self, transaction: LmdbTransaction, seq: int) -> PendingOperation | None:
         """Return the pending operation at *seq*, or None if it is settled."""
         value = transaction.get(pack_position(seq), db=self._pending)
-        return None if value is None else _unpack_pending(seq, value)
+        return None if value is None else unpack_pending(seq, value)
 
     def has_other_pending(self, transaction: LmdbTransaction, seqs: Container[int], *, below: int) -> bool:
         """Tell whether operations below a seq are pending that are not among *seqs*."""
@@ -260,11 +260,7 @@ class Storage:
     def outcome(self, transaction: LmdbTransaction, seq: int) -> Outcome | None:
         """Return what became of an operation, or None while it is pending (or forgotten)."""
         value = transaction.get(pack_position(seq), db=self._outcomes)
-        if value is None:
-            return None
-        if value[:1] == _APPLIED:
-            return Outcome(unpack_position(value[1:]), "")
-        return Outcome(0, value[1:].decode())
+        return None if value is None else unpack_outcome(value)
 
     def failure(self, failure_id: str) -> failure_pb2.SynchronizationFailure | None:
         """Return a recorded failure, or None."""
@@ -562,6 +558,14 @@ def _units(places: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, byte
             unit = []
 
 
-def _unpack_pending(seq: int, value: bytes) -> PendingOperation:
+def unpack_pending(seq: int, value: bytes) -> PendingOperation:
+    """Return what is noted of a pending operation."""
     position, size = _PLACE.unpack_from(value)
     return PendingOperation(seq, position, size, unpack_object_key(value[_PLACE.size :]))
+
+
+def unpack_outcome(value: bytes) -> Outcome:
+    """Return what is noted of a settled operation."""
+    if value[:1] == _APPLIED:
+        return Outcome(unpack_position(value[1:]), "")
+    return Outcome(0, value[1:].decode())

@@ -49,8 +49,10 @@ from tidelog.cli import (
     print_table,
     shared_group,
 )
+from tidelog.verify_command import add_verifier
 from tidelog_client import LoggedOperation, Object, Progress, Replica, Report
 from tidelog_client._report import OnProgress
+from tidelog_client._verification import verify_replica
 
 ReplicaOption = Annotated[
     Path,
@@ -103,6 +105,7 @@ def register(app: typer.Typer) -> None:
     for command in (sync, log, pending, get, query, count, history):
         app.command()(command)
     shared_group(app, "failures").callback(invoke_without_command=True)(failures)
+    add_verifier(app, "replica", verify_replica)
 
 
 def sync(

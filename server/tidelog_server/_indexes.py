@@ -54,11 +54,13 @@ class Entry(NamedTuple):
 
     Attributes:
         key: Key of the object whose entry it is.
-        left_at: The version at which the object lost the value; 0: it has it.
+        left_at: The version at which the object lost the value; 0: the entry is another one.
+        by_version: What the keys of the objects start with that have the value; empty likewise.
     """
 
     key: ObjectKey
-    left_at: int
+    left_at: int = 0
+    by_version: bytes = b""
 
 
 class Written(NamedTuple):
@@ -224,14 +226,26 @@ def split_entry(key: bytes, value: bytes) -> Entry:
     table, rest = key[:1], key[1:]
     if table == _UNIQUE:
         entity, _, _digest_bytes = rest.partition(b"\0")
-        return Entry((entity.decode(), value.decode()), 0)
+        return Entry((entity.decode(), value.decode()))
     if table == _REFERRER:
         _target_entity, _target_id, entity, id_, _name = rest.split(b"\0")
-        return Entry((entity.decode(), id_.decode()), 0)
-    entity, _name, place = rest.split(b"\0", 2)
-    id_, standing = (place[DIGEST_BYTES:], value) if table == _PLACE else (value, table + place[DIGEST_BYTES:])
-    left_at = unpack_position(standing[1:]) if standing[:1] == _LEFT else 0
-    return Entry((entity.decode(), id_.decode()), left_at)
+        return Entry((entity.decode(), id_.decode()))
+    entity, name, place = rest.split(b"\0", 2)
+    digest, place = place[:DIGEST_BYTES], place[DIGEST_BYTES:]
+    id_, standing = (place, value) if table == _PLACE else (value, table + place)
+    object_key = (entity.decode(), id_.decode())
+    if standing[:1] != _LEFT:
+        return Entry(object_key)
+    return Entry(object_key, unpack_position(standing[1:]), _BY_VERSION + b"\0".join((entity, name, digest)))
+
+
+def left_at(by_version: bytes, id_: str, lookup: Callable[[bytes], bytes | None]) -> int:
+    """Return the version at which an object lost a value, as the table tells; 0 if it does not."""
+    prefix = by_version[len(_BY_VERSION) :]
+    place = lookup(_PLACE + prefix + id_.encode())
+    if place is None or place[:1] != _LEFT or lookup(_LEFT + prefix + place[1:]) != id_.encode():
+        return 0
+    return unpack_position(place[1:])
 
 
 def _follow(

@@ -58,6 +58,12 @@ class LmdbRecords:
         for key, commit_id in self._entries(self._databases.commits):
             yield unpack_position(key), commit_id
 
+    def commit_end(self, version: int) -> int:
+        cursor = self._transaction.cursor(self._databases.commits)
+        found = cursor.set_range(self._prefix + version.to_bytes(POSITION_BYTES, "big"))
+        key = cursor.key() if found else b""
+        return unpack_position(key[len(self._prefix) :]) if key.startswith(self._prefix) else 0
+
     def changes(self) -> Iterator[Change]:
         return self._scan(self._databases.changes, self._change)
 

@@ -32,11 +32,12 @@ from tidelog.v1 import failure_pb2
 from tidelog_server._history import attributes_before, kept_changes
 from tidelog_server._indexes import (
     TABLES,
-    Entry,
     Written,
+    by_version_prefix,
     complete_since,
     dependents_prefix,
     indexed_entities,
+    left_at,
     rebuilt,
     rebuilt_entries,
     split_dependent,
@@ -76,6 +77,10 @@ class Records(Protocol):
 
     def commits(self) -> Iterable[tuple[int, bytes]]:
         """Iterate over versions that ended a commit, and its id."""
+        ...
+
+    def commit_end(self, version: int) -> int:
+        """Return at which version the commit ended that a version belongs to; 0 if it is not known."""
         ...
 
     def changes(self) -> Iterable[Change]:
@@ -166,7 +171,7 @@ class _Verification:
         self._oldest = next((change.version for change in records.changes()), self._head + 1)
         # For each change that is kept: whether it was found to be one of its object's.
         self._reached = bytearray((max(0, self._head + 1 - self._oldest) + 7) // 8)
-        self._expected_of = lru_cache(maxsize=1)(self._expected_entries)
+        self._expected_of = lru_cache(maxsize=1)(self._entries_of)
 
     def run(self) -> Iterator[Finding]:
         yield from self._changes()
@@ -262,8 +267,7 @@ class _Verification:
             yield _finding(FindingKind.STATE_DIFFERS, _name(key), "a tombstone without attributes", "attributes")
         yield from self._chain(key, state, attributes)
         if key[0] in self._indexed:
-            for entry, value in self._expected_of(key).items():
-                yield from self._expected(key, entry, value)
+            yield from self._index(key)
 
     def _chain(self, key: ObjectKey, state: ObjectState, attributes: Attributes | None) -> Iterator[Finding]:
         """Go back through an object's changes, as far as they are kept."""
@@ -287,12 +291,9 @@ class _Verification:
             if change.previous >= version:
                 yield _finding(FindingKind.CHAIN_BROKEN, where, "a lower version before it", str(change.previous))
                 return
-            if change.kind is OperationKind.CREATE and is_present_incarnation and change.new_names is None:
-                is_present_incarnation = False
-                if state.created != version:
-                    expected = f"created at version {version}"
-                    yield _finding(FindingKind.STATE_DIFFERS, _name(key), expected, f"at version {state.created}")
-            is_present_incarnation = is_present_incarnation and change.kind is OperationKind.UPDATE
+            if is_present_incarnation:
+                yield from _author(state, change)
+                is_present_incarnation = change.kind is not OperationKind.CREATE
             try:
                 before = attributes_before(change, after)
                 difference = _difference(change, before, after)
@@ -326,66 +327,90 @@ class _Verification:
 
     # --- indexes --------------------------------------------------------------
 
-    def _expected_entries(self, key: ObjectKey) -> dict[bytes, bytes]:
-        """Return the entries that an object should have, as far as its changes are kept."""
+    def _entries_of(self, key: ObjectKey) -> dict[bytes, bytes]:
+        """Return the entries that follow from what an object holds now."""
         state = self._records.state(key)
-        if state is None or self._schema is None:
+        if state is None or self._schema is None or key[0] not in self._indexed:
             return {}
         try:
             attributes = None if state.deleted else decode_trusted(state.attributes)
-            return rebuilt_entries(self._schema, key, attributes, self._written(key, state, attributes))
+            return rebuilt_entries(self._schema, key, attributes, (Written(key, None, attributes, state.version),))
         except DAMAGE:
-            return {}  # the object, or its change, is named for itself
+            return {}  # the object is named for itself
 
-    def _written(self, key: ObjectKey, state: ObjectState, attributes: Attributes | None) -> Iterator[Written]:
-        after = attributes
-        yield Written(key, None, after, state.version)
-        for change in kept_changes(state.version, self._records.change):
-            before = attributes_before(change, after)
-            yield Written(key, before, after, change.version)
-            after = before
+    def _index(self, key: ObjectKey) -> Iterator[Finding]:
+        """Compare the table of indexes with an object."""
+        for entry, value in self._expected_of(key).items():
+            present = self._records.index(entry)
+            if present != value:
+                found = "none" if present is None else repr(present)
+                yield _finding(FindingKind.INDEX_WRONG, f"index of {_name(key)}, {entry!r}", repr(value), found)
+        for by_version, version in self._left(key).items():
+            told = left_at(by_version, key[1], self._records.index)
+            if told < version:
+                yield _finding(
+                    FindingKind.INDEX_WRONG,
+                    f"index of {_name(key)}, {by_version!r}",
+                    f"that it lost the value at version {version}",
+                    f"version {told}" if told else "none",
+                )
 
-    def _expected(self, key: ObjectKey, entry: bytes, value: bytes) -> Iterator[Finding]:
-        present = self._records.index(entry)
-        if present == value:
-            return
-        if present is None and self._is_forgotten(split_entry(entry, value)):
-            return
-        found = "none" if present is None else f"{present!r}"
-        yield _finding(FindingKind.INDEX_WRONG, f"index of {_name(key)}, {entry!r}", f"{value!r}", found)
+    def _left(self, key: ObjectKey) -> dict[bytes, int]:
+        """
+        Return the values that an object had, each with the version at which it lost it, as far as somebody may ask.
 
-    def _is_forgotten(self, entry: Entry) -> bool:
-        """Tell whether an entry about what an object had may be there or not: it is older than what is kept."""
-        return 0 < entry.left_at < max(self._oldest, self._since + 1)
+        Nobody asks for what was there for a part of a commit only, or before the table was made.
+        """
+        entity = self._schema.entity(key[0]) if self._schema is not None else None
+        state = self._records.state(key)
+        lost: dict[bytes, int] = {}
+        if entity is None or state is None or not entity.indexes:
+            return lost
+        try:
+            after = None if state.deleted else decode_trusted(state.attributes)
+            held = _values(key[0], entity.indexes, after)
+            for change in kept_changes(state.version, self._records.change):
+                if change.version <= self._since:
+                    break
+                before = attributes_before(change, after)
+                if before is not None and self._records.commit_end(change.previous) < change.version:
+                    for by_version in _values(key[0], entity.indexes, before) - held:
+                        lost.setdefault(by_version, change.version)
+                after = before
+        except DAMAGE:
+            pass  # the change is named for itself
+        return lost
 
     def _indexes(self) -> Iterator[Finding]:
         for key, value in self._records.indexes():
             self._counts["index entries"] += 1
-            table = key[:1]
-            where = f"index entry {key!r}"
-            if table in TABLES:
-                if self._schema is None:
-                    continue
-                try:
-                    entry = split_entry(key, value)
-                except DAMAGE as error:
-                    yield _finding(FindingKind.INDEX_WRONG, where, "an entry of its table", f"{value!r}: {error}")
-                    continue
-                if self._is_forgotten(entry) and self._records.state(entry.key) is not None:
-                    continue
-                if entry.key[0] not in self._indexed or self._expected_of(entry.key).get(key) != value:
-                    found = f"{value!r}, which does not follow from {_name(entry.key)}"
-                    yield _finding(FindingKind.INDEX_WRONG, where, "none", found)
-            elif pair := split_dependent(key):
-                cause, failure_id = pair
-                record = self._failure(failure_id)
-                if self._records.failure(cause) is None or record is None or _id(record.cause_failure_id) != cause:
-                    expected = f"the failure {_uuid(failure_id)} because of {_uuid(cause)}"
-                    yield _finding(FindingKind.INDEX_WRONG, where, expected, "none")
-            elif key not in rebuilt(0):
-                yield _finding(FindingKind.INDEX_WRONG, where, "an entry of a known table", f"{value!r}")
+            expected = self._index_entry(key, value)
+            if expected:
+                yield _finding(FindingKind.INDEX_WRONG, f"index entry {key!r}", expected, repr(value))
         if self._since > self._head:
             yield _finding(FindingKind.INDEX_WRONG, "index", f"to be made by version {self._head}", f"{self._since}")
+
+    def _index_entry(self, key: bytes, value: bytes) -> str:
+        """Return what was to be expected in place of an entry; empty if it is right."""
+        if key[:1] in TABLES:
+            if self._schema is None:
+                return ""
+            try:
+                entry = split_entry(key, value)
+            except DAMAGE:
+                return "an entry of its table"
+            if entry.left_at:
+                told = left_at(entry.by_version, entry.key[1], self._records.index)
+                return "" if told == entry.left_at <= self._head else "an entry that says what the one beside it says"
+            return "" if self._expected_of(entry.key).get(key) == value else f"what follows from {_name(entry.key)}"
+        pair = split_dependent(key)
+        if pair is None:
+            return "" if key in rebuilt(0) else "an entry of a known table"
+        cause, failure_id = pair
+        record = self._failure(failure_id)
+        if record is None or _id(record.cause_failure_id) != cause or self._records.failure(cause) is None:
+            return f"the failure {_uuid(failure_id)} because of {_uuid(cause)}"
+        return ""
 
     # --- outcomes, failures ---------------------------------------------------
 
@@ -484,6 +509,34 @@ class _Verification:
     def _failure(self, failure_id: bytes) -> failure_pb2.SynchronizationFailure | None:
         data = self._records.failure(failure_id)
         return None if data is None else _parsed(data)
+
+
+def _values(entity: str, indexes: Iterable[str], attributes: Attributes | None) -> set[bytes]:
+    """Return by what an object with some attributes is found."""
+    held = ((name, attributes.get(name)) for name in indexes) if attributes is not None else ()
+    return {by_version_prefix(entity, name, value) for name, value in held if value is not None}
+
+
+def _author(state: ObjectState, change: Change) -> Iterator[Finding]:
+    """Compare what an object says of its author with a change of its present incarnation."""
+    # What a migration moved to another key keeps its author.
+    if change.kind is OperationKind.CREATE and change.new_names is None:
+        expected, found = (change.version, change.replica), (state.created, state.creator)
+        if expected != found:
+            yield _finding(
+                FindingKind.STATE_DIFFERS,
+                _name(change.key),
+                f"created at version {expected[0]} by replica {_uuid(expected[1])}",
+                f"at version {found[0]} by replica {_uuid(found[1])}",
+            )
+    if state.sole_writer and (change.replica != state.creator or change.by_hook or change.failure):
+        found_text = f"change {change.version} by another one"
+        yield _finding(
+            FindingKind.STATE_DIFFERS,
+            _name(change.key),
+            f"replica {_uuid(state.creator)} to be its sole writer",
+            found_text,
+        )
 
 
 def _difference(change: Change, before: Attributes | None, after: Attributes | None) -> tuple[str, str] | None:
