@@ -56,6 +56,25 @@ class OperationLog:
         entry = transaction.get(pack_position(seq), db=self._database)
         return None if entry is None else checked(seq, entry)
 
+    def damaged(self, transaction: LmdbTransaction) -> Iterator[tuple[int, bytes]]:
+        """Iterate over the entries that fail their check or cannot be read: seq, what is there."""
+        for key, entry in transaction.cursor(self._database):
+            seq = unpack_position(key)
+            try:
+                is_sound = decode_operation(checked(seq, entry)).seq == seq
+            except (LogCorrupt, InvalidValue):
+                is_sound = False
+            if not is_sound:
+                yield seq, entry[_CRC_BYTES:]
+
+    def stored(self, transaction: LmdbTransaction, seq: int) -> bytes:
+        """Return what is stored as the operation at *seq*, be it damaged; empty if nothing is."""
+        return transaction.get(pack_position(seq), b"", db=self._database)[_CRC_BYTES:]
+
+    def remove(self, transaction: LmdbTransaction, seq: int) -> None:
+        """Remove an entry that is damaged."""
+        transaction.delete(pack_position(seq), db=self._database)
+
     def first(self, transaction: LmdbTransaction) -> tuple[int, bytes] | None:
         """Return (seq, serialized operation) of the oldest entry that is kept. Raises LogCorrupt."""
         cursor = transaction.cursor(self._database)

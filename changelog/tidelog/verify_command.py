@@ -11,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,12 +39,18 @@ class Verifier(Protocol):
         ...
 
 
+# Takes damaged operations out of a directory; returns the files with what is left of them, by their positions.
+SetAside = Callable[[Path], Mapping[int, Path]]
+
 _verifiers: dict[str, Verifier] = {}
+_ways_out: dict[str, SetAside] = {}
 
 
-def add_verifier(app: typer.Typer, option: str, verifier: Verifier) -> None:
-    """Let `tidelog verify` look into what an option names: "data" or "replica"."""
+def add_verifier(app: typer.Typer, option: str, verifier: Verifier, set_aside: SetAside | None = None) -> None:
+    """Let `tidelog verify` look into what an option names, "data" or "replica", and set aside what is damaged."""
     _verifiers[option] = verifier
+    if set_aside is not None:
+        _ways_out[option] = set_aside
     if not any(command.callback is verify for command in app.registered_commands):
         app.command()(verify)
 
@@ -55,10 +61,18 @@ def verify(
         Path | None, typer.Option(metavar="DIR", help="Directory of a server's data, or a backup.")
     ] = None,
     replica: Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of a replica.")] = None,
+    set_aside: Annotated[
+        bool,
+        typer.Option(
+            "--set-aside",
+            help="Before, take operations that cannot be read out of the replica's log, into files. "
+            "Pending ones become failures, so that the rest can be synchronized.",
+        ),
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """
-    Check that what a server or a replica keeps agrees with itself. Nothing is written.
+    Check that what a server or a replica keeps agrees with itself. Without --set-aside nothing is written.
 
     It may be in use meanwhile. Exit code 5: something is wrong; each thing is named.
     """
@@ -68,6 +82,14 @@ def verify(
     [(option, path)] = chosen.items()
     if option not in _verifiers:
         raise CommandFailed(f"the part of tidelog that --{option} needs is not installed", ExitCode.USAGE)
+    if set_aside:
+        if option not in _ways_out:
+            raise typer.BadParameter("only operations of a replica can be set aside", param_hint="--set-aside")
+        for seq, file in _ways_out[option](path).items():
+            if json_:
+                print_json({"set_aside": seq, "file": str(file)})
+            else:
+                print(f"set aside operation {seq}: {file}")
     counts: Counter[str] = Counter()
     findings = _counted(_apart(_verifiers[option], path, counts), counts)
     if json_:

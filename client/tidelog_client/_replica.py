@@ -33,6 +33,7 @@ from tidelog_client._connection import Connection, TokenSource
 from tidelog_client._object import Object
 from tidelog_client._report import Failures, OnProgress, Report
 from tidelog_client._selection import Selection, select
+from tidelog_client._set_aside import SetAside, set_aside_damaged
 from tidelog_client._storage import Storage
 from tidelog_client._synchronization import Consent, Mode
 from tidelog_client._synchronizer import Synchronizer
@@ -365,6 +366,18 @@ class Replica:
         It is read as of one moment: until the last finding is taken, the file grows by what is written.
         """
         return findings(self._storage.environment)
+
+    def set_aside_damaged(self) -> SetAside:
+        """
+        Take operations that were damaged outside tidelog out of the log, so that the rest can go on.
+
+        What is left of each is kept in a file, in the folder `set-aside` of the replica.
+        One that was pending becomes a failure, with its commit group. Does nothing if none is damaged.
+
+        Raises:
+            DiskFull, StorageError: The files cannot be written. Nothing was changed.
+        """
+        return set_aside_damaged(self._storage)
 
     def _logged(self, operation: Operation) -> LoggedOperation:
         with self._storage.environment.read() as transaction:

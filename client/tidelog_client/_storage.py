@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+import uuid_utils
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import Environment, put_many
@@ -437,11 +439,13 @@ class Storage:
         return self.environment.write(work)
 
     def _settled_outside(self, transaction: LmdbTransaction, ranges: Sequence[tuple[int, int]]) -> Iterator[int]:
+        # Of what was set aside nothing is left to be offered.
+        set_aside = self._meta.positions(transaction, "set_aside")
         cursor = transaction.cursor(self._outcomes)
         for key in cursor.iternext(keys=True, values=False):
             seq = unpack_position(key)
             place = bisect_right(ranges, (seq, _SEQ_MAX)) - 1
-            if place < 0 or seq > ranges[place][1]:
+            if (place < 0 or seq > ranges[place][1]) and seq not in set_aside:
                 yield seq
 
     def reoffer_batch(self, *, after: int, count_max: int, bytes_max: int) -> list[Reoffer]:
@@ -494,6 +498,48 @@ class Storage:
             message=failure.message,
             code=failure.code if is_culprit else "",
         ).SerializeToString()
+
+    # --- damage ---------------------------------------------------------------
+
+    def set_aside(self, transaction: LmdbTransaction, seqs: Collection[int], message: str) -> list[str]:
+        """
+        Take operations out of the log that cannot be read there, and return the failures that they became.
+
+        Those that were pending fail here and now, for the server will never see them: the
+        whole commit group, for no part of it may be applied. The others keep their outcome.
+        """
+        pending = [one for seq in seqs if (one := self.pending_at(transaction, seq)) is not None]
+        groups = {one.seq - one.group_position: one for one in reversed(pending)}
+        lost = self.view.replaying(transaction, seqs)
+        failures = []
+        for first, damaged in sorted(groups.items()):
+            failure = failure_pb2.SynchronizationFailure(
+                id=str(uuid_utils.uuid7()),
+                replica_id=self.lineage.replica_id,
+                entity=damaged.key[0],
+                object_id=damaged.key[1],
+                reason=operation_pb2.FAILURE_REASON_MALFORMED,
+                message=message,
+                status=failure_pb2.FAILURE_STATUS_OPEN,
+            )
+            failure.create_time.GetCurrentTime()
+            members = range(first, first + max(1, damaged.group_size))
+            payloads = [self.log.stored(transaction, seq) for seq in members]
+            failure.operation = payloads[damaged.group_position]
+            failure.group_operations.extend(payloads if len(payloads) > 1 else ())
+            transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
+            for seq in members:
+                value = transaction.pop(pack_position(seq), db=self._pending)
+                if value is not None:
+                    transaction.put(pack_position(seq), _FAILED + failure.id.encode(), db=self._outcomes)
+                    lost.append((value[_PLACE.size :], seq))
+            failures.append(failure.id)
+        for seq in seqs:
+            self.log.remove(transaction, seq)
+        self.view.settle_refused(transaction, list(dict.fromkeys(lost)))
+        known = self._meta.get(transaction, "set_aside")
+        self._meta.put(transaction, set_aside=known + b"".join(map(pack_position, sorted(seqs))))
+        return failures
 
     # --- retention ------------------------------------------------------------
 

@@ -78,6 +78,7 @@ class _Verification:
         self._meta = Meta(environment)
         self._positions = (database("log"), database("pending"), database("outcomes"))
         self._failures_table = database("failures")
+        self._reoffers = database("reoffers")
         self._incoming = database("incoming")
         self._merging = database("merging")
         self._seen = database("seen")
@@ -87,9 +88,13 @@ class _Verification:
             self._transaction = transaction
             # Of an empty log all entries have left it.
             self._first = self._log_end(last=False) or self._last_seq() + 1
+            self._set_aside = self._meta.positions(transaction, "set_aside")
+            outcomes = map(self._outcome_at, self._set_aside)
+            self._own_failures = {one.failure_id for one in outcomes if one is not None and one.failure_id}
             yield from self._operations()
             yield from self._objects()
             yield from self._failures()
+            yield from self._offered_again()
             yield from self._remembered()
             yield from self._staged()
 
@@ -102,18 +107,17 @@ class _Verification:
         entries = heapq.merge(*map(self._at_positions, range(len(self._positions))))
         for seq, group in groupby(entries, key=itemgetter(0)):
             found = {table: value for _, table, value in group}
+            if seq > expected_seq:
+                where = _operations_text(expected_seq, seq - 1)
+                yield _finding(FindingKind.LOG_GAP, where, "to be logged", "none")
+            expected_seq = max(expected_seq, seq + 1)
+            operation = None
             if _LOG in found:
                 self._counts["operations"] += 1
-                if seq > expected_seq:
-                    yield _finding(
-                        FindingKind.LOG_GAP, _operations_text(expected_seq, seq - 1), "to be logged", "none"
-                    )
-                expected_seq = seq + 1
                 operation, problem = _read(seq, found[_LOG])
                 if problem:
                     yield _finding(FindingKind.LOG_DAMAGED, f"operation {seq}", "as it was logged", problem)
-            else:
-                operation = None
+            elif _PENDING in found or seq not in self._set_aside:
                 yield _finding(FindingKind.LOG_GAP, f"operation {seq}", "to be logged", "none")
             if _PENDING in found:
                 self._counts["pending"] += 1
@@ -233,14 +237,22 @@ class _Verification:
         is_pending = self._transaction.get(position, db=self._positions[_PENDING]) is not None
         if not version:
             return None if is_pending else ("to be pending", "not")
-        value = self._transaction.get(position, db=self._positions[_OUTCOMES])
-        outcome = Outcome(0, "") if value is None else unpack_outcome(value)
+        outcome = self._outcome_at(seq) or Outcome(0, "")
         if is_pending or outcome.version != version:
             found = "pending" if is_pending else f"version {outcome.version}"
             return (f"to be applied at version {version}", found)
-        if base is not None and version <= base.version:
+        is_rebasing = bool(self._meta.get(self._transaction, "next_timeline"))
+        if base is not None and version <= base.version and not is_rebasing:
             return (f"a version above the base's, {base.version}", f"version {version}")
         return None
+
+    def _outcome_at(self, seq: int) -> Outcome | None:
+        """Return what became of an operation; None if that is not noted, or cannot be read."""
+        value = self._transaction.get(pack_position(seq), db=self._positions[_OUTCOMES])
+        try:
+            return None if value is None else unpack_outcome(value)
+        except _UNDECODABLE:
+            return None
 
     def _logged(self, seq: int) -> Operation | None:
         try:
@@ -262,18 +274,27 @@ class _Verification:
                 continue
             if failure.id.encode() != key:
                 yield _finding(FindingKind.FAILURE_WRONG, where, "its own id", failure.id)
+            if failure.id in self._own_failures:
+                continue  # what is left of its operation says nothing
             operations = failure.group_operations or [failure.operation]
             if not failure.operation or failure.operation not in operations:
                 yield _finding(FindingKind.FAILURE_WRONG, where, "the refused operation", "none")
             for data in operations:
                 seq, _nonce = identity_of(data)
-                outcome = self._transaction.get(pack_position(seq), db=self._positions[_OUTCOMES])
+                outcome = self._outcome_at(seq)
                 if outcome is None and seq < self._first:
                     continue  # it has left the log
-                if outcome is None or unpack_outcome(outcome).failure_id != failure.id:
+                if outcome is None or outcome.failure_id != failure.id:
                     expected = f"operation {seq} to be refused with it"
-                    found = "no outcome" if outcome is None else str(unpack_outcome(outcome))
+                    found = "no outcome" if outcome is None else str(outcome)
                     yield _finding(FindingKind.FAILURE_WRONG, where, expected, found)
+
+    def _offered_again(self) -> Iterator[Finding]:
+        for key in self._transaction.cursor(self._reoffers).iternext(keys=True, values=False):
+            log, _, outcomes = self._positions
+            if any(self._transaction.get(key, db=table) is None for table in (log, outcomes)):
+                where = f"operation {unpack_position(key)}, to be offered again"
+                yield _finding(FindingKind.OUTCOME_WRONG, where, "to be logged and settled", "not")
 
     # --- what is remembered ---------------------------------------------------
 
@@ -285,19 +306,28 @@ class _Verification:
         except ValueError:
             yield _finding(FindingKind.META_WRONG, "replica id", "a UUID", repr(replica_id))
         last_seq, last = self._last_seq(), self._log_end(last=True)
+        while last_seq in self._set_aside:
+            last_seq -= 1
         if last and last != last_seq:
             yield _finding(FindingKind.LOG_GAP, "end of the log", f"operation {last_seq}", f"operation {last}")
-        yield from self._newest_settled(last_seq)
+        yield from self._newest_settled()
         try:
             Plans.decode(meta.get(transaction, "plans"))
         except (DecodeError, *_UNDECODABLE) as error:
             yield _finding(FindingKind.META_WRONG, "plans", "what the server does with each entity", repr(error))
 
-    def _newest_settled(self, last_seq: int) -> Iterator[Finding]:
+    def _newest_settled(self) -> Iterator[Finding]:
+        last_seq = self._last_seq()
         value = self._meta.get(self._transaction, "newest_settled")
         newest, nonce = unpack_position(value[:POSITION_BYTES]), unpack_position(value[POSITION_BYTES:])
         cursor = self._transaction.cursor(self._positions[_OUTCOMES])
-        settled = unpack_position(cursor.key()) if cursor.last() else 0
+        more = cursor.last()
+        # What failed here alone the server knows nothing of.
+        while more and (outcome := self._outcome_at(unpack_position(cursor.key()))) is not None:
+            if outcome.failure_id not in self._own_failures:
+                break
+            more = cursor.prev()
+        settled = unpack_position(cursor.key()) if more else 0
         where = "newest settled operation"
         if newest > last_seq or newest < settled:
             expected = f"one of {settled} to {last_seq}"

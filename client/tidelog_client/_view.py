@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import reduce
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -135,6 +135,12 @@ class View:
     def is_needed(self, transaction: LmdbTransaction, key: bytes, seq: int) -> bool:
         """Tell whether an operation is still replayed, so that the log must keep it."""
         return transaction.get(_entry(key, seq), db=self._unconfirmed) is not None
+
+    def replaying(self, transaction: LmdbTransaction, seqs: Container[int]) -> list[tuple[bytes, int]]:
+        """Return (object key, seq) of those operations that are still replayed."""
+        entries = transaction.cursor(self._unconfirmed).iternext(keys=True, values=False)
+        found = ((entry[: -POSITION_BYTES - 1], unpack_position(entry[-POSITION_BYTES:])) for entry in entries)
+        return [(key, seq) for key, seq in found if seq in seqs]
 
     def all_clean(self, transaction: LmdbTransaction) -> bool:
         """Tell whether no operation is replayed on any object."""

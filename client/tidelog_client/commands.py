@@ -105,7 +105,7 @@ def register(app: typer.Typer) -> None:
     for command in (sync, log, pending, get, query, count, history):
         app.command()(command)
     shared_group(app, "failures").callback(invoke_without_command=True)(failures)
-    add_verifier(app, "replica", verify_replica)
+    add_verifier(app, "replica", verify_replica, _set_aside)
 
 
 def sync(
@@ -390,6 +390,11 @@ def _parsed(text: str) -> Constraint:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is a word: JSON has no such number")
+
+
+def _set_aside(path: Path) -> dict[int, Path]:
+    with _opened(path) as replica:
+        return replica.set_aside_damaged().files
 
 
 def _print_operations(found: Iterable[LoggedOperation], *, json_: bool, live: bool = False) -> None:
