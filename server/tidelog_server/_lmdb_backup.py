@@ -11,7 +11,6 @@ on disk and checked. Whatever ends it before, nothing half made can be mistaken 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -29,9 +28,9 @@ from tidelog._errors import StorageError, StoreInUse, TargetExists
 from tidelog._finding import Finding
 from tidelog._keys import POSITION_BYTES, unpack_position
 from tidelog._logging import get_logger
+from tidelog_server._backup_note import BackupNote
 from tidelog_server._errors import BackupDamaged
 from tidelog_server._lmdb_store import (
-    BACKUP_FILE,
     FORMAT,
     LOCK_FILE,
     TENANT_BYTES,
@@ -92,13 +91,7 @@ def backup_store(path: str | Path, target: str | Path) -> None:
     ):
         environment.copy_to(unfinished)
         identity, versions = _checked_copy(unfinished)
-        about = {
-            "epoch": identity.epoch,
-            "timeline": identity.timeline,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions,
-        }
-        (unfinished / BACKUP_FILE).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+        BackupNote.of(unfinished, identity, versions).write(unfinished)
         _sync_files(unfinished)
         _check_absent(target)
         unfinished.rename(target)
@@ -154,8 +147,7 @@ def restore_store(
 
 
 def _check_backup(backup: Path, *, accept_findings: bool) -> None:
-    if not (backup / BACKUP_FILE).is_file():
-        raise StorageError(f"{backup} is no backup: it has no file {BACKUP_FILE}")
+    BackupNote.read(backup)  # raises if it is none
     count = 0
     named: list[Finding] = []
     for finding in verify_store(backup):

@@ -45,6 +45,7 @@ from tidelog._errors import ResourceClosed, StorageError, StoreInUse
 from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
+from tidelog_server._backup_note import BACKUP_FILE
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
     Change,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "tidelog-server-store-2"
 LOCK_FILE: Final = "server.lock"
-BACKUP_FILE: Final = "BACKUP"
 UNFINISHED_RESTORE: Final = "restore.unfinished"
 GROUP_JOBS_MAX: Final = 64
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from tidelog._environment import Environment
+from tidelog._environment import DATA_FILE, Environment
 from tidelog._errors import StorageError, TidelogError
 from tidelog._finding import Finding, FindingKind
 from tidelog_server._adoption import adopted_schema
+from tidelog_server._backup_note import BACKUP_FILE, BackupNote, data_bytes, data_sha256
 from tidelog_server._lmdb_records import LmdbRecords
 from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, noted
 from tidelog_server._verification import Counts, findings
@@ -44,7 +45,16 @@ def verify_store(path: str | Path, *, counts: Counts | None = None) -> Iterator[
         StorageError: There is nothing in it, or it cannot be opened.
     """
     counts = Counter() if counts is None else counts
-    with closing(Environment.open_read_only(Path(path), format_name=FORMAT)) as environment:
+    path = Path(path)
+    if (path / BACKUP_FILE).exists():
+        note, where = BackupNote.read(path), str(path / DATA_FILE)
+        if (size := data_bytes(path)) != note.data_bytes:
+            # Reading what is cut off would end the process.
+            yield Finding(FindingKind.FILE_DAMAGED, where, f"{note.data_bytes} bytes", f"{size} bytes")
+            return
+        if (digest := data_sha256(path)) != note.data_sha256:
+            yield Finding(FindingKind.FILE_DAMAGED, where, f"SHA-256 {note.data_sha256}", f"SHA-256 {digest}")
+    with closing(Environment.open_read_only(path, format_name=FORMAT)) as environment:
         try:
             databases = Databases(environment)
             with environment.read() as transaction:

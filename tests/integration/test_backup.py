@@ -263,9 +263,9 @@ class TestCommands:
         result = run("restore", "backup", "--data", "restored", cwd=folder)
 
         assert (result.returncode, result.stdout) == (5, "")
-        *findings, last = result.stderr.splitlines()
-        assert findings
-        assert all(one.startswith("tenant 'default': Task 't") for one in findings)
+        of_the_file, of_the_object, last = result.stderr.splitlines()
+        assert of_the_file.startswith(f"{folder / 'backup' / 'data.mdb'}: expected SHA-256 ")
+        assert of_the_object.startswith("tenant 'default': Task 't")
         assert last.endswith("wrong in the backup " + str(folder / "backup") + ": nothing was restored")
         assert not (folder / "restored").exists()
 
@@ -282,10 +282,13 @@ class TestCommands:
         flip(folder / "copy" / "data.mdb", b"x" * 1_000)
         result = run("verify", "--data", "copy", "--json", cwd=folder)
         *findings, summary = read_json(result.stdout)
-        assert (result.returncode, result.stderr) == (5, "error: copy: 1 finding\n")
-        assert summary["findings"] == len(findings) == 1
-        assert findings[0].keys() == {"kind", "where", "expected", "found", "tenant"}
-        assert (findings[0]["kind"], findings[0]["tenant"]) == ("state_differs", "default")
+        assert (result.returncode, result.stderr) == (5, "error: copy: 2 findings\n")
+        assert summary["findings"] == len(findings) == 2
+        assert findings[1].keys() == {"kind", "where", "expected", "found", "tenant"}
+        assert [(one["kind"], one["tenant"]) for one in findings] == [
+            ("file_damaged", ""),
+            ("state_differs", "default"),
+        ]
         result = run("verify", "--data", "copy", cwd=folder)
         assert result.stdout.splitlines()[0].split() == ["FINDING", "TENANT", "WHERE", "EXPECTED", "FOUND"]
 

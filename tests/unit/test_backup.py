@@ -250,22 +250,44 @@ class TestRestore:
 
     def test_a_damaged_backup(self, backup: Path, folder: Path) -> None:
         """A backup in which something is wrong is refused and the findings are named, unless they are accepted."""
-        (backup / "BACKUP").rename(folder / "BACKUP")
-        opened = LmdbStore(backup)
-        opened._environment.write(
-            lambda transaction: transaction.put(b"\0\0\0\1uTask\0digest", b"t1", db=opened._databases.indexes)
-        )
-        opened.set_note("adoption", b"{}")
-        opened.close()
-        (folder / "BACKUP").rename(backup / "BACKUP")
+        data = (backup / "data.mdb").read_bytes()
+        (backup / "data.mdb").write_bytes(data.replace(b"Buy milk", b"Buy silk", 1))
 
         with pytest.raises(BackupDamaged) as error:
             restore_store(backup, folder / "restored")
-        assert [one.kind for one in error.value.findings] == ["index_wrong"]
+        assert [one.kind for one in error.value.findings] == ["file_damaged", "state_differs"]
         assert not (folder / "restored").exists()
 
         restore_store(backup, folder / "restored", accept_findings=True)
         assert tasks(folder / "restored") == ["t1", "t2"]
+
+    def test_any_other_byte(self, backup: Path, folder: Path) -> None:
+        """A backup whose data are not what was copied is refused, wherever they differ."""
+        data = (backup / "data.mdb").read_bytes()
+        (backup / "data.mdb").write_bytes(data.replace(b"ann", b"eve", 1))
+
+        with pytest.raises(BackupDamaged) as error:
+            restore_store(backup, folder / "restored")
+        assert [one.kind for one in error.value.findings] == ["file_damaged"]
+
+    def test_a_backup_that_was_cut_off(self, backup: Path, folder: Path) -> None:
+        """A backup that lacks its end is refused without being read."""
+        with (backup / "data.mdb").open("r+b") as file:
+            file.truncate(20_000)
+
+        with pytest.raises(BackupDamaged) as error:
+            restore_store(backup, folder / "restored")
+        assert "found 20000 bytes" in str(error.value.findings[0])
+        with pytest.raises(BackupDamaged):
+            (backup / "data.mdb").unlink()
+            restore_store(backup, folder / "restored")
+
+    def test_a_note_that_cannot_be_read(self, backup: Path, folder: Path) -> None:
+        """A backup whose note cannot be read is refused."""
+        (backup / "BACKUP").write_text("{}")
+
+        with pytest.raises(StorageError, match="cannot be read"):
+            restore_store(backup, folder / "restored")
 
     def test_what_is_no_backup(self, store: Path, folder: Path) -> None:
         """A directory that no backup made is refused, a copied store too."""
