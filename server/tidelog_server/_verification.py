@@ -210,6 +210,8 @@ class _Verification:
                 yield _finding(FindingKind.FAILURE_WRONG, where, f"the failure {_uuid(change.failure)}", "none")
         elif change.replica != NO_REPLICA and not change.by_hook:
             mark = self._records.outcome(change.replica, change.seq)
+            if mark is None and self._is_forgotten(change.replica, change.seq):
+                return
             if mark is None or mark.version != change.version:
                 yield _finding(
                     FindingKind.SETTLED_WRONG,
@@ -217,6 +219,10 @@ class _Verification:
                     f"applied at version {change.version}, as the change says",
                     "no outcome" if mark is None else _outcome_text(mark),
                 )
+
+    def _is_forgotten(self, replica: bytes, seq: int) -> bool:
+        """Tell whether an outcome may be missing: they are forgotten from the oldest operation on."""
+        return next((kept > seq for kept, _ in self._records.settled(replica)), True)
 
     def _commits(self) -> Iterator[Finding]:
         newest = (0, b"")
@@ -429,12 +435,14 @@ class _Verification:
                 ranges[-1:] = _extended(ranges[-1:], seq)
                 yield from self._mark(_operation_text(replica, seq), mark)
             for first, last in _without(state.settled_ranges, ranges):
+                if self._is_forgotten(replica, last):
+                    continue
                 where = _operations_text(replica, first, last)
                 yield _finding(FindingKind.SETTLED_WRONG, where, "an outcome, as the replica's state says", "none")
             for first, last in _without(ranges, state.settled_ranges):
                 where = _operations_text(replica, first, last)
                 yield _finding(FindingKind.SETTLED_WRONG, where, "no outcome", "one that the replica's state lacks")
-            if newest != (state.newest_seq, state.newest_nonce):
+            if ranges and newest != (state.newest_seq, state.newest_nonce):
                 expected = f"operation {newest[0]}, nonce {newest[1]}, as its newest"
                 found = f"operation {state.newest_seq}, nonce {state.newest_nonce}"
                 yield _finding(FindingKind.SETTLED_WRONG, f"replica {_uuid(replica)}", expected, found)
@@ -484,6 +492,8 @@ class _Verification:
         replica = _id(record.replica_id)
         for seq, nonce in map(identity_of, operations):
             mark = self._records.outcome(replica, seq) if seq and replica else None
+            if mark is None and replica and self._is_forgotten(replica, seq):
+                continue
             if seq and (mark is None or (mark.failure_id, mark.nonce) != (failure_id, nonce)):
                 yield _finding(
                     FindingKind.FAILURE_WRONG,

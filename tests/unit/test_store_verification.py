@@ -22,6 +22,7 @@ from tests.builders import (
     delete,
     group,
     make_operation,
+    packed,
     quick_folder,
     said,
     update,
@@ -190,14 +191,14 @@ class Tables:
         names = ("key", "kind", "patch", "before", "previous", "replica", "seq", "by_hook", "user", "time", "failure")
         values = msgpack.unpackb(self.get("changes", pack_position(version)), use_list=False)
         changed = [fields.get(name, value) for name, value in zip(names, values, strict=False)]
-        self.put("changes", pack_position(version), msgpack.packb([*changed, *values[len(names) :]]))
+        self.put("changes", pack_position(version), packed([*changed, *values[len(names) :]]))
 
     def state(self, replica: bytes, **fields: Any) -> None:
         """Change fields of what is known of a replica."""
         names = ("session_number", "user_id", "newest_seq", "newest_nonce", "settled_ranges")
         values = msgpack.unpackb(self.get("replicas", replica))
         changed = [fields.get(name, value) for name, value in zip(names, values, strict=True)]
-        self.put("replicas", replica, msgpack.packb(changed))
+        self.put("replicas", replica, packed(changed))
 
     def failure(self, object_id: str) -> tuple[bytes, failure_pb2.SynchronizationFailure]:
         """Return the record of a failure that was caused by none."""
@@ -307,7 +308,7 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
         "Order 'o1': expected attributes",
     ),
     "an outcome that is cut off": (
-        lambda tables: tables.put("settled", settled_key(1), b"1"),
+        lambda tables: tables.put("settled", settled_key(2), b"1"),
         ["entry_unreadable", "settled_wrong"],
         "of the table settled",
     ),
@@ -633,6 +634,24 @@ def test_a_log_that_was_trimmed(store: Path) -> None:
 
     damage(store, lambda tables: tables.change(7, patch=encode({"set": {"number": 34, "state": "open"}})))
     assert kinds(store) == ["state_differs"]
+
+
+def test_outcomes_that_are_forgotten(store: Path) -> None:
+    """Outcomes are forgotten from the oldest on: there they are not missed, but behind one that is kept."""
+
+    def forget(*seqs: int) -> Callable[[Tables], None]:
+        def work(tables: Tables) -> None:
+            for seq in seqs:
+                tables.delete("settled", settled_key(seq, REPLICA_B))
+
+        return work
+
+    damage(store, forget(1, 2, 3))
+    assert found(store) == []
+    damage(store, forget(5))
+    assert kinds(store) == ["failure_wrong", "settled_wrong"]
+    damage(store, forget(4, 6))
+    assert found(store) == []
 
 
 def test_a_store_in_use(tmp_path: Path) -> None:
