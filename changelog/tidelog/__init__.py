@@ -52,12 +52,14 @@ from tidelog._errors import (
     StoreInUse,
     SynchronizationError,
     SynchronizationInProgress,
+    TargetExists,
     TidelogError,
     TokenUnavailable,
     Unauthenticated,
     ValidationFailed,
 )
 from tidelog._failure import FailureReason, SynchronizationFailure
+from tidelog._finding import Finding, FindingKind
 from tidelog._operation import CommitGroup, Operation, OperationKind
 from tidelog._patch import Patch
 from tidelog._schema import Schema
@@ -80,6 +82,8 @@ __all__ = [
     "Enumeration",
     "FailureReason",
     "File",
+    "Finding",
+    "FindingKind",
     "Float",
     "ForeignServer",
     "FormatUnsupported",
@@ -116,6 +120,7 @@ __all__ = [
     "SynchronizationError",
     "SynchronizationFailure",
     "SynchronizationInProgress",
+    "TargetExists",
     "TidelogError",
     "Timestamp",
     "TokenUnavailable",

@@ -47,7 +47,8 @@ SCAN_PAGE_KEYS: Final = 500
 LITTLE_ROOM_BYTES: Final = 16 * 1024 * 1024
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORMAT_FILE: Final = "FORMAT"
+FORMAT_FILE: Final = "FORMAT"
+DATA_FILE: Final = "data.mdb"
 _GROW_LOCK_FILE: Final = "grow.lock"
 
 LmdbTransaction: TypeAlias = "lmdb.Transaction[bytes]"
@@ -95,17 +96,21 @@ class _Gate:
 class _Shared:
     """The one LMDB environment of a path in this process, with as many users as opened it."""
 
-    def __init__(self, path: Path, *, format_name: str, relaxed: bool, map_bytes: int) -> None:
+    def __init__(
+        self, path: Path, *, format_name: str, relaxed: bool = False, map_bytes: int, read_only: bool = False
+    ) -> None:
         self.path = path
         self.pid = os.getpid()
         self.user_count = 0
         self.format_name = format_name
         self.relaxed = relaxed
+        self.read_only = read_only
         self.gate = _Gate()
         self.databases: dict[str, LmdbDatabase] = {}
-        with _typed_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            _check_format(path, format_name)
+        with typed_errors(path):
+            if not read_only:
+                path.mkdir(parents=True, exist_ok=True)
+            _check_format(path, format_name, read_only=read_only)
             self.lmdb: lmdb.Environment | None = lmdb.open(
                 str(path),
                 map_size=map_bytes,
@@ -115,6 +120,8 @@ class _Shared:
                 max_spare_txns=0,
                 # Without it a power cut may take the newest commit; integrity and order are kept.
                 metasync=not relaxed,
+                readonly=read_only,
+                create=not read_only,
             )
             self.lmdb.reader_check()
 
@@ -171,8 +178,33 @@ class Environment:
                 cls._open_paths[name] = shared
             elif shared.format_name != format_name:
                 raise FormatUnsupported(name, found=shared.format_name, supported=format_name)
+            elif shared.read_only:
+                raise StorageError(f"{name} is being read in this process, to be copied or verified: open it later")
             shared.user_count += 1
         return cls(shared, relaxed=relaxed)
+
+    @classmethod
+    def open_read_only(cls, path: Path, *, format_name: str) -> Environment:
+        """
+        Open an environment that is there, and write nothing; another process may write to it meanwhile.
+
+        One that this process has open for writing is shared. As long as it is open read-only in
+        this process, the process cannot open it for writing.
+
+        Raises:
+            FormatUnsupported: The directory holds something else, or another format.
+            StorageError: There is none, or it cannot be opened.
+        """
+        name = os.path.realpath(path)
+        with cls._open_lock:
+            shared = cls._open_paths.get(name)
+            if shared is None or shared.pid != os.getpid():
+                shared = _Shared(Path(name), format_name=format_name, map_bytes=MAP_BYTES_DEFAULT, read_only=True)
+                cls._open_paths[name] = shared
+            elif shared.format_name != format_name:
+                raise FormatUnsupported(name, found=shared.format_name, supported=format_name)
+            shared.user_count += 1
+        return cls(shared, relaxed=shared.relaxed)
 
     @classmethod
     def _forget_after_fork(cls) -> None:
@@ -216,7 +248,7 @@ class Environment:
         """
         transaction = self._begin(write=False)
         try:
-            with _typed_errors(self.path):
+            with typed_errors(self.path):
                 yield transaction
         finally:
             transaction.abort()
@@ -243,8 +275,32 @@ class Environment:
     def sync(self) -> None:
         """Force everything that was committed to disk, in relaxed durability too."""
         if self._shared.relaxed:
-            with _typed_errors(self.path):
+            with typed_errors(self.path):
                 self._shared.opened.sync(True)
+
+    def copy_to(self, directory: Path) -> None:
+        """
+        Copy everything, as of one moment, into an empty directory; only what is in use, in the order of its keys.
+
+        Who writes meanwhile goes on. But nothing that is in use at the beginning can be reused
+        before the end, so the file grows by what is written until then.
+
+        Raises:
+            DiskFull: There is no room for the copy.
+            StorageError: LMDB failed.
+        """
+        self._retried(lambda: self._copy_once(directory))
+
+    def _copy_once(self, directory: Path) -> None:
+        self._check_usable()
+        # As for any reader: the map must not change size under it.
+        self._gate.enter()
+        try:
+            self._check_usable()
+            with typed_errors(directory):
+                self._shared.opened.copy(str(directory), compact=True)
+        finally:
+            self._gate.leave()
 
     @property
     def last_transaction_id(self) -> int:
@@ -256,12 +312,18 @@ class Environment:
         # LMDB begins a write transaction of its own here, and waits for it with the interpreter's lock held:
         # no other thread of this process may be inside one.
         with self._gate.closed():
-            return self._shared.opened.open_db(name.encode())
+            if not self._shared.read_only:
+                return self._shared.opened.open_db(name.encode())
+            with typed_errors(self.path):
+                try:
+                    return self._shared.opened.open_db(name.encode(), create=False)
+                except lmdb.NotFoundError:
+                    raise StorageError(f"{self.path} has no table {name!r}") from None
 
     def _write_once(self, work: Callable[[LmdbTransaction], T]) -> T:
         transaction = self._begin(write=True)
         try:
-            with _typed_errors(self.path):
+            with typed_errors(self.path):
                 result = work(transaction)
                 transaction.commit()
                 return result
@@ -276,7 +338,7 @@ class Environment:
             try:
                 # Inside the gate: whoever closes waits outside until this transaction has ended.
                 self._check_usable()
-                with _typed_errors(self.path):
+                with typed_errors(self.path):
                     return self._shared.opened.begin(write=write, buffers=False)
             except lmdb.MapResizedError:
                 self._gate.leave()
@@ -340,7 +402,7 @@ def scan_keys(transaction: LmdbTransaction, database: LmdbDatabase, prefix: byte
 
 
 @contextmanager
-def _typed_errors(path: Path) -> Iterator[None]:
+def typed_errors(path: Path) -> Iterator[None]:
     """Turn LMDB's errors into ours, but for the two that are mended and tried again."""
     try:
         yield
@@ -369,19 +431,21 @@ def _room_bytes(path: Path) -> int:
     if resource is not None:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit != resource.RLIM_INFINITY:
-            room = min(room, limit - (path / "data.mdb").stat().st_size)
+            room = min(room, limit - (path / DATA_FILE).stat().st_size)
     return room
 
 
-def _check_format(path: Path, format_name: str) -> None:
+def _check_format(path: Path, format_name: str, *, read_only: bool) -> None:
     """Compare the directory's format with *format_name*, or write it into a new directory."""
-    file = path / _FORMAT_FILE
+    file = path / FORMAT_FILE
     try:
         found = file.read_text(errors="replace").strip()
     except FileNotFoundError:
-        if (path / "data.mdb").exists():
+        if (path / DATA_FILE).exists():
             raise FormatUnsupported(str(path), found="data without a format mark", supported=format_name) from None
-        temporary = path / f"{_FORMAT_FILE}.{os.getpid()}"
+        if read_only:
+            raise StorageError(f"there is nothing of tidelog in {path}") from None
+        temporary = path / f"{FORMAT_FILE}.{os.getpid()}"
         temporary.write_text(format_name + "\n")
         temporary.replace(file)
         return

@@ -15,6 +15,7 @@ What tidelog raises.
     - LogCorrupt                 an entry of the operation log fails its check
     - FormatUnsupported          the directory was written in another format
     - StoreInUse                 another server process has the store open
+    - TargetExists               what was to be made is there already; nothing was changed
     - InheritedEnvironment       opened before a fork, used after it; open again in the child
   + ResourceClosed               you closed it
   + SynchronizationError         synchronize_*() did not complete; nothing is lost, call again
@@ -185,6 +186,10 @@ class FormatUnsupported(StorageError):
 
 class StoreInUse(StorageError):
     """Another process serves from this store. An embedded store has one server."""
+
+
+class TargetExists(StorageError):
+    """A backup or a restored store would take the place of something. Nothing was changed."""
 
 
 class InheritedEnvironment(StorageError):

@@ -54,7 +54,26 @@ class OperationLog:
     def get(self, transaction: LmdbTransaction, seq: int) -> bytes | None:
         """Return the serialized operation at *seq*, or None. Raises LogCorrupt."""
         entry = transaction.get(pack_position(seq), db=self._database)
-        return None if entry is None else _checked(seq, entry)
+        return None if entry is None else checked(seq, entry)
+
+    def damaged(self, transaction: LmdbTransaction) -> Iterator[tuple[int, bytes]]:
+        """Iterate over the entries that fail their check or cannot be read: seq, what is there."""
+        for key, entry in transaction.cursor(self._database):
+            seq = unpack_position(key)
+            try:
+                is_sound = decode_operation(checked(seq, entry)).seq == seq
+            except (LogCorrupt, InvalidValue):
+                is_sound = False
+            if not is_sound:
+                yield seq, entry[_CRC_BYTES:]
+
+    def stored(self, transaction: LmdbTransaction, seq: int) -> bytes:
+        """Return what is stored as the operation at *seq*, be it damaged; empty if nothing is."""
+        return transaction.get(pack_position(seq), b"", db=self._database)[_CRC_BYTES:]
+
+    def remove(self, transaction: LmdbTransaction, seq: int) -> None:
+        """Remove an entry that is damaged."""
+        transaction.delete(pack_position(seq), db=self._database)
 
     def first(self, transaction: LmdbTransaction) -> tuple[int, bytes] | None:
         """Return (seq, serialized operation) of the oldest entry that is kept. Raises LogCorrupt."""
@@ -62,7 +81,7 @@ class OperationLog:
         if not cursor.first():
             return None
         seq = unpack_position(cursor.key())
-        return seq, _checked(seq, cursor.value())
+        return seq, checked(seq, cursor.value())
 
     def last_seq(self, transaction: LmdbTransaction) -> int:
         """Return the position of the newest entry that is kept, 0 if there is none."""
@@ -129,13 +148,14 @@ class OperationLog:
                 seq = unpack_position(key)
                 if until is not None and seq > until:
                     break
-                page.append((seq, _checked(seq, entry)))
+                page.append((seq, checked(seq, entry)))
                 size_bytes += len(entry)
                 found = cursor.next()
         return page
 
 
-def _checked(seq: int, entry: bytes) -> bytes:
+def checked(seq: int, entry: bytes) -> bytes:
+    """Return the serialized operation in an entry of the log. Raises LogCorrupt if it fails its check sum."""
     data = entry[_CRC_BYTES:]
     if not data or zlib.crc32(data) != int.from_bytes(entry[:_CRC_BYTES], "big"):
         raise LogCorrupt(

@@ -170,7 +170,7 @@ def main() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return ExitCode.INTERRUPTED
     except Exception as error:  # noqa: BLE001 - nobody else would tell the user, and not in one line
-        exit_code, message = _explained(error)
+        exit_code, message = explained(error)
         print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
         return exit_code
 
@@ -298,7 +298,7 @@ def _root(
         raise typer.Exit(ExitCode.USAGE)
 
 
-def _explained(error: Exception) -> tuple[int, str]:
+def explained(error: Exception) -> tuple[int, str]:
     """Return the exit code and the message for what ended a command."""
     if isinstance(error, CommandFailed):
         return error.exit_code, str(error)

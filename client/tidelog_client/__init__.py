@@ -9,6 +9,7 @@ from tidelog_client._commit import Transaction
 from tidelog_client._object import Object
 from tidelog_client._replica import LoggedOperation, Replica
 from tidelog_client._report import Failures, Phase, Progress, Report, Skipped, SkipReason
+from tidelog_client._set_aside import SetAside
 
 __all__ = [
     "ClientTls",
@@ -19,6 +20,7 @@ __all__ = [
     "Progress",
     "Replica",
     "Report",
+    "SetAside",
     "SkipReason",
     "Skipped",
     "Transaction",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tidelog._keys import POSITION_BYTES, unpack_position
+
 if TYPE_CHECKING:
     from tidelog._environment import Environment, LmdbTransaction
 
@@ -31,6 +33,13 @@ class Meta:
     def get(self, transaction: LmdbTransaction, name: str) -> bytes:
         """Return a value; empty if there is none."""
         return transaction.get(name.encode(), b"", db=self._database)
+
+    def positions(self, transaction: LmdbTransaction, name: str) -> set[int]:
+        """Return a value that is positions of the log; empty if there is none."""
+        value = self.get(transaction, name)
+        return {
+            unpack_position(value[start : start + POSITION_BYTES]) for start in range(0, len(value), POSITION_BYTES)
+        }
 
     def put(self, transaction: LmdbTransaction, **values: bytes) -> None:
         """Remember values."""

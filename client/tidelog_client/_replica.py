@@ -20,6 +20,7 @@ from tidelog._downloads import Download, DownloadMode, DownloadWish, downloads_o
 from tidelog._environment import MAP_BYTES_DEFAULT
 from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
 from tidelog._failure import SynchronizationFailure
+from tidelog._finding import Finding
 from tidelog._limits import MESSAGE_BYTES_MAX, SELECTION_OBJECTS_MAX
 from tidelog._logging import get_logger
 from tidelog._operation import Operation
@@ -32,9 +33,11 @@ from tidelog_client._connection import Connection, TokenSource
 from tidelog_client._object import Object
 from tidelog_client._report import Failures, OnProgress, Report
 from tidelog_client._selection import Selection, select
+from tidelog_client._set_aside import SetAside, set_aside_damaged
 from tidelog_client._storage import Storage
 from tidelog_client._synchronization import Consent, Mode
 from tidelog_client._synchronizer import Synchronizer
+from tidelog_client._verification import findings
 
 LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
 LOG_RETENTION_BYTES_DEFAULT: Final = 1024**3
@@ -355,6 +358,26 @@ class Replica:
         while step := self._storage.trim(oldest_us, self._log_retention_bytes, count_max=TRIM_STEP_OPERATIONS):
             trimmed += step
         return trimmed
+
+    def verify(self) -> Iterator[Finding]:
+        """
+        Yield what is wrong in the replica's directory; nothing if all that it keeps agrees. Nothing is written.
+
+        It is read as of one moment: until the last finding is taken, the file grows by what is written.
+        """
+        return findings(self._storage.environment)
+
+    def set_aside_damaged(self) -> SetAside:
+        """
+        Take operations that were damaged outside tidelog out of the log, so that the rest can go on.
+
+        What is left of each is kept in a file, in the folder `set-aside` of the replica.
+        One that was pending becomes a failure, with its commit group. Does nothing if none is damaged.
+
+        Raises:
+            DiskFull, StorageError: The files cannot be written. Nothing was changed.
+        """
+        return set_aside_damaged(self._storage)
 
     def _logged(self, operation: Operation) -> LoggedOperation:
         with self._storage.environment.read() as transaction:

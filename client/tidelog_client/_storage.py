@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+import uuid_utils
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import Environment, put_many
@@ -155,7 +157,7 @@ class Storage:
                     seq = unpack_position(key)
                     if until is not None and seq > until:
                         break
-                    page.append(_unpack_pending(seq, value))
+                    page.append(unpack_pending(seq, value))
                     found = cursor.next()
             yield from page
             if len(page) < READ_PAGE_ENTRIES:
@@ -192,7 +194,7 @@ class Storage:
         batch_bytes = 0
         with self.environment.read() as transaction:
             for places in _units(self._places(transaction, after, until, seqs)):
-                if sieve is not None and sieve.holds_back([_unpack_pending(*place).key for place in places]):
+                if sieve is not None and sieve.holds_back([unpack_pending(*place).key for place in places]):
                     continue
                 unit: list[tuple[int, bytes]] = []
                 unit_bytes = 0
@@ -233,13 +235,13 @@ class Storage:
             if version == 0:
                 value = transaction.get(pack_position(seq), db=self._pending)
                 if value is not None:
-                    found.append(_unpack_pending(seq, value))
+                    found.append(unpack_pending(seq, value))
         return found
 
     def pending_at(self, transaction: LmdbTransaction, seq: int) -> PendingOperation | None:
         """Return the pending operation at *seq*, or None if it is settled."""
         value = transaction.get(pack_position(seq), db=self._pending)
-        return None if value is None else _unpack_pending(seq, value)
+        return None if value is None else unpack_pending(seq, value)
 
     def has_other_pending(self, transaction: LmdbTransaction, seqs: Container[int], *, below: int) -> bool:
         """Tell whether operations below a seq are pending that are not among *seqs*."""
@@ -260,11 +262,7 @@ class Storage:
     def outcome(self, transaction: LmdbTransaction, seq: int) -> Outcome | None:
         """Return what became of an operation, or None while it is pending (or forgotten)."""
         value = transaction.get(pack_position(seq), db=self._outcomes)
-        if value is None:
-            return None
-        if value[:1] == _APPLIED:
-            return Outcome(unpack_position(value[1:]), "")
-        return Outcome(0, value[1:].decode())
+        return None if value is None else unpack_outcome(value)
 
     def failure(self, failure_id: str) -> failure_pb2.SynchronizationFailure | None:
         """Return a recorded failure, or None."""
@@ -441,11 +439,13 @@ class Storage:
         return self.environment.write(work)
 
     def _settled_outside(self, transaction: LmdbTransaction, ranges: Sequence[tuple[int, int]]) -> Iterator[int]:
+        # Of what was set aside nothing is left to be offered.
+        set_aside = self._meta.positions(transaction, "set_aside")
         cursor = transaction.cursor(self._outcomes)
         for key in cursor.iternext(keys=True, values=False):
             seq = unpack_position(key)
             place = bisect_right(ranges, (seq, _SEQ_MAX)) - 1
-            if place < 0 or seq > ranges[place][1]:
+            if (place < 0 or seq > ranges[place][1]) and seq not in set_aside:
                 yield seq
 
     def reoffer_batch(self, *, after: int, count_max: int, bytes_max: int) -> list[Reoffer]:
@@ -498,6 +498,48 @@ class Storage:
             message=failure.message,
             code=failure.code if is_culprit else "",
         ).SerializeToString()
+
+    # --- damage ---------------------------------------------------------------
+
+    def set_aside(self, transaction: LmdbTransaction, seqs: Collection[int], message: str) -> list[str]:
+        """
+        Take operations out of the log that cannot be read there, and return the failures that they became.
+
+        Those that were pending fail here and now, for the server will never see them: the
+        whole commit group, for no part of it may be applied. The others keep their outcome.
+        """
+        pending = [one for seq in seqs if (one := self.pending_at(transaction, seq)) is not None]
+        groups = {one.seq - one.group_position: one for one in reversed(pending)}
+        lost = self.view.replaying(transaction, seqs)
+        failures = []
+        for first, damaged in sorted(groups.items()):
+            failure = failure_pb2.SynchronizationFailure(
+                id=str(uuid_utils.uuid7()),
+                replica_id=self.lineage.replica_id,
+                entity=damaged.key[0],
+                object_id=damaged.key[1],
+                reason=operation_pb2.FAILURE_REASON_MALFORMED,
+                message=message,
+                status=failure_pb2.FAILURE_STATUS_OPEN,
+            )
+            failure.create_time.GetCurrentTime()
+            members = range(first, first + max(1, damaged.group_size))
+            payloads = [self.log.stored(transaction, seq) for seq in members]
+            failure.operation = payloads[damaged.group_position]
+            failure.group_operations.extend(payloads if len(payloads) > 1 else ())
+            transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
+            for seq in members:
+                value = transaction.pop(pack_position(seq), db=self._pending)
+                if value is not None:
+                    transaction.put(pack_position(seq), _FAILED + failure.id.encode(), db=self._outcomes)
+                    lost.append((value[_PLACE.size :], seq))
+            failures.append(failure.id)
+        for seq in seqs:
+            self.log.remove(transaction, seq)
+        self.view.settle_refused(transaction, list(dict.fromkeys(lost)))
+        known = self._meta.get(transaction, "set_aside")
+        self._meta.put(transaction, set_aside=known + b"".join(map(pack_position, sorted(seqs))))
+        return failures
 
     # --- retention ------------------------------------------------------------
 
@@ -562,6 +604,14 @@ def _units(places: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, byte
             unit = []
 
 
-def _unpack_pending(seq: int, value: bytes) -> PendingOperation:
+def unpack_pending(seq: int, value: bytes) -> PendingOperation:
+    """Return what is noted of a pending operation."""
     position, size = _PLACE.unpack_from(value)
     return PendingOperation(seq, position, size, unpack_object_key(value[_PLACE.size :]))
+
+
+def unpack_outcome(value: bytes) -> Outcome:
+    """Return what is noted of a settled operation."""
+    if value[:1] == _APPLIED:
+        return Outcome(unpack_position(value[1:]), "")
+    return Outcome(0, value[1:].decode())

@@ -18,9 +18,11 @@ objects is folded: it becomes part of the base, which then is ahead of its versi
 
 from __future__ import annotations
 
+import heapq
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import reduce
+from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._environment import put_many, scan_keys
@@ -79,10 +81,15 @@ class View:
         value = transaction.get(key, db=self._objects)
         return None if value is None else _unpack(value)
 
+    def base(self, transaction: LmdbTransaction, key: bytes) -> ViewRecord | None:
+        """Return the server's state of an object that operations are replayed on, or None if there is none."""
+        value = transaction.get(key, db=self._base)
+        return None if value is None else _unpack(value)
+
     def base_version(self, transaction: LmdbTransaction, key: bytes) -> int:
         """Return the server version of an object that is deleted locally, 0 if the server has none."""
-        value = transaction.get(key, db=self._base)
-        return 0 if value is None else _unpack(value).version
+        record = self.base(transaction, key)
+        return 0 if record is None else record.version
 
     def entity_objects(self, entity: str) -> Iterator[tuple[str, ViewRecord]]:
         """
@@ -128,6 +135,12 @@ class View:
     def is_needed(self, transaction: LmdbTransaction, key: bytes, seq: int) -> bool:
         """Tell whether an operation is still replayed, so that the log must keep it."""
         return transaction.get(_entry(key, seq), db=self._unconfirmed) is not None
+
+    def replaying(self, transaction: LmdbTransaction, seqs: Container[int]) -> list[tuple[bytes, int]]:
+        """Return (object key, seq) of those operations that are still replayed."""
+        entries = transaction.cursor(self._unconfirmed).iternext(keys=True, values=False)
+        found = ((entry[: -POSITION_BYTES - 1], unpack_position(entry[-POSITION_BYTES:])) for entry in entries)
+        return [(key, seq) for key, seq in found if seq in seqs]
 
     def all_clean(self, transaction: LmdbTransaction) -> bool:
         """Tell whether no operation is replayed on any object."""
@@ -180,6 +193,13 @@ class View:
         """Iterate over the keys of an entity's objects in the view or in a base, some twice; they may be changed."""
         for database in (self._objects, self._base):
             yield from scan_keys(transaction, database, entity_prefix(entity))
+
+    def all_keys(self, transaction: LmdbTransaction) -> Iterator[bytes]:
+        """Iterate over the keys of all objects in the view, in a base, or with operations on top, in order."""
+        entries = (key[: -POSITION_BYTES - 1] for key in scan_keys(transaction, self._unconfirmed))
+        listed = (scan_keys(transaction, self._objects), scan_keys(transaction, self._base), entries)
+        for key, _ in groupby(heapq.merge(*listed)):
+            yield key
 
     # --- local commits --------------------------------------------------------
 

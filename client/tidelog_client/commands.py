@@ -49,8 +49,10 @@ from tidelog.cli import (
     print_table,
     shared_group,
 )
+from tidelog.verify_command import add_verifier
 from tidelog_client import LoggedOperation, Object, Progress, Replica, Report
 from tidelog_client._report import OnProgress
+from tidelog_client._verification import verify_replica
 
 ReplicaOption = Annotated[
     Path,
@@ -103,6 +105,7 @@ def register(app: typer.Typer) -> None:
     for command in (sync, log, pending, get, query, count, history):
         app.command()(command)
     shared_group(app, "failures").callback(invoke_without_command=True)(failures)
+    add_verifier(app, "replica", verify_replica, _set_aside)
 
 
 def sync(
@@ -389,6 +392,11 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is a word: JSON has no such number")
 
 
+def _set_aside(path: Path) -> dict[int, Path]:
+    with _opened(path) as replica:
+        return replica.set_aside_damaged().files
+
+
 def _print_operations(found: Iterable[LoggedOperation], *, json_: bool, live: bool = False) -> None:
     if json_:
         for logged in found:
@@ -420,9 +428,7 @@ def _print_report(report: Report) -> None:
         f"{report.received_bytes} received, {report.upload_seconds + report.download_seconds:.2f} s)"
     )
     if report.former_replica_id:
-        print(
-            f"the replica goes on under another id than {report.former_replica_id}: it is a copy, or was away too long"
-        )
+        print(f"the replica was {report.former_replica_id} until now: it is a copy, or was away for too long")
     if report.server_restored or report.reoffered:
         print(f"the server was put back from a backup: {report.reoffered} operations were offered to it again")
     print_table(_FAILURE_COLUMNS, map(_failure_row, report.failures))

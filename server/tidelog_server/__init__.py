@@ -16,13 +16,16 @@ from tidelog_server._errors import (
     AddressUnavailable,
     AuthenticationFailed,
     AuthenticationUnavailable,
+    BackupDamaged,
     ChangedMeanwhile,
     MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
 )
 from tidelog_server._jwt import JwtAuthenticator
+from tidelog_server._lmdb_backup import Restored, backup_store, restore_store
 from tidelog_server._lmdb_store import LmdbStore
+from tidelog_server._lmdb_verification import verify_store
 from tidelog_server._principal import Principal
 from tidelog_server._retention import Collected
 from tidelog_server._server import Server
@@ -35,6 +38,7 @@ __all__ = [
     "AuthenticationFailed",
     "AuthenticationUnavailable",
     "Authenticator",
+    "BackupDamaged",
     "CertificateAuthenticator",
     "ChangedMeanwhile",
     "Collected",
@@ -49,6 +53,7 @@ __all__ = [
     "PeerCertificate",
     "Principal",
     "Reject",
+    "Restored",
     "SchemaContradicted",
     "Server",
     "ServerTls",
@@ -56,4 +61,7 @@ __all__ = [
     "Tenant",
     "TenantTransaction",
     "TransientError",
+    "backup_store",
+    "restore_store",
+    "verify_store",
 ]

@@ -157,6 +157,23 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
     _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
 
 
+def adopted_schema(note: Callable[[str], bytes]) -> Schema | None:
+    """
+    Return the schema that a store was last made ready for.
+
+    Args:
+        note: Returns what is noted about the store under a name.
+
+    Returns:
+        None if it never was, or is being made ready for another one.
+    """
+    noted = note(_NOTE)
+    known = msgspec.json.decode(noted, type=_Adopted) if noted else None
+    if known is None or known.unfinished is not None:
+        return None
+    return Schema.from_json(known.schema) if known.schema else Schema(open=True)
+
+
 def _summary(count: int, schema: Schema, since: int, *, migrate: bool) -> str:
     what = "1 contradiction" if count == 1 else f"{count} contradictions"
     if schema.version < since:

@@ -22,12 +22,14 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
 * StorageError
   + SchemaContradicted         what the store holds does not fit the application's schema
   + MigrationUnfinished        a migration of the store was broken off, and this would not finish it
+  + BackupDamaged              something is wrong in a backup that was to be restored
 """
 
 from __future__ import annotations
 
 from tidelog._errors import StorageError, TidelogError
 from tidelog._failure import FailureReason
+from tidelog._finding import Finding
 from tidelog._limits import REASON_BYTES_MAX
 
 
@@ -145,3 +147,16 @@ class MigrationUnfinished(StorageError):
 
 class AddressUnavailable(TidelogError):
     """The server cannot listen at the address it was given."""
+
+
+class BackupDamaged(StorageError):
+    """
+    Something is wrong in a backup that was to be restored. Nothing was changed.
+
+    Attributes:
+        findings: What, the first of it.
+    """
+
+    def __init__(self, message: str, findings: list[Finding]) -> None:
+        super().__init__(message)
+        self.findings = findings

@@ -31,6 +31,7 @@ from tidelog._schema import Schema
 from tidelog._values import Attributes, decimal_text, encode
 
 DIGEST_BYTES: Final = 16
+FAILURE_ID_BYTES: Final = 16
 
 _UNIQUE: Final = b"u"
 _REFERRER: Final = b"r"
@@ -45,6 +46,21 @@ _SINCE: Final = b"s"
 TABLES: Final = (_UNIQUE, _REFERRER, _BY_VERSION, _LEFT, _PLACE)
 
 IndexWrites = dict[bytes, bytes | None]
+
+
+class Entry(NamedTuple):
+    """
+    Whom an entry of the table is about.
+
+    Attributes:
+        key: Key of the object whose entry it is.
+        left_at: The version at which the object lost the value; 0: the entry is another one.
+        by_version: What the keys of the objects start with that have the value; empty likewise.
+    """
+
+    key: ObjectKey
+    left_at: int = 0
+    by_version: bytes = b""
 
 
 class Written(NamedTuple):
@@ -219,6 +235,46 @@ def without_left(entries: Iterable[tuple[bytes, bytes]], lookup: Callable[[bytes
 def dependents_prefix(failure_id: bytes) -> bytes:
     """Return what the keys of the failures start with that a failure caused; their ids follow."""
     return _DEPENDENT + failure_id
+
+
+def split_dependent(key: bytes) -> tuple[bytes, bytes] | None:
+    """Return (cause, failure) of a key under a `dependents_prefix`, or None if it is another key."""
+    ids = key[len(_DEPENDENT) :]
+    if not key.startswith(_DEPENDENT) or len(ids) != 2 * FAILURE_ID_BYTES:
+        return None
+    return ids[:FAILURE_ID_BYTES], ids[FAILURE_ID_BYTES:]
+
+
+def split_entry(key: bytes, value: bytes) -> Entry:
+    """
+    Return whom an entry of `TABLES` is about.
+
+    Raises:
+        ValueError: It is none.
+    """
+    table, rest = key[:1], key[1:]
+    if table == _UNIQUE:
+        entity, _, _digest_bytes = rest.partition(b"\0")
+        return Entry((entity.decode(), value.decode()))
+    if table == _REFERRER:
+        _target_entity, _target_id, entity, id_, _name = rest.split(b"\0")
+        return Entry((entity.decode(), id_.decode()))
+    entity, name, place = rest.split(b"\0", 2)
+    digest, place = place[:DIGEST_BYTES], place[DIGEST_BYTES:]
+    id_, standing = (place, value) if table == _PLACE else (value, table + place)
+    object_key = (entity.decode(), id_.decode())
+    if standing[:1] != _LEFT:
+        return Entry(object_key)
+    return Entry(object_key, unpack_position(standing[1:]), _BY_VERSION + b"\0".join((entity, name, digest)))
+
+
+def left_at(by_version: bytes, id_: str, lookup: Callable[[bytes], bytes | None]) -> int:
+    """Return the version at which an object lost a value, as the table tells; 0 if it does not."""
+    prefix = by_version[len(_BY_VERSION) :]
+    place = lookup(_PLACE + prefix + id_.encode())
+    if place is None or place[:1] != _LEFT or lookup(_LEFT + prefix + place[1:]) != id_.encode():
+        return 0
+    return unpack_position(place[1:])
 
 
 def _follow(

@@ -46,6 +46,7 @@ from tidelog._errors import ResourceClosed, StorageError, StoreInUse
 from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
+from tidelog_server._backup_note import BACKUP_FILE
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
     Change,
@@ -63,11 +64,15 @@ if TYPE_CHECKING:
     from tidelog._environment import LmdbDatabase, LmdbTransaction
 
 FORMAT: Final = "tidelog-server-store-2"
+LOCK_FILE: Final = "server.lock"
+UNFINISHED_RESTORE: Final = "restore.unfinished"
 GROUP_JOBS_MAX: Final = 64
 
 _OBJECT: Final = struct.Struct(">QQ16sB")
 _SETTLED: Final = struct.Struct(">QQB16s")
 _TENANT: Final = struct.Struct(">I")
+
+TENANT_BYTES: Final = _TENANT.size
 
 _DELETED: Final = 1
 _SOLE_WRITER: Final = 2
@@ -88,22 +93,27 @@ class LmdbStore:
     Raises:
         StoreInUse: Another server has the store open.
         FormatUnsupported: The directory holds something else.
+        StorageError: It cannot be used, or is a backup.
     """
 
     def __init__(self, path: str | Path, *, map_bytes: int = MAP_BYTES_DEFAULT) -> None:
         self.path = Path(path)
+        if (self.path / BACKUP_FILE).exists():
+            raise StorageError(f"{self.path} is a backup: a server gets its data from it by `tidelog restore`")
+        if (self.path / UNFINISHED_RESTORE).exists():
+            raise StorageError(f"a restore to {self.path} was broken off, or is under way: restore it once more")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{self.path} cannot be used: {error}") from error
-        self._lock = FileLock(self.path / "server.lock", timeout=0)
+        self._lock = FileLock(self.path / LOCK_FILE, timeout=0)
         try:
             self._lock.acquire()
         except Timeout:
             raise StoreInUse(f"another server has {self.path} open: an embedded store has one server") from None
         try:
             self._environment = Environment.open(self.path, format_name=FORMAT, map_bytes=map_bytes)
-            self._databases = _Databases(self._environment)
+            self._databases = Databases(self._environment)
             self._identity = self._environment.write(self._load_identity)
         except BaseException:
             self._lock.release()
@@ -146,12 +156,22 @@ class LmdbStore:
     def note(self, name: str) -> bytes:
         """Return what the server noted about the whole store under a name; empty if nothing."""
         with self._environment.read() as transaction:
-            return transaction.get(_NOTE + name.encode(), b"", db=self._databases.meta)
+            return noted(transaction, self._databases, name)
 
     def set_note(self, name: str, value: bytes) -> None:
         """Note something about the whole store, durably. Any later `note` returns it."""
         meta = self._databases.meta
         self._environment.write(lambda transaction: transaction.put(_NOTE + name.encode(), value, db=meta))
+
+    def begin_timeline(self) -> Identity:
+        """Begin a new timeline, because the history may go on otherwise than it did, and return the identity."""
+
+        def work(transaction: LmdbTransaction) -> Identity:
+            transaction.put(b"timeline", str(uuid.uuid4()).encode(), db=self._databases.meta)
+            return self._load_identity(transaction)
+
+        self._identity = self._environment.write(work)
+        return self._identity
 
     def close(self) -> None:
         """Finish the jobs that were submitted, then close."""
@@ -306,7 +326,7 @@ class LmdbStore:
 class LmdbReader:
     """Reads one tenant in one transaction. See `Reader` for what each method promises."""
 
-    def __init__(self, transaction: LmdbTransaction, databases: _Databases, prefix: bytes) -> None:
+    def __init__(self, transaction: LmdbTransaction, databases: Databases, prefix: bytes) -> None:
         self._transaction = transaction
         self._databases = databases
         self._prefix = prefix
@@ -478,7 +498,9 @@ class _Job:
         self.future = future
 
 
-class _Databases:
+class Databases:
+    """The tables of a store."""
+
     def __init__(self, environment: Environment) -> None:
         self.tenants = environment.database("tenants")
         self.heads = environment.database("heads")
@@ -493,6 +515,16 @@ class _Databases:
         self.failures = environment.database("failures")
         self.refused = environment.database("refused")
         self.meta = environment.database("meta")
+
+    @property
+    def of_tenants(self) -> dict[str, LmdbDatabase]:
+        """The tables whose keys start with a tenant's number, by name."""
+        return {name: database for name, database in vars(self).items() if name not in {"tenants", "meta"}}
+
+    @property
+    def all(self) -> dict[str, LmdbDatabase]:
+        """All tables, by name."""
+        return dict(vars(self))
 
 
 # Names of meta with a NUL in front are the server's notes: none can hide the store's own entries.
@@ -512,6 +544,11 @@ def _delete_up_to(transaction: LmdbTransaction, database: LmdbDatabase, prefix: 
 
 def _unpack_replica(value: bytes) -> ReplicaState:
     return ReplicaState(*msgpack.unpackb(value, use_list=False))
+
+
+def noted(transaction: LmdbTransaction, databases: Databases, name: str) -> bytes:
+    """Return what the server noted about the whole store under a name; empty if nothing."""
+    return transaction.get(_NOTE + name.encode(), b"", db=databases.meta)
 
 
 def _unpack_object(value: bytes) -> ObjectState:

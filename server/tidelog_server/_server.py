@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tidelog._address import check_address, host_of, is_loopback
-from tidelog._errors import InvalidValue, ResourceClosed
+from tidelog._errors import InvalidValue, ResourceClosed, StorageError
 from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog._values import check_id
@@ -24,6 +24,7 @@ from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
 from tidelog_server._callers import Callers
 from tidelog_server._errors import AddressUnavailable
+from tidelog_server._lmdb_backup import backup_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import DEFAULT_TENANT, Principal
 from tidelog_server._retention import (
@@ -205,6 +206,22 @@ class Server:
         """
         self._check_running()
         return self._retention.collect()
+
+    def backup(self, target: str | Path) -> None:
+        """
+        Copy the embedded store, as of one moment, into a new directory; the server goes on meanwhile.
+
+        Raises:
+            ResourceClosed: The server is not running.
+            TargetExists: There is something of this name, or another backup makes it just now.
+            DiskFull: There is no room for the copy.
+            StorageError: It cannot be copied, or the store is another one, with its own means.
+        """
+        if not self._address:
+            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+        if not isinstance(self._store, LmdbStore):
+            raise StorageError("only an embedded store is backed up by its server")
+        backup_store(self._store.path, target)
 
     def __enter__(self) -> Self:
         return self.start()

@@ -1,4 +1,8 @@
-"""What the server adds to the command `tidelog`: `serve`, and the commands of `failures` that call a server."""
+"""
+What the server adds to the command `tidelog`.
+
+`serve`, the commands of `failures` that call a server, `backup`, `restore`, and `verify` of a server's data.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ import typer
 
 from tidelog._logging import get_logger
 from tidelog.cli import CommandFailed, ExitCode, checked_address, printable
+from tidelog.verify_command import add_verifier
 from tidelog_server import (
     AddressUnavailable,
     Application,
@@ -30,7 +35,9 @@ from tidelog_server import (
     Server,
     ServerTls,
     StaticTokens,
+    backup_commands,
     failure_commands,
+    verify_store,
 )
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
 from tidelog_server._retention import (
@@ -51,6 +58,8 @@ def register(app: typer.Typer) -> None:
     """Add the server's commands."""
     app.command()(serve)
     failure_commands.register(app)
+    backup_commands.register(app)
+    add_verifier(app, "data", verify_store)
 
 
 def serve(

@@ -165,7 +165,7 @@ class TestRetired:
 
     @pytest.mark.parametrize("mode", ["all", "unsynchronized"])
     def test_it_goes_on_under_another_id(self, world: World, mode: str) -> None:
-        """A retired replica downloads as before; as soon as it uploads it takes another id, and all is applied once."""
+        """A retired replica downloads as before; as soon as it uploads it takes another id, and goes on."""
         a = world.replica("a")
         a.create("Task", {"n": 0}, "x")
         a.synchronize_all()
@@ -181,7 +181,7 @@ class TestRetired:
         assert report.former_replica_id == former != a.replica_id
         assert (report.applied, a.pending_count()) == (2, 0)
         a.synchronize_all()
-        assert contents(a) == {"theirs": {}, "x": {"n": 1}, "y": {}}
+        assert contents(a) == {"theirs": {"title": "Buy milk"}, "x": {"n": 1}, "y": {}}
 
     def test_what_it_does_not_know_to_be_settled(self, world: World) -> None:
         """An operation whose outcome was lost on its way, and is forgotten, is not applied again: it is a failure."""

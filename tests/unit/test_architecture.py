@@ -44,6 +44,7 @@ CORE_MODULES = (
     "tidelog._constraint_text",
     "tidelog._constraints",
     "tidelog._downloads",
+    "tidelog._finding",
     "tidelog._operation",
     "tidelog._patch",
     "tidelog._renames",
@@ -62,6 +63,7 @@ CORE_MODULES = (
     "tidelog_server._overlay",
     "tidelog_server._projection",
     "tidelog_server._retelling",
+    "tidelog_server._verification",
 )
 INPUT_OUTPUT = {"grpc", "lmdb"}
 

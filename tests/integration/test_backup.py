@@ -1,0 +1,346 @@
+"""Backup, restore and verification as commands and between processes: beside a writer, killed, out of room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.builders import TENANT, Lab, create, quick_folder
+from tests.integration.test_cli import fail, read_json, run, started, succeed
+from tests.simulation.processes import wait_until
+
+from tidelog import FormatUnsupported, StorageError
+from tidelog_client import Replica
+from tidelog_server import LmdbStore, backup_store, restore_store, verify_store
+from tidelog_server._records import Change
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKUPS = 5
+RUN_TIMEOUT_SECONDS = 60
+KILLED = -9
+
+WRITER = """
+import sys
+from tests.builders import Lab, create, update
+from tidelog_server import LmdbStore
+
+lab = Lab(store=LmdbStore(sys.argv[1]))
+session = lab.session()
+seq = 0
+while True:
+    ids = [f"t{seq + number}" for number in range(100)]
+    session.batch(*(create(seq + number, id_, {"text": "x" * 300}) for number, id_ in enumerate(ids, start=1)))
+    seq += 200
+    session.batch(*(update(seq - 100 + number, id_, {"n": seq}) for number, id_ in enumerate(ids, start=1)))
+    print(seq, flush=True)
+"""
+
+# Kills itself where it comes to force something to disk for the n-th time, or where the copy is checked.
+KILLED_AT = """
+import os, signal, sys
+from tidelog_server import _lmdb_backup as lmdb_backup
+
+place, work, *paths = sys.argv[1:]
+count = 0
+
+def killing(function, at):
+    def runs(*args):
+        global count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return runs
+
+if place == "check":
+    lmdb_backup._checked_copy = killing(lmdb_backup._checked_copy, 1)
+else:
+    lmdb_backup._sync = killing(lmdb_backup._sync, int(place))
+getattr(lmdb_backup, work)(*paths)
+"""
+
+FULL = """
+import resource, signal, sys
+from tidelog import DiskFull
+from tidelog_server import _lmdb_backup as lmdb_backup
+
+work, *paths = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    getattr(lmdb_backup, work)(*paths)
+except DiskFull as error:
+    print("no room")
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Give a folder."""
+    with quick_folder() as path:
+        yield path
+
+
+@pytest.fixture
+def store(folder: Path) -> Path:
+    """Give the directory of a store with some objects."""
+    opened = LmdbStore(folder / "store")
+    Lab(store=opened).settle(*(create(seq, f"t{seq}", {"text": "x" * 1_000}) for seq in range(1, 301)))
+    opened.close()
+    return folder / "store"
+
+
+def script(text: str, *args: object) -> subprocess.Popen[str]:
+    """Start a program that may use what tests are built from."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(text), *map(str, args)],
+        cwd=ROOT,
+        env={"PYTHONPATH": ":".join(map(str, (ROOT, ROOT / "changelog", ROOT / "server", ROOT / "client")))},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for the end of a program; return its exit code and what it printed."""
+    with process:
+        printed, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+    return process.returncode, printed
+
+
+def history(path: Path) -> list[Change]:
+    """Return the change log of a store."""
+    opened = LmdbStore(path)
+    try:
+        with opened.read(TENANT) as reader:
+            return reader.changes(0, 1_000_000, 1 << 40)
+    finally:
+        opened.close()
+
+
+class TestBesideAWriter:
+    def test_backups_are_prefixes_of_the_history(self, folder: Path) -> None:
+        """Each backup made while another process writes is sound, and holds what had been written when it began."""
+        with script(WRITER, folder / "store") as writer:
+            try:
+                assert writer.stdout is not None
+                known = []
+                for number in range(BACKUPS):
+                    known.append(int(writer.stdout.readline()))
+                    backup_store(folder / "store", folder / f"backup-{number}")
+            finally:
+                writer.kill()
+                writer.communicate()
+
+        whole = history(folder / "store")
+        assert list(verify_store(folder / "store")) == []
+        for number, written in enumerate(known):
+            restored = restore_store(folder / f"backup-{number}", folder / f"restored-{number}")
+            assert restored.versions[TENANT] >= written
+            part = history(folder / f"restored-{number}")
+            assert len(part) == restored.versions[TENANT]
+            assert part == whole[: len(part)]
+            assert list(verify_store(folder / f"restored-{number}")) == []
+
+    def test_verification_beside_a_writer(self, folder: Path) -> None:
+        """A store that another process writes to all the time is found sound."""
+        with script(WRITER, folder / "store") as writer:
+            try:
+                assert writer.stdout is not None
+                for _ in range(BACKUPS):
+                    writer.stdout.readline()
+                    assert list(verify_store(folder / "store")) == []
+            finally:
+                writer.kill()
+                writer.communicate()
+
+
+class TestKilled:
+    # data.mdb, lock files, FORMAT, BACKUP, the folder itself; then, under its name, the folder around it.
+    @pytest.mark.parametrize("place", ["check", *range(1, 8)])
+    def test_a_backup_that_is_killed(self, store: Path, folder: Path, place: object) -> None:
+        """Wherever a backup is killed, its name is free or has all of it; the next one goes well."""
+        target = folder / "backup"
+        code, _ = finish(script(KILLED_AT, place, "backup_store", store, target))
+        assert code == KILLED or target.exists()
+
+        if target.exists():
+            assert list(verify_store(target)) == []
+            shutil.rmtree(target)
+        backup_store(store, target)
+        restore_store(target, folder / "restored")
+        assert history(folder / "restored") == history(store)
+
+    @pytest.mark.parametrize("place", ["check", *range(1, 9)])
+    def test_a_restore_that_is_killed(self, store: Path, folder: Path, place: object) -> None:
+        """Wherever a restore is killed, no server takes a part of it for a store; the next one goes well."""
+        backup, target = folder / "backup", folder / "restored"
+        backup_store(store, backup)
+        code, _ = finish(script(KILLED_AT, place, "restore_store", backup, target))
+
+        if code == KILLED and not (target / "FORMAT").exists():
+            with pytest.raises((FormatUnsupported, StorageError)):
+                LmdbStore(target)
+            restore_store(backup, target)
+        elif code == KILLED:
+            shutil.rmtree(target / "restore.unfinished", ignore_errors=True)
+        assert history(target) == history(store)
+        assert list(verify_store(target)) == []
+
+    def test_a_backup_that_is_killed_while_it_copies(self, store: Path, folder: Path) -> None:
+        """A backup that is killed in the middle of its copy leaves nothing under its name."""
+        target = folder / "backup"
+        process = script(
+            "import sys; from tidelog_server import backup_store; backup_store(*sys.argv[1:])", store, target
+        )
+        wait_until(lambda: (folder / "backup.unfinished").exists() or target.exists(), "the copy does not begin")
+        process.kill()
+        finish(process)
+
+        assert not target.exists() or list(verify_store(target)) == []
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("work", ["backup_store", "restore_store"])
+    def test_no_room_for_a_copy(self, store: Path, folder: Path, work: str) -> None:
+        """Without room for it there is a typed error, and nothing that could be taken for a copy."""
+        backup_store(store, folder / "backup")
+        source, target = (store if work == "backup_store" else folder / "backup"), folder / "target"
+
+        assert finish(script(FULL, work, source, target)) == (0, "no room\n")
+        if work == "backup_store":
+            assert not target.exists()
+            assert not (folder / "target.unfinished").exists()
+        else:
+            assert {entry.name for entry in target.iterdir()} <= {"server.lock"}
+            restore_store(source, target)
+            assert history(target) == history(store)
+
+
+class TestCommands:
+    def test_backup_and_restore(self, folder: Path) -> None:
+        """A server that runs is backed up, and another directory restored from it, by commands."""
+        with started("serve", "--data", "data", "--listen", "127.0.0.1:0", cwd=folder) as server:
+            assert server.stdout is not None
+            address = server.stdout.readline().split()[-1]
+            with Replica(folder / "a", server=address) as replica:
+                replica.create("Task", {"n": 1}, "t1")
+                replica.synchronize_all()
+
+            assert succeed("backup", "--data", "data", "copy", cwd=folder) == "backed up data to copy\n"
+            message = fail("backup", "--data", "data", "copy", cwd=folder, code=5)
+            assert message.endswith("copy is there already: choose another name")
+            assert "a server has" in fail("restore", "copy", "--data", "data", "--move-aside", cwd=folder, code=5)
+            server.terminate()
+            server.wait(RUN_TIMEOUT_SECONDS)
+
+        about = json.loads((folder / "copy" / "BACKUP").read_text())
+        assert "is not empty" in fail("restore", "copy", "--data", "data", cwd=folder, code=5)
+        printed = succeed("restore", "copy", "--data", "data", "--move-aside", cwd=folder).splitlines()
+        assert printed[0].startswith("moved data to ")
+        assert printed[1:3] == ["restored copy to data", f"epoch {about['epoch']}"]
+        assert printed[3].endswith(f", before it {about['timeline']}")
+        assert printed[4:] == ["TENANT   VERSION", "default  1"]
+        [restored] = read_json(succeed("restore", "copy", "--data", "other", "--json", cwd=folder))
+        assert restored["versions"] == {"default": 1}
+        assert (restored["former_timeline"], restored["moved_to"]) == (about["timeline"], None)
+        message = fail("serve", "--data", "copy", "--listen", "127.0.0.1:0", cwd=folder, code=5)
+        assert message == "copy is a backup: a server gets its data from it by `tidelog restore`"
+
+    def test_a_damaged_backup(self, store: Path, folder: Path) -> None:
+        """A backup in which something is wrong is refused, with a line for each thing."""
+        backup_store(store, folder / "backup")
+        flip(folder / "backup" / "data.mdb", b"x" * 1_000)
+
+        result = run("restore", "backup", "--data", "restored", cwd=folder)
+
+        assert (result.returncode, result.stdout) == (5, "")
+        of_the_file, of_the_object, last = result.stderr.splitlines()
+        assert of_the_file.startswith(f"{folder / 'backup' / 'data.mdb'}: expected SHA-256 ")
+        assert of_the_object.startswith("tenant 'default': Task 't")
+        assert last.endswith("wrong in the backup " + str(folder / "backup") + ": nothing was restored")
+        assert not (folder / "restored").exists()
+
+    def test_verify(self, store: Path, folder: Path) -> None:
+        """What was looked at is counted; what is wrong is named, a line for each, with exit code 5."""
+        sound = succeed("verify", "--data", store, cwd=folder)
+        assert sound == "checked: tenants 1, changes 300, objects 300, replicas 1, outcomes 300\n"
+        [summary] = read_json(succeed("verify", "--data", store, "--json", cwd=folder))
+        assert summary["findings"] == 0
+        assert summary["checked"]["objects"] == 300
+
+        # A copy, because no page of it is out of use.
+        backup_store(store, folder / "copy")
+        flip(folder / "copy" / "data.mdb", b"x" * 1_000)
+        result = run("verify", "--data", "copy", "--json", cwd=folder)
+        *findings, summary = read_json(result.stdout)
+        assert (result.returncode, result.stderr) == (5, "error: copy: 2 findings\n")
+        assert summary["findings"] == len(findings) == 2
+        assert findings[1].keys() == {"kind", "where", "expected", "found", "tenant"}
+        assert [(one["kind"], one["tenant"]) for one in findings] == [
+            ("file_damaged", ""),
+            ("state_differs", "default"),
+        ]
+        result = run("verify", "--data", "copy", cwd=folder)
+        assert result.stdout.splitlines()[0].split() == ["FINDING", "TENANT", "WHERE", "EXPECTED", "FOUND"]
+
+    def test_verify_a_replica(self, folder: Path) -> None:
+        """A replica is verified, and an operation that cannot be read is set aside."""
+        with Replica(folder / "a") as replica:
+            for number in range(3):
+                replica.create("Task", {"text": "y" * 500, "n": number}, f"t{number}")
+        assert succeed("verify", "--replica", "a", cwd=folder) == "checked: operations 3, pending 3, objects 3\n"
+
+        with Replica(folder / "a") as replica:
+            log = replica._storage.log
+
+            def spoil(transaction: object) -> None:
+                key = (2).to_bytes(8, "big")
+                transaction.put(key, b"0000spoiled", db=log._database)  # type: ignore[attr-defined]
+
+            replica._storage.environment.write(spoil)
+        result = run("verify", "--replica", "a", "--json", cwd=folder)
+        assert (result.returncode, read_json(result.stdout)[0]["kind"]) == (5, "log_damaged")
+
+        [aside, summary] = read_json(succeed("verify", "--replica", "a", "--set-aside", "--json", cwd=folder))
+        assert aside == {"set_aside": 2, "file": str(folder / "a" / "set-aside" / "operation-2")}
+        assert summary["findings"] == 0
+        assert Path(aside["file"]).read_bytes() == b"spoiled"
+        assert succeed("verify", "--replica", "a", "--set-aside", cwd=folder).startswith("checked: operations 2")
+
+    @pytest.mark.parametrize("size", [0, 100, 8_192, 20_000, 100_000])
+    def test_a_file_that_was_cut_off(self, store: Path, folder: Path, size: int) -> None:
+        """A file that lacks its end is found damaged, whatever that does to the process that reads it."""
+        with (store / "data.mdb").open("r+b") as file:
+            file.truncate(size)
+
+        result = run("verify", "--data", store, "--json", cwd=folder)
+
+        assert result.returncode == 5
+        assert result.stderr.startswith("error: ")
+        if size >= 20_000:
+            assert "file_damaged" in {one.get("kind") for one in read_json(result.stdout)}
+
+    def test_wrong_usage(self, store: Path, folder: Path) -> None:
+        """What can be verified is one directory, which is there and holds what was said."""
+        assert "give one of them" in fail("verify", cwd=folder, code=2)
+        assert "give one of them" in fail("verify", "--data", store, "--replica", store, cwd=folder, code=2)
+        assert "only operations of a replica" in fail("verify", "--data", store, "--set-aside", cwd=folder, code=2)
+        assert "there is nothing of tidelog in" in fail("verify", "--data", "nowhere", cwd=folder, code=5)
+        assert "reads tidelog-replica-1" in fail("verify", "--replica", store, cwd=folder, code=5)
+
+
+def flip(file: Path, text: bytes) -> None:
+    """Change one byte of the first place in a file where a text stands."""
+    data = bytearray(file.read_bytes())
+    place = data.index(text)
+    data[place + len(text) // 2] ^= 1
+    file.write_bytes(bytes(data))
