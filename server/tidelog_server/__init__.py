@@ -4,6 +4,7 @@ tidelog_server: keeps the shared data, checks what replicas send, tells them wha
 Declare an `Application`, give it to a `Server`.
 """
 
+from tidelog_server._admission import ServerLimits
 from tidelog_server._application import Application, HookContext, HookObject, Reject, TransientError
 from tidelog_server._authentication import (
     Authenticator,
@@ -25,6 +26,7 @@ from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import Principal
 from tidelog_server._server import Server
+from tidelog_server._services import Load
 from tidelog_server._tenant import Found, Tenant, TenantTransaction
 from tidelog_server._tls import ServerTls
 
@@ -42,6 +44,7 @@ __all__ = [
     "HookObject",
     "JwtAuthenticator",
     "LmdbStore",
+    "Load",
     "MigrationUnfinished",
     "OperationRefused",
     "PeerCertificate",
@@ -49,6 +52,7 @@ __all__ = [
     "Reject",
     "SchemaContradicted",
     "Server",
+    "ServerLimits",
     "ServerTls",
     "StaticTokens",
     "Tenant",

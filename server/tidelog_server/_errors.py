@@ -8,6 +8,8 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
     - OperationsOutOfOrder     positions in an upload that do not rise
   + ProtocolVersionUnknown     a client of another protocol version
   + SessionSuperseded          a newer session of the replica has begun to upload
+  + SessionIdle                the client neither sends what is awaited nor reads what is sent
+  + ServerBusy                 as many are served as may be at once: come again later
   + OperationForked            a settled position was sent with another nonce
   + ReplicaOwned               the replica id belongs to another principal
   + NotFound                   what was asked for by name is not there (to this principal)
@@ -59,6 +61,23 @@ class ProtocolVersionUnknown(TidelogError):
 
 class SessionSuperseded(TidelogError):
     """A newer session of the replica has begun to upload: this one may write nothing more."""
+
+
+class SessionIdle(TidelogError):
+    """The client neither sends what is awaited nor reads what is sent, for too long."""
+
+
+class ServerBusy(TidelogError):
+    """
+    As many are served as may be at once. Nothing was begun.
+
+    Attributes:
+        retry_after_seconds: When to come again.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class OperationForked(TidelogError):

@@ -19,6 +19,7 @@ from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog._values import check_id
 from tidelog.v1 import failure_pb2, object_pb2, schema_pb2, sync_pb2
+from tidelog_server._admission import ServerLimits
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
@@ -27,7 +28,7 @@ from tidelog_server._errors import AddressUnavailable
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import DEFAULT_TENANT, Principal
 from tidelog_server._retention import Retention
-from tidelog_server._services import Services
+from tidelog_server._services import Load, Services
 from tidelog_server._session import server_time_us
 from tidelog_server._store import Store
 from tidelog_server._tenant import Tenant
@@ -35,6 +36,7 @@ from tidelog_server._tls import ServerTls
 
 STOP_GRACE_SECONDS: Final = 2.0
 FAILURE_RETENTION_DEFAULT: Final = timedelta(days=90)
+NOT_RUNNING: Final = "the server is not running: call start() or use it in a with statement"
 
 _SERVICE_NAMES: Final = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -55,6 +57,11 @@ _OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Devices that have synchronized keep their connection: without an end the open files run out.
+    ("grpc.max_connection_idle_ms", 300_000),
+    # gRPC cannot end a call whose client reads nothing; it can end the connection. A session that it cuts is resumed.
+    ("grpc.max_connection_age_ms", 7_200_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
@@ -78,6 +85,7 @@ class Server:
         migrate: Change stored objects that do not fit the application's schema, by its
             renames, defaults and migrations.
         failure_retention: How long the payloads of settled failures are kept.
+        limits: How many are served at once. None: as many as `ServerLimits()` says.
 
     Raises:
         InvalidValue: *listen* is no address, a file of *tls* is not what it should be, or
@@ -98,6 +106,7 @@ class Server:
         tls: ServerTls | None = None,
         migrate: bool = False,
         failure_retention: timedelta = FAILURE_RETENTION_DEFAULT,
+        limits: ServerLimits | None = None,
     ) -> None:
         asks_for_certificates = tls is not None and tls.client_ca is not None
         if isinstance(authenticator, CertificateAuthenticator) and not asks_for_certificates:
@@ -108,6 +117,7 @@ class Server:
         self._migrate = migrate
         self._failure_retention = failure_retention
         self._authenticator = authenticator
+        self._limits = limits or ServerLimits()
         self._credentials = tls.credentials() if tls is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -118,8 +128,15 @@ class Server:
     def address(self) -> str:
         """Where the server listens, as "host:port"."""
         if not self._address:
-            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+            raise ResourceClosed(NOT_RUNNING)
         return self._address
+
+    @property
+    def load(self) -> Load:
+        """What the server has to do now. Raises ResourceClosed if it is not running."""
+        if not self._address:
+            raise ResourceClosed(NOT_RUNNING)
+        return self._services.load
 
     def start(self) -> Self:
         """Open the store and begin to serve. Returns once calls are answered."""
@@ -128,7 +145,7 @@ class Server:
         try:
             adopt_schema(self._application, self._store, migrate=self._migrate, time_us=server_time_us())
             self._callers = Callers(self._authenticator)
-            self._services = Services(self._application, self._store, self._callers)
+            self._services = Services(self._application, self._store, self._callers, self._limits)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
@@ -150,6 +167,7 @@ class Server:
         if self._loop is None or self._grpc is None:
             return
         try:
+            self._services.stop()
             asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
             self._retention.stop()
             self._callers.close()
@@ -174,7 +192,7 @@ class Server:
             InvalidValue: The name is none, or *principal* belongs to another tenant.
         """
         if not self._address:
-            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+            raise ResourceClosed(NOT_RUNNING)
         check_id(name, "a tenant")
         if principal is not None and principal.tenant != name:
             raise InvalidValue(f"{principal.user_id!r} belongs to the tenant {principal.tenant!r}, not to {name!r}")

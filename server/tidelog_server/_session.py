@@ -22,7 +22,7 @@ from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import _engine
 from tidelog_server._application import Application
-from tidelog_server._download import Download, Start, cursor_at
+from tidelog_server._download import Download, PageBytes, Start, cursor_at, full_pages
 from tidelog_server._engine import Evaluation, UploadState
 from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
 from tidelog_server._outcomes import Result, Status, Uploader
@@ -122,6 +122,10 @@ class Upload:
             )
         )
 
+    def abandon(self) -> None:
+        """Do no more: what was submitted and has not begun is dropped. Who sent it sends it again."""
+        self._failed = True
+
     def _submit(self, evaluate: Callable[[Reader, UploadState], Evaluation]) -> Future[list[Result]]:
         number = self._batch_count
         self._batch_count += 1
@@ -167,6 +171,8 @@ class Session:
         principal: Principal,
         start: sync_pb2.SessionStart,
         clock: Clock = server_time_us,
+        *,
+        page_bytes: PageBytes = full_pages,
     ) -> None:
         check_protocol_version(start.protocol_version)
         if start.mode not in _MODES:
@@ -189,7 +195,13 @@ class Session:
             tolerant=self.mode != sync_pb2.SYNCHRONIZE_MODE_ALL,
         )
         self._start = Start()
-        self._download = Download(store, self._projection, replica=self._replica, confirms=start.accepts_confirmations)
+        self._download = Download(
+            store,
+            self._projection,
+            replica=self._replica,
+            confirms=start.accepts_confirmations,
+            page_bytes=page_bytes,
+        )
 
     def open(self) -> Future[sync_pb2.SessionStarted]:
         """Begin. A session that uploads takes the replica's next session number and so ends older ones."""
@@ -233,6 +245,11 @@ class Session:
             done.set_result([])
             return done
         return self._upload.settle_held()
+
+    def abandon(self) -> None:
+        """Begin nothing more of what was submitted."""
+        if self._upload is not None:
+            self._upload.abandon()
 
     def pages(self) -> Iterator[sync_pb2.SnapshotPage]:
         """Iterate over the download. Each step reads one page in a short transaction."""

@@ -24,6 +24,8 @@ from tidelog_server._errors import (
     ProtocolVersionUnknown,
     ReplicaOwned,
     RequestInvalid,
+    ServerBusy,
+    SessionIdle,
     SessionSuperseded,
     for_people,
 )
@@ -38,6 +40,8 @@ STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
     (InvalidValue, grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID"),
     (ProtocolVersionUnknown, grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_VERSION_UNSUPPORTED"),
     (SessionSuperseded, grpc.StatusCode.ABORTED, "SESSION_SUPERSEDED"),
+    (SessionIdle, grpc.StatusCode.ABORTED, "SESSION_IDLE"),
+    (ServerBusy, grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY"),
     (OperationForked, grpc.StatusCode.FAILED_PRECONDITION, "REPLICA_FORKED"),
     (ReplicaOwned, grpc.StatusCode.PERMISSION_DENIED, "REPLICA_OWNED"),
     (FailureSettled, grpc.StatusCode.FAILED_PRECONDITION, "FAILURE_SETTLED"),
