@@ -399,6 +399,29 @@ class TestSlowSessions:
             assert sorted(one.id for page in pages for one in page.snapshots) == sorted(f"n{n}" for n in range(100))
             assert max(page.ByteSize() for page in pages) <= 2 * PAGE_BYTES_LEAST
 
+    def test_pages_that_take_long_keep_no_read_waiting(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many sessions wait for their pages, online reads are answered."""
+        released = threading.Event()
+
+        def waits(session: Session) -> Iterator[sync_pb2.SnapshotPage]:
+            assert released.wait(WAIT_SECONDS_MAX)
+            yield from ()
+
+        monkeypatch.setattr(Session, "pages", waits)
+        with World(folder) as world, ExitStack() as open_:
+            fill(world, 1, 10)
+            open_.callback(released.set)
+            for visitor in visitors(world, 2 * _services.PAGE_THREADS, open_):
+                visitor.send(COMPLETE)
+                assert visitor.receive().HasField("upload_settled")
+
+            objects = object_pb2_grpc.ObjectServiceStub(world.channel())
+            found = objects.GetObject(
+                object_pb2.GetObjectRequest(entity="Note", id="n0"), timeout=WAIT_SECONDS_MAX / 2
+            )
+            assert found.object.id == "n0"
+            released.set()
+
     def test_a_client_that_says_nothing_is_ended(self, folder: Path) -> None:
         """A session whose client sends nothing for too long ends with a reason, and its place is free."""
         with World(folder, limits=ServerLimits(idle_seconds=0.1)) as world, ExitStack() as open_:
