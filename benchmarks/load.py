@@ -32,6 +32,8 @@ STORE_OBJECTS: Final = 20_000
 WARM_SESSIONS: Final = 300
 PINGS: Final = 200
 OTHERS: Final = 100
+# The usual map is so large that a process has addresses for a hundred of them only.
+CROWD_MAP_BYTES: Final = 16 * 1024 * 1024
 STORM_PLACES: Final = 50
 SETTLE_SECONDS: Final = 5.0
 VISITOR_PROCESSES: Final = 2
@@ -121,7 +123,8 @@ class VisitorsWorker:
         ):
             requests.put(message)
         channel = grpc.insecure_channel(self._address, options=_OWN_CONNECTION)
-        call: Any = channel.stream_stream(_SYNCHRONIZE)(iter(requests.get, None))
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SYNCHRONIZE)
+        call: Any = method(iter(requests.get, None))
         self._open.append((channel, call, requests))
         next(call)
 
@@ -131,7 +134,7 @@ class CrowdWorker:
 
     def __init__(self, folder: str, address: str, first: int, count: int) -> None:
         self._replicas = [
-            Replica(f"{folder}/{number}", server=address, durability="relaxed")
+            Replica(f"{folder}/{number}", server=address, durability="relaxed", map_bytes=CROWD_MAP_BYTES)
             for number in range(first, first + count)
         ]
         for replica in self._replicas:
