@@ -40,7 +40,13 @@ VISITOR_PROCESSES: Final = 2
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
 _COMPLETE: Final = splice_pb2.SynchronizeRequestSplice(upload_complete=b"").SerializeToString()
-_OWN_CONNECTION: Final = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 4 * 1024 * 1024))
+# A connection for each, on which nothing is taken ahead of what the visitor reads.
+_OWN_CONNECTION: Final = (
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 16 * 1024),
+)
 
 
 class Situation(NamedTuple):
