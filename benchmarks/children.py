@@ -91,6 +91,11 @@ class Child(Generic[W]):
         self._pipe.send((method, arguments))
         return self._answer()
 
+    @property
+    def pid(self) -> int | None:
+        """Number of the process."""
+        return self._process.pid
+
     def usage(self) -> Usage:
         """Return what the process has used so far."""
         peak_bytes, cpu_seconds = self.call(_USAGE)

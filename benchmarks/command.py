@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import machine, tables
+from benchmarks.load import measure_pings, measure_situations, measure_storm
 from benchmarks.measurements import Pair, measure
 from benchmarks.narrow import measure_narrow
 from benchmarks.profile_runs import What, profile
@@ -105,6 +106,29 @@ def run_narrow(
     console = Console(width=TABLE_WIDTH)
     tables.show_machine(console, machine.describe(folder or Path(tempfile.gettempdir())))
     tables.show_narrow(console, list(measure_narrow(_sizes(sizes), repeat, folder)))
+
+
+@app.command("load")
+def run_load(
+    readers: Annotated[int, typer.Option(min=2, help="Sessions that read nothing, at once.")] = 1_000,
+    reconnects: Annotated[int, typer.Option(min=1, help="Sessions that are cut, one after the other.")] = 10_000,
+    clients: Annotated[int, typer.Option(min=2, help="Replicas that come at once to a server with 50 places.")] = 300,
+    operations: Annotated[
+        int, typer.Option(min=1_000, help="Operations of the upload beside health checks.")
+    ] = 100_000,
+    folder: Folder = None,
+) -> None:
+    """Measure a server with many sessions: its memory, and how it serves those who go on."""
+    console = Console(width=TABLE_WIDTH)
+    tables.show_machine(console, machine.describe(folder or Path(tempfile.gettempdir())))
+    with tempfile.TemporaryDirectory(prefix="tidelog-benchmark-", dir=folder) as name:
+        situations = []
+        for one in measure_situations(Path(name), readers, reconnects):
+            _progress.print(f"{one.name}: {one.own_bytes / 1e6:.0f} MB")
+            situations.append(one)
+        tables.show_situations(console, situations)
+        tables.show_storm(console, measure_storm(Path(name), clients))
+        tables.show_pings(console, *measure_pings(Path(name), operations))
 
 
 def _sizes(text: str) -> list[int]:

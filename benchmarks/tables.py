@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.children import Usage
+from benchmarks.load import Situation, Storm
 from benchmarks.narrow import Narrow
 from benchmarks.summary import Side, Spread, Summary
 
@@ -43,6 +44,44 @@ def show_narrow(console: Console, measured: Sequence[Narrow]) -> None:
                     f"{one.delta_seconds / smallest.delta_seconds:.2f}",
                 )
     _print(console, "a replica that sees 500 of them; ratios to the smallest tenant", table)
+
+
+def show_situations(console: Console, measured: Sequence[Situation]) -> None:
+    """Print what a server with many sessions takes; ratios to the first situation."""
+    table = _table("", "own MB", "ratio", "open files", "store MB", "sync: median", "most", "ping: median", "most")
+    for one in measured:
+        table.add_row(
+            one.name,
+            f"{one.own_bytes / 1e6:,.0f}",
+            f"{one.own_bytes / measured[0].own_bytes:.2f}",
+            f"{one.files:,}",
+            f"{one.store_bytes / 1e6:,.1f}",
+            *(f"{seconds * 1e3:.1f} ms" for seconds in (*one.seconds, *one.ping_seconds)),
+        )
+    _print(console, "a server, and a replica that goes on with small synchronizations", table)
+
+
+def show_storm(console: Console, storm: Storm) -> None:
+    """Print how a crowd was served."""
+    table = _table("clients at once", "places", "put off", "failed", "first", "p50", "p99", "last")
+    moments = [storm.seconds[int(part * (len(storm.seconds) - 1))] for part in (0.0, 0.5, 0.99, 1.0)]
+    table.add_row(
+        f"{storm.clients:,}",
+        str(storm.places),
+        f"{storm.put_off:,}",
+        str(storm.failed),
+        *(f"{seconds:.2f} s" for seconds in moments),
+    )
+    _print(console, "a crowd after an outage", table)
+
+
+def show_pings(console: Console, alone: Sequence[float], beside: Sequence[float]) -> None:
+    """Print how long health checks take."""
+    table = _table("health checks", "count", "p50", "p99", "most")
+    for name, pings in (("of a server at rest", alone), ("beside an upload", beside)):
+        moments = [pings[int(part * (len(pings) - 1))] for part in (0.5, 0.99, 1.0)]
+        table.add_row(name, str(len(pings)), *(f"{seconds * 1e3:.1f} ms" for seconds in moments))
+    _print(console, "who waits for the writer", table)
 
 
 def _print(console: Console, title: str, table: Table) -> None:

@@ -10,7 +10,7 @@ from benchmarks.profiling import Clock, Profiler
 from benchmarks.records import ENTITY, tasks
 from benchmarks.work import Stopwatch, Work
 from tidelog_client import Replica
-from tidelog_server import Application, Server
+from tidelog_server import Application, Server, ServerLimits
 from tidelog_server.commands import spare_the_collector
 
 COMMIT_OPERATIONS: Final = 1_000
@@ -19,14 +19,17 @@ COMMIT_OPERATIONS: Final = 1_000
 class ServerWorker:
     """A server without rules of its own; profiled if a clock is given."""
 
-    def __init__(self, store: str, clock: Clock | None = None) -> None:
+    def __init__(self, store: str, clock: Clock | None = None, limits: ServerLimits | None = None) -> None:
         self._profiler = Profiler(clock) if clock is not None else None
         self._open = ExitStack()
         spare_the_collector()  # as `tidelog serve` does
-        self._server = self._open.enter_context(Server(Application(), store=store))
+        self._server = self._open.enter_context(Server(Application(), store=store, limits=limits))
 
     def address(self) -> str:
         return self._server.address
+
+    def put_off_count(self) -> int:
+        return self._server.load.put_off_count
 
     def end_profile(self) -> str:
         """Stop the server and return what took the time."""

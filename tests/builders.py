@@ -34,7 +34,7 @@ from tidelog._schema import Schema
 from tidelog._values import decode_trusted, encode, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
-from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server
+from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server, ServerLimits
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
 from tidelog_server._indexes import Written, index_writes
 from tidelog_server._outcomes import Result, Status, Uploader
@@ -681,12 +681,18 @@ class World:
     """
 
     def __init__(
-        self, folder: Path, application: Application | None = None, *, authenticator: Authenticator | None = None
+        self,
+        folder: Path,
+        application: Application | None = None,
+        *,
+        authenticator: Authenticator | None = None,
+        limits: ServerLimits | None = None,
     ) -> None:
         self.folder = folder
         self.store = LmdbStore(folder / "server")
         self.lab = Lab(application or Application(), self.store)
         self._authenticator = authenticator
+        self._limits = limits
         self.server = self.made_server()
         self._open = ExitStack()
 
@@ -719,6 +725,7 @@ class World:
             store=self.store,
             listen=listen,
             authenticator=self._authenticator,
+            limits=self._limits,
             history_retention=timedelta.max,
             replica_retention=timedelta.max,
         )

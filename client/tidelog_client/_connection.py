@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import grpc
-from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from tidelog._address import host_of, is_loopback
@@ -69,9 +69,14 @@ TokenSource: TypeAlias = str | Callable[[], str] | None
 
 
 class Transient(Exception):
-    """The call failed in a way that a repetition may mend."""
+    """
+    The call failed in a way that a repetition may mend.
 
-    def __init__(self, message: str, *, retry_after_seconds: float = 0.0) -> None:
+    Attributes:
+        retry_after_seconds: When to repeat it, as the server says. None: it says nothing.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 
@@ -163,27 +168,27 @@ class Stream:
 def error_of(error: grpc.RpcError, address: str) -> Transient | SynchronizationError:
     """Return what a failed call means for the caller."""
     code, message = error.code(), error.details() or ""
-    info = _error_info(error)
-    reason = info.reason if info is not None else ""
+    info, retry = _details(error)
     for mark, meaning in _HANDSHAKE_FAILURES:
         if code is grpc.StatusCode.UNAVAILABLE and mark in message:
             return ServerUnavailable(f"{address}: {meaning}; nothing was exchanged ({message})")
     if "failed to connect" in message and "Socket closed" in message:
         message += " (while connecting: does the server expect TLS, or a client certificate?)"
     if code in _TRANSIENT:
-        retry_after = float(info.metadata.get("retry_after_seconds", "0")) if info is not None else 0.0
+        delay = retry.retry_delay
+        retry_after = delay.seconds + delay.nanos / 1e9 if retry.HasField("retry_delay") else None
         return Transient(f"{address}: {message}", retry_after_seconds=retry_after)
-    kind = _BY_REASON.get(reason) or _BY_CODE.get(code, ServerUnavailable)
-    return kind(f"{address}: {message}" + (f" ({reason})" if reason else ""))
+    kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code, ServerUnavailable)
+    return kind(f"{address}: {message}" + (f" ({info.reason})" if info.reason else ""))
 
 
-def _error_info(error: grpc.RpcError) -> ErrorInfo | None:
+def _details(error: grpc.RpcError) -> tuple[ErrorInfo, RetryInfo]:
+    """Return what an error says to programs; empty messages where it says nothing."""
+    info, retry = ErrorInfo(), RetryInfo()
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call
     except (ValueError, AttributeError):
-        return None
+        return info, retry
     for detail in status.details if status is not None else ():
-        info = ErrorInfo()
-        if detail.Unpack(info):
-            return info
-    return None
+        _ = detail.Unpack(info) or detail.Unpack(retry)
+    return info, retry

@@ -42,6 +42,9 @@ BACKOFF_SECONDS_MAX: Final = 5.0
 # Without a deadline of the caller's: how long to go on trying since the server was last heard of.
 SILENCE_SECONDS_MAX: Final = 30.0
 
+# The same for a server that answers, and does nothing but tell when to come again.
+BUSY_SECONDS_MAX: Final = 600.0
+
 # How often a server may begin a new timeline while one synchronization is under way.
 NEW_TIMELINES_MAX: Final = 3
 
@@ -90,7 +93,8 @@ class Synchronizer:
             mode: What to synchronize.
             report: Filled in as the work goes on, so that it tells the truth after an error too.
             timeout: Seconds until the deadline. None: no deadline while the server
-                answers, and 30 seconds of trying when it does not.
+                answers, 30 seconds of trying when it does not, and ten minutes when it
+                is busy and tells when to come again.
             on_progress: Called with each step's `Progress`.
             selection: Works out the selection, under the lock. Mode selected only.
             consent: What the caller agrees to.
@@ -160,7 +164,10 @@ class Synchronizer:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST
                         token_refused = False
-                    pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after_seconds)
+                    retry_after = error.retry_after_seconds
+                    pause = max(backoff * random.uniform(0.5, 1.0), retry_after or 0.0)
+                    if retry_after is not None:
+                        deadline.note_busy(pause)
                     if pause > deadline.remaining():
                         raise ServerUnavailable(
                             f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
@@ -168,7 +175,8 @@ class Synchronizer:
                         ) from error
                     deadline.heard = False
                     time.sleep(pause)
-                    backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
+                    if retry_after is None:  # else the server knows better
+                        backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
                 else:
                     if not adopts:
                         return
@@ -220,19 +228,31 @@ class _Deadline:
         now = time.monotonic()
         self._end = None if timeout is None else now + timeout
         self._last_heard = now
+        self._busy_since: float | None = None
         self.heard = False
 
     def note_heard(self) -> None:
         """Note that the server answered."""
         self._last_heard = time.monotonic()
+        self._busy_since = None
         self.heard = True
+
+    def note_busy(self, pause: float) -> None:
+        """Note that the server is there, and wants nothing to be tried for so many seconds."""
+        now = time.monotonic()
+        self._last_heard = now + pause
+        if self._busy_since is None:
+            self._busy_since = now
 
     def remaining(self) -> float:
         """Return the seconds left to try in."""
         now = time.monotonic()
         if self._end is not None:
             return self._end - now
-        return self._last_heard + SILENCE_SECONDS_MAX - now
+        until = self._last_heard + SILENCE_SECONDS_MAX
+        if self._busy_since is not None:
+            until = min(until, self._busy_since + BUSY_SECONDS_MAX)
+        return until - now
 
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""

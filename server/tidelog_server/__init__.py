@@ -4,6 +4,7 @@ tidelog_server: keeps the shared data, checks what replicas send, tells them wha
 Declare an `Application`, give it to a `Server`.
 """
 
+from tidelog_server._admission import ServerLimits
 from tidelog_server._application import Application, HookContext, HookObject, Reject, TransientError
 from tidelog_server._authentication import (
     Authenticator,
@@ -29,6 +30,7 @@ from tidelog_server._lmdb_verification import verify_store
 from tidelog_server._principal import Principal
 from tidelog_server._retention import Collected
 from tidelog_server._server import Server
+from tidelog_server._services import Load
 from tidelog_server._tenant import Found, Tenant, TenantTransaction
 from tidelog_server._tls import ServerTls
 
@@ -48,6 +50,7 @@ __all__ = [
     "HookObject",
     "JwtAuthenticator",
     "LmdbStore",
+    "Load",
     "MigrationUnfinished",
     "OperationRefused",
     "PeerCertificate",
@@ -56,6 +59,7 @@ __all__ = [
     "Restored",
     "SchemaContradicted",
     "Server",
+    "ServerLimits",
     "ServerTls",
     "StaticTokens",
     "Tenant",

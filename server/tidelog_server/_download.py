@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -46,6 +46,13 @@ INDEXED_OBJECTS_MAX: Final = 32
 NO_PLACE: Final = b"?"
 
 _M = TypeVar("_M", splice_pb2.Cursor, splice_pb2.ResumeToken)
+
+PageBytes: TypeAlias = Callable[[], int]
+
+
+def full_pages() -> int:
+    """Let each page hold as much as any may."""
+    return PAGE_BYTES_MAX
 
 
 class Place(NamedTuple):
@@ -160,16 +167,24 @@ class Download:
         projection: What the replica has of them.
         replica: The replica's id in 16 bytes.
         confirms: Whether it gets confirmations in place of what it wrote itself.
+        page_bytes: Says how much the next page may hold.
     """
 
     def __init__(
-        self, store: Store, projection: Projection, *, replica: bytes = NO_REPLICA, confirms: bool = False
+        self,
+        store: Store,
+        projection: Projection,
+        *,
+        replica: bytes = NO_REPLICA,
+        confirms: bool = False,
+        page_bytes: PageBytes = full_pages,
     ) -> None:
         self._store = store
         self._projection = projection
         self._tenant = projection.principal.tenant
         self._replica = replica
         self._confirmed = replica if confirms else None
+        self._page_bytes = page_bytes
         # A token tells where hidden objects stand, and by which values of hidden attributes they are found.
         self._sealer = Sealer(store, "resume")
         self.head = Head(0, b"")
@@ -206,7 +221,7 @@ class Download:
         A tenant that changes faster than this reads is caught up with in the end by
         reading the rest in one transaction.
         """
-        scan = _Scan(self._projection, start, self._confirmed)
+        scan = _Scan(self._projection, start, self._new_page)
         caught_up = False
         while not caught_up:
             pages = []
@@ -308,7 +323,7 @@ class Download:
         first_head = self._present_version()
         remaining = deque(wanted)
         while remaining:
-            page = _Page()
+            page = _Page(self._page_bytes())
             with self._store.read(self._tenant) as reader:
                 while remaining and not page.is_full:
                     key = remaining.popleft()
@@ -339,7 +354,7 @@ class Download:
                 if position >= round_head:
                     round_head, round_count = self.head.version, round_count + 1
                 while position < self.head.version and (not pages or round_count > CATCH_UP_ROUNDS_MAX):
-                    page = _Page(self._confirmed)
+                    page = self._new_page()
                     pages.append(page)
                     for change in _changes(reader, position):
                         if page.is_full:
@@ -351,6 +366,9 @@ class Download:
                                 add(page, reader, change.key, state)
                 caught_up = position >= self.head.version
             yield from (page.message for page in pages if not page.is_empty)
+
+    def _new_page(self) -> _Page:
+        return _Page(self._page_bytes(), self._confirmed)
 
     def _present_version(self) -> int:
         with self._store.read(self._tenant) as reader:
@@ -396,10 +414,10 @@ class _Scan:
         round_count: Number of the present round.
     """
 
-    def __init__(self, projection: Projection, start: Start, confirmed: bytes | None) -> None:
+    def __init__(self, projection: Projection, start: Start, new_page: Callable[[], _Page]) -> None:
         self._projection = projection
         self._start = start
-        self._confirmed = confirmed
+        self._new_page = new_page
         self._place = start.place
         self.round_count = 1
 
@@ -416,7 +434,7 @@ class _Scan:
         if reader.collected() > (place.first_head if cursor is None else cursor.version):
             # A tombstone that the replica needs to be told of may be among what went.
             raise HistoryCollected("what was changed since the download began is collected already: begin again")
-        page = _Page(self._confirmed)
+        page = self._new_page()
         while True:
             for source in self._sources(reader, place.source):
                 if source.key != place.source:
@@ -430,7 +448,7 @@ class _Scan:
                     if page.is_full:
                         self._place = page.end = place
                         yield page
-                        page = _Page(self._confirmed)
+                        page = self._new_page()
             self._place = page.end = place
             if place.round_head == head.version:
                 page.is_last = True
@@ -518,11 +536,11 @@ class _Page:
 
     end: Place
 
-    def __init__(self, confirmed: bytes | None = None) -> None:
+    def __init__(self, bytes_max: int, confirmed: bytes | None = None) -> None:
         self.message = sync_pb2.SnapshotPage()
         self.is_last = False
         self.objects_left = PAGE_OBJECTS_MAX
-        self.bytes_left = PAGE_BYTES_MAX
+        self.bytes_left = bytes_max
         self._confirmed = confirmed
         self._keys: set[ObjectKey] = set()
 

@@ -10,6 +10,8 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + SessionSuperseded          a newer session of the replica has begun to upload
   + ReplicaRetired             the replica was away for so long that it cannot upload any more
   + HistoryCollected           the change log does not reach back as far as it is needed
+  + SessionIdle                the client neither sends what is awaited nor reads what is sent
+  + ServerBusy                 as many are served as may be at once: come again later
   + OperationForked            a settled position was sent with another nonce
   + ReplicaOwned               the replica id belongs to another principal
   + NotFound                   what was asked for by name is not there (to this principal)
@@ -71,6 +73,23 @@ class ReplicaRetired(TidelogError):
 
 class HistoryCollected(TidelogError):
     """The change log does not reach back as far as it is needed."""
+
+
+class SessionIdle(TidelogError):
+    """The client neither sends what is awaited nor reads what is sent, for too long."""
+
+
+class ServerBusy(TidelogError):
+    """
+    As many are served as may be at once. Nothing was begun.
+
+    Attributes:
+        retry_after_seconds: When to come again.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class OperationForked(TidelogError):

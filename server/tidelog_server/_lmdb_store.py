@@ -132,7 +132,11 @@ class LmdbStore:
     def read(self, tenant: str) -> Iterator[LmdbReader]:
         """Read a tenant's data as of one moment."""
         with self._environment.read() as transaction:
-            yield LmdbReader(transaction, self._databases, self._known_prefix(transaction, tenant) or _NO_TENANT)
+            reader = LmdbReader(transaction, self._databases, self._known_prefix(transaction, tenant) or _NO_TENANT)
+            try:
+                yield reader
+            finally:
+                reader.detach()
 
     def submit(self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]]) -> Future[T]:
         """Run a job in a write transaction. See `Store.submit`."""
@@ -330,6 +334,15 @@ class LmdbReader:
         self._transaction = transaction
         self._databases = databases
         self._prefix = prefix
+
+    def detach(self) -> None:
+        """
+        Let go of the transaction.
+
+        A read transaction that has ended keeps its reader slot as long as anybody refers
+        to it: a generator that waits for a slow client would, and the slots run out.
+        """
+        del self._transaction
 
     def head(self) -> Head:
         value = self._transaction.get(self._prefix, db=self._databases.heads)

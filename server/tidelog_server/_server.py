@@ -19,6 +19,7 @@ from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog._values import check_id
 from tidelog.v1 import failure_pb2, object_pb2, schema_pb2, sync_pb2
+from tidelog_server._admission import ServerLimits
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
@@ -35,7 +36,7 @@ from tidelog_server._retention import (
     Periods,
     Retention,
 )
-from tidelog_server._services import Services
+from tidelog_server._services import Load, Services
 from tidelog_server._session import server_time_us
 from tidelog_server._store import Store
 from tidelog_server._tenant import Tenant
@@ -62,6 +63,11 @@ _OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Devices that have synchronized keep their connection: without an end the open files run out.
+    ("grpc.max_connection_idle_ms", 300_000),
+    # gRPC cannot end a call whose client reads nothing; it can end the connection. A session that it cuts is resumed.
+    ("grpc.max_connection_age_ms", 7_200_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
@@ -89,6 +95,7 @@ class Server:
         replica_retention: After what time without an upload a replica is retired: it
             cannot upload any more under its id. Not less than *history_retention*.
         failure_retention: How long the payloads of settled failures are kept.
+        limits: How many are served at once. None: as many as `ServerLimits()` says.
 
     Raises:
         InvalidValue: *listen* is no address, a file of *tls* is not what it should be,
@@ -112,6 +119,7 @@ class Server:
         history_retention: timedelta = HISTORY_RETENTION_DEFAULT,
         replica_retention: timedelta = REPLICA_RETENTION_DEFAULT,
         failure_retention: timedelta = FAILURE_RETENTION_DEFAULT,
+        limits: ServerLimits | None = None,
     ) -> None:
         asks_for_certificates = tls is not None and tls.client_ca is not None
         if isinstance(authenticator, CertificateAuthenticator) and not asks_for_certificates:
@@ -123,6 +131,7 @@ class Server:
         self._periods = Periods(history_retention, replica_retention, failure_retention)
         self._periods.check()
         self._authenticator = authenticator
+        self._limits = limits or ServerLimits()
         self._credentials = tls.credentials() if tls is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -132,9 +141,14 @@ class Server:
     @property
     def address(self) -> str:
         """Where the server listens, as "host:port"."""
-        if not self._address:
-            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+        self._check_running()
         return self._address
+
+    @property
+    def load(self) -> Load:
+        """What the server has to do now. Raises ResourceClosed if it is not running."""
+        self._check_running()
+        return self._services.load
 
     def start(self) -> Self:
         """Open the store and begin to serve. Returns once calls are answered."""
@@ -143,7 +157,7 @@ class Server:
         try:
             adopt_schema(self._application, self._store, migrate=self._migrate, time_us=server_time_us())
             self._callers = Callers(self._authenticator)
-            self._services = Services(self._application, self._store, self._callers)
+            self._services = Services(self._application, self._store, self._callers, self._limits)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
@@ -165,6 +179,7 @@ class Server:
         if self._loop is None or self._grpc is None:
             return
         try:
+            self._services.stop()
             asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
             self._retention.stop()
             self._callers.close()
@@ -217,8 +232,7 @@ class Server:
             DiskFull: There is no room for the copy.
             StorageError: It cannot be copied, or the store is another one, with its own means.
         """
-        if not self._address:
-            raise ResourceClosed("the server is not running: call start() or use it in a with statement")
+        self._check_running()
         if not isinstance(self._store, LmdbStore):
             raise StorageError("only an embedded store is backed up by its server")
         backup_store(self._store.path, target)

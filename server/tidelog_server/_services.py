@@ -9,15 +9,18 @@ writer thread, scans in a small pool; the event loop itself reads no more than a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, NoReturn
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc.code_pb2 import Code
-from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status as RpcStatus
 from grpc_status import rpc_status
 
@@ -26,17 +29,20 @@ from tidelog._errors import StorageError
 from tidelog._logging import get_logger
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
+from tidelog_server._admission import Admission, ServerLimits
 from tidelog_server._application import Application
 from tidelog_server._callers import Callers
 from tidelog_server._download import Download, cursor_at
-from tidelog_server._errors import RequestInvalid
+from tidelog_server._errors import RequestInvalid, ServerBusy, SessionIdle
 from tidelog_server._failure_service import FailureService
 from tidelog_server._object_service import ObjectService
 from tidelog_server._outcomes import Result, Status, Uploader
+from tidelog_server._peer import Peer
 from tidelog_server._principal import Principal
 from tidelog_server._projection import Projection
 from tidelog_server._records import ReplicaState
 from tidelog_server._requests import parsed
+from tidelog_server._room import HeldPages, PageRoom, QueueRoom
 from tidelog_server._session import (
     Session,
     Upload,
@@ -52,74 +58,134 @@ from tidelog_server._status import status_of
 from tidelog_server._store import Store
 
 ERROR_DOMAIN: Final = "tidelog"
-READ_THREADS: Final = 4
+PAGE_THREADS: Final = 4
+CALL_THREADS: Final = 2
 
 _log = get_logger("tidelog.services")
 
 
-_Method = Callable[[bytes, Principal], Awaitable[Message]]
+T = TypeVar("T")
+
+_Method: TypeAlias = Callable[[bytes, Principal], Awaitable[Message]]
+_Place: TypeAlias = Callable[[], AbstractContextManager[None]]
+
+
+class Load(NamedTuple):
+    """
+    What a server has to do at a moment.
+
+    Attributes:
+        sessions: Sessions that are open.
+        uploads: Those of them that upload.
+        calls: Other calls: online reads, work on failures.
+        queued_batches: Batches that the store's writer has before it.
+        queued_bytes: How large they are.
+        waiting_batches: Batches for which there is no room in its queue, one of a session.
+        page_bytes: How large the pages are that were read for clients who have not taken them yet.
+        put_off_count: How many were told to come again later, since the start.
+    """
+
+    sessions: int
+    uploads: int
+    calls: int
+    queued_batches: int
+    queued_bytes: int
+    waiting_batches: int
+    page_bytes: int
+    put_off_count: int
 
 
 class Services:
     """All services of one server, over one application and one store."""
 
-    def __init__(self, application: Application, store: Store, callers: Callers) -> None:
+    def __init__(
+        self, application: Application, store: Store, callers: Callers, limits: ServerLimits | None = None
+    ) -> None:
         self._application = application
         self._store = store
         self._callers = callers
+        self._limits = limits or ServerLimits()
+        self._admission = Admission(self._limits)
+        self._queue_room = QueueRoom()
+        self._page_room = PageRoom()
         self._failures = FailureService(application, store)
         self._objects = ObjectService(application, store)
-        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="tidelog-reader")
+        # Calls have a pool of their own: they must not wait behind the pages of a thousand sessions.
+        self._page_pool = ThreadPoolExecutor(PAGE_THREADS, thread_name_prefix="tidelog-pages")
+        self._call_pool = ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="tidelog-calls")
+        self._stopping = False
+
+    @property
+    def load(self) -> Load:
+        """What there is to do now."""
+        admission, queue_room = self._admission, self._queue_room
+        return Load(
+            sessions=admission.sessions.taken,
+            uploads=admission.uploads.taken,
+            calls=admission.calls.taken,
+            queued_batches=queue_room.batches,
+            queued_bytes=queue_room.bytes,
+            waiting_batches=queue_room.waiting,
+            page_bytes=self._page_room.bytes,
+            put_off_count=admission.put_off_count,
+        )
+
+    def stop(self) -> None:
+        """Drop what sessions have submitted, when they end, unless it has begun: nobody will be told of it."""
+        self._stopping = True
 
     def close(self) -> None:
         """Let the reads under way end."""
-        self._pool.shutdown(wait=True)
+        for pool in (self._page_pool, self._call_pool):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """Return the handlers to be added to a gRPC server."""
+        call, session = self._admission.call, self._admission.session
         return [
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.SyncService",
                 {
                     "Synchronize": grpc.stream_stream_rpc_method_handler(self._synchronize),
-                    "UploadOperations": self._unary(self._upload_operations),
+                    "UploadOperations": self._unary(self._upload_operations, session),
                     "DownloadSnapshots": grpc.unary_stream_rpc_method_handler(self._download_snapshots),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.FailureService",
                 {
-                    "ListFailures": self._unary(self._pooled(self._failures.list_failures)),
-                    "GetFailure": self._unary(self._pooled(self._failures.get_failure)),
-                    "RetryFailure": self._unary(self._failures.retry_failure),
-                    "DismissFailure": self._unary(self._failures.dismiss_failure),
+                    "ListFailures": self._unary(self._pooled(self._failures.list_failures), call),
+                    "GetFailure": self._unary(self._pooled(self._failures.get_failure), call),
+                    "RetryFailure": self._unary(self._failures.retry_failure, call),
+                    "DismissFailure": self._unary(self._failures.dismiss_failure, call),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.ObjectService",
                 {
-                    "GetObject": self._unary(self._pooled(self._objects.get_object)),
-                    "ListObjects": self._unary(self._pooled(self._objects.list_objects)),
+                    "GetObject": self._unary(self._pooled(self._objects.get_object), call),
+                    "ListObjects": self._unary(self._pooled(self._objects.list_objects), call),
                 },
             ),
             grpc.method_handlers_generic_handler(
-                "tidelog.v1.SchemaService", {"GetSchema": self._unary(self._pooled(self._objects.get_schema))}
+                "tidelog.v1.SchemaService", {"GetSchema": self._unary(self._pooled(self._objects.get_schema), call)}
             ),
         ]
 
-    def _pooled(
-        self, method: Callable[[bytes, Principal], Message]
-    ) -> Callable[[bytes, Principal], Awaitable[Message]]:
+    def _pooled(self, method: Callable[[bytes, Principal], Message]) -> _Method:
         """Return a method that reads, as one that does so in the pool."""
-        return lambda data, principal: asyncio.get_running_loop().run_in_executor(self._pool, method, data, principal)
+        return lambda data, principal: asyncio.get_running_loop().run_in_executor(
+            self._call_pool, method, data, principal
+        )
 
-    def _unary(self, method: _Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+    def _unary(self, method: _Method, place: _Place) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-            try:
+            return await _served(answered(data, context), context)
+
+        async def answered(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+            with place():
                 response = await method(data, await self._callers.principal_of(context))
-                return response.SerializeToString()
-            except Exception as error:  # noqa: BLE001 - becomes the status of the call
-                await _abort(context, error)
+            return response.SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -127,59 +193,114 @@ class Services:
 
     async def _synchronize(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
-        reading: asyncio.Task[None] | None = None
-        try:
+    ) -> None:
+        await _served(self._session(Peer(context, self._limits.idle_seconds, requests), context), context)
+
+    async def _session(self, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        async with self._admitted(context) as principal:
+            start = await _received_start(peer)
+            page_bytes = self._page_room.page_bytes
+            session = Session(self._application, self._store, principal, start, page_bytes=page_bytes)
+            with self._admission.upload() if start.uploading else nullcontext():
+                await self._upload_phase(peer, session)
+            await self._send_pages(peer, session.pages(), lambda page: _response(page=page))
+            await peer.send(_response(complete=session.complete().SerializeToString()))
+
+    @asynccontextmanager
+    async def _admitted(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[Principal]:
+        """Let a session in, and find out whose it is."""
+        with self._admission.session():
             principal = await self._callers.principal_of(context)
-            session = Session(self._application, self._store, principal, await _received_start(requests))
-            started = await asyncio.wrap_future(session.open())
-            yield splice_pb2.SynchronizeResponseSplice(started=started.SerializeToString()).SerializeToString()
-            answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
-            reading = asyncio.create_task(_read_uploads(requests, session, answers))
+            with self._admission.session_of(principal):
+                yield principal
+
+    async def _upload_phase(self, peer: Peer, session: Session) -> None:
+        started = await asyncio.wrap_future(session.open())
+        await peer.send(_response(started=started.SerializeToString()))
+        answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
+        reading = asyncio.create_task(self._read_uploads(peer, session, answers))
+        try:
             while (answer := await answers.get()) is not None:
                 if isinstance(answer, BaseException):
                     raise answer
                 settled_now = await asyncio.wrap_future(answer)
                 results = sync_pb2.BatchResults(checkpoint=session.checkpoint())
                 put_results(settled_now, results.results)
-                yield splice_pb2.SynchronizeResponseSplice(
-                    batch_results=results.SerializeToString()
-                ).SerializeToString()
+                await peer.send(_response(batch_results=results.SerializeToString()))
+                peer.owed -= 1
             held = await asyncio.wrap_future(session.settle_held())
-            for settled in settled_messages(held, session.checkpoint() if held else b""):
-                yield splice_pb2.SynchronizeResponseSplice(
-                    upload_settled=settled.SerializeToString()
-                ).SerializeToString()
-            async for page in self._read_ahead(session.pages()):
-                yield splice_pb2.SynchronizeResponseSplice(page=page).SerializeToString()
-            complete = session.complete()
-            yield splice_pb2.SynchronizeResponseSplice(complete=complete.SerializeToString()).SerializeToString()
-        except Exception as error:  # noqa: BLE001 - becomes the status of the call
-            await _abort(context, error)
         finally:
-            if reading is not None:
-                reading.cancel()
+            reading.cancel()
+            if self._stopping:
+                session.abandon()
+        checkpoint = session.checkpoint() if held else b""
+        for settled in settled_messages(held, checkpoint):
+            await peer.send(_response(upload_settled=settled.SerializeToString()))
+
+    async def _read_uploads(self, peer: Peer, session: Session, answers: asyncio.Queue[_Answer]) -> None:
+        """Submit the batches as they come; what comes of them is awaited by whoever reads *answers*."""
+        try:
+            while (data := await peer.receive()) is not None:
+                request = parsed(splice_pb2.SynchronizeRequestSplice, data)
+                which = request.WhichOneof("message")
+                if which == "batch":
+                    operations = list(request.batch.operations)
+                    _check_batch(operations)
+                    peer.owed += 1
+                    await answers.put(
+                        await self._queued(
+                            len(data), partial(session.upload, operations, request.batch.former_outcomes)
+                        )
+                    )
+                elif which == "selection":
+                    session.select(parsed(sync_pb2.Selection, request.selection))
+                elif which == "upload_complete":
+                    await answers.put(None)
+                    return
+                else:
+                    raise RequestInvalid(f"`{which}` came where a batch or `upload_complete` was expected")
+            raise RequestInvalid("the stream ended before `upload_complete`")
+        except Exception as error:  # noqa: BLE001 - the session raises it in its place among the answers
+            await answers.put(error)
+
+    async def _queued(self, size: int, submit: Callable[[], Future[T]]) -> Future[T]:
+        """Submit a batch of so many bytes to the store, once there is room for it."""
+        room, loop = self._queue_room, asyncio.get_running_loop()
+        await room.take(size)
+        try:
+            submitted = submit()
+        except BaseException:
+            room.give_back(size)
+            raise
+
+        def give_back(_done: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                loop.call_soon_threadsafe(room.give_back, size)
+
+        submitted.add_done_callback(give_back)
+        return submitted
 
     async def _upload_operations(self, data: bytes, principal: Principal) -> sync_pb2.UploadOperationsResponse:
         request = parsed(splice_pb2.UploadOperationsRequestSplice, data)
         check_protocol_version(request.protocol_version)
         replica = parse_replica_id(request.replica_id)
-        begun: ReplicaState = await asyncio.wrap_future(
-            self._store.submit(
-                principal.tenant, lambda reader: begin_upload(reader, replica, principal, server_time_us())
-            )
-        )
-        upload = Upload(
-            self._application,
-            self._store,
-            Uploader(replica, principal, begun.session_number, leaves_earlier=request.more_follow),
-        )
         operations = list(request.operations)
         _check_batch(operations)
-        first = upload.submit(operations)
-        held = upload.settle_held()  # right behind, in the same group of the writer
-        results = await asyncio.wrap_future(first)
-        settled = await asyncio.wrap_future(held)
+        with self._admission.session_of(principal), self._admission.upload():
+            begun: ReplicaState = await asyncio.wrap_future(
+                self._store.submit(
+                    principal.tenant, lambda reader: begin_upload(reader, replica, principal, server_time_us())
+                )
+            )
+            upload = Upload(
+                self._application,
+                self._store,
+                Uploader(replica, principal, begun.session_number, leaves_earlier=request.more_follow),
+            )
+            first = await self._queued(len(data), partial(upload.submit, operations))
+            held = upload.settle_held()  # right behind, in the same group of the writer
+            results = await asyncio.wrap_future(first)
+            settled = await asyncio.wrap_future(held)
         final = iter(settled)
         merged = [next(final) if result.status == Status.HELD else result for result in results]
         with self._store.read(principal.tenant) as reader:
@@ -188,16 +309,16 @@ class Services:
         put_results(merged, response.results)
         return response
 
-    async def _download_snapshots(
-        self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
-        try:
-            principal = await self._callers.principal_of(context)
+    async def _download_snapshots(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await _served(self._download(data, Peer(context, self._limits.idle_seconds), context), context)
+
+    async def _download(self, data: bytes, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        async with self._admitted(context) as principal:
             request = parsed(sync_pb2.DownloadSnapshotsRequest, data)
             check_protocol_version(request.protocol_version)
             identity = self._store.identity
             projection = Projection(self._application, principal, wishes_of(request.downloads))
-            download = Download(self._store, projection)
+            download = Download(self._store, projection, page_bytes=self._page_room.page_bytes)
             with self._store.read(principal.tenant) as reader:
                 start = download.start_of(reader, request.cursor, request.resume_token)
             started = sync_pb2.DownloadStarted(
@@ -209,63 +330,60 @@ class Services:
             )
             if self._application.has_schema:
                 started.schema.CopyFrom(self._application.schema.to_message())
-            yield sync_pb2.DownloadSnapshotsResponse(started=started).SerializeToString()
-            async for page in self._read_ahead(download.everything_since(start)):
-                yield splice_pb2.DownloadSnapshotsResponseSplice(page=page).SerializeToString()
+            await peer.send(sync_pb2.DownloadSnapshotsResponse(started=started).SerializeToString())
+            await self._send_pages(
+                peer,
+                download.everything_since(start),
+                lambda page: splice_pb2.DownloadSnapshotsResponseSplice(page=page).SerializeToString(),
+            )
             complete = sync_pb2.SessionComplete(
                 cursor=cursor_at(identity, download.head, projection.scope), version=download.head.version
             )
-            yield sync_pb2.DownloadSnapshotsResponse(complete=complete).SerializeToString()
-        except Exception as error:  # noqa: BLE001 - becomes the status of the call
-            await _abort(context, error)
+            await peer.send(sync_pb2.DownloadSnapshotsResponse(complete=complete).SerializeToString())
 
-    async def _read_ahead(self, pages: Iterator[sync_pb2.SnapshotPage]) -> AsyncIterator[bytes]:
-        """Yield serialized pages; while one is being sent, the next is read."""
+    async def _send_pages(
+        self, peer: Peer, pages: Iterator[sync_pb2.SnapshotPage], response: Callable[[bytes], bytes]
+    ) -> None:
+        """Send pages; while one is on its way the next is read, if there is room for it."""
+        loop, room = asyncio.get_running_loop(), self._page_room
+        with HeldPages(room) as held:
 
-        def read() -> bytes | None:
-            page = next(pages, None)
-            return None if page is None else page.SerializeToString()
+            def read() -> bytes | None:
+                page = next(pages, None)
+                if page is None:
+                    return None
+                message = response(page.SerializeToString())
+                held.add(len(message))
+                return message
 
-        loop = asyncio.get_running_loop()
-        coming = loop.run_in_executor(self._pool, read)
-        while (page := await coming) is not None:
-            coming = loop.run_in_executor(self._pool, read)
-            yield page
+            coming = loop.run_in_executor(self._page_pool, read)
+            try:
+                while (message := await coming) is not None:
+                    is_ahead = room.may_read_ahead
+                    if is_ahead:
+                        coming = loop.run_in_executor(self._page_pool, read)
+                    await peer.send(message)
+                    held.drop(len(message))
+                    if not is_ahead:
+                        coming = loop.run_in_executor(self._page_pool, read)
+            finally:
+                coming.cancel()
 
 
 # What the reader of a session hands to its writer: the results to come of a batch, an error, or the end.
 _Answer = Future[list[Result]] | Exception | None
 
 
-async def _received_start(requests: AsyncIterator[bytes]) -> sync_pb2.SessionStart:
-    async for data in requests:
+def _response(**message: bytes) -> bytes:
+    return splice_pb2.SynchronizeResponseSplice(**message).SerializeToString()
+
+
+async def _received_start(peer: Peer) -> sync_pb2.SessionStart:
+    if (data := await peer.receive()) is not None:
         request = parsed(splice_pb2.SynchronizeRequestSplice, data)
-        if request.WhichOneof("message") != "start":
-            break
-        return parsed(sync_pb2.SessionStart, request.start)
+        if request.WhichOneof("message") == "start":
+            return parsed(sync_pb2.SessionStart, request.start)
     raise RequestInvalid("a session begins with `start`")
-
-
-async def _read_uploads(requests: AsyncIterator[bytes], session: Session, answers: asyncio.Queue[_Answer]) -> None:
-    """Submit the batches as they come; what comes of them is awaited by whoever reads *answers*."""
-    try:
-        async for data in requests:
-            request = parsed(splice_pb2.SynchronizeRequestSplice, data)
-            which = request.WhichOneof("message")
-            if which == "batch":
-                operations = list(request.batch.operations)
-                _check_batch(operations)
-                await answers.put(session.upload(operations, request.batch.former_outcomes))
-            elif which == "selection":
-                session.select(parsed(sync_pb2.Selection, request.selection))
-            elif which == "upload_complete":
-                await answers.put(None)
-                return
-            else:
-                raise RequestInvalid(f"`{which}` came where a batch or `upload_complete` was expected")
-        raise RequestInvalid("the stream ended before `upload_complete`")
-    except Exception as error:  # noqa: BLE001 - the session raises it in its place among the answers
-        await answers.put(error)
 
 
 def _check_batch(operations: list[bytes]) -> None:
@@ -275,16 +393,41 @@ def _check_batch(operations: list[bytes]) -> None:
         )
 
 
+async def _served(answer: Coroutine[Any, Any, T], context: grpc.aio.ServicerContext[bytes, bytes]) -> T:
+    """Await the answer to a call. An error becomes the status of the call."""
+    failed: Exception
+    try:
+        return await answer
+    except SessionIdle as error:
+        # Nothing of the session stays in memory: its client may take a long time to read this.
+        failed = error.with_traceback(None)
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        failed = error
+    return await _abort(context, failed)
+
+
 async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> NoReturn:
     """End the call with the error's status, and `ErrorInfo` for programs."""
     code, reason, message = status_of(error)
     if code is grpc.StatusCode.INTERNAL or isinstance(error, StorageError):
         _log.error("call failed", reason=reason, exc_info=error)
+    elif isinstance(error, ServerBusy):
+        _log.debug("call refused", reason=reason, detail=message)  # there are many then; admission tells how many
     else:
         _log.info("call refused", reason=reason, detail=message)
-    detail = AnyMessage()
-    detail.Pack(ErrorInfo(domain=ERROR_DOMAIN, reason=reason))
-    number = Code.Value(code.name)
-    status = rpc_status.to_status(RpcStatus(code=number, message=message, details=[detail]))
+    details: list[Message] = [ErrorInfo(domain=ERROR_DOMAIN, reason=reason)]
+    if isinstance(error, ServerBusy):
+        delay = Duration()
+        delay.FromMicroseconds(int(error.retry_after_seconds * 1_000_000))
+        details.append(RetryInfo(retry_delay=delay))
+    status = rpc_status.to_status(
+        RpcStatus(code=Code.Value(code.name), message=message, details=[_packed(one) for one in details])
+    )
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort does not return")
+
+
+def _packed(message: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed

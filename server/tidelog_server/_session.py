@@ -27,7 +27,7 @@ from tidelog_server import _engine
 from tidelog_server._application import Application
 from tidelog_server._author import FormerIdentity, OldBases
 from tidelog_server._checkpoints import Checkpoints
-from tidelog_server._download import Download, Start, cursor_at
+from tidelog_server._download import Download, PageBytes, Start, cursor_at, full_pages
 from tidelog_server._engine import Evaluation, UploadState
 from tidelog_server._errors import (
     ProtocolVersionUnknown,
@@ -181,6 +181,10 @@ class Upload:
             )
         )
 
+    def abandon(self) -> None:
+        """Do no more: what was submitted and has not begun is dropped. Who sent it sends it again."""
+        self._failed = True
+
     def _submit(self, evaluate: Callable[[Reader, UploadState], Evaluation]) -> Future[list[Result]]:
         number = self._batch_count
         self._batch_count += 1
@@ -227,6 +231,8 @@ class Session:
         principal: Principal,
         start: sync_pb2.SessionStart,
         clock: Clock = server_time_us,
+        *,
+        page_bytes: PageBytes = full_pages,
     ) -> None:
         check_protocol_version(start.protocol_version)
         if start.mode not in _MODES:
@@ -255,7 +261,9 @@ class Session:
         self._checkpoints = Checkpoints(store, principal.tenant, self._replica)
         # Versions of another timeline do not tell what the replica still has.
         confirms = start.accepts_confirmations and not self._is_of_other_timeline
-        self._download = Download(store, self._projection, replica=self._replica, confirms=confirms)
+        self._download = Download(
+            store, self._projection, replica=self._replica, confirms=confirms, page_bytes=page_bytes
+        )
 
     def open(self) -> Future[sync_pb2.SessionStarted]:
         """
@@ -310,6 +318,11 @@ class Session:
             done.set_result([])
             return done
         return self._upload.settle_held()
+
+    def abandon(self) -> None:
+        """Begin nothing more of what was submitted."""
+        if self._upload is not None:
+            self._upload.abandon()
 
     def pages(self) -> Iterator[sync_pb2.SnapshotPage]:
         """Iterate over the download. Each step reads one page in a short transaction."""

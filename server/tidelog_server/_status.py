@@ -26,6 +26,8 @@ from tidelog_server._errors import (
     ReplicaOwned,
     ReplicaRetired,
     RequestInvalid,
+    ServerBusy,
+    SessionIdle,
     SessionSuperseded,
     for_people,
 )
@@ -42,6 +44,8 @@ STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
     (SessionSuperseded, grpc.StatusCode.ABORTED, "SESSION_SUPERSEDED"),
     (HistoryCollected, grpc.StatusCode.ABORTED, "HISTORY_COLLECTED"),
     (ReplicaRetired, grpc.StatusCode.FAILED_PRECONDITION, "REPLICA_RETIRED"),
+    (SessionIdle, grpc.StatusCode.ABORTED, "SESSION_IDLE"),
+    (ServerBusy, grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY"),
     (OperationForked, grpc.StatusCode.FAILED_PRECONDITION, "REPLICA_FORKED"),
     (ReplicaOwned, grpc.StatusCode.PERMISSION_DENIED, "REPLICA_OWNED"),
     (FailureSettled, grpc.StatusCode.FAILED_PRECONDITION, "FAILURE_SETTLED"),

@@ -22,6 +22,11 @@ from typing import Annotated, Any, Final
 
 import typer
 
+try:
+    import resource
+except ImportError:  # not on this system
+    resource = None  # type: ignore[assignment]
+
 from tidelog._logging import get_logger
 from tidelog.cli import CommandFailed, ExitCode, checked_address, printable
 from tidelog.verify_command import add_verifier
@@ -33,6 +38,7 @@ from tidelog_server import (
     JwtAuthenticator,
     SchemaContradicted,
     Server,
+    ServerLimits,
     ServerTls,
     StaticTokens,
     backup_commands,
@@ -45,6 +51,10 @@ from tidelog_server._retention import (
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
 )
+
+LIMITS_DEFAULT: Final = ServerLimits()
+# Besides one for each session: the store's, those of libraries, and connections that are on their way in or out.
+OTHER_FILES: Final = 256
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -143,6 +153,22 @@ def serve(
         float,
         typer.Option(metavar="DAYS", min=0, help="How long the payloads of settled failures are kept."),
     ] = FAILURE_RETENTION_DEFAULT / timedelta(days=1),
+    sessions_max: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, help="Sessions open at once; others are told to come again later.")
+    ] = LIMITS_DEFAULT.sessions,
+    sessions_per_tenant_max: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="The same, of one tenant. Without it: no other limit.")
+    ] = LIMITS_DEFAULT.sessions_per_tenant,
+    sessions_per_user_max: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="The same, of one user. Without it: no other limit.")
+    ] = LIMITS_DEFAULT.sessions_per_user,
+    uploads_max: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, help="Sessions that upload at once.")
+    ] = LIMITS_DEFAULT.uploads,
+    session_idle_seconds: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=1, help="End sessions whose client neither sends nor reads for so long."),
+    ] = LIMITS_DEFAULT.idle_seconds,
     log_level: Annotated[str, typer.Option(metavar="|".join(LOG_LEVELS), help="What is logged.")] = "info",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
 ) -> None:
@@ -167,6 +193,15 @@ def serve(
         authenticator = CertificateAuthenticator()
     served = _load_application(application) if application is not None else None
 
+    limits = ServerLimits(
+        sessions=sessions_max,
+        sessions_per_tenant=sessions_per_tenant_max,
+        sessions_per_user=sessions_per_user_max,
+        uploads=uploads_max,
+        idle_seconds=session_idle_seconds,
+    )
+    allow_open_files(limits.sessions + OTHER_FILES)
+
     # A queue, because its `put` may interrupt its own `get`; an Event's `set` could wait for itself.
     stops: queue.SimpleQueue[int] = queue.SimpleQueue()
     spare_the_collector()
@@ -183,6 +218,7 @@ def serve(
             history_retention=_days(history_retention, "--history-retention"),
             replica_retention=_days(replica_retention, "--replica-retention"),
             failure_retention=_days(failure_retention, "--failure-retention"),
+            limits=limits,
         ) as server:
             if served is None:
                 _log.warning("no application was given: every change is accepted")
@@ -213,6 +249,19 @@ def spare_the_collector() -> None:
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process open so many files, as far as the system permits; say so if it does not."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < count:
+        _log.warning("fewer files may be open than sessions need: raise the limit", allowed=allowed, needed=count)
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:

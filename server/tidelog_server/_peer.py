@@ -1,0 +1,65 @@
+"""
+Peer: the client at the other end of a session's stream, who may be slow, or have come to a halt.
+
+A client that is gone is found by pings. One that is there, and neither sends what is
+awaited nor reads what is sent, would hold its session for ever: hence a limit of time.
+One that moves at all is not concerned, however long the whole takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from tidelog_server._errors import SessionIdle
+
+
+class Peer:
+    """
+    Reads from and writes to a client, each within the limit.
+
+    Args:
+        context: Of the client's call.
+        idle_seconds: How long to wait for it.
+        requests: What it sends. None: it has sent all.
+
+    Attributes:
+        owed: How many answers the client waits for. While it does, it need not send anything.
+    """
+
+    def __init__(
+        self,
+        context: grpc.aio.ServicerContext[bytes, bytes],
+        idle_seconds: float,
+        requests: AsyncIterator[bytes] | None = None,
+    ) -> None:
+        self.owed = 0
+        self._context = context
+        self._idle_seconds = idle_seconds
+        self._requests = requests
+
+    async def receive(self) -> bytes | None:
+        """Return the next message; None at the end. Raises SessionIdle."""
+        if self._requests is None:
+            return None
+        coming = asyncio.ensure_future(anext(self._requests, None))
+        try:
+            while not (await asyncio.wait((coming,), timeout=self._idle_seconds))[0]:
+                if not self.owed:
+                    raise SessionIdle(f"nothing came for {self._idle_seconds:g} seconds: begin another session")
+            return coming.result()
+        finally:
+            coming.cancel()
+
+    async def send(self, message: bytes) -> None:
+        """Send a message. Returns once the connection has taken it. Raises SessionIdle."""
+        try:
+            async with asyncio.timeout(self._idle_seconds):
+                await self._context.write(message)
+        except TimeoutError:
+            # Of what was sent already gRPC keeps the rest, and the error behind it, for a client that reads on.
+            raise SessionIdle(f"nothing was read for {self._idle_seconds:g} seconds: begin another session") from None
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError from None  # the client is gone

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from tidelog._limits import PAGE_BYTES_MAX
+from tidelog_server._room import PAGE_BYTES_LEAST, HeldPages, PageRoom, QueueRoom
+
+
+async def _begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Begin to do something, and let it come as far as it can."""
+    task = asyncio.create_task(work)
+    await asyncio.sleep(0)
+    return task
+
+
+class TestQueueRoom:
+    def test_batches_come_in_by_their_turn(self) -> None:
+        """When the queue is full, batches wait, and come in one by one in the order in which they came."""
+
+        async def scenario() -> None:
+            room = QueueRoom(batches_max=2, bytes_max=1_000)
+            await room.take(1)
+            await room.take(1)
+            waiting = [await _begun(room.take(1)) for _ in range(3)]
+            for number in range(3):
+                assert [task.done() for task in waiting] == [place < number for place in range(3)]
+                assert (room.batches, room.waiting) == (2, 3 - number)
+                room.give_back(1)
+                await asyncio.sleep(0)
+            assert (room.batches, room.waiting) == (2, 0)
+
+        asyncio.run(scenario())
+
+    def test_bytes_count_too(self) -> None:
+        """A batch that is too large for what is left waits, and small ones behind it do not overtake it."""
+
+        async def scenario() -> None:
+            room = QueueRoom(batches_max=10, bytes_max=100)
+            await room.take(60)
+            large, small = await _begun(room.take(50)), await _begun(room.take(1))
+            assert not large.done()
+            assert not small.done()
+            room.give_back(60)
+            await asyncio.gather(large, small)
+            assert (room.batches, room.bytes) == (2, 51)
+
+        asyncio.run(scenario())
+
+    def test_the_largest_batch_gets_its_turn(self) -> None:
+        """A batch that is larger than all the room there is comes in when nothing else is there."""
+
+        async def scenario() -> None:
+            room = QueueRoom(batches_max=10, bytes_max=100)
+            await room.take(1)
+            huge = await _begun(room.take(500))
+            assert not huge.done()
+            room.give_back(1)
+            await huge
+
+        asyncio.run(scenario())
+
+    def test_who_goes_away_leaves_no_gap(self) -> None:
+        """A session that ends while its batch waits holds up nobody, even if its turn has just come."""
+
+        async def scenario() -> None:
+            room = QueueRoom(batches_max=1, bytes_max=100)
+            await room.take(1)
+            gone, called, last = [await _begun(room.take(1)) for _ in range(3)]
+            gone.cancel()
+            await asyncio.sleep(0)
+            assert room.waiting == 2
+            room.give_back(1)
+            called.cancel()  # it was called in, and has not noticed yet
+            await last
+            assert (room.batches, room.bytes, room.waiting) == (1, 1, 0)
+
+        asyncio.run(scenario())
+
+    def test_a_large_batch_that_goes_away_frees_those_behind(self) -> None:
+        """When the one at the head, for which there is no room, ends, those behind it come in at once."""
+
+        async def scenario() -> None:
+            room = QueueRoom(batches_max=10, bytes_max=100)
+            await room.take(60)
+            large, small = await _begun(room.take(50)), await _begun(room.take(1))
+            large.cancel()
+            await small
+
+        asyncio.run(scenario())
+
+
+class TestPageRoom:
+    def test_pages_shrink_as_the_room_does(self) -> None:
+        """However many sessions hold a page that nobody takes, the sum stays near the bound, and each has one."""
+        room = PageRoom(bytes_max=PAGE_BYTES_MAX * 32)
+        sizes = []
+        for _ in range(2_000):
+            sizes.append(room.page_bytes())
+            room.add(sizes[-1])
+
+        assert sizes[0] == PAGE_BYTES_MAX
+        assert sizes[-1] == PAGE_BYTES_LEAST
+        assert sizes == sorted(sizes, reverse=True)
+        assert room.bytes <= PAGE_BYTES_MAX * 32 + 2_000 * PAGE_BYTES_LEAST
+
+    def test_nobody_reads_ahead_in_a_crowd(self) -> None:
+        """A second page for a session is read only while there is plenty of room."""
+        room = PageRoom(bytes_max=100)
+        assert room.may_read_ahead
+        room.add(51)
+        assert not room.may_read_ahead
+
+    def test_a_session_leaves_nothing_behind(self) -> None:
+        """What a session held is given back at its end, a page that is read too late included."""
+        room = PageRoom()
+        with HeldPages(room) as held:
+            held.add(10)
+            held.add(20)
+            held.drop(10)
+            assert room.bytes == 20
+        held.add(30)
+        assert room.bytes == 0
