@@ -27,6 +27,7 @@ from tidelog._logging import get_logger
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server._application import Application
+from tidelog_server._attempts import Suspects
 from tidelog_server._callers import Callers
 from tidelog_server._download import Download, cursor_at
 from tidelog_server._errors import RequestInvalid
@@ -67,6 +68,7 @@ class Services:
         self._application = application
         self._store = store
         self._callers = callers
+        self._suspects = Suspects(store)
         self._failures = FailureService(application, store)
         self._objects = ObjectService(application, store)
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="tidelog-reader")
@@ -131,7 +133,9 @@ class Services:
         reading: asyncio.Task[None] | None = None
         try:
             principal = await self._callers.principal_of(context)
-            session = Session(self._application, self._store, principal, await _received_start(requests))
+            session = Session(
+                self._application, self._store, principal, await _received_start(requests), suspects=self._suspects
+            )
             started = await asyncio.wrap_future(session.open())
             yield splice_pb2.SynchronizeResponseSplice(started=started.SerializeToString()).SerializeToString()
             answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
@@ -171,6 +175,7 @@ class Services:
             self._application,
             self._store,
             Uploader(replica, principal, begun.session_number, leaves_earlier=request.more_follow),
+            suspects=self._suspects,
         )
         operations = list(request.operations)
         _check_batch(operations)
