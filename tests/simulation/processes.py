@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -35,12 +36,13 @@ from tidelog import (
     TidelogError,
 )
 from tidelog_client import Progress, Replica, Transaction
-from tidelog_server import Server
+from tidelog_server import Application, HookContext, HookObject, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = references_schema(REFERENCES)
 POLL_SECONDS = 0.002
 WAIT_SECONDS_MAX = 60.0
+DEADLY_EXIT_CODE = 77
 
 # How much a working replica may write per synchronization: edits and sessions go on side by side all its life.
 COMMITS_PER_SYNCHRONIZATION = 25
@@ -57,6 +59,14 @@ def start(role: str, *arguments: object, stdout: int | TextIO | None = None) -> 
         stdout=stdout,
         text=True,
     )
+
+
+def free_port() -> int:
+    """Return a port that nobody listened on a moment ago, for a server that is started again and again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = WAIT_SECONDS_MAX) -> None:
@@ -94,6 +104,20 @@ class Journal:
 def serve(directory: str, address: str) -> None:
     """Serve the simulated application until killed."""
     with Server(make_application(Weather(), schema_version=1), store=directory, listen=address):
+        print("listening", flush=True)
+        threading.Event().wait()
+
+
+def serve_deadly(directory: str, address: str) -> None:
+    """Serve an application whose hook ends the process where an object says so."""
+    application = Application()
+
+    @application.before_commit("Note")
+    def deadly(note: HookObject, context: HookContext) -> None:
+        if note["deadly"]:
+            os._exit(DEADLY_EXIT_CODE)
+
+    with Server(application, store=directory, listen=address):
         print("listening", flush=True)
         threading.Event().wait()
 
@@ -219,6 +243,7 @@ def _synchronize(replica: Replica, random: Random, journal: Journal) -> None:
 
 ROLES: dict[str, Callable[..., None]] = {
     "serve": serve,
+    "serve_deadly": serve_deadly,
     "work": work,
     "write": write,
     "synchronize": synchronize,
