@@ -136,7 +136,8 @@ def test_kills_from_outside_refuse_nobody(server: Supervised, tmp_path: Path) ->
 
     with ExitStack() as stack:
         replicas = [
-            stack.enter_context(Replica(tmp_path / name, server=server.address, durability="relaxed")) for name in "abc"
+            stack.enter_context(Replica(tmp_path / name, server=server.address, durability="relaxed"))
+            for name in "abc"
         ]
         with ThreadPoolExecutor() as pool:
             workers = [pool.submit(work, replica, Random(random.random())) for replica in replicas]

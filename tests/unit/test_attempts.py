@@ -232,6 +232,16 @@ def test_a_death_counts_once() -> None:
         assert suspicion.attempts == ((1, 1),)
 
 
+def test_a_death_in_company_takes_no_count_back() -> None:
+    """A death that accuses several leaves alone what was counted of one of them, and is forgotten once it is noted."""
+    store = MemoryStore()
+    for left in (Attempt(REPLICA_A, 5, 3, alone=True), Attempt(REPLICA_A, 5)):
+        store._left = [(TENANT, left)]
+        suspects = Suspects(store)
+        assert list(store.left_under_way()) == []
+    assert suspects.suspicion(TENANT, REPLICA_A) == (5, ((5, 3),))
+
+
 def test_only_what_was_under_way_is_tried_one_by_one() -> None:
     """What came after the batch that was under way is evaluated a batch at a time, as ever."""
     service = Service(dies_of("3"))
@@ -309,6 +319,17 @@ def test_a_survivor_cut_short_is_empty(tmp_path: Path, length: int) -> None:
     with closing(Survivor(path)) as survivor:
         survivor.write(b"a whole value of some length")
     path.write_bytes(path.read_bytes()[:length])
+    with closing(Survivor(path)) as following:
+        assert following.read() == b""
+
+
+def test_a_survivor_half_overwritten_is_empty(tmp_path: Path) -> None:
+    """A value of which one part is older than the other reads as none."""
+    path = tmp_path / "file"
+    with closing(Survivor(path)) as survivor:
+        survivor.write(b"a whole value of some length")
+    data = path.read_bytes()
+    path.write_bytes(data[:20] + b"X" + data[21:])
     with closing(Survivor(path)) as following:
         assert following.read() == b""
 
