@@ -101,7 +101,7 @@ class TestUnderWay:
         assert _under_way(store.path) == []
 
     def test_a_death_leaves_it(self, store: LmdbStore, tmp_path: Path) -> None:
-        """A process that dies in a job leaves what was under way, as precisely as it was announced, until forgotten."""
+        """A process that dies in a job leaves what was under way, as it was announced last, until it is forgotten."""
         attempt = Attempt(REPLICA_A, 9, 4)
         script = textwrap.dedent(f"""
             import os, sys

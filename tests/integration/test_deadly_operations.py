@@ -105,7 +105,7 @@ def test_an_operation_that_ends_the_process_becomes_a_failure(server: Supervised
         # Once together with others, then each of the two alone until it is given up.
         assert server.exit_codes == [DEADLY_EXIT_CODE] * (2 * ATTEMPTS_MAX + 1)
         assert [replica.pending_count() for replica in replicas] == [0, 0, 0]
-        first, behind, grouped = sorted(deadly.failures(), key=lambda failure: failure.operation.seq)
+        first, behind, grouped = deadly.failures()
         assert first.reason is FailureReason.HOOK_ERROR
         assert first.attributes == {"deadly": True, "text": "the payload"}
         assert behind.reason is FailureReason.DEPENDENCY_FAILED

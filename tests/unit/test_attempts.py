@@ -33,7 +33,7 @@ from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._session import Upload, begin_upload
 from tidelog_server._survivor import ROOM_BYTES, Survivor
 
-Hook = Callable[[HookObject, HookContext], object]
+Hook = Callable[[HookObject, HookContext], None]
 
 LIVES_MAX: Final = 100
 
