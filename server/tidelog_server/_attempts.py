@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import msgpack
 
@@ -61,7 +61,7 @@ def last_seq(operations: Sequence[bytes]) -> int:
 
 def encode_under_way(attempts: UnderWay) -> bytes:
     """Return attempts as bytes; nothing as none."""
-    return msgpack.packb([(tenant, *attempt[:3]) for tenant, attempt in attempts]) if attempts else b""
+    return _packed([(tenant, *attempt[:3]) for tenant, attempt in attempts])
 
 
 def decode_under_way(data: bytes) -> UnderWay:
@@ -171,7 +171,11 @@ class Suspects:
         while len(self._suspects) > SUSPECTS_MAX:
             del self._suspects[next(iter(self._suspects))]
         suspects = [(*place, suspect.until, suspect.attempts) for place, suspect in self._suspects.items()]
-        store.set_note(_NOTE, msgpack.packb(suspects) if suspects else b"")
+        store.set_note(_NOTE, _packed(suspects))
+
+
+def _packed(entries: Sequence[object]) -> bytes:
+    return cast("bytes", msgpack.packb(entries)) if entries else b""
 
 
 _NONE: Final = Suspicion()
