@@ -27,6 +27,7 @@ outlive the process, not the machine.
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import struct
@@ -44,7 +45,7 @@ import msgpack
 from filelock import FileLock, Timeout
 
 from tidelog._environment import MAP_BYTES_DEFAULT, Environment, put_many
-from tidelog._errors import ResourceClosed, StorageError, StoreInUse
+from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError, StoreInUse
 from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
@@ -95,6 +96,7 @@ class LmdbStore:
 
     def __init__(self, path: str | Path, *, map_bytes: int = MAP_BYTES_DEFAULT) -> None:
         self.path = Path(path)
+        self._pid = os.getpid()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -147,6 +149,7 @@ class LmdbStore:
         future.set_running_or_notify_cancel()
         if self._closing:
             raise ResourceClosed("the store is closed")
+        self._check_process()
         self._jobs.put(_Job(tenant, job, future, attempt))
         return future
 
@@ -184,6 +187,8 @@ class LmdbStore:
         if self._closing:
             return
         self._closing = True
+        if self._pid != os.getpid():
+            return  # the process it was opened by goes on with it
         self._jobs.put(None)
         self._writer.join()
         while not self._jobs.empty():  # submitted in the instant before the close
@@ -192,6 +197,14 @@ class LmdbStore:
         self._under_way.close()
         self._environment.close()
         self._lock.release()
+
+    def _check_process(self) -> None:
+        # Its writer did not come along into a forked child: a job would wait for ever.
+        if self._pid != os.getpid():
+            raise InheritedEnvironment(
+                f"{self.path} was opened by the process this one was forked from, which goes on with it: "
+                "an embedded store has one server process"
+            )
 
     def _load_identity(self, transaction: LmdbTransaction) -> Identity:
         meta = self._databases.meta
