@@ -12,6 +12,7 @@ what was written is there even if the process is killed right behind it.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -36,7 +37,7 @@ from tidelog import (
     TidelogError,
 )
 from tidelog_client import Progress, Replica, Transaction
-from tidelog_server import Application, HookContext, HookObject, Server
+from tidelog_server import Application, HookContext, HookObject, LmdbStore, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = references_schema(REFERENCES)
@@ -155,6 +156,78 @@ def synchronize(directory: str, address: str) -> None:
             print("done")
 
 
+def commit_and_stay(directory: str) -> None:
+    """Commit once, then wait inside a second write transaction until killed."""
+    replica = Replica(directory)
+    replica.create("Note", {}, "committed")
+
+    def never(transaction: object) -> None:
+        print("inside", flush=True)
+        threading.Event().wait()
+
+    replica._storage.environment.write(never)
+
+
+def read(directory: str, count: str, map_bytes: str) -> None:
+    """Read everything again and again until there are *count* objects; never fewer than before."""
+    with Replica(directory, map_bytes=int(map_bytes)) as replica:
+        seen = 0
+        print("reading", flush=True)
+        while seen < int(count):
+            now = sum(1 for note in replica.query("Note") if note["text"])
+            if now < seen:
+                raise AssertionError(f"{now} objects after {seen}")
+            seen = now
+
+
+def fork_server(directory: str) -> None:
+    """Use a server, its store and a replica that synchronized in a forked child; print what came of each."""
+    store = LmdbStore(f"{directory}/server")
+    with (
+        Server(Application(), store=store) as server,
+        Replica(f"{directory}/replica", server=server.address) as replica,
+    ):
+        replica.create("Note", {}, "before")
+        replica.synchronize_all()
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            server.tenant().create("Note", {}, "by the service")
+            replica.create("Note", {}, "after")
+            replica.synchronize_all()
+            print(f"parent {sorted(one.id for one in replica.query('Note'))}", flush=True)
+            return
+        uses: dict[str, Callable[[], Any]] = {
+            "synchronize": replica.synchronize_all,
+            "read": lambda: server.tenant().get("Note", "before"),
+            "write": lambda: server.tenant().create("Note", {}),
+            "submit": lambda: store.submit("default", lambda reader: (None, None)).result(),
+            "note": lambda: store.set_note("x", b""),
+        }
+        for name, use in uses.items():
+            try:
+                use()
+            except InheritedEnvironment:
+                print(f"{name} refused", flush=True)
+        server.stop()
+        store.close()
+        replica.close()
+        print("child done", flush=True)
+        os._exit(0)
+
+
+def spawn_both(directory: str) -> None:
+    """Write to one replica from children that `multiprocessing` forks and spawns, and from this process."""
+    forking, spawning = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
+    with Replica(directory) as replica:
+        for method, context in (("fork", forking), ("spawn", spawning)):
+            child = context.Process(target=write, args=(directory, method, "5", str(2**40)))
+            child.start()
+            child.join()
+            replica.create("Note", {}, f"beside-{method}")
+            print(f"{method} {child.exitcode} {replica.count('Note')}", flush=True)
+
+
 def fork(directory: str) -> None:
     """Use a replica in a forked child, and open it there anew; print what came of each."""
     replica = Replica(directory)
@@ -248,6 +321,10 @@ ROLES: dict[str, Callable[..., None]] = {
     "write": write,
     "synchronize": synchronize,
     "fork": fork,
+    "fork_server": fork_server,
+    "spawn_both": spawn_both,
+    "commit_and_stay": commit_and_stay,
+    "read": read,
 }
 
 if __name__ == "__main__":
