@@ -8,6 +8,7 @@ raised there. So the n-th of them can be chosen, and all of them one after the o
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,18 @@ def run_interrupted(work: Callable[[], object], at: int) -> BaseException | None
         result = error
     finally:
         sys.setprofile(None)
+    if result is None and counted >= at:
+        raise AssertionError(f"the interrupt at place {at} was swallowed")
     return result
 
 
 def _may_interrupt(frame: FrameType, event: str) -> bool:
-    # The call of a class is one of C, and its end that of its `__init__`. What ends an object is not interrupted:
-    # Python prints what it raises, and goes on.
-    name = frame.f_code.co_name
-    return (event in {"call", "c_return"} and not _ends_object(frame)) or (event == "return" and name == "__init__")
+    # The call of a class is one of C, and its end that of its `__init__`. What ends an object is not interrupted, nor
+    # is a generator where it is resumed, which may be its end: Python prints what that raises, and goes on.
+    if event == "return":
+        return frame.f_code.co_name == "__init__"
+    is_resumed = event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR
+    return event in {"call", "c_return"} and not is_resumed and not _ends_object(frame)
 
 
 def _ends_object(frame: FrameType | None) -> bool:
