@@ -34,7 +34,8 @@ from tidelog._schema import Schema
 from tidelog._values import decode_trusted, encode, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
-from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server, ServerLimits
+from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server, ServerLimits, TransientError
+from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
 from tidelog_server._indexes import Written, index_writes
 from tidelog_server._outcomes import Result, Status, Uploader
@@ -287,6 +288,10 @@ class _MemoryReader:
         return [key for one, key in self._data.refused if one == replica][:limit]
 
 
+class ProcessDied(TransientError):
+    """Raised in a hook, it leaves a `MemoryStore` as the death of the process would."""
+
+
 class MemoryStore:
     """
     Keeps everything in memory and runs each job at once, in the caller's thread. See `Store`.
@@ -300,6 +305,7 @@ class MemoryStore:
         self._identity: Identity = self._disk.setdefault("identity", Identity(secrets.token_hex(8), "first"))
         self._tenants: dict[str, _Data] = self._disk.setdefault("tenants", {})
         self._notes: dict[str, bytes] = self._disk.setdefault("notes", {})
+        self._left: list[tuple[str, Attempt]] = self._disk.get("under way", [])
         self._lock = threading.RLock()
         self._closed = False
 
@@ -316,10 +322,13 @@ class MemoryStore:
         with self._lock:
             yield _MemoryReader(self._tenants.get(tenant, _Data()).copy())
 
-    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+    def submit(
+        self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
+    ) -> Future[T]:
         """Run a job, now."""
         if self._closed:
             raise ResourceClosed("the store is closed")
+        self._disk["under way"] = [] if attempt is None else [(tenant, attempt)]
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
@@ -328,6 +337,8 @@ class MemoryStore:
                 writes, result = job(_MemoryReader(data))
                 if writes is not None:
                     _write(data, writes)
+            except ProcessDied:
+                raise
             except BaseException as error:  # noqa: BLE001 - the job's owner gets it
                 future.set_exception(
                     error if isinstance(error, Exception) else StorageError(f"a job ended with {type(error).__name__}")
@@ -339,7 +350,20 @@ class MemoryStore:
                         self._identity = self._identity._replace(timeline=writes.timeline)
                         self._disk["identity"] = self._identity
                 future.set_result(result)
+        self._disk["under way"] = []
         return future
+
+    def announce(self, tenant: str, attempt: Attempt) -> None:
+        """Say what is under way more precisely."""
+        self._disk["under way"] = [(tenant, attempt)]
+
+    def left_under_way(self) -> UnderWay:
+        """Return what a job was submitted with that never came to its end."""
+        return list(self._left)
+
+    def forget_under_way(self) -> None:
+        """Forget it."""
+        self._left = []
 
     def tenants(self) -> list[str]:
         """Return the tenants that anything was ever written for."""

@@ -24,9 +24,12 @@ import errno
 import os
 import shutil
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Final, TypeAlias, TypeVar
 
 import lmdb
@@ -46,6 +49,8 @@ READERS_MAX: Final = 1024
 SCAN_PAGE_KEYS: Final = 500
 LITTLE_ROOM_BYTES: Final = 16 * 1024 * 1024
 
+GATE_POLL_SECONDS: Final = 0.001
+
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT_FILE: Final = "FORMAT"
 DATA_FILE: Final = "data.mdb"
@@ -57,61 +62,135 @@ LmdbDatabase: TypeAlias = "lmdb._Database"  # noqa: SLF001 - the only name that 
 T = TypeVar("T")
 
 
-class _Gate:
-    """Counts the open transactions of this process, and closes while the map changes size."""
+class _Ticket:
+    """
+    A transaction of this process, or somebody who wants none to be open.
+
+    Attributes:
+        thread_id: Whose it is.
+        transaction: The transaction, once it is open.
+    """
+
+    __slots__ = ("thread_id", "transaction")
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._open_count = 0
-        self._closed = False
+        self.thread_id = threading.get_ident()
+        self.transaction: LmdbTransaction | None = None
 
-    def enter(self) -> None:
-        with self._condition:
-            while self._closed:
-                self._condition.wait()
-            self._open_count += 1
 
-    def leave(self) -> None:
-        with self._condition:
-            self._open_count -= 1
-            if self._closed:
-                self._condition.notify_all()
+class _Gate:
+    """
+    Knows the open transactions of this process, and closes while the map changes size.
 
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        with self._condition:
-            while self._closed:
-                self._condition.wait()
-            self._closed = True
-            while self._open_count:
-                self._condition.wait()
+    An interrupt (Ctrl-C) may be raised wherever a function of Python begins and a call of C has ended. So a ticket is
+    given back in a `finally`, by calling a set's method and nothing else, which happens whatever comes; and nobody
+    waits to be told of it, but looks.
+
+    Attributes:
+        inside: The tickets of open transactions.
+        closers: The ticket of who closed it; empty while it is open.
+    """
+
+    def __init__(self) -> None:
+        self.inside: set[_Ticket] = set()
+        self.closers: set[_Ticket] = set()
+        self._lock = threading.Lock()
+
+    def enter(self, ticket: _Ticket) -> None:
+        """Wait until it is open, and go inside."""
+        while True:
+            with self._lock:
+                if not self.closers:
+                    self.inside.add(ticket)
+                    return
+            time.sleep(GATE_POLL_SECONDS)
+
+    def close(self, ticket: _Ticket) -> None:
+        """Close it, and wait until nobody is inside."""
+        while ticket not in self.closers:
+            with self._lock:
+                if not self.closers:
+                    self.closers.add(ticket)
+                    break
+            time.sleep(GATE_POLL_SECONDS)
+        while self.inside:
+            self._clear(ticket.thread_id)
+            if self.inside:
+                time.sleep(GATE_POLL_SECONDS)
+
+    def _clear(self, thread_id: int) -> None:
+        """End the transactions of a thread which has none open, unless an interrupt left one."""
+        for ticket in tuple(self.inside):
+            if ticket.thread_id == thread_id:
+                if ticket.transaction is not None:
+                    ticket.transaction.abort()
+                self.inside.discard(ticket)
+
+
+class _Read:
+    """A read transaction for the length of a `with` block, or until it is forgotten. See `Environment.read`."""
+
+    _ticket: _Ticket | None = None
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._inside = environment._gate.inside  # noqa: SLF001 - its own module
+
+    def __enter__(self) -> LmdbTransaction:
         try:
-            yield
+            self._ticket = ticket = _Ticket()
+            return self._environment._begin(ticket, write=False)  # noqa: SLF001
+        except BaseException:
+            self._end()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+        if isinstance(error, lmdb.Error | OSError):
+            with typed_errors(self._environment.path):
+                raise error
+
+    def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        ticket = self._ticket
+        if ticket is None:
+            return
+        try:
+            if ticket.transaction is not None:
+                ticket.transaction.abort()
         finally:
-            with self._condition:
-                self._closed = False
-                self._condition.notify_all()
+            self._inside.discard(ticket)
 
 
 class _Shared:
     """The one LMDB environment of a path in this process, with as many users as opened it."""
 
-    def __init__(
-        self, path: Path, *, format_name: str, relaxed: bool = False, map_bytes: int, read_only: bool = False
-    ) -> None:
+    def __init__(self, path: Path, *, format_name: str, relaxed: bool = False, read_only: bool = False) -> None:
         self.path = path
         self.pid = os.getpid()
-        self.user_count = 0
+        # Weak: who was interrupted while opening it, and forgot it, uses it no more.
+        self.users: weakref.WeakSet[Environment] = weakref.WeakSet()
+        # Not open yet, or to be closed: whatever is open of it nobody uses.
+        self.is_over = True
         self.format_name = format_name
         self.relaxed = relaxed
         self.read_only = read_only
         self.gate = _Gate()
         self.databases: dict[str, LmdbDatabase] = {}
+        self.lmdb: lmdb.Environment | None = None
+
+    def open(self, map_bytes: int) -> None:
+        """Open it."""
+        path = self.path
         with typed_errors(path):
-            if not read_only:
+            if not self.read_only:
                 path.mkdir(parents=True, exist_ok=True)
-            _check_format(path, format_name, read_only=read_only)
-            self.lmdb: lmdb.Environment | None = lmdb.open(
+            _check_format(path, self.format_name, read_only=self.read_only)
+            self.lmdb = lmdb.open(
                 str(path),
                 map_size=map_bytes,
                 max_dbs=DATABASES_MAX,
@@ -119,11 +198,18 @@ class _Shared:
                 # A forked child that ends frees what is kept for reuse, and with it the parent's reader slots.
                 max_spare_txns=0,
                 # Without it a power cut may take the newest commit; integrity and order are kept.
-                metasync=not relaxed,
-                readonly=read_only,
-                create=not read_only,
+                metasync=not self.relaxed,
+                readonly=self.read_only,
+                create=not self.read_only,
             )
             self.lmdb.reader_check()
+        self.is_over = False
+
+    def close(self) -> None:
+        """Close it, as far as that has not happened."""
+        self.is_over = True
+        if self.lmdb is not None:
+            self.lmdb.close()
 
     @property
     def opened(self) -> lmdb.Environment:
@@ -173,15 +259,19 @@ class Environment:
         name = os.path.realpath(path)
         with cls._open_lock:
             shared = cls._open_paths.get(name)
-            if shared is None or shared.pid != os.getpid():
-                shared = _Shared(Path(name), format_name=format_name, relaxed=relaxed, map_bytes=map_bytes)
+            if shared is None or shared.is_over or shared.pid != os.getpid():
+                if shared is not None and shared.pid == os.getpid():
+                    shared.close()  # an interrupt may have come in the way
+                shared = _Shared(Path(name), format_name=format_name, relaxed=relaxed)
                 cls._open_paths[name] = shared
+                shared.open(map_bytes)
             elif shared.format_name != format_name:
                 raise FormatUnsupported(name, found=shared.format_name, supported=format_name)
             elif shared.read_only:
                 raise StorageError(f"{name} is being read in this process, to be copied or verified: open it later")
-            shared.user_count += 1
-        return cls(shared, relaxed=relaxed)
+            environment = cls(shared, relaxed=relaxed)
+            shared.users.add(environment)
+            return environment
 
     @classmethod
     def open_read_only(cls, path: Path, *, format_name: str) -> Environment:
@@ -198,13 +288,15 @@ class Environment:
         name = os.path.realpath(path)
         with cls._open_lock:
             shared = cls._open_paths.get(name)
-            if shared is None or shared.pid != os.getpid():
-                shared = _Shared(Path(name), format_name=format_name, map_bytes=MAP_BYTES_DEFAULT, read_only=True)
+            if shared is None or shared.is_over or shared.pid != os.getpid():
+                shared = _Shared(Path(name), format_name=format_name, read_only=True)
                 cls._open_paths[name] = shared
+                shared.open(MAP_BYTES_DEFAULT)
             elif shared.format_name != format_name:
                 raise FormatUnsupported(name, found=shared.format_name, supported=format_name)
-            shared.user_count += 1
-        return cls(shared, relaxed=shared.relaxed)
+            environment = cls(shared, relaxed=shared.relaxed)
+            shared.users.add(environment)
+            return environment
 
     @classmethod
     def _forget_after_fork(cls) -> None:
@@ -217,17 +309,22 @@ class Environment:
 
     def close(self) -> None:
         """Close it for this user, and the files with the last user in this process. May be repeated."""
-        if self._closed:
-            return
         self._closed = True
-        if self._shared.pid != os.getpid():
+        shared = self._shared
+        if shared.pid != os.getpid():
             return
         with self._open_lock:
-            self._shared.user_count -= 1
-            if self._shared.user_count == 0:
-                self._open_paths.pop(str(self.path), None)
-                with self._gate.closed():
-                    self._shared.opened.close()
+            shared.users.discard(self)
+            if shared.users:
+                return
+            ticket = _Ticket()
+            try:
+                self._gate.close(ticket)
+                shared.close()
+            finally:
+                self._gate.closers.discard(ticket)
+            if self._open_paths.get(str(self.path)) is shared:
+                del self._open_paths[str(self.path)]
 
     def database(self, name: str) -> LmdbDatabase:
         """Return the database of this name, creating it if need be. Not inside a transaction."""
@@ -236,8 +333,7 @@ class Environment:
             databases[name] = self._retried(lambda: self._open_database(name))
         return databases[name]
 
-    @contextmanager
-    def read(self) -> Iterator[LmdbTransaction]:
+    def read(self) -> AbstractContextManager[LmdbTransaction]:
         """
         Open a read transaction for the length of a `with` block.
 
@@ -246,13 +342,7 @@ class Environment:
             InheritedEnvironment: In a forked child.
             StorageError: LMDB failed.
         """
-        transaction = self._begin(write=False)
-        try:
-            with typed_errors(self.path):
-                yield transaction
-        finally:
-            transaction.abort()
-            self._gate.leave()
+        return _Read(self)
 
     def write(self, work: Callable[[LmdbTransaction], T]) -> T:
         """
@@ -293,14 +383,15 @@ class Environment:
 
     def _copy_once(self, directory: Path) -> None:
         self._check_usable()
-        # As for any reader: the map must not change size under it.
-        self._gate.enter()
+        ticket = _Ticket()
         try:
+            # As for any reader: the map must not change size under it.
+            self._gate.enter(ticket)
             self._check_usable()
             with typed_errors(directory):
                 self._shared.opened.copy(str(directory), compact=True)
         finally:
-            self._gate.leave()
+            self._gate.inside.discard(ticket)
 
     @property
     def last_transaction_id(self) -> int:
@@ -311,7 +402,9 @@ class Environment:
     def _open_database(self, name: str) -> LmdbDatabase:
         # LMDB begins a write transaction of its own here, and waits for it with the interpreter's lock held:
         # no other thread of this process may be inside one.
-        with self._gate.closed():
+        ticket = _Ticket()
+        try:
+            self._gate.close(ticket)
             if not self._shared.read_only:
                 return self._shared.opened.open_db(name.encode())
             with typed_errors(self.path):
@@ -319,33 +412,37 @@ class Environment:
                     return self._shared.opened.open_db(name.encode(), create=False)
                 except lmdb.NotFoundError:
                     raise StorageError(f"{self.path} has no table {name!r}") from None
+        finally:
+            self._gate.closers.discard(ticket)
 
     def _write_once(self, work: Callable[[LmdbTransaction], T]) -> T:
-        transaction = self._begin(write=True)
+        ticket = _Ticket()
         try:
+            transaction = self._begin(ticket, write=True)
             with typed_errors(self.path):
                 result = work(transaction)
                 transaction.commit()
                 return result
         finally:
-            transaction.abort()  # does nothing after a commit
-            self._gate.leave()
+            try:
+                if ticket.transaction is not None:
+                    ticket.transaction.abort()  # does nothing after a commit
+            finally:
+                self._gate.inside.discard(ticket)
 
-    def _begin(self, *, write: bool) -> LmdbTransaction:
+    def _begin(self, ticket: _Ticket, *, write: bool) -> LmdbTransaction:
         self._check_usable()
         while True:
-            self._gate.enter()
+            self._gate.enter(ticket)
+            # Inside the gate: whoever closes waits outside until this transaction has ended.
+            self._check_usable()
             try:
-                # Inside the gate: whoever closes waits outside until this transaction has ended.
-                self._check_usable()
                 with typed_errors(self.path):
-                    return self._shared.opened.begin(write=write, buffers=False)
+                    ticket.transaction = self._shared.opened.begin(write=write, buffers=False)
+                    return ticket.transaction
             except lmdb.MapResizedError:
-                self._gate.leave()
+                self._gate.inside.discard(ticket)
                 self._adopt_map_size()
-            except BaseException:
-                self._gate.leave()
-                raise
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -362,15 +459,29 @@ class Environment:
                 self._adopt_map_size()
 
     def _adopt_map_size(self) -> None:
-        with self._gate.closed():
+        ticket = _Ticket()
+        try:
+            self._gate.close(ticket)
             self._shared.opened.set_mapsize(0)
+        finally:
+            self._gate.closers.discard(ticket)
 
     def _grow(self) -> None:
-        with FileLock(self.path / _GROW_LOCK_FILE), self._gate.closed():
+        lock = FileLock(self.path / _GROW_LOCK_FILE, is_singleton=False)
+        ticket = _Ticket()
+        try:
+            lock.acquire()
+            self._gate.close(ticket)
             before = self._shared.opened.info()["map_size"]
             self._shared.opened.set_mapsize(0)  # what another process made of it meanwhile
             if self._shared.opened.info()["map_size"] <= before:
                 self._shared.opened.set_mapsize(before * 2)
+        finally:
+            self._gate.closers.discard(ticket)
+            try:
+                lock.release()
+            finally:
+                lock.release()  # does nothing, unless an interrupt came in the way of the first
 
 
 if hasattr(os, "register_at_fork"):  # where there are forks

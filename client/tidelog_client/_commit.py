@@ -26,7 +26,6 @@ from tidelog._errors import (
     ObjectExists,
     ObjectNotFound,
     ResourceClosed,
-    StorageError,
 )
 from tidelog._keys import pack_object_key
 from tidelog._limits import (
@@ -104,17 +103,31 @@ class Committer:
         self._waiting.append(mine)
         try:
             with self._turn:
-                while not mine.done:
-                    self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), COMMITS_AT_ONCE_MAX))])
+                while not mine.done and not self._is_logged(mine):
+                    self._write(mine)
         except BaseException:
-            # Interrupted while waiting: nobody else may commit what this thread gives up.
+            # Interrupted while it waits: nobody else may commit what this thread gives up.
             with suppress(ValueError):
                 self._waiting.remove(mine)
             raise
         if mine.error is not None:
             raise mine.error
 
-    def _write(self, commits: list[_Commit]) -> None:
+    def _write(self, mine: _Commit) -> None:
+        """
+        Write a commit together with others that wait.
+
+        An interrupt, which ends this thread's commit, may come anywhere. Whoever's commit was taken along
+        and is not done then finds that out at its own turn, and looks into the log, or writes it itself.
+        """
+        commits: list[_Commit] = []
+        while self._waiting and len(commits) < COMMITS_AT_ONCE_MAX:
+            commits.append(self._waiting.popleft())
+        if mine not in commits:  # very many wait, or somebody had taken it along before
+            with suppress(ValueError):
+                self._waiting.remove(mine)
+            commits.append(mine)
+
         def work(transaction: LmdbTransaction) -> None:
             for commit in commits:
                 commit.error = commit.last_entry = None
@@ -134,22 +147,16 @@ class Committer:
         except Exception as error:  # noqa: BLE001 - each commit's own thread raises it
             for commit in commits:
                 commit.error = error
-        except BaseException:
-            self._tell_after_interrupt(commits)
-            raise
-        finally:
-            for commit in commits:
-                commit.done = True
+        for commit in commits:
+            commit.done = True
 
-    def _tell_after_interrupt(self, commits: list[_Commit]) -> None:
-        """Decide from the disk what became of commits: an interrupt may come right after they were written."""
+    def _is_logged(self, commit: _Commit) -> bool:
+        """Tell whether a commit that another thread took along, and was interrupted, is in the log."""
+        if commit.last_entry is None:
+            return False
+        seq, data = commit.last_entry
         with self._storage.environment.read() as transaction:
-            for commit in commits:
-                if commit.error is None and commit.last_entry is not None:
-                    seq, data = commit.last_entry
-                    if self._storage.log.get(transaction, seq) == data:
-                        continue
-                commit.error = commit.error or StorageError("interrupted in another thread: nothing was written")
+            return self._storage.log.get(transaction, seq) == data
 
 
 class _Commit:

@@ -99,15 +99,19 @@ class Storage:
 
     def __init__(self, path: Path, *, relaxed: bool, map_bytes: int) -> None:
         self.environment = Environment.open(path, format_name=FORMAT, relaxed=relaxed, map_bytes=map_bytes)
-        self.log = OperationLog(self.environment)
-        self.view = View(self.environment, self.log)
-        database = self.environment.database
-        self._pending = database("pending")
-        self._outcomes = database("outcomes")
-        self._failures = database("failures")
-        self._meta = Meta(self.environment)
-        self.lineage = Lineage(self.environment, self._meta)
-        self.publication = Publication(self.environment, self.view, self._meta, self.lineage)
+        try:
+            self.log = OperationLog(self.environment)
+            self.view = View(self.environment, self.log)
+            database = self.environment.database
+            self._pending = database("pending")
+            self._outcomes = database("outcomes")
+            self._failures = database("failures")
+            self._meta = Meta(self.environment)
+            self.lineage = Lineage(self.environment, self._meta)
+            self.publication = Publication(self.environment, self.view, self._meta, self.lineage)
+        except BaseException:
+            self.environment.close()
+            raise
 
     def close(self) -> None:
         """Close the directory."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -106,7 +105,10 @@ class Synchronizer:
         connection = self._connection
         if connection is None:
             raise NotConfigured("the replica was opened without a server: pass server='host:port'")
-        with self._alone():
+        # A lock object of its own for each call: two of one process exclude each other too.
+        lock = FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
+        try:
+            _acquire(lock)
             deadline = _Deadline(timeout)
             backoff = BACKOFF_SECONDS_FIRST
             token_refused = False
@@ -180,6 +182,11 @@ class Synchronizer:
                 else:
                     if not adopts:
                         return
+        finally:
+            try:
+                lock.release()
+            finally:
+                lock.release()  # does nothing, unless an interrupt came in the way of the first
 
     def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
         metadata = connection.authorization()
@@ -206,19 +213,6 @@ class Synchronizer:
     def _send(self, stream: Stream, messages: list[bytes | None], report: Report) -> None:
         report.sent_bytes += sum(len(message) for message in messages if message is not None)
         stream.send(messages)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        # A lock object of its own for each call: two of one process exclude each other too.
-        lock = FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise SynchronizationInProgress from None
-        try:
-            yield
-        finally:
-            lock.release()
 
 
 class _Deadline:
@@ -261,3 +255,10 @@ class _Deadline:
 
 def _ignore(_progress: object) -> None:
     pass
+
+
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise SynchronizationInProgress from None

@@ -16,7 +16,7 @@ held ones are settled together (see `_held`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -30,12 +30,14 @@ from tidelog_server._errors import OperationForked, OperationsOutOfOrder, Reques
 from tidelog_server._formers import Formers
 from tidelog_server._held import HeldUnits
 from tidelog_server._knowledge import Knowledge
-from tidelog_server._outcomes import BEHIND_ANOTHER, Outcomes, Result, Status, Uploader
+from tidelog_server._outcomes import BEHIND_ANOTHER, Applied, Outcomes, Result, Status, Uploader
 from tidelog_server._overlay import Overlay
 from tidelog_server._records import Settled, Writes
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader
 from tidelog_server._units import FormerOutcome, Member, Unit, keys_of, read_member, size_bytes, split_units
+
+GIVEN_UP: Final = "the server's process ended again and again while it was applied: the server's log has the details"
 
 HELD_UNITS_MAX: Final = 10_000
 HELD_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -64,6 +66,22 @@ class UploadState:
     last_former_seq: int = 0
 
 
+class Trial(NamedTuple):
+    """
+    How units are tried of which one may end the process. See `_attempts`.
+
+    Attributes:
+        given_up: The first seqs of units that are refused without being run.
+        announce: Called with each unit before it is run. None: nobody has to know.
+    """
+
+    given_up: frozenset[int] = frozenset()
+    announce: Callable[[Unit], None] | None = None
+
+
+NO_TRIAL: Final = Trial()
+
+
 class Evaluation(NamedTuple):
     """What came of a batch."""
 
@@ -81,6 +99,7 @@ def evaluate_batch(
     state: UploadState,
     time_us: int,
     former_outcomes: Sequence[FormerOutcome] = (),
+    trial: Trial = NO_TRIAL,
 ) -> Evaluation:
     """
     Settle a batch of serialized operations as far as it can be settled now.
@@ -93,11 +112,17 @@ def evaluate_batch(
         SessionSuperseded, OperationForked, RequestInvalid, TransientError:
             Nothing of the batch may be written, and the session ends.
     """
-    return _Evaluator(application, uploader, reader, state, time_us).batch(batch, former_outcomes)
+    return _Evaluator(application, uploader, reader, state, time_us, trial).batch(batch, former_outcomes)
 
 
 def evaluate_held(
-    *, application: Application, uploader: Uploader, reader: Reader, state: UploadState, time_us: int
+    *,
+    application: Application,
+    uploader: Uploader,
+    reader: Reader,
+    state: UploadState,
+    time_us: int,
+    trial: Trial = NO_TRIAL,
 ) -> Evaluation:
     """
     Settle the held operations together, as if all their creations existed.
@@ -105,14 +130,20 @@ def evaluate_held(
     Refused ones are dropped, with what depends on them, until nothing changes.
     Raises what `evaluate_batch` raises.
     """
-    return _Evaluator(application, uploader, reader, state, time_us).held()
+    return _Evaluator(application, uploader, reader, state, time_us, trial).held()
 
 
 class _Evaluator:
     """One batch, or the held operations of one session, in one store transaction."""
 
-    def __init__(
-        self, application: Application, uploader: Uploader, reader: Reader, state: UploadState, time_us: int
+    def __init__(  # noqa: PLR0917 - as those who call it are called
+        self,
+        application: Application,
+        uploader: Uploader,
+        reader: Reader,
+        state: UploadState,
+        time_us: int,
+        trial: Trial,
     ) -> None:
         known = reader.replica(uploader.replica)
         if known is None or known.session_number != uploader.session_number:
@@ -137,6 +168,9 @@ class _Evaluator:
             time_us=time_us,
         )
         self._formers = Formers(uploader.replica, uploader.formers, reader)
+        self._trial = trial
+        # What every operation passes takes no detour for the sake of a few.
+        self._apply = self._units.apply if trial is NO_TRIAL else self._try
         self._replica_state = known
         self._last_seq = state.last_seq
         self._last_former_seq = state.last_former_seq
@@ -223,13 +257,20 @@ class _Evaluator:
         if self._held_keys and not self._held_keys.isdisjoint(keys_of(unit)):
             return self._hold(unit, BEHIND_ANOTHER)
         try:
-            return outcomes.settle(unit, self._units.apply(unit))
+            return outcomes.settle(unit, self._apply(unit))
         except Refused as refusal:
             if refusal.reason is FailureReason.UNIQUE_VIOLATED and self._held:
                 return self._hold(unit, refusal.message)  # one that waits may give the value free
             return outcomes.refuse(unit, refusal)
         except Waits as wait:
             return self._hold(unit, wait.message)
+
+    def _try(self, unit: Unit) -> list[Applied]:
+        if unit[0].seq in self._trial.given_up:
+            raise Refused(FailureReason.HOOK_ERROR, GIVEN_UP)
+        if self._trial.announce is not None:
+            self._trial.announce(unit)
+        return self._units.apply(unit)
 
     def _is_newer(self, unit: Unit) -> bool:
         return self._application.has_schema and any(
@@ -249,7 +290,7 @@ class _Evaluator:
 
     def held(self) -> Evaluation:
         self._overlay.prefetch(self._named_objects(member for unit in self._held for member in unit))
-        units = HeldUnits(self._overlay, self._outcomes, self._references, self._units.apply)
+        units = HeldUnits(self._overlay, self._outcomes, self._references, self._apply)
         results = units.settle(self._held)
         self._held, self._held_bytes, self._held_keys = [], 0, set()
         return self._evaluation(results)

@@ -21,10 +21,14 @@ neighbours, and go on so that what is written together sorts together:
     failures   tenant failure              -> serialized SynchronizationFailure
     refused    tenant replica entity NUL id -> failure that kept the replica from creating the object
     meta       epoch, timeline; NUL name -> what the server noted
+
+Beside them a file says which attempts are under way. It is never synced: it has to
+outlive the process, not the machine.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import struct
@@ -42,10 +46,11 @@ import msgpack
 from filelock import FileLock, Timeout
 
 from tidelog._environment import MAP_BYTES_DEFAULT, Environment, put_many
-from tidelog._errors import ResourceClosed, StorageError, StoreInUse
+from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError, StoreInUse
 from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
+from tidelog_server._attempts import Attempt, UnderWay, decode_under_way, encode_under_way
 from tidelog_server._backup_note import BACKUP_FILE
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
@@ -59,6 +64,7 @@ from tidelog_server._records import (
     Writes,
 )
 from tidelog_server._store import ObjectsPage
+from tidelog_server._survivor import Survivor
 
 if TYPE_CHECKING:
     from tidelog._environment import LmdbDatabase, LmdbTransaction
@@ -102,6 +108,7 @@ class LmdbStore:
             raise StorageError(f"{self.path} is a backup: a server gets its data from it by `tidelog restore`")
         if (self.path / UNFINISHED_RESTORE).exists():
             raise StorageError(f"a restore to {self.path} was broken off, or is under way: restore it once more")
+        self._pid = os.getpid()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -113,10 +120,18 @@ class LmdbStore:
             raise StoreInUse(f"another server has {self.path} open: an embedded store has one server") from None
         try:
             self._environment = Environment.open(self.path, format_name=FORMAT, map_bytes=map_bytes)
-            self._databases = Databases(self._environment)
-            self._identity = self._environment.write(self._load_identity)
-        except BaseException:
+            try:
+                self._databases = Databases(self._environment)
+                self._identity = self._environment.write(self._load_identity)
+                self._under_way = Survivor(self.path / "under-way")
+                self._left_under_way = decode_under_way(self._under_way.read())
+            except BaseException:
+                self._environment.close()
+                raise
+        except BaseException as error:
             self._lock.release()
+            if isinstance(error, OSError):
+                raise StorageError(f"{self.path} cannot be used: {error}") from error
             raise
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = False
@@ -138,7 +153,9 @@ class LmdbStore:
             finally:
                 reader.detach()
 
-    def submit(self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]]) -> Future[T]:
+    def submit(
+        self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]], attempt: Attempt | None = None
+    ) -> Future[T]:
         """Run a job in a write transaction. See `Store.submit`."""
         if threading.current_thread() is self._writer:
             # Whoever waited for it there would wait for ever, and everybody else with him.
@@ -148,8 +165,22 @@ class LmdbStore:
         future.set_running_or_notify_cancel()
         if self._closing:
             raise ResourceClosed("the store is closed")
-        self._jobs.put(_Job(tenant, job, future))
+        self._check_process()
+        self._jobs.put(_Job(tenant, job, future, attempt))
         return future
+
+    def announce(self, tenant: str, attempt: Attempt) -> None:
+        """Say what is under way more precisely. See `Store.announce`."""
+        self._under_way.write(encode_under_way([(tenant, attempt)]))
+
+    def left_under_way(self) -> UnderWay:
+        """Return what was under way when the process died that had the store before this one."""
+        return self._left_under_way
+
+    def forget_under_way(self) -> None:
+        """Forget what was left under way."""
+        self._left_under_way = ()
+        self._under_way.write(b"")
 
     def tenants(self) -> list[str]:
         """Return the tenants that anything was ever written for."""
@@ -182,13 +213,24 @@ class LmdbStore:
         if self._closing:
             return
         self._closing = True
+        if self._pid != os.getpid():
+            return  # the process it was opened by goes on with it
         self._jobs.put(None)
         self._writer.join()
         while not self._jobs.empty():  # submitted in the instant before the close
             if (job := self._jobs.get()) is not None:
                 job.future.set_exception(ResourceClosed("the store is closed"))
+        self._under_way.close()
         self._environment.close()
         self._lock.release()
+
+    def _check_process(self) -> None:
+        # Its writer did not come along into a forked child: a job would wait for ever.
+        if self._pid != os.getpid():
+            raise InheritedEnvironment(
+                f"{self.path} was opened by the process this one was forked from, which goes on with it: "
+                "an embedded store has one server process"
+            )
 
     def _load_identity(self, transaction: LmdbTransaction) -> Identity:
         meta = self._databases.meta
@@ -199,22 +241,24 @@ class LmdbStore:
         )
 
     def _write_jobs(self) -> None:
+        group: list[_Job] = []
         while (job := self._jobs.get()) is not None:
-            group = [job]
-            stop = False
-            while len(group) < GROUP_JOBS_MAX and not self._jobs.empty():
-                following = self._jobs.get()
-                if following is None:
-                    stop = True
-                    break
-                group.append(following)
+            if job.alone and group:
+                self._write_group(group)
+                group = []
+            group.append(job)
+            if job.alone or len(group) == GROUP_JOBS_MAX or self._jobs.empty():
+                self._write_group(group)
+                group = []
+        if group:
             self._write_group(group)
-            if stop:
-                return
 
     def _write_group(self, group: list[_Job]) -> None:
         identity = self._identity
+        under_way = [(job.tenant, job.attempt) for job in group if job.attempt is not None]
         try:
+            if under_way:
+                self._under_way.write(encode_under_way(under_way))
             outcomes = self._environment.write(lambda transaction: self._run_group(transaction, group))
         except BaseException as error:  # noqa: BLE001 - the jobs' owners are told; this thread must live on
             _log.exception("commit failed", job_count=len(group))
@@ -222,6 +266,9 @@ class LmdbStore:
             for job in group:
                 job.future.set_exception(error)
             return
+        finally:
+            if under_way:
+                self._under_way.write(b"")
         for job, (result, refusal) in zip(group, outcomes, strict=True):
             if refusal is None:
                 job.future.set_result(result)
@@ -503,12 +550,24 @@ class _PageBuilder:
 
 
 class _Job:
-    __slots__ = ("future", "tenant", "work")
+    __slots__ = ("attempt", "future", "tenant", "work")
 
-    def __init__(self, tenant: str, work: Callable[[Any], tuple[Writes | None, Any]], future: Future[Any]) -> None:
+    def __init__(
+        self,
+        tenant: str,
+        work: Callable[[Any], tuple[Writes | None, Any]],
+        future: Future[Any],
+        attempt: Attempt | None,
+    ) -> None:
         self.tenant = tenant
         self.work = work
         self.future = future
+        self.attempt = attempt
+
+    @property
+    def alone(self) -> bool:
+        """Whether it gets a transaction of its own."""
+        return self.attempt is not None and self.attempt.alone
 
 
 class Databases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -137,6 +138,7 @@ class Server:
         self._thread: threading.Thread | None = None
         self._grpc: grpc.aio.Server | None = None
         self._address = ""
+        self._pid = os.getpid()
 
     @property
     def address(self) -> str:
@@ -153,6 +155,7 @@ class Server:
     def start(self) -> Self:
         """Open the store and begin to serve. Returns once calls are answered."""
         given = self._store_given
+        self._pid = os.getpid()
         self._store = LmdbStore(given) if isinstance(given, str | Path) else given
         try:
             adopt_schema(self._application, self._store, migrate=self._migrate, time_us=server_time_us())
@@ -176,8 +179,8 @@ class Server:
 
     def stop(self, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
         """Stop serving: sessions under way have *grace_seconds* to end. Does nothing if stopped already."""
-        if self._loop is None or self._grpc is None:
-            return
+        if self._loop is None or self._grpc is None or self._pid != os.getpid():
+            return  # stopped already; or in a forked child, where there is nothing that could be stopped
         try:
             self._services.stop()
             asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()

@@ -31,6 +31,7 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_server._admission import Admission, ServerLimits
 from tidelog_server._application import Application
+from tidelog_server._attempts import Suspects
 from tidelog_server._callers import Callers
 from tidelog_server._download import Download, cursor_at
 from tidelog_server._errors import RequestInvalid, ServerBusy, SessionIdle
@@ -104,6 +105,7 @@ class Services:
         self._application = application
         self._store = store
         self._callers = callers
+        self._suspects = Suspects(store)
         self._limits = limits or ServerLimits()
         self._admission = Admission(self._limits)
         self._queue_room = QueueRoom()
@@ -200,7 +202,9 @@ class Services:
         async with self._admitted(context) as principal:
             start = await _received_start(peer)
             page_bytes = self._page_room.page_bytes
-            session = Session(self._application, self._store, principal, start, page_bytes=page_bytes)
+            session = Session(
+                self._application, self._store, principal, start, suspects=self._suspects, page_bytes=page_bytes
+            )
             with self._admission.upload() if start.uploading else nullcontext():
                 await self._upload_phase(peer, session)
             await self._send_pages(peer, session.pages(), lambda page: _response(page=page))
@@ -296,6 +300,7 @@ class Services:
                 self._application,
                 self._store,
                 Uploader(replica, principal, begun.session_number, leaves_earlier=request.more_follow),
+                suspects=self._suspects,
             )
             first = await self._queued(len(data), partial(upload.submit, operations))
             held = upload.settle_held()  # right behind, in the same group of the writer

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import uuid_utils
@@ -25,10 +26,11 @@ from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import _engine
 from tidelog_server._application import Application
+from tidelog_server._attempts import NO_SUSPECTS, Attempt, Suspects, last_seq
 from tidelog_server._author import FormerIdentity, OldBases
 from tidelog_server._checkpoints import Checkpoints
 from tidelog_server._download import Download, PageBytes, Start, cursor_at, full_pages
-from tidelog_server._engine import Evaluation, UploadState
+from tidelog_server._engine import NO_TRIAL, Evaluation, Trial, UploadState
 from tidelog_server._errors import (
     ProtocolVersionUnknown,
     ReplicaOwned,
@@ -43,7 +45,7 @@ from tidelog_server._projection import Projection
 from tidelog_server._records import MAX_POSITION, Head, ReplicaState, Writes
 from tidelog_server._requests import uuid_bytes
 from tidelog_server._store import Reader, Store
-from tidelog_server._units import FormerOutcome
+from tidelog_server._units import FormerOutcome, Unit, read_member, split_units
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
@@ -132,16 +134,27 @@ class Upload:
 
     Several may be submitted before the first is done. The first that fails ends the
     upload: those behind it fail too, because operations settle in order.
+
+    A batch that may hold an operation which ends the process is settled unit by unit; see `_attempts`.
     """
 
     def __init__(
-        self, application: Application, store: Store, uploader: Uploader, clock: Clock = server_time_us
+        self,
+        application: Application,
+        store: Store,
+        uploader: Uploader,
+        clock: Clock = server_time_us,
+        suspects: Suspects = NO_SUSPECTS,
     ) -> None:
         self._application = application
         self._store = store
         self._timeline = store.identity.timeline
         self._uploader = uploader
         self._clock = clock
+        self._suspects = suspects
+        self._suspicion = suspects.suspicion(uploader.principal.tenant, uploader.replica)
+        self._trial = Trial(self._suspicion.given_up) if self._suspicion.until else NO_TRIAL
+        self._last_seq = 0
         self._failed = False
         self._batch_count = 0
         # What each batch that is under way starts from. Kept until it is durable: it may have to run again.
@@ -157,6 +170,44 @@ class Upload:
 
         With *former_outcomes*, the batch offers again what was settled before the store was put back.
         """
+        self._last_seq = max(self._last_seq, last_seq(operations))
+        if not self._suspicion.covers(operations):
+            return self._submit_batch(operations, former_outcomes, Attempt(self._uploader.replica, self._last_seq))
+        schema = self._application.schema
+        formers = iter(former_outcomes)
+        units = split_units([read_member(data, schema) for data in operations])
+        return _joined(
+            [
+                self._submit_batch(
+                    [one.data for one in unit], list(islice(formers, len(unit))), self._next_attempt(unit)
+                )
+                for unit in units
+            ]
+        )
+
+    def settle_held(self) -> Future[list[Result]]:
+        """End the upload: settle what was held. Results come in the order held."""
+        trial, attempt = self._trial, Attempt(self._uploader.replica, self._last_seq)
+        if trial is not NO_TRIAL:
+            # They cannot be settled one by one, for they need each other.
+            trial, attempt = trial._replace(announce=self._announce), attempt._replace(alone=True)
+        future = self._submit(
+            lambda reader, state: _engine.evaluate_held(
+                application=self._application,
+                uploader=self._uploader,
+                reader=reader,
+                state=state,
+                time_us=self._clock(),
+                trial=trial,
+            ),
+            attempt,
+        )
+        future.add_done_callback(self._clear)
+        return future
+
+    def _submit_batch(
+        self, operations: Sequence[bytes], former_outcomes: Sequence[FormerOutcome], attempt: Attempt
+    ) -> Future[list[Result]]:
         return self._submit(
             lambda reader, state: _engine.evaluate_batch(
                 operations,
@@ -166,26 +217,28 @@ class Upload:
                 state=state,
                 time_us=self._clock(),
                 former_outcomes=former_outcomes,
-            )
+                trial=self._trial,
+            ),
+            attempt,
         )
 
-    def settle_held(self) -> Future[list[Result]]:
-        """Settle what was held. Results come in the order held."""
-        return self._submit(
-            lambda reader, state: _engine.evaluate_held(
-                application=self._application,
-                uploader=self._uploader,
-                reader=reader,
-                state=state,
-                time_us=self._clock(),
-            )
-        )
+    def _next_attempt(self, unit: Unit) -> Attempt:
+        return self._suspicion.next_attempt(self._uploader.replica, unit[0].seq)
 
     def abandon(self) -> None:
         """Do no more: what was submitted and has not begun is dropped. Who sent it sends it again."""
         self._failed = True
 
-    def _submit(self, evaluate: Callable[[Reader, UploadState], Evaluation]) -> Future[list[Result]]:
+    def _announce(self, unit: Unit) -> None:
+        self._store.announce(self._uploader.principal.tenant, self._next_attempt(unit))
+
+    def _clear(self, done: Future[list[Result]]) -> None:
+        """Lift the suspicion of a replica all of whose suspected operations were evaluated."""
+        has_sent_all = self._last_seq >= self._suspicion.until or not self._uploader.leaves_earlier
+        if done.exception() is None and has_sent_all:
+            self._suspects.clear(self._uploader.principal.tenant, self._uploader.replica)
+
+    def _submit(self, evaluate: Callable[[Reader, UploadState], Evaluation], attempt: Attempt) -> Future[list[Result]]:
         number = self._batch_count
         self._batch_count += 1
 
@@ -201,7 +254,7 @@ class Upload:
             self._states[number + 1] = evaluation.state
             return evaluation.writes, evaluation.results
 
-        future = self._store.submit(self._uploader.principal.tenant, job)
+        future = self._store.submit(self._uploader.principal.tenant, job, attempt)
         future.add_done_callback(lambda done: self._note(number, done))
         return future
 
@@ -217,6 +270,20 @@ class Upload:
             self.first_seq = min(self.first_seq or applied[0].seq, applied[0].seq)
 
 
+def _joined(parts: Sequence[Future[list[Result]]]) -> Future[list[Result]]:
+    """Return the results of parts, which settle in order, as one."""
+    joined: Future[list[Result]] = Future()
+
+    def join(_last: Future[list[Result]]) -> None:
+        try:
+            joined.set_result([result for part in parts for result in part.result()])
+        except Exception as error:  # noqa: BLE001 - the future carries it
+            joined.set_exception(error)
+
+    parts[-1].add_done_callback(join)
+    return joined
+
+
 class Session:
     """
     One session of a replica.
@@ -224,13 +291,14 @@ class Session:
     Raises from every method what `_status.STATUS` knows.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what a session is about, then what it rests on
         self,
         application: Application,
         store: Store,
         principal: Principal,
         start: sync_pb2.SessionStart,
         clock: Clock = server_time_us,
+        suspects: Suspects = NO_SUSPECTS,
         *,
         page_bytes: PageBytes = full_pages,
     ) -> None:
@@ -243,6 +311,7 @@ class Session:
         self._principal = principal
         self._request = start
         self._clock = clock
+        self._suspects = suspects
         self._replica = parse_replica_id(start.replica_id)
         self._formers = parse_formers(start.former_identities)
         check_binding(start, principal)
@@ -430,6 +499,7 @@ class Session:
                         old_bases,
                     ),
                     self._clock,
+                    self._suspects,
                 )
         return started
 

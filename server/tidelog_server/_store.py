@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, TypeVar
 
 from tidelog._keys import ObjectKey
+from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._records import Change, Head, Identity, ObjectState, ReplicaState, Settled, Writes
 
 T = TypeVar("T")
@@ -144,15 +145,32 @@ class Store(Protocol):
         """Read a tenant's data as of one moment. Keep the block short: no waiting inside."""
         ...
 
-    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+    def submit(
+        self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
+    ) -> Future[T]:
         """
         Run *job* in a write transaction, after all jobs submitted before it.
+
+        From before it runs until it is durable, *attempt* is under way: should the process
+        die meanwhile, the next one finds it.
 
         The future yields what the job returned beside its writes, once these are
         durable, all of them. If it fails, none was made. It cannot be cancelled. The
         job may run more than once and sees the writes of the jobs before it; it must
         change nothing else, nor submit another job.
         """
+        ...
+
+    def announce(self, tenant: str, attempt: Attempt) -> None:
+        """Say what is under way more precisely, from inside of a job that has its transaction alone."""
+        ...
+
+    def left_under_way(self) -> UnderWay:
+        """Return what was under way when the process died that had the store before this one."""
+        ...
+
+    def forget_under_way(self) -> None:
+        """Forget what was left under way."""
         ...
 
     def tenants(self) -> list[str]:

@@ -16,6 +16,7 @@ from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, quick_folder
 
 from tidelog import OperationKind, ResourceClosed, StorageError
 from tidelog._keys import ObjectKey
+from tidelog_server._attempts import Attempt
 from tidelog_server._records import (
     Change,
     FailureRecord,
@@ -255,6 +256,28 @@ class StoreContract:
         assert store.submit(TENANT, writing(task("last"), result="done")).result(10) == "done"
         with store.read(TENANT) as reader:
             assert reader.head().version == 11
+
+    def test_nothing_is_under_way_after_a_job(self, store: Store, folder: Path) -> None:
+        """A job that has come to its end, well or not, leaves nothing under way for the next process."""
+        attempt = Attempt(REPLICA_A, 7)
+        store.submit(TENANT, writing(task("t1")), attempt).result(10)
+
+        def fails(reader: Reader) -> tuple[None, None]:
+            raise Refusal
+
+        with pytest.raises(Refusal):
+            store.submit(TENANT, fails, attempt).result(10)
+
+        def announcing(reader: Reader) -> tuple[None, None]:
+            store.announce(TENANT, attempt._replace(number=1))
+            return None, None
+
+        store.submit(TENANT, announcing, attempt._replace(alone=True)).result(10)
+        store.close()
+
+        again = self.open(folder)
+        assert list(again.left_under_way()) == []
+        again.close()
 
     # --- versions -------------------------------------------------------------
 

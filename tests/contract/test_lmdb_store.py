@@ -6,11 +6,12 @@ import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.builders import TENANT
+from tests.builders import REPLICA_A, TENANT
 from tests.contract.store_contract import (
     UNBOUNDED,
     Refusal,
@@ -26,8 +27,10 @@ from tidelog import DiskFull, FormatUnsupported, ResourceClosed, StorageError, S
 from tidelog_client import Replica
 from tidelog_server import LmdbStore
 from tidelog_server import _lmdb_store as lmdb_store
+from tidelog_server._attempts import Attempt, decode_under_way
 from tidelog_server._records import FailureRecord, Settled, Writes
 from tidelog_server._store import Reader
+from tidelog_server._survivor import Survivor
 
 
 class TestLmdbStore(StoreContract):
@@ -69,6 +72,69 @@ def commit_ids(store: LmdbStore, versions: range) -> list[bytes]:
     """Return the ids of the commits that ended at some versions."""
     with store.read(TENANT) as reader:
         return [id_ for version in versions if (id_ := reader.commit_id(version)) is not None]
+
+
+class TestUnderWay:
+    """What the next process would find if this one died now."""
+
+    def test_a_group_is_under_way_together(self, store: LmdbStore) -> None:
+        """What is committed together is under way together; what asks for it is alone, and nothing is afterwards."""
+        seen: dict[str, list[int]] = {}
+
+        def looking(name: str) -> Callable[[Reader], tuple[None, None]]:
+            def look(reader: Reader) -> tuple[None, None]:
+                seen[name] = _under_way(store.path)
+                return None, None
+
+            return look
+
+        gate = Gate(store)
+        store.submit(TENANT, looking("first"), Attempt(REPLICA_A, 1))
+        store.submit(TENANT, looking("second"), Attempt(REPLICA_A, 2))
+        store.submit(TENANT, looking("alone"), Attempt(REPLICA_A, 3, 1, alone=True))
+        store.submit(TENANT, looking("nothing to tell"))
+        last = store.submit(TENANT, looking("last"), Attempt(REPLICA_A, 4))
+        gate.open()
+        last.result(10)
+
+        assert seen == {"first": [1, 2], "second": [1, 2], "alone": [3], "nothing to tell": [4], "last": [4]}
+        assert _under_way(store.path) == []
+
+    def test_a_death_leaves_it(self, store: LmdbStore, tmp_path: Path) -> None:
+        """A process that dies in a job leaves what was under way, as it was announced last, until it is forgotten."""
+        attempt = Attempt(REPLICA_A, 9, 4)
+        script = textwrap.dedent(f"""
+            import os, sys
+            from tidelog_server import LmdbStore
+            from tidelog_server._attempts import Attempt
+
+            store = LmdbStore(sys.argv[1])
+
+            def job(reader):
+                store.announce("other", Attempt({REPLICA_A!r}, 9, 4))
+                os._exit(3)
+
+            store.submit("other", job, Attempt({REPLICA_A!r}, 12, alone=True)).result()
+        """)
+        directory = tmp_path / "dying"
+        assert subprocess.run([sys.executable, "-c", script, str(directory)], check=False, timeout=60).returncode == 3
+
+        for _ in range(2):
+            following = LmdbStore(directory)
+            assert following.left_under_way() == [("other", attempt)]
+            following.close()
+        following = LmdbStore(directory)
+        following.forget_under_way()
+        assert list(following.left_under_way()) == []
+        following.close()
+        following = LmdbStore(directory)
+        assert following.left_under_way() == []
+        following.close()
+
+
+def _under_way(path: Path) -> list[int]:
+    with closing(Survivor(path / "under-way")) as survivor:
+        return [attempt.seq for _tenant, attempt in decode_under_way(survivor.read())]
 
 
 class TestGroupCommit:

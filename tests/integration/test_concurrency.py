@@ -16,7 +16,14 @@ from tests.simulation import promises
 from tests.simulation.processes import start, wait_until
 from tests.simulation.records import Committed, read_replica, read_server
 
-from tidelog import ObjectExists, ServerUnavailable, SynchronizationInProgress
+from tidelog import (
+    ObjectExists,
+    ResourceClosed,
+    ServerUnavailable,
+    StorageError,
+    SynchronizationInProgress,
+    TidelogError,
+)
 from tidelog_client import Phase, Progress, Replica, Report
 from tidelog_server import Application, HookContext, HookObject, LmdbStore, Server
 
@@ -201,6 +208,95 @@ def test_a_forked_child_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_a_forked_child_of_a_server_is_told(tmp_path: Path) -> None:
+    """A server, its store and a replica refuse to work in a forked child; the parent goes on with all of them."""
+    output = _output("fork_server", tmp_path)
+    assert output == [
+        *(f"{use} refused" for use in ("synchronize", "read", "write", "submit", "note")),
+        "child done",
+        "parent ['after', 'before', 'by the service']",
+    ]
+
+
+def test_children_of_multiprocessing_write(tmp_path: Path) -> None:
+    """Children that were forked or spawned open the replica anew, and write to it like their parent."""
+    assert _output("spawn_both", tmp_path / "replica") == ["fork 0 6", "spawn 0 12"]
+
+
+def test_a_process_killed_in_a_transaction_leaves_nothing(tmp_path: Path) -> None:
+    """A process that is killed while it writes has written nothing, and keeps nobody from writing."""
+    with Replica(tmp_path / "replica") as replica:
+        process = start("commit_and_stay", tmp_path / "replica", stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "inside\n"
+            waiting = threading.Thread(target=partial(replica.create, "Note", {}, "behind it"))
+            waiting.start()
+        finally:
+            _end([process])
+        waiting.join(RESULT_SECONDS_MAX)
+        assert not waiting.is_alive(), "it waits for the dead"
+        replica.create("Note", {}, "after it")
+        assert [one.operation.id for one in replica.log()] == ["committed", "behind it", "after it"]
+        _check_alone(replica)
+
+
+def test_a_process_reads_while_the_map_grows(tmp_path: Path) -> None:
+    """A process that reads all the time is not disturbed by another one that makes the map grow."""
+    count, directory = 400, tmp_path / "replica"
+    with Replica(directory, map_bytes=SMALL_MAP_BYTES, durability="relaxed") as replica:
+        reading = start("read", directory, count, SMALL_MAP_BYTES, stdout=subprocess.PIPE)
+        try:
+            assert reading.stdout is not None
+            assert reading.stdout.readline() == "reading\n"
+            for number in range(count):
+                replica.create("Note", {"text": "x" * 5_000}, str(number))
+            assert reading.wait(RESULT_SECONDS_MAX) == 0
+        finally:
+            _end([reading])
+        assert (directory / "data.mdb").stat().st_size > 4 * SMALL_MAP_BYTES
+        _check_alone(replica)
+
+
+def test_closing_while_others_work(tmp_path: Path) -> None:
+    """Threads that commit, read, iterate and look at handles are told once the replica is closed; none hangs."""
+    replica = Replica(tmp_path / "replica", durability="relaxed")
+    for number in range(600):
+        replica.create("Note", {"n": number}, f"note-{number}")
+    handle = replica.get("Note", "note-0")
+    assert handle is not None
+    rounds: list[int] = []
+
+    def increment() -> None:
+        handle["n"] = handle["n"] + 1
+        handle.commit()
+
+    works: list[Callable[[], Any]] = [
+        lambda: replica.create("Note", {}),
+        lambda: replica.count("Note"),
+        lambda: [one["n"] for one in replica.query("Note", order_by="-n", limit=10)],
+        lambda: list(replica.log(after=500)),
+        lambda: list(replica.pending()),
+        increment,
+    ]
+
+    def until_closed(work: Callable[[], Any]) -> type[Exception]:
+        while True:
+            try:
+                work()
+            except TidelogError as error:
+                return type(error)
+            rounds.append(1)
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [pool.submit(until_closed, work) for work in works]
+        wait_until(lambda: len(rounds) >= 60, "they do nothing")
+        replica.close()
+        assert {run.result(RESULT_SECONDS_MAX) for run in running} == {ResourceClosed}
+    with Replica(tmp_path / "replica") as again:
+        _check_alone(again)
+
+
 # --- one synchronization at a time ------------------------------------------------------
 
 
@@ -236,6 +332,141 @@ def test_one_synchronization_at_a_time(held: HeldServer, tmp_path: Path) -> None
         held.released.set()
         assert first.result(RESULT_SECONDS_MAX).applied == 1
         assert replica.synchronize_all().applied == 0, "afterwards the next one may run"
+
+
+def test_a_lock_of_a_killed_process_is_free(held: HeldServer, tmp_path: Path) -> None:
+    """A process that is killed in the middle of a synchronization leaves its lock to the next one."""
+    directory = tmp_path / "replica"
+    with Replica(directory, server=held.address) as replica:
+        replica.create("Slow", {}, "slow")
+        process = start("synchronize", directory, held.address, stdout=subprocess.DEVNULL)
+        try:
+            assert held.reached.wait(RESULT_SECONDS_MAX)
+            with pytest.raises(SynchronizationInProgress):
+                replica.synchronize_all()
+        finally:
+            _end([process])
+            held.released.set()
+        replica.synchronize_all(timeout=RESULT_SECONDS_MAX)
+        assert [logged.status for logged in replica.log()] == ["applied"]
+        _check_synchronized(held.store, [replica])
+
+
+def test_another_process_writes_during_a_synchronization(held: HeldServer, tmp_path: Path) -> None:
+    """What another process commits while this one synchronizes is neither held up nor lost."""
+    directory = tmp_path / "replica"
+    with Replica(directory, server=held.address) as replica, _synchronizing(replica, held) as first:
+        process = start("write", directory, "other", 50, SMALL_MAP_BYTES)
+        try:
+            assert process.wait(RESULT_SECONDS_MAX) == 0
+        finally:
+            _end([process])
+        assert not first.done()
+        assert replica.count("Note") == 50
+        held.released.set()
+        first.result(RESULT_SECONDS_MAX)
+        replica.synchronize_all(timeout=RESULT_SECONDS_MAX)
+        assert replica.pending_count() == 0
+        _check_synchronized(held.store, [replica])
+
+
+# --- calls from within ------------------------------------------------------------------
+
+
+def test_a_callback_works_on_its_replica(held: HeldServer, tmp_path: Path) -> None:
+    """A progress callback reads and commits; a synchronization from it is refused, and the one under way goes on."""
+    held.released.set()
+    refused: list[str] = []
+    with Replica(tmp_path / "replica", server=held.address) as replica:
+
+        def on_progress(progress: Progress) -> None:
+            with pytest.raises(SynchronizationInProgress) as caught:
+                replica.synchronize_all()
+            refused.append(str(caught.value))
+            replica.create("Note", {"phase": str(progress.phase)})
+            assert sum(1 for _ in replica.query("Note")) == len(refused) + 1
+            assert replica.pending_count() >= len(refused)
+            replica.trim_log()
+
+        replica.create("Note", {}, "first")
+        report = replica.synchronize_all(on_progress=on_progress)
+        assert report.applied == 1
+        assert len(refused) >= 4, "it is called in each phase"
+        assert set(refused) == {SIMULTANEOUS}
+        assert replica.synchronize_all().applied == len(refused)
+        _check_synchronized(held.store, [replica])
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_callback_closes_its_replica(held: HeldServer, tmp_path: Path, phase: Phase) -> None:
+    """A progress callback that closes the replica ends the synchronization with an error that says so."""
+    held.released.set()
+    directory = tmp_path / "replica"
+    replica = Replica(directory, server=held.address)
+    replica.create("Note", {}, "first")
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase is phase and not (phase is Phase.PUBLISH and progress.done):
+            replica.close()
+
+    with pytest.raises(ResourceClosed):
+        replica.synchronize_all(on_progress=on_progress)
+    with Replica(directory, server=held.address) as again:
+        again.synchronize_all()
+        assert [logged.status for logged in again.log()] == ["applied"]
+        _check_synchronized(held.store, [again])
+
+
+def test_closing_ends_a_synchronization(held: HeldServer, tmp_path: Path) -> None:
+    """A replica that is closed while another thread synchronizes it ends that, and loses nothing."""
+    with Replica(tmp_path / "replica", server=held.address) as replica, _synchronizing(replica, held) as first:
+        replica.close()
+        assert isinstance(first.exception(RESULT_SECONDS_MAX), ResourceClosed)
+    held.released.set()
+    with Replica(tmp_path / "replica", server=held.address) as again:
+        again.synchronize_all(timeout=RESULT_SECONDS_MAX)
+        assert [logged.status for logged in again.log()] == ["applied"]
+
+
+def test_a_hook_calls_what_would_wait_for_it(tmp_path: Path) -> None:
+    """A hook that writes past its context, or has to wait for the server it runs in, gets an error; all goes on."""
+    store = LmdbStore(tmp_path / "server")
+    app = Application()
+    errors: dict[str, Exception] = {}
+    inner = Replica(tmp_path / "inner")
+
+    @app.before_commit("Note")
+    def hook(note: HookObject, context: HookContext) -> None:
+        inner.create("Note", {}, note.id)
+        assert server.tenant().get("Note", "none") is None
+        for name, call in (
+            ("tenant", lambda: server.tenant().create("Other", {})),
+            ("store", lambda: store.submit("default", lambda reader: (None, None)).result()),
+            ("replica", lambda: inner_synchronizing.synchronize_all(timeout=0.5)),
+        ):
+            try:
+                call()
+            except TidelogError as error:
+                errors[name] = error
+
+    with (
+        inner,
+        Server(app, store=store) as server,
+        Replica(tmp_path / "inner", server=server.address) as inner_synchronizing,
+        Replica(tmp_path / "replica", server=server.address) as replica,
+    ):
+        replica.create("Note", {}, "note")
+        assert replica.synchronize_all().applied == 1
+        assert {name: type(error) for name, error in errors.items()} == {
+            "tenant": StorageError,
+            "store": StorageError,
+            "replica": ServerUnavailable,
+        }
+        assert inner.pending_count() == 1
+        replica.create("Other", {}, "other")
+        assert replica.synchronize_all().applied == 1
+        _check_synchronized(store, [replica])
+    store.close()
 
 
 def test_local_work_goes_on_during_a_synchronization(held: HeldServer, tmp_path: Path) -> None:
@@ -402,12 +633,25 @@ def _together(works: list[Callable[[], Any]]) -> list[Any]:
         return [run.result(RESULT_SECONDS_MAX) for run in [pool.submit(work) for work in works]]
 
 
+def _output(role: str, directory: Path) -> list[str]:
+    """Run a process to its end, and return the lines that it printed."""
+    process = start(role, directory, stdout=subprocess.PIPE)
+    try:
+        output, _ = process.communicate(timeout=RESULT_SECONDS_MAX)
+    finally:
+        _end([process])
+    assert process.returncode == 0
+    return output.splitlines()
+
+
 def _end(processes: list[subprocess.Popen[str]]) -> None:
     """End processes that should have ended by themselves."""
     for process in processes:
         if process.poll() is None:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def _check_alone(replica: Replica) -> None:

@@ -11,7 +11,6 @@ More of it: TIDELOG_KILLS=1000 TIDELOG_KILL_SEED=7 pytest tests/integration/test
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from random import Random
 import pytest
 from tests.simulation import promises
 from tests.simulation.application import Weather, make_application
-from tests.simulation.processes import SCHEMA, Journal, start, wait_until
+from tests.simulation.processes import SCHEMA, Journal, free_port, start, wait_until
 from tests.simulation.records import Committed, ReplicaRecord, ServerRecord, read_replica, read_server
 
 from tidelog_client import Replica
@@ -44,7 +43,7 @@ class Killing:
         self.replica_directories = [directory / f"replica-{number}" for number in range(REPLICA_COUNT)]
         self.journals = [Journal(directory / f"journal-{number}") for number in range(REPLICA_COUNT)]
         self._random = Random(seed)
-        self._address = f"127.0.0.1:{_free_port()}"
+        self._address = f"127.0.0.1:{free_port()}"
         self._server: subprocess.Popen[str] | None = None
         self._workers: list[subprocess.Popen[str] | None] = [None] * REPLICA_COUNT
 
@@ -163,10 +162,3 @@ def _kill(process: subprocess.Popen[str] | None) -> None:
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -61,7 +61,7 @@ class World:
 
             return submit(tenant, work)
 
-        self.store.submit = recorded  # type: ignore[method-assign]
+        self.store.submit = recorded  # type: ignore[assignment, method-assign]
 
     def close(self) -> None:
         """Close the replicas."""

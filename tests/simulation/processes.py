@@ -12,7 +12,9 @@ what was written is there even if the process is killed right behind it.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -35,12 +37,13 @@ from tidelog import (
     TidelogError,
 )
 from tidelog_client import Progress, Replica, Transaction
-from tidelog_server import Server
+from tidelog_server import Application, HookContext, HookObject, LmdbStore, Server
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = references_schema(REFERENCES)
 POLL_SECONDS = 0.002
 WAIT_SECONDS_MAX = 60.0
+DEADLY_EXIT_CODE = 77
 
 # How much a working replica may write per synchronization: edits and sessions go on side by side all its life.
 COMMITS_PER_SYNCHRONIZATION = 25
@@ -57,6 +60,14 @@ def start(role: str, *arguments: object, stdout: int | TextIO | None = None) -> 
         stdout=stdout,
         text=True,
     )
+
+
+def free_port() -> int:
+    """Return a port that nobody listened on a moment ago, for a server that is started again and again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = WAIT_SECONDS_MAX) -> None:
@@ -98,6 +109,20 @@ def serve(directory: str, address: str) -> None:
         threading.Event().wait()
 
 
+def serve_deadly(directory: str, address: str) -> None:
+    """Serve an application whose hook ends the process where an object says so."""
+    application = Application()
+
+    @application.before_commit("Note")
+    def deadly(note: HookObject, context: HookContext) -> None:
+        if note["deadly"]:
+            os._exit(DEADLY_EXIT_CODE)
+
+    with Server(application, store=directory, listen=address):
+        print("listening", flush=True)
+        threading.Event().wait()
+
+
 def work(directory: str, address: str, seed: str, journal_path: str) -> None:
     """Edit in one thread, synchronize in another, until killed."""
     random, journal = Random(seed), Journal(Path(journal_path))
@@ -129,6 +154,78 @@ def synchronize(directory: str, address: str) -> None:
             print(f"{time.monotonic() - began:.3f} {error}")
         else:
             print("done")
+
+
+def commit_and_stay(directory: str) -> None:
+    """Commit once, then wait inside a second write transaction until killed."""
+    replica = Replica(directory)
+    replica.create("Note", {}, "committed")
+
+    def never(transaction: object) -> None:
+        print("inside", flush=True)
+        threading.Event().wait()
+
+    replica._storage.environment.write(never)
+
+
+def read(directory: str, count: str, map_bytes: str) -> None:
+    """Read everything again and again until there are *count* objects; never fewer than before."""
+    with Replica(directory, map_bytes=int(map_bytes)) as replica:
+        seen = 0
+        print("reading", flush=True)
+        while seen < int(count):
+            now = sum(1 for note in replica.query("Note") if note["text"])
+            if now < seen:
+                raise AssertionError(f"{now} objects after {seen}")
+            seen = now
+
+
+def fork_server(directory: str) -> None:
+    """Use a server, its store and a replica that synchronized in a forked child; print what came of each."""
+    store = LmdbStore(f"{directory}/server")
+    with (
+        Server(Application(), store=store) as server,
+        Replica(f"{directory}/replica", server=server.address) as replica,
+    ):
+        replica.create("Note", {}, "before")
+        replica.synchronize_all()
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            server.tenant().create("Note", {}, "by the service")
+            replica.create("Note", {}, "after")
+            replica.synchronize_all()
+            print(f"parent {sorted(one.id for one in replica.query('Note'))}", flush=True)
+            return
+        uses: dict[str, Callable[[], Any]] = {
+            "synchronize": replica.synchronize_all,
+            "read": lambda: server.tenant().get("Note", "before"),
+            "write": lambda: server.tenant().create("Note", {}),
+            "submit": lambda: store.submit("default", lambda reader: (None, None)).result(),
+            "note": lambda: store.set_note("x", b""),
+        }
+        for name, use in uses.items():
+            try:
+                use()
+            except InheritedEnvironment:
+                print(f"{name} refused", flush=True)
+        server.stop()
+        store.close()
+        replica.close()
+        print("child done", flush=True)
+        os._exit(0)
+
+
+def spawn_both(directory: str) -> None:
+    """Write to one replica from children that `multiprocessing` forks and spawns, and from this process."""
+    forking, spawning = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
+    with Replica(directory) as replica:
+        for method, context in (("fork", forking), ("spawn", spawning)):
+            child = context.Process(target=write, args=(directory, method, "5", str(2**40)))
+            child.start()
+            child.join()
+            replica.create("Note", {}, f"beside-{method}")
+            print(f"{method} {child.exitcode} {replica.count('Note')}", flush=True)
 
 
 def fork(directory: str) -> None:
@@ -219,10 +316,15 @@ def _synchronize(replica: Replica, random: Random, journal: Journal) -> None:
 
 ROLES: dict[str, Callable[..., None]] = {
     "serve": serve,
+    "serve_deadly": serve_deadly,
     "work": work,
     "write": write,
     "synchronize": synchronize,
     "fork": fork,
+    "fork_server": fork_server,
+    "spawn_both": spawn_both,
+    "commit_and_stay": commit_and_stay,
+    "read": read,
 }
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode, Synchronization
 from tidelog_client._view import StateLost
 from tidelog_server import LmdbStore, Principal, _download, _engine, _overlay, _session
+from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._records import Identity, Writes
 from tidelog_server._store import Reader
 
@@ -237,7 +238,21 @@ class FusedStore:
         """See `Store`."""
         self._store.set_note(name, value)
 
-    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+    def announce(self, tenant: str, attempt: Attempt) -> None:
+        """See `Store`."""
+        self._store.announce(tenant, attempt)
+
+    def left_under_way(self) -> UnderWay:
+        """See `Store`."""
+        return self._store.left_under_way()
+
+    def forget_under_way(self) -> None:
+        """See `Store`."""
+        self._store.forget_under_way()
+
+    def submit(
+        self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
+    ) -> Future[T]:
         """See `Store`; the transaction has ended when this returns."""
         world = self._world
         written: list[tuple[int, Writes]] = []
@@ -254,7 +269,7 @@ class FusedStore:
                 raise StorageError("the simulated server dies")
             return writes, result
 
-        future = self._store.submit(tenant, recorded)
+        future = self._store.submit(tenant, recorded, attempt)
         error = future.exception()
         if world.store_fuse == "before":
             raise ServerGone

@@ -27,6 +27,7 @@ from tidelog_server import (
 from tidelog_server import _adoption as adoption
 from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
+from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._download import Download, cursor_at
 from tidelog_server._errors import FailureStale
 from tidelog_server._indexes import TABLES
@@ -823,7 +824,9 @@ class Watched:
         self._left = writes_max
         self.written: list[Writes] = []
 
-    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+    def submit(
+        self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
+    ) -> Future[T]:
         """Run a job, unless it is over."""
 
         def watched(reader: Reader) -> tuple[Writes | None, T]:
@@ -833,7 +836,19 @@ class Watched:
             return writes, result
 
         self._count()
-        return self._store.submit(tenant, watched)
+        return self._store.submit(tenant, watched, attempt)
+
+    def announce(self, tenant: str, attempt: Attempt) -> None:
+        """As the store does."""
+        self._store.announce(tenant, attempt)
+
+    def left_under_way(self) -> UnderWay:
+        """As the store does."""
+        return self._store.left_under_way()
+
+    def forget_under_way(self) -> None:
+        """As the store does."""
+        self._store.forget_under_way()
 
     def set_note(self, name: str, value: bytes) -> None:
         """Note something, unless it is over."""

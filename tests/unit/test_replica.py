@@ -344,7 +344,8 @@ class TestTransactions:
             for id_ in ("t1", "taken", "t2")
         ]
 
-        replica._committer._write(commits)
+        replica._committer._waiting.extend(commits)
+        replica._committer._write(commits[0])
 
         assert [type(commit.error) for commit in commits] == [type(None), ObjectExists, type(None)]
         assert sorted(contents(replica)) == ["t1", "t2", "taken"]

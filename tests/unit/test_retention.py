@@ -90,7 +90,7 @@ def counting(lab: Lab) -> list[Writes]:
 
         return submit(tenant, work)
 
-    lab.store.submit = counted  # type: ignore[method-assign]
+    lab.store.submit = counted  # type: ignore[assignment, method-assign]
     return written
 
 

@@ -38,6 +38,7 @@ from tidelog_client import Replica
 from tidelog_server import Application, HookContext, HookObject, LmdbStore, Principal, Reject, Tenant, verify_store
 from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
+from tidelog_server._records import ReplicaState
 
 NUMBER: Final = b"\0\0\0\1"  # of the tenant that has most of it
 STATES: Final = ("open", "done")
@@ -195,7 +196,7 @@ class Tables:
 
     def state(self, replica: bytes, **fields: Any) -> None:
         """Change fields of what is known of a replica."""
-        names = ("session_number", "user_id", "newest_seq", "newest_nonce", "settled_ranges")
+        names = ReplicaState._fields
         values = msgpack.unpackb(self.get("replicas", replica))
         changed = [fields.get(name, value) for name, value in zip(names, values, strict=True)]
         self.put("replicas", replica, packed(changed))
