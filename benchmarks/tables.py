@@ -10,6 +10,7 @@ from rich.table import Table
 
 from benchmarks.children import Usage
 from benchmarks.narrow import Narrow
+from benchmarks.resume import Resumed
 from benchmarks.summary import Side, Spread, Summary
 
 
@@ -43,6 +44,23 @@ def show_narrow(console: Console, measured: Sequence[Narrow]) -> None:
                     f"{one.delta_seconds / smallest.delta_seconds:.2f}",
                 )
     _print(console, "a replica that sees 500 of them; ratios to the smallest tenant", table)
+
+
+def show_resumed(console: Console, measured: Resumed) -> None:
+    """Print what a download took at one go, and with interruptions."""
+    table = _table("", "interruptions", "bytes", "ratio", "lost each time", "time", "state")
+    whole, resumed = (state[:12] for state in measured.states)
+    table.add_row("at one go", "0", f"{measured.whole_bytes:,}", "", "", f"{measured.whole_seconds:.1f} s", whole)
+    table.add_row(
+        "interrupted",
+        str(len(measured.interruptions)),
+        f"{measured.resumed_bytes:,}",
+        f"{measured.ratio:.4f}",
+        f"{measured.lost_bytes:,}",
+        f"{measured.resumed_seconds:.1f} s",
+        resumed,
+    )
+    _print(console, f"an initial download of {measured.objects:,} objects", table)
 
 
 def _print(console: Console, title: str, table: Table) -> None:

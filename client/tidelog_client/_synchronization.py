@@ -38,7 +38,8 @@ from tidelog_client._upload import Sieve, Upload, upload_of
 if TYPE_CHECKING:
     from tidelog_client._storage import Storage
 
-STAGE_BYTES: Final = 8 * 1024 * 1024
+# What an interruption costs at most: on a bad network it is paid again and again.
+STAGE_BYTES: Final = 1024 * 1024
 SELECTION_KEYS_A_MESSAGE: Final = 5_000
 
 _M = TypeVar("_M", bound=Message)
