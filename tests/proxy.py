@@ -14,7 +14,7 @@ import asyncio
 import socket
 import struct
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -32,6 +32,8 @@ class Way:
 
     Attributes:
         byte_count: How many were handed on since the start.
+        cut_count: How many connections were cut by `cut_after`.
+        is_holding: Whether something has come that is not handed on.
         bytes_per_second: How many may pass in a second. None: as many as come.
         delay_seconds: How long each chunk takes.
         chunk_bytes: How many are handed on at a time.
@@ -48,6 +50,7 @@ class Way:
         self._end: int | None = None
         self._cut_resets = False
         self.cut_count = 0
+        self.is_holding = False
 
     def cut_after(self, count: int, *, resets: bool = False) -> None:
         """
@@ -95,7 +98,10 @@ class Way:
             data = await reader.read(limit)
             if self.delay_seconds:
                 await asyncio.sleep(self.delay_seconds)
+            self.is_holding = not (self._is_open.is_set() and connection.is_open[self].is_set())
             await self._is_open.wait()
+            await connection.is_open[self].wait()
+            self.is_holding = False
             if not data:
                 if writer.can_write_eof():
                     writer.write_eof()
@@ -136,6 +142,11 @@ class Proxy:
         host, port = self._server.sockets[0].getsockname()
         return f"{host}:{port}"
 
+    @property
+    def open_count(self) -> int:
+        """How many connections there are now, both halves standing."""
+        return len(self._connections)
+
     def cut(self, *, resets: bool = False) -> None:
         """Cut all connections at once."""
 
@@ -144,6 +155,16 @@ class Proxy:
                 connection.cut(resets=resets)
 
         _done_in(self._loop, cut_all)
+
+    def strand(self, *ways: Way) -> None:
+        """Let the connections that there are hand on nothing more in some directions, ever. New ones do."""
+
+        def strand_all() -> None:
+            for connection in self._connections:
+                for way in ways:
+                    connection.is_open[way].clear()
+
+        _done_in(self._loop, strand_all)
 
     def stall(self) -> None:
         """Be a black hole: accept everything, hand on nothing, until `heal`."""
@@ -176,7 +197,7 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        connection = _Connection(writer, far_writer)
+        connection = _Connection((self.up, self.down), (writer, far_writer))
         self._connections.add(connection)
         ways = [
             asyncio.create_task(self.up.carry(connection, reader, far_writer)),
@@ -204,11 +225,14 @@ class Proxy:
 class _Connection:
     """Both halves of a connection through the proxy."""
 
-    def __init__(self, *writers: asyncio.StreamWriter) -> None:
+    def __init__(self, ways: Iterable[Way], writers: Iterable[asyncio.StreamWriter]) -> None:
         self.is_cut = False
+        self.is_open = {way: asyncio.Event() for way in ways}
+        for way in self.is_open:
+            self.is_open[way].set()
         self.ways: list[asyncio.Task[None]] = []
-        self._writers = writers
-        for writer in writers:
+        self._writers = tuple(writers)
+        for writer in self._writers:
             writer.transport.set_write_buffer_limits(high=0)
             _socket(writer).setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 BACKOFF_SECONDS_FIRST: Final = 0.1
 BACKOFF_SECONDS_MAX: Final = 5.0
 
-# Without a deadline of the caller's: how long to go on trying since the server was last heard of.
+# Without a deadline of the caller's: how long to go on trying since the first attempt in vain. A path may have died
+# long ago without a word: finding that out is no trying yet.
 SILENCE_SECONDS_MAX: Final = 30.0
 
 # A call may take this long; gRPC cannot count much further.
@@ -132,6 +133,7 @@ class Synchronizer:
                     if deadline.heard:
                         backoff = BACKOFF_SECONDS_FIRST
                         token_refused = False
+                    deadline.note_broken()
                     pause = max(backoff * random.uniform(0.5, 1.0), error.retry_after_seconds)
                     if pause > deadline.remaining():
                         raise ServerUnavailable(
@@ -163,6 +165,9 @@ class Synchronizer:
                     upload_over = time.monotonic()
                     report.upload_seconds += upload_over - started
             report.download_seconds += time.monotonic() - upload_over
+        except Transient:
+            attempt.keep()
+            raise
         finally:
             stream.cancel()
 
@@ -188,22 +193,26 @@ class _Deadline:
     """The caller's deadline, or, without one, patience with a silent server."""
 
     def __init__(self, timeout: float | None) -> None:
-        now = time.monotonic()
-        self._end = None if timeout is None else now + timeout
-        self._last_heard = now
+        self._end = None if timeout is None else time.monotonic() + timeout
+        self._broken_since: float | None = None
         self.heard = False
 
     def note_heard(self) -> None:
         """Note that the server answered."""
-        self._last_heard = time.monotonic()
+        self._broken_since = None
         self.heard = True
+
+    def note_broken(self) -> None:
+        """Note that an attempt was in vain."""
+        if self._broken_since is None:
+            self._broken_since = time.monotonic()
 
     def remaining(self) -> float:
         """Return the seconds left to try in."""
         now = time.monotonic()
         if self._end is not None:
             return self._end - now
-        return self._last_heard + SILENCE_SECONDS_MAX - now
+        return SILENCE_SECONDS_MAX - (0.0 if self._broken_since is None else now - self._broken_since)
 
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""

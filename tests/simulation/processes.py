@@ -35,7 +35,8 @@ from tidelog import (
     TidelogError,
 )
 from tidelog_client import Progress, Replica, Transaction
-from tidelog_server import Server
+from tidelog_server import Credentials, Principal, Server
+from tidelog_server._principal import DEFAULT_TENANT
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = references_schema(REFERENCES)
@@ -95,6 +96,22 @@ def serve(directory: str, address: str) -> None:
     """Serve the simulated application until killed."""
     with Server(make_application(Weather(), schema_version=1), store=directory, listen=address):
         print("listening", flush=True)
+        threading.Event().wait()
+
+
+class TokensAreTenants:
+    """Takes each token for the name of a tenant: worlds apart in one server."""
+
+    def authenticate(self, credentials: Credentials) -> Principal:
+        """Return somebody of the tenant that the token names."""
+        return Principal("ann", tenant=credentials.token or DEFAULT_TENANT)
+
+
+def serve_tenants(directory: str) -> None:
+    """Serve the simulated application until killed, each token's tenant apart from the others."""
+    application = make_application(Weather(), schema_version=1)
+    with Server(application, store=directory, authenticator=TokensAreTenants()) as server:
+        print(server.address, flush=True)
         threading.Event().wait()
 
 
@@ -219,6 +236,7 @@ def _synchronize(replica: Replica, random: Random, journal: Journal) -> None:
 
 ROLES: dict[str, Callable[..., None]] = {
     "serve": serve,
+    "serve_tenants": serve_tenants,
     "work": work,
     "write": write,
     "synchronize": synchronize,
