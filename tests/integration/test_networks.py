@@ -113,7 +113,12 @@ def test_a_path_that_heals_is_gone_on_with(world: World, proxy: Proxy) -> None:
         proxy.heal()
 
     healer = threading.Thread(target=heal)
-    report = a.synchronize_all(on_progress=_at(Phase.DOWNLOAD, lambda: (proxy.stall(), healer.start()), done=10))
+
+    def stall() -> None:
+        proxy.stall()
+        healer.start()
+
+    report = a.synchronize_all(on_progress=_at(Phase.DOWNLOAD, stall, done=10))
 
     healer.join()
     assert (report.attempts, report.downloaded) == (1, OBJECTS)

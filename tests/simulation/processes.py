@@ -72,8 +72,8 @@ def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = WAI
 class Journal:
     """A file of lines that outlives the process that appends them."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     def append(self, line: str) -> None:
         """Append a line in one write."""
