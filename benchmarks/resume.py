@@ -25,7 +25,14 @@ from benchmarks.workers import ReplicaWorker, ServerWorker
 from tidelog_client import Replica
 
 INTERRUPTIONS: Final = 20
-KINDS: Final = ("connection cut", "replica killed", "connection reset", "server killed")
+KINDS: Final = (
+    "connection cut",
+    "replica killed",
+    "connection reset",
+    "connection cut",
+    "server killed",
+    "connection reset",
+)
 PUBLISHING: Final = "replica killed while publishing"
 WAIT_SECONDS_MAX: Final = 300.0
 POLL_SECONDS: Final = 0.001

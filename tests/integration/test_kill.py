@@ -1,4 +1,4 @@
-"""Processes are killed at random instants; nothing is lost and nothing happens twice. More of it: python -m tests.kill."""
+"""Processes are killed at random instants; nothing is lost, nothing happens twice. More: python -m tests.kill."""
 
 from __future__ import annotations
 
