@@ -46,7 +46,7 @@ def test_interruptions_cost_little_and_end_alike(tmp_path: Path) -> None:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """A server with some pages of objects, each of which a replica stages; what it has in the end it shows in steps."""
+    """A server with some pages of objects; a replica stages each of them, and shows what it has in steps."""
     monkeypatch.setattr(download, "PAGE_OBJECTS_MAX", PAGE_OBJECTS)
     monkeypatch.setattr(synchronization, "STAGE_BYTES", 1)
     monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 2 * PAGE_OBJECTS)

@@ -35,20 +35,22 @@ SCENES: Mapping[str, Callable[[Path, Random], Scene]] = {
 }
 
 # Checks read all that ever was. What is costly to prepare, and does not grow, stays longer.
-WORLD_ROUNDS = {Load.name: 10, GroupCommit.name: 10}
+WORLD_ROUNDS = {Load.name: 10, GroupCommit.name: 10, Publication.name: 200, Trimming.name: 200, Migration.name: 200}
 
 
-def run(name: str, *, rounds: int, seed: int) -> Counter[str]:
+def run(
+    name: str, *, rounds: int, seed: int, on_world: Callable[[int, Counter[str]], None] = lambda *_: None
+) -> Counter[str]:
     """
     Run so many rounds of a scene, and return how many kills there were of each kind.
 
-    What it finds says in which world it was, so that this one can be run again alone.
+    *on_world* is told after each world how many rounds and kills that makes.
     """
     kills: Counter[str] = Counter()
     done = 0
     while done < rounds:
         dice = Random(f"{name} {seed} {done}")
-        world_rounds = min(WORLD_ROUNDS.get(name, rounds), rounds - done)
+        world_rounds = min(WORLD_ROUNDS[name], rounds - done)
         with quick_folder() as folder:
             scene = SCENES[name](folder, dice)
             try:
@@ -60,4 +62,5 @@ def run(name: str, *, rounds: int, seed: int) -> Counter[str]:
                 error.add_note(f"{name}, seed {seed}, round {done}; kills so far: {dict(kills + scene.kills)}")
                 raise
             kills += scene.kills
+        on_world(done, kills)
     return kills
