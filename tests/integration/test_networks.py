@@ -20,15 +20,13 @@ from tidelog_server._session import Session
 
 pytestmark = pytest.mark.slow
 
-OBJECTS = 300
+OBJECTS = 150
 OBJECT_BYTES = 10_000
 WINDOW_BYTES = 64 * 1024
 DEADLINE_SECONDS = 1.0
-QUICK_PINGS = {
-    "grpc.keepalive_time_ms": 200,
-    "grpc.http2.ping_timeout_ms": 300,
-    "grpc.http2.min_ping_interval_without_data_ms": 10,
-}
+PING_TIMEOUT_MS = 600
+SHORT_WAITS = {"grpc.http2.ping_timeout_ms": PING_TIMEOUT_MS, "grpc.http2.lookahead_bytes": WINDOW_BYTES}
+QUICK_PINGS = {"grpc.keepalive_time_ms": 200, "grpc.http2.min_ping_interval_without_data_ms": 10}
 
 
 @pytest.fixture
@@ -48,11 +46,22 @@ def proxy(world: World) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def quick_pings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let both ends ping at once where nothing was heard, and wait shortly for the answer. Before `world`."""
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let both ends wait shortly for the answer to a ping, and have little on its way. Before `world`."""
+    _set_options(
+        monkeypatch, {"grpc.http2.ping_timeout_ms": PING_TIMEOUT_MS, "grpc.http2.lookahead_bytes": WINDOW_BYTES}
+    )
+
+
+@pytest.fixture
+def quick_pings(monkeypatch: pytest.MonkeyPatch, short_waits: None) -> None:
+    """Let both ends ping at once where nothing was heard, too. Before `world`."""
+    _set_options(monkeypatch, QUICK_PINGS)
+
+
+def _set_options(monkeypatch: pytest.MonkeyPatch, changed: dict[str, int]) -> None:
     for module in (_channel, _server):
-        options = {**dict(module._OPTIONS), **QUICK_PINGS, "grpc.http2.lookahead_bytes": WINDOW_BYTES}
-        monkeypatch.setattr(module, "_OPTIONS", tuple(options.items()))
+        monkeypatch.setattr(module, "_OPTIONS", tuple({**dict(module._OPTIONS), **changed}.items()))
 
 
 @pytest.fixture
@@ -169,10 +178,10 @@ class TestDeadConnections:
 
 
 class TestSlowPaths:
-    @pytest.mark.usefixtures("quick_pings")
+    @pytest.mark.usefixtures("short_waits")
     def test_a_throttled_path(self, world: World, proxy: Proxy) -> None:
-        """Pings that wait in line behind the data do not make a slow connection pass for a dead one."""
-        proxy.down.bytes_per_second = 4 * WINDOW_BYTES * 1000 // QUICK_PINGS["grpc.http2.ping_timeout_ms"]
+        """No ping waits in line behind the data, and makes a slow connection pass for a dead one."""
+        proxy.down.bytes_per_second = 4 * WINDOW_BYTES * 1000 // PING_TIMEOUT_MS
         told: list[Progress] = []
 
         report = world.replica(server=proxy.address).synchronize_all(on_progress=told.append)
