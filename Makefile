@@ -32,6 +32,14 @@ test: $(STAMP) $(NODE_STAMP) ## Run the tests
 simulate: $(STAMP) ## Run simulated worlds: SEEDS=0-999
 	$(RUN) -m tests.simulation --seeds $(or $(SEEDS),0-99) $(ARGS)
 
+.PHONY: cuts
+cuts: $(STAMP) ## Cut a session between processes after every byte
+	$(RUN) -m tests.cuts $(ARGS)
+
+.PHONY: kill
+kill: $(STAMP) ## Kill processes at random instants: ARGS="--rounds 2000 --seed 7"
+	$(RUN) -m tests.kill $(ARGS)
+
 .PHONY: coverage
 coverage: $(STAMP) $(NODE_STAMP) ## Run the tests and report what they did not reach
 	$(RUN) -m coverage erase

@@ -101,6 +101,13 @@ class Child(Generic[W]):
         peak_bytes, cpu_seconds = self.call(_USAGE)
         return Usage(peak_bytes, self._own_bytes, cpu_seconds)
 
+    def kill(self) -> None:
+        """Kill the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self._ended.set()
+        self._sampler.join()
+
     def __enter__(self) -> Self:
         return self
 
@@ -114,7 +121,7 @@ class Child(Generic[W]):
     def _answer(self) -> Any:
         try:
             result, error = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise ChildFailed(f"process {self._process.pid} is gone") from None
         if error is not None:
             raise ChildFailed(error)

@@ -19,6 +19,7 @@ from benchmarks.measurements import Pair, measure
 from benchmarks.narrow import measure_narrow
 from benchmarks.profile_runs import What, profile
 from benchmarks.profiling import Clock
+from benchmarks.resume import INTERRUPTIONS, measure_resume
 from benchmarks.summary import as_data, summarize
 
 REPEAT_SMALL: Final = 5
@@ -129,6 +130,23 @@ def run_load(
         tables.show_situations(console, situations)
         tables.show_storm(console, measure_storm(Path(name), clients))
         tables.show_pings(console, *measure_pings(Path(name), operations))
+
+
+@app.command("resume")
+def run_resume(
+    objects: Annotated[int, typer.Option(min=SIZE_MIN, help="How many objects.")] = 1_000_000,
+    interruptions: Annotated[int, typer.Option(min=1, help="How often the download is interrupted.")] = INTERRUPTIONS,
+    seed: Annotated[int, typer.Option(help="When it is.")] = 1,
+    folder: Folder = None,
+) -> None:
+    """Measure what an initial download costs that is cut, and whose processes are killed, beside one at one go."""
+    console = Console(width=TABLE_WIDTH)
+    tables.show_machine(console, machine.describe(folder or Path(tempfile.gettempdir())))
+    measured = measure_resume(objects, folder=folder, seed=seed, interruptions=interruptions)
+    tables.show_resumed(console, measured)
+    if measured.states[0] != measured.states[1]:
+        _progress.print("the replicas do not show the same")
+        raise typer.Exit(1)
 
 
 def _sizes(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from benchmarks.children import Usage
 from benchmarks.load import Situation, Storm
 from benchmarks.narrow import Narrow
+from benchmarks.resume import Resumed
 from benchmarks.summary import Side, Spread, Summary
 
 
@@ -82,6 +83,23 @@ def show_pings(console: Console, alone: Sequence[float], beside: Sequence[float]
         moments = [pings[int(part * (len(pings) - 1))] for part in (0.5, 0.99, 1.0)]
         table.add_row(name, str(len(pings)), *(f"{seconds * 1e3:.1f} ms" for seconds in moments))
     _print(console, "who waits for the writer", table)
+
+
+def show_resumed(console: Console, measured: Resumed) -> None:
+    """Print what a download took at one go, and with interruptions."""
+    table = _table("", "interruptions", "bytes", "ratio", "lost each time", "time", "state")
+    whole, resumed = (state[:12] for state in measured.states)
+    table.add_row("at one go", "0", f"{measured.whole_bytes:,}", "", "", f"{measured.whole_seconds:.1f} s", whole)
+    table.add_row(
+        "interrupted",
+        str(len(measured.interruptions)),
+        f"{measured.resumed_bytes:,}",
+        f"{measured.ratio:.4f}",
+        f"{measured.lost_bytes:,}",
+        f"{measured.resumed_seconds:.1f} s",
+        resumed,
+    )
+    _print(console, f"an initial download of {measured.objects:,} objects", table)
 
 
 def _print(console: Console, title: str, table: Table) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.profiling import Clock, Profiler
 from benchmarks.records import ENTITY, tasks
 from benchmarks.work import Stopwatch, Work
+from tidelog._values import encode
 from tidelog_client import Replica
 from tidelog_server import Application, Server, ServerLimits
 from tidelog_server.commands import spare_the_collector
@@ -30,6 +33,14 @@ class ServerWorker:
 
     def put_off_count(self) -> int:
         return self._server.load.put_off_count
+
+    def fill(self, objects: int, attributes: Callable[[int, int], Iterator[dict[str, Any]]]) -> None:
+        """Create so many objects."""
+        made, tenant = attributes(0, objects), self._server.tenant()
+        while batch := list(islice(made, COMMIT_OPERATIONS)):
+            with tenant.transaction() as transaction:
+                for one in batch:
+                    transaction.create(ENTITY, one)
 
     def end_profile(self) -> str:
         """Stop the server and return what took the time."""
@@ -86,6 +97,13 @@ class ReplicaWorker:
             report.received_bytes,
             report.upload_seconds,
         )
+
+    def state(self) -> str:
+        """Return a hash of all that the replica shows."""
+        digest = hashlib.sha256()
+        for one in self._replica.query(ENTITY):
+            digest.update(encode([one.id, one.to_dict()]))
+        return digest.hexdigest()
 
     def begin_profile(self) -> None:
         """Forget what the profiler saw of the opening."""

@@ -13,12 +13,25 @@ from tidelog._errors import InvalidValue
 from tidelog._limits import MESSAGE_BYTES_MAX, TOKEN_BYTES_MAX
 from tidelog._tls import read_authorities, read_identity
 
-# See the server's options: the ping timeout finds a server that vanished without a word.
-_OPTIONS: Final = (
+# How much may be on its way to one that reads: 5 MB/s over a path of 100 ms.
+WINDOW_BYTES: Final = 512 * 1024
+
+# What both ends do. Pings find a peer that vanished without a word, once nothing was heard for a while; the ping
+# timeout is what counts: `grpc.keepalive_timeout_ms` has no effect in this implementation. A ping waits in line behind
+# the data: the timeout must be longer than a window takes on the slowest path there is, 10 kB/s, or a connection
+# passes for dead that is only slow, and a replica begins the same page for ever. For the same reason gRPC must not
+# measure by pings how much the path takes, and widen the window accordingly.
+PATIENT_OPTIONS: Final = (
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.ping_timeout_ms", 60_000),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
+)
+
+_OPTIONS: Final = (
+    *PATIENT_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Two replicas of one program must not share a connection, or one's stall is the other's.

@@ -39,7 +39,8 @@ from tidelog_client._upload import Sieve, Upload, upload_of
 if TYPE_CHECKING:
     from tidelog_client._storage import Storage
 
-STAGE_BYTES: Final = 8 * 1024 * 1024
+# What an interruption costs at most: on a bad network it is paid again and again.
+STAGE_BYTES: Final = 1024 * 1024
 SELECTION_KEYS_A_MESSAGE: Final = 5_000
 
 _M = TypeVar("_M", bound=Message)
@@ -141,6 +142,7 @@ class Synchronization:
         self._pages: list[bytes] = []
         self._pages_bytes = 0
         self._pages_objects = 0
+        self._resume_token = b""
         self._downloaded_count = 0
 
     @property
@@ -448,20 +450,30 @@ class Synchronization:
 
     # --- download -------------------------------------------------------------
 
+    def keep(self) -> None:
+        """Keep what came of a download that broke off: another attempt goes on behind it."""
+        if self._mode is Mode.ALL and self._pages and self._stage is _Stage.DOWNLOADING:
+            self._put_aside()
+
     def _page(self, page: bytes) -> None:
         message = _parsed(sync_pb2.SnapshotPage, page)
         count = len(message.snapshots) + len(message.removals) + len(message.confirmations)
         self._pages.append(page)
         self._pages_bytes += len(page)
         self._pages_objects += count
+        self._resume_token = message.resume_token
         if self._pages_bytes >= STAGE_BYTES:
-            if self._mode is Mode.ALL:
-                self._storage.publication.stage(self._pages, self._pages_objects, message.resume_token)
-            else:
-                self._storage.publication.stage_merge(self._pages)
-            self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
+            self._put_aside()
         self._downloaded_count += count
         self._on_progress(Progress(Phase.DOWNLOAD, self._downloaded_count, None))
+
+    def _put_aside(self) -> None:
+        """Move the pages in memory to disk."""
+        if self._mode is Mode.ALL:
+            self._storage.publication.stage(self._pages, self._pages_objects, self._resume_token)
+        else:
+            self._storage.publication.stage_merge(self._pages)
+        self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
 
     def _complete(self, complete: sync_pb2.SessionComplete) -> None:
         self._on_progress(Progress(Phase.PUBLISH, 0, self._downloaded_count))

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 BACKOFF_SECONDS_FIRST: Final = 0.1
 BACKOFF_SECONDS_MAX: Final = 5.0
 
-# Without a deadline of the caller's: how long to go on trying since the server was last heard of.
+# Without a deadline of the caller's: how long to go on trying since the first attempt in vain. A path may have died
+# long ago without a word: finding that out is no trying yet.
 SILENCE_SECONDS_MAX: Final = 30.0
 
 # The same for a server that answers, and does nothing but tell when to come again.
@@ -168,7 +169,9 @@ class Synchronizer:
                         token_refused = False
                     retry_after = error.retry_after_seconds
                     pause = max(backoff * random.uniform(0.5, 1.0), retry_after or 0.0)
-                    if retry_after is not None:
+                    if retry_after is None:
+                        deadline.note_broken()
+                    else:
                         deadline.note_busy(pause)
                     if pause > deadline.remaining():
                         raise ServerUnavailable(
@@ -207,6 +210,9 @@ class Synchronizer:
                     upload_over = time.monotonic()
                     report.upload_seconds += upload_over - started
             report.download_seconds += time.monotonic() - upload_over
+        except Transient:
+            attempt.keep()
+            raise
         finally:
             stream.cancel()
 
@@ -219,22 +225,26 @@ class _Deadline:
     """The caller's deadline, or, without one, patience with a silent server."""
 
     def __init__(self, timeout: float | None) -> None:
-        now = time.monotonic()
-        self._end = None if timeout is None else now + timeout
-        self._last_heard = now
+        self._end = None if timeout is None else time.monotonic() + timeout
+        self._broken_since: float | None = None
         self._busy_since: float | None = None
         self.heard = False
 
     def note_heard(self) -> None:
         """Note that the server answered."""
-        self._last_heard = time.monotonic()
+        self._broken_since = None
         self._busy_since = None
         self.heard = True
+
+    def note_broken(self) -> None:
+        """Note that an attempt was in vain."""
+        if self._broken_since is None:
+            self._broken_since = time.monotonic()
 
     def note_busy(self, pause: float) -> None:
         """Note that the server is there, and wants nothing to be tried for so many seconds."""
         now = time.monotonic()
-        self._last_heard = now + pause
+        self._broken_since = now + pause
         if self._busy_since is None:
             self._busy_since = now
 
@@ -243,7 +253,7 @@ class _Deadline:
         now = time.monotonic()
         if self._end is not None:
             return self._end - now
-        until = self._last_heard + SILENCE_SECONDS_MAX
+        until = (now if self._broken_since is None else self._broken_since) + SILENCE_SECONDS_MAX
         if self._busy_since is not None:
             until = min(until, self._busy_since + BUSY_SECONDS_MAX)
         return until - now

@@ -15,8 +15,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tidelog._address import check_address, host_of, is_loopback
+from tidelog._channel import PATIENT_OPTIONS
 from tidelog._errors import InvalidValue, ResourceClosed, StorageError
-from tidelog._limits import MESSAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog._values import check_id
 from tidelog.v1 import failure_pb2, object_pb2, schema_pb2, sync_pb2
@@ -55,14 +55,9 @@ _SERVICE_NAMES: Final = tuple(
     )
 )
 
-# Pings find a peer that vanished without a word; see gRPC's keepalive guide. The ping timeout is what counts:
-# `grpc.keepalive_timeout_ms` has no effect in this implementation.
 _OPTIONS: Final = (
+    *PATIENT_OPTIONS,
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Devices that have synchronized keep their connection: without an end the open files run out.
     ("grpc.max_connection_idle_ms", 300_000),

@@ -20,7 +20,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from tests.builders import World, contents, create, quick_folder, update
+from tests.builders import TENANT, World, contents, create, quick_folder, update
 from tests.simulation.processes import wait_until
 
 from tidelog import ServerUnavailable
@@ -584,6 +584,7 @@ class TestComingAndGoing:
 
             assert acknowledged == []
             # The writer's jobs are all done, or dropped, when the next one is.
+            world.store.submit(TENANT, lambda _: (None, None)).result(WAIT_SECONDS_MAX)
             assert world.lab.version() == 2, "only what was acknowledged, and what had begun, was applied"
             world.server.start()
             replica = world.replica()

@@ -37,7 +37,8 @@ from tidelog import (
     TidelogError,
 )
 from tidelog_client import Progress, Replica, Transaction
-from tidelog_server import Application, HookContext, HookObject, LmdbStore, Server
+from tidelog_server import Application, Credentials, HookContext, HookObject, LmdbStore, Principal, Server
+from tidelog_server._principal import DEFAULT_TENANT
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = references_schema(REFERENCES)
@@ -82,8 +83,8 @@ def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = WAI
 class Journal:
     """A file of lines that outlives the process that appends them."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     def append(self, line: str) -> None:
         """Append a line in one write."""
@@ -120,6 +121,22 @@ def serve_deadly(directory: str, address: str) -> None:
 
     with Server(application, store=directory, listen=address):
         print("listening", flush=True)
+        threading.Event().wait()
+
+
+class TokensAreTenants:
+    """Takes each token for the name of a tenant: worlds apart in one server."""
+
+    def authenticate(self, credentials: Credentials) -> Principal:
+        """Return somebody of the tenant that the token names."""
+        return Principal("ann", tenant=credentials.token or DEFAULT_TENANT)
+
+
+def serve_tenants(directory: str) -> None:
+    """Serve the simulated application until killed, each token's tenant apart from the others."""
+    application = make_application(Weather(), schema_version=1)
+    with Server(application, store=directory, authenticator=TokensAreTenants()) as server:
+        print(server.address, flush=True)
         threading.Event().wait()
 
 
@@ -317,6 +334,7 @@ def _synchronize(replica: Replica, random: Random, journal: Journal) -> None:
 ROLES: dict[str, Callable[..., None]] = {
     "serve": serve,
     "serve_deadly": serve_deadly,
+    "serve_tenants": serve_tenants,
     "work": work,
     "write": write,
     "synchronize": synchronize,

@@ -191,7 +191,7 @@ class TestRestore:
         assert opened.identity == (restored.epoch, restored.timeline)
         opened.close()
         assert list(verify_store(folder / "restored")) == []
-        assert names(folder / "restored") - {"lock.mdb"} == {"FORMAT", "data.mdb", "server.lock"}
+        assert names(folder / "restored") - {"lock.mdb"} == {"FORMAT", "data.mdb", "server.lock", "under-way"}
 
     def test_a_backup_can_be_restored_twice(self, backup: Path, folder: Path) -> None:
         """The backup stays as it is; each restore begins a timeline of its own."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from tests.builders import contents, quick_folder
-from tests.sessions import ServerEnd, page, plan, synchronize
+from tests.sessions import ServerEnd, begin, page, plan, synchronize
 
 from tidelog import InvalidConstraint, InvalidValue, LimitExceeded, ObjectNotFound, PermissionRefused, attribute
 from tidelog._downloads import Download, DownloadMode
 from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Replica, SkipReason
+from tidelog_client import Object, Replica, Report, SkipReason
 from tidelog_client import _publication as publication
 from tidelog_client import _replica as replica_module
 from tidelog_client import _synchronization as synchronization
@@ -675,3 +675,39 @@ class TestNewerServers:
         synchronize(replica, server)
 
         assert sorted(contents(replica)) == ["t1", "t2"]
+
+
+class TestInterruptions:
+    def test_what_a_crash_costs_at_most(self, replica: Replica, server: ServerEnd) -> None:
+        """However a program ends, what came of a download is on disk but for the last mebibyte."""
+        page_bytes = 200_000
+        text = "x" * page_bytes
+        server.pages = [page(("Task", f"t{n}", n, {"text": text}), token=b"%d" % n) for n in range(1, 31)]
+        came: list[int] = []
+
+        def crashes() -> None:
+            came.append(len(came))
+            if len(came) == 25:
+                raise Broken
+
+        with pytest.raises(Broken):
+            synchronize(replica, server, on_answer=crashes)
+
+        page_count = came[-1] - 2  # but `started` and `upload_settled`
+        token = int(replica._storage.meta("resume_token"))
+        assert 0 <= (page_count - token) * page_bytes < 1024 * 1024
+
+    def test_what_a_cut_costs(self, replica: Replica, server: ServerEnd) -> None:
+        """What came before a connection broke is kept, however little it is."""
+        server.pages = [page(("Task", f"t{n}", n, {}), token=b"%d" % n) for n in (1, 2, 3)]
+        attempt = begin(replica, Report(), "all")
+        requests = [request for request in attempt.begin() if request is not None]
+        answers = [one for data in requests for one in server.answer(sync_pb2.SynchronizeRequest.FromString(data))]
+        for answer in answers[:4]:  # started, upload_settled, two pages
+            attempt.receive(answer.SerializeToString())
+
+        attempt.keep()
+
+        assert replica._storage.meta("resume_token") == b"2"
+        synchronize(replica, server)
+        assert server.start.resume_token == b"2"

@@ -1,0 +1,128 @@
+"""
+Kills under load: a server and replicas that edit and synchronize all the time.
+
+A round starts everybody, kills somebody at a random instant, starts those again, kills
+everybody at once at another random instant, and checks what they left on disk.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+from tests.kill.children import Child, kill_at_once
+from tests.kill.roles import serve, work
+from tests.simulation import promises
+from tests.simulation.application import Weather, make_application
+from tests.simulation.processes import SCHEMA, Journal
+from tests.simulation.records import Committed, ReplicaRecord, ServerRecord, read_replica, read_server
+
+from tidelog_client import Replica
+from tidelog_server import LmdbStore, Server
+
+REPLICA_COUNT = 3
+# From the start of a process until it has done some of everything.
+PHASE_SECONDS = 0.6
+
+
+class Load:
+    """A world under load, from its first round to the last."""
+
+    name = "load"
+
+    def __init__(self, folder: Path, dice: Random) -> None:
+        self.kills: Counter[str] = Counter()
+        self._dice = dice
+        self._server_directory = folder / "server"
+        self._directories = [folder / f"replica-{number}" for number in range(REPLICA_COUNT)]
+        self._journals = [Journal(folder / f"journal-{number}") for number in range(REPLICA_COUNT)]
+        self._address = f"127.0.0.1:{_free_port()}"
+
+    def run(self) -> None:
+        """Run a round and check what it left."""
+        children: list[Child] = [self._serve(), *(self._work(number) for number in range(REPLICA_COUNT))]
+        try:
+            victims = self._dice.choice([[0], [1], [2], [3], [0, 1], [0, 1, 2, 3]])
+            time.sleep(self._dice.uniform(0, PHASE_SECONDS))
+            kill_at_once(*(children[victim] for victim in victims))
+            self.kills["server and replicas" if len(victims) > 1 else "replica" if victims[0] else "server"] += 1
+            for victim in victims:
+                children[victim] = self._work(victim - 1) if victim else self._serve()
+            time.sleep(self._dice.uniform(0, PHASE_SECONDS))
+        finally:
+            kill_at_once(*children)
+        self.kills["server and replicas"] += 1
+        with self._opened() as (store, replicas):
+            server, records, committed = _read(store, replicas)
+            promises.check_server(server, committed)
+            for record, journal in zip(records, self._journals, strict=True):
+                promises.check_replica(server, record, committed[record.replica_id])
+                check_acknowledged(record, journal)
+
+    def finish(self) -> None:
+        """Let everybody synchronize in peace, and check that all agree."""
+        with (
+            self._opened() as (store, _),
+            Server(make_application(Weather(), schema_version=1), store=store) as server,
+        ):
+            replicas = [Replica(path, server=server.address, schema=SCHEMA) for path in self._directories]
+            try:
+                reports = [replica.synchronize_all() for _ in range(2) for replica in replicas]
+                record, records, committed = _read(store, replicas)
+            finally:
+                for replica in replicas:
+                    replica.close()
+        promises.check_server(record, committed)
+        for one, report in zip(records, reports[-REPLICA_COUNT:], strict=True):
+            if report.skipped:
+                raise AssertionError(f"nothing has to wait: {report.skipped}")
+            promises.check_replica(record, one, committed[one.replica_id])
+            promises.check_converged_when_quiet(record, one, not_ready=())
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[LmdbStore, list[Replica]]]:
+        store = LmdbStore(self._server_directory)
+        replicas = [Replica(path) for path in self._directories]
+        try:
+            yield store, replicas
+        finally:
+            for replica in replicas:
+                replica.close()
+            store.close()
+
+    def _serve(self) -> Child:
+        return Child(serve, str(self._server_directory), self._address)
+
+    def _work(self, number: int) -> Child:
+        seed = str(self._dice.random())
+        return Child(work, str(self._directories[number]), self._address, seed, str(self._journals[number].path))
+
+
+def check_acknowledged(record: ReplicaRecord, journal: Journal) -> None:
+    """Check that what a process once took for committed is in the log, and that it met no error."""
+    lines = journal.lines()
+    if errors := [line for line in lines if line.startswith("error")]:
+        raise AssertionError(f"a synchronization failed for no reason: {errors}")
+    operations = Committed(record.log).operations.values()
+    logged = {operation.decoded_patch().set.get("mark") for operation in operations}
+    acknowledged = [mark for line in lines if line.startswith("committed") for mark in line.split()[1:]]
+    if lost := [mark for mark in acknowledged if mark not in logged]:
+        raise AssertionError(f"Durable: {len(lost)} of {len(acknowledged)} acknowledged operations are not in the log")
+
+
+def _read(store: LmdbStore, replicas: list[Replica]) -> tuple[ServerRecord, list[ReplicaRecord], dict[str, Committed]]:
+    records = [read_replica(replica._storage) for replica in replicas]
+    server = read_server(store, {record.replica_id: record.last_seq for record in records})
+    return server, records, {record.replica_id: Committed(record.log) for record in records}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
