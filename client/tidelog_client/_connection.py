@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
@@ -169,19 +171,27 @@ def error_of(error: grpc.RpcError, address: str) -> Transient | SynchronizationE
     if "failed to connect" in message and "Socket closed" in message:
         message += " (while connecting: does the server expect TLS, or a client certificate?)"
     if code in _TRANSIENT:
-        retry_after = float(info.metadata.get("retry_after_seconds", "0")) if info is not None else 0.0
-        return Transient(f"{address}: {message}", retry_after_seconds=retry_after)
+        return Transient(f"{address}: {message}", retry_after_seconds=_retry_after_seconds(info))
     kind = _BY_REASON.get(reason) or _BY_CODE.get(code, ServerUnavailable)
     return kind(f"{address}: {message}" + (f" ({reason})" if reason else ""))
+
+
+def _retry_after_seconds(info: ErrorInfo | None) -> float:
+    """Return how long the server asks to wait; what is no time is passed over."""
+    try:
+        seconds = float(info.metadata.get("retry_after_seconds", "0")) if info is not None else 0.0
+    except ValueError:
+        return 0.0
+    return seconds if 0.0 <= seconds < math.inf else 0.0
 
 
 def _error_info(error: grpc.RpcError) -> ErrorInfo | None:
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call
-    except (ValueError, AttributeError):
-        return None
-    for detail in status.details if status is not None else ():
-        info = ErrorInfo()
-        if detail.Unpack(info):
-            return info
+        for detail in status.details if status is not None else ():
+            info = ErrorInfo()
+            if detail.Unpack(info):
+                return info
+    except (ValueError, AttributeError, DecodeError):
+        pass  # details that cannot be read tell nothing
     return None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import put_many, scan_keys
+from tidelog._errors import damaged
 from tidelog._keys import pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._limits import PAGE_OBJECTS_MAX
 from tidelog.v1 import sync_pb2
@@ -306,7 +307,10 @@ class _PublishingEnd(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> _PublishingEnd:
-        version, track_seen, cursor_bytes = _END.unpack_from(data)
+        try:
+            version, track_seen, cursor_bytes = _END.unpack_from(data)
+        except struct.error as error:
+            raise damaged("what is known of an unfinished publication") from error
         cursor_end = _END.size + cursor_bytes
         return cls(data[_END.size : cursor_end], version, Plans.decode(data[cursor_end:]), track_seen)
 

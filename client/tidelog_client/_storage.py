@@ -22,9 +22,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from google.protobuf.message import DecodeError
+
 from tidelog._downloads import DownloadMode
 from tidelog._environment import Environment, put_many
-from tidelog._errors import InvalidValue, LogCorrupt
+from tidelog._errors import InvalidValue, LogCorrupt, damaged
 from tidelog._keys import (
     POSITION_BYTES,
     ObjectKey,
@@ -245,17 +247,13 @@ class Storage:
     def outcome(self, transaction: LmdbTransaction, seq: int) -> Outcome | None:
         """Return what became of an operation, or None while it is pending (or forgotten)."""
         value = transaction.get(pack_position(seq), db=self._outcomes)
-        if value is None:
-            return None
-        if value[:1] == _APPLIED:
-            return Outcome(unpack_position(value[1:]), "")
-        return Outcome(0, value[1:].decode())
+        return None if value is None else _unpack_outcome(value)
 
     def failure(self, failure_id: str) -> failure_pb2.SynchronizationFailure | None:
         """Return a recorded failure, or None."""
         with self.environment.read() as transaction:
             value = transaction.get(failure_id.encode(), db=self._failures)
-        return None if value is None else failure_pb2.SynchronizationFailure.FromString(value)
+        return None if value is None else _unpack_failure(value)
 
     def failures(self) -> Iterator[failure_pb2.SynchronizationFailure]:
         """Iterate over the recorded failures, oldest first."""
@@ -271,7 +269,7 @@ class Storage:
                     room_bytes -= len(page[-1][1])
                     found = cursor.next()
             for _key, value in page:
-                yield failure_pb2.SynchronizationFailure.FromString(value)
+                yield _unpack_failure(value)
             if not page:
                 return
             start = page[-1][0] + b"\0"
@@ -435,5 +433,24 @@ def _units(places: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, byte
 
 
 def _unpack_pending(seq: int, value: bytes) -> PendingOperation:
-    position, size = _PLACE.unpack_from(value)
-    return PendingOperation(seq, position, size, unpack_object_key(value[_PLACE.size :]))
+    try:
+        position, size = _PLACE.unpack_from(value)
+        return PendingOperation(seq, position, size, unpack_object_key(value[_PLACE.size :]))
+    except (struct.error, UnicodeDecodeError) as error:
+        raise damaged(f"the record of the pending operation at seq {seq}") from error
+
+
+def _unpack_outcome(value: bytes) -> Outcome:
+    if value[:1] == _APPLIED:
+        return Outcome(unpack_position(value[1:]), "")
+    try:
+        return Outcome(0, value[1:].decode())
+    except UnicodeDecodeError as error:
+        raise damaged("the record of an outcome") from error
+
+
+def _unpack_failure(value: bytes) -> failure_pb2.SynchronizationFailure:
+    try:
+        return failure_pb2.SynchronizationFailure.FromString(value)
+    except DecodeError as error:
+        raise damaged("the record of a synchronization failure") from error

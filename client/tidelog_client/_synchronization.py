@@ -20,16 +20,15 @@ from tidelog import _limits
 from tidelog._downloads import Download
 from tidelog._errors import (
     ForeignServer,
-    InvalidSchema,
     PermissionRefused,
     ProtocolUnsupported,
     ProtocolViolated,
     ReplicaForked,
 )
 from tidelog._operation import decode_operation
-from tidelog._schema import Schema
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import operation_pb2, sync_pb2
+from tidelog_client._answers import batch_limits, check_complete, check_final, check_page, check_started
 from tidelog_client._plans import Plans
 from tidelog_client._report import OnProgress, Phase, Progress, Report, Skipped, SkipReason
 from tidelog_client._selection import Selection
@@ -181,9 +180,10 @@ class Synchronization:
                 f"the server speaks version {started.protocol_version} of the protocol, "
                 f"this client version {_limits.PROTOCOL_VERSION}: upgrade the older one"
             )
+        check_started(started)
         self._adopt(started)
         self._check_log(started.settled)
-        self._limits = started.limits
+        self._limits = batch_limits(started.limits)
         self._check_upload(Plans(started))
         if self._mode is not Mode.ALL:
             self._storage.publication.discard_merge()
@@ -197,7 +197,7 @@ class Synchronization:
         self._storage.environment.sync()
         self._batches = self._batched_operations()
         messages: list[bytes | None] = []
-        for _ in range(max(1, started.limits.batches_in_flight)):
+        for _ in range(self._limits.batches_in_flight):
             messages.extend(self._next_batch())
             if self._stage is not _Stage.UPLOADING:
                 break
@@ -211,10 +211,6 @@ class Synchronization:
         values = self._owner(started)
         schema = b""
         if started.HasField("schema"):
-            try:
-                Schema.from_message(started.schema)
-            except InvalidSchema as error:
-                raise ProtocolViolated(f"the server's schema cannot be read: {error}") from error
             schema = started.schema.SerializeToString()
         values |= {
             "epoch": started.epoch.encode(),
@@ -352,9 +348,7 @@ class Synchronization:
         self._on_progress(Progress(Phase.DOWNLOAD, 0, None))
 
     def _settle(self, results: list[operation_pb2.OperationResult]) -> None:
-        for result in results:
-            if result.status not in _FINAL or (result.status == _REJECTED and not result.failure_id):
-                raise ProtocolViolated(f"the server gave seq {result.seq} a result that settles nothing")
+        check_final(results)
         if results:
             counts = self._storage.settle(results)
             self._report.applied += counts.applied
@@ -373,6 +367,7 @@ class Synchronization:
 
     def _page(self, page: bytes) -> None:
         message = _parsed(sync_pb2.SnapshotPage, page)
+        check_page(message)
         count = len(message.snapshots) + len(message.removals) + len(message.confirmations)
         self._pages.append(page)
         self._pages_bytes += len(page)
@@ -387,6 +382,7 @@ class Synchronization:
         self._on_progress(Progress(Phase.DOWNLOAD, self._downloaded_count, None))
 
     def _complete(self, complete: sync_pb2.SessionComplete) -> None:
+        check_complete(complete)
         self._on_progress(Progress(Phase.PUBLISH, 0, self._downloaded_count))
         if self._mode is Mode.ALL:
             if not complete.cursor:
@@ -403,10 +399,6 @@ class Synchronization:
         self._report.count_published(counts)
         self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE
-
-
-_REJECTED: Final = operation_pb2.OPERATION_STATUS_REJECTED
-_FINAL: Final = frozenset((operation_pb2.OPERATION_STATUS_APPLIED, _REJECTED))
 
 
 def _request(**message: object) -> bytes:

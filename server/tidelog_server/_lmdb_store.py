@@ -41,7 +41,7 @@ import msgpack
 from filelock import FileLock, Timeout
 
 from tidelog._environment import MAP_BYTES_DEFAULT, Environment, put_many
-from tidelog._errors import ResourceClosed, StorageError, StoreInUse
+from tidelog._errors import ResourceClosed, StorageError, StoreInUse, damaged
 from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
@@ -74,6 +74,8 @@ _REJECTED: Final = 2
 _CULPRIT: Final = 4
 
 _KINDS: Final = {int(kind): kind for kind in OperationKind}
+# What comes of reading fields that `_packed` did not write.
+_NOT_PACKED: Final = (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException)
 _log = get_logger("tidelog.store")
 
 T = TypeVar("T")
@@ -362,7 +364,7 @@ class LmdbReader:
         value = self._transaction.get(self._prefix + replica, db=self._databases.replicas)
         if value is None:
             return None
-        return ReplicaState._make(msgpack.unpackb(value, use_list=False))
+        return _unpack_replica(value)
 
     def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
         prefix = self._prefix + replica
@@ -451,7 +453,10 @@ _NO_TENANT: Final = _TENANT.pack(0)
 
 
 def _unpack_object(value: bytes) -> ObjectState:
-    version, created, creator, flags = _OBJECT.unpack_from(value)
+    try:
+        version, created, creator, flags = _OBJECT.unpack_from(value)
+    except struct.error as error:
+        raise damaged("the record of an object") from error
     return ObjectState(
         version, created, creator, bool(flags & _DELETED), bool(flags & _SOLE_WRITER), value[_OBJECT.size :]
     )
@@ -467,7 +472,10 @@ def _pack_settled(one: Settled) -> bytes:
 
 
 def _unpack_settled(value: bytes) -> Settled:
-    nonce, version, flags, failure_id = _SETTLED.unpack(value)
+    try:
+        nonce, version, flags, failure_id = _SETTLED.unpack(value)
+    except struct.error as error:
+        raise damaged("the outcome of an operation") from error
     return Settled(
         nonce, version, bool(flags & _CHANGED), failure_id if flags & _REJECTED else b"", bool(flags & _CULPRIT)
     )
@@ -482,5 +490,15 @@ def _packed(fields: tuple[Any, ...]) -> bytes:
 
 
 def _unpack_change(version: int, value: bytes) -> Change:
-    key, kind, *rest = msgpack.unpackb(value, use_list=False)
-    return Change(version, key, _KINDS[kind], *rest)
+    try:
+        key, kind, *rest = msgpack.unpackb(value, use_list=False)
+        return Change(version, key, _KINDS[kind], *rest)
+    except _NOT_PACKED as error:
+        raise damaged(f"the change at version {version}") from error
+
+
+def _unpack_replica(value: bytes) -> ReplicaState:
+    try:
+        return ReplicaState._make(msgpack.unpackb(value, use_list=False))
+    except _NOT_PACKED as error:
+        raise damaged("the record of a replica") from error
