@@ -32,6 +32,10 @@ test: $(STAMP) $(NODE_STAMP) ## Run the tests
 simulate: $(STAMP) ## Run simulated worlds: SEEDS=0-999
 	$(RUN) -m tests.simulation --seeds $(or $(SEEDS),0-99) $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(STAMP) ## Fuzz the decoders: SECONDS=60 for each, TARGETS="values patches"
+	$(RUN) -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),60) $(ARGS)
+
 .PHONY: coverage
 coverage: $(STAMP) $(NODE_STAMP) ## Run the tests and report what they did not reach
 	$(RUN) -m coverage erase

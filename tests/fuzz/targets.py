@@ -366,7 +366,8 @@ def _check_download(cursor: bytes, token: bytes) -> None:
     assert len(pages) < 10, "a download does not end"
     assert download.head.version == SCENE.version()
     if start.reconcile and not start.resumed:
-        brought = {one.id for page in pages for one in (*page.snapshots, *page.confirmations)}
+        brought = {one.id for page in pages for one in page.snapshots}
+        brought |= {one.id for page in pages for one in page.confirmations}
         assert brought == {"a", "b"}, "a reconciliation does not bring all"
 
 
@@ -517,7 +518,7 @@ class _FailedCall(grpc.RpcError):
     def details(self) -> str:
         return "text"
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+    def trailing_metadata(self) -> Any:
         return (("grpc-status-details-bin", self._status),)
 
 
