@@ -40,6 +40,10 @@ cuts: $(STAMP) ## Cut a session between processes after every byte
 kill: $(STAMP) ## Kill processes at random instants: ARGS="--rounds 2000 --seed 7"
 	$(RUN) -m tests.kill $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(STAMP) ## Fuzz the decoders: SECONDS=60 for each, TARGETS="values patches"
+	$(RUN) -m tests.fuzz $(TARGETS) --seconds $(or $(SECONDS),60) $(ARGS)
+
 .PHONY: coverage
 coverage: $(STAMP) $(NODE_STAMP) ## Run the tests and report what they did not reach
 	$(RUN) -m coverage erase

@@ -33,9 +33,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 from tidelog._constraints import RESERVED_WORDS, All, Any_, Comparison, Constraint, Not, check_parts
-from tidelog._errors import InvalidConstraint
+from tidelog._errors import InvalidConstraint, InvalidValue
 from tidelog._limits import CONSTRAINT_BYTES_MAX, CONSTRAINT_DEPTH_MAX, NESTING_DEPTH_MAX
-from tidelog._values import DECIMAL_BYTES_MAX
+from tidelog._values import DECIMAL_BYTES_MAX, check
 
 # One byte of a message is at most seven characters: "false, ".
 TEXT_CHARACTERS_MAX: Final = 8 * CONSTRAINT_BYTES_MAX
@@ -115,6 +115,10 @@ class _Reader:
         value = self._value(1)
         if self._token.kind != "end":
             self._expected("the end")
+        try:
+            check(value)
+        except InvalidValue as error:
+            self._fail(str(error), 0)
         return value
 
     def _expression(self, depth: int) -> Constraint:
@@ -181,7 +185,7 @@ class _Reader:
         return name
 
     def _value(self, depth: int) -> Any:
-        if depth > NESTING_DEPTH_MAX:
+        if depth > NESTING_DEPTH_MAX and self._token.text in {"[", "{"}:
             self._fail(f"a value is nested deeper than {NESTING_DEPTH_MAX} levels", self._token.start)
         if self._took("["):
             return self._listed("]", lambda: self._value(depth + 1))

@@ -153,6 +153,11 @@ class DiskFull(StorageError):
     """There is no room on the disk. Nothing of this commit was written: make room, then repeat it."""
 
 
+def damaged(what: str) -> StorageError:
+    """Return the error for a record that is not what was written."""
+    return StorageError(f"{what} cannot be read: the file was damaged outside tidelog")
+
+
 class LogCorrupt(StorageError):
     """
     An entry of the operation log fails its check.

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from tidelog._errors import InvalidValue
 from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._values import as_json
@@ -120,8 +122,16 @@ class SynchronizationFailure:
             ),
             replica_id=message.replica_id,
             version=message.version,
-            time=message.create_time.ToDatetime(tzinfo=UTC) if message.HasField("create_time") else None,
+            time=moment_of(message.create_time) if message.HasField("create_time") else None,
         )
+
+
+def moment_of(time: Timestamp) -> datetime | None:
+    """Return a time of a record; None if it lies outside the years 1 to 9999."""
+    try:
+        return time.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _decoded(data: bytes) -> Operation | None:

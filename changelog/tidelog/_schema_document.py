@@ -141,7 +141,7 @@ def _entity(name: str, plain: Any) -> Entity:
 def _converted(plain: Any, kind: type[_T], place: str = "") -> _T:
     try:
         return msgspec.convert(plain, kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise InvalidSchema(f"{place}: {error}" if place else str(error)) from error
 
 

@@ -28,8 +28,9 @@ from decimal import Decimal
 from typing import Any, Final, TypeAlias, cast
 
 import msgpack
+import msgspec
 
-from tidelog._errors import InvalidValue, LimitExceeded
+from tidelog._errors import InvalidValue, LimitExceeded, damaged
 from tidelog._limits import ID_BYTES_MAX, NAME_BYTES_MAX, NESTING_DEPTH_MAX
 
 Value: TypeAlias = bool | int | float | str | bytes | datetime | Decimal | list["Value"] | dict[str, "Value"] | None
@@ -45,6 +46,9 @@ EMPTY_MAP: Final = b"\x80"
 _WIDE: Final = decimal.Context(prec=4 * DECIMAL_BYTES_MAX, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
 _CONTAINERS: Final = frozenset((list, dict))
 _SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes, datetime, Decimal))
+# Of these types both libraries read the same.
+_PLAIN_SCALARS: Final = frozenset((type(None), bool, int, float, str, bytes))
+_decode_quickly: Final = msgspec.msgpack.Decoder(dict[str, Any]).decode
 
 
 # Names that passed `check_name`. They repeat with every operation, and the check costs more than the
@@ -134,9 +138,37 @@ def decode_flat_map(data: bytes) -> Attributes | None:
     return cast("Attributes", value)
 
 
+def check_encoded_map(data: bytes) -> None:
+    """
+    Check that bytes from outside are a map that can be stored, and read by `decode_trusted`.
+
+    Raises:
+        InvalidValue: They are not.
+    """
+    try:
+        plain = _decode_quickly(data)
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
+        plain = None  # `decode_map` says what is wrong
+    if plain is not None and b"\xcf" not in data:
+        for member in plain.values():  # in a loop: a call for each map costs more than most maps have members
+            if type(member) not in _PLAIN_SCALARS:
+                break
+        else:
+            return
+    decode_map(data)
+
+
 def decode_trusted(data: bytes) -> Any:
-    """Decode bytes that `decode` accepted before they were stored. Skips its checks."""
-    return msgpack.unpackb(data, ext_hook=_decode_extension, timestamp=3)
+    """
+    Decode bytes that `decode` accepted before they were stored. Skips its checks.
+
+    Raises:
+        StorageError: They are no value any more.
+    """
+    try:
+        return msgpack.unpackb(data, ext_hook=_decode_extension, timestamp=3)
+    except (ValueError, OverflowError, msgpack.UnpackException) as error:
+        raise damaged("a stored value") from error
 
 
 def check(value: Any, what: str = "value", depth: int = 1) -> None:

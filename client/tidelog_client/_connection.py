@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
@@ -176,7 +177,8 @@ def error_of(error: grpc.RpcError, address: str) -> Transient | SynchronizationE
         message += " (while connecting: does the server expect TLS, or a client certificate?)"
     if code in _TRANSIENT:
         delay = retry.retry_delay
-        retry_after = delay.seconds + delay.nanos / 1e9 if retry.HasField("retry_delay") else None
+        # A pause that is none is passed over.
+        retry_after = max(0.0, delay.seconds + delay.nanos / 1e9) if retry.HasField("retry_delay") else None
         return Transient(f"{address}: {message}", retry_after_seconds=retry_after)
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code, ServerUnavailable)
     return kind(f"{address}: {message}" + (f" ({info.reason})" if info.reason else ""))
@@ -187,8 +189,8 @@ def _details(error: grpc.RpcError) -> tuple[ErrorInfo, RetryInfo]:
     info, retry = ErrorInfo(), RetryInfo()
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call
-    except (ValueError, AttributeError):
-        return info, retry
-    for detail in status.details if status is not None else ():
-        _ = detail.Unpack(info) or detail.Unpack(retry)
+        for detail in status.details if status is not None else ():
+            _ = detail.Unpack(info) or detail.Unpack(retry)
+    except (ValueError, AttributeError, DecodeError):
+        pass  # details that cannot be read tell nothing
     return info, retry

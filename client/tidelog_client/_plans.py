@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from google.protobuf.message import DecodeError
+
 from tidelog._downloads import DownloadMode
+from tidelog._errors import damaged
 from tidelog.v1 import sync_pb2
 
 
@@ -76,7 +79,10 @@ class Plans:
     @classmethod
     def decode(cls, data: bytes) -> Plans:
         """Return what `encode` made bytes of; of none, those that name no entity."""
-        return cls(sync_pb2.SessionStarted.FromString(data))
+        try:
+            return cls(sync_pb2.SessionStarted.FromString(data))
+        except DecodeError as error:
+            raise damaged("what the server said of its plans") from error
 
 
 _NO_CAUSE = sync_pb2.RECONCILE_CAUSE_UNSPECIFIED

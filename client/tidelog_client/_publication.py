@@ -22,7 +22,7 @@ import msgpack
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import put_many, scan_keys
-from tidelog._errors import MassRemoval
+from tidelog._errors import MassRemoval, damaged
 from tidelog._keys import pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._limits import PAGE_OBJECTS_MAX
 from tidelog.v1 import sync_pb2
@@ -363,7 +363,10 @@ class _PublishingEnd(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> _PublishingEnd:
-        end = cls(*msgpack.unpackb(data))
+        try:
+            end = cls(*msgpack.unpackb(data))
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise damaged("what is known of an unfinished publication") from error
         return end._replace(plans=Plans.decode(end.plans))  # type: ignore[arg-type]
 
 

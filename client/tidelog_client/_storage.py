@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import uuid_utils
+from google.protobuf.message import DecodeError
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import Environment, put_many
-from tidelog._errors import InvalidValue, LogCorrupt
+from tidelog._errors import InvalidValue, LogCorrupt, damaged
 from tidelog._keys import (
     POSITION_BYTES,
     ObjectKey,
@@ -272,7 +273,7 @@ class Storage:
         """Return a recorded failure, or None."""
         with self.environment.read() as transaction:
             value = transaction.get(failure_id.encode(), db=self._failures)
-        return None if value is None else failure_pb2.SynchronizationFailure.FromString(value)
+        return None if value is None else _unpack_failure(value)
 
     def failures(self) -> Iterator[failure_pb2.SynchronizationFailure]:
         """Iterate over the recorded failures, oldest first."""
@@ -288,7 +289,7 @@ class Storage:
                     room_bytes -= len(page[-1][1])
                     found = cursor.next()
             for _key, value in page:
-                yield failure_pb2.SynchronizationFailure.FromString(value)
+                yield _unpack_failure(value)
             if not page:
                 return
             start = page[-1][0] + b"\0"
@@ -516,20 +517,20 @@ class Storage:
         groups = {one.seq - one.group_position: one for one in reversed(pending)}
         lost = self.view.replaying(transaction, seqs)
         failures = []
-        for first, damaged in sorted(groups.items()):
+        for first, broken in sorted(groups.items()):
             failure = failure_pb2.SynchronizationFailure(
                 id=str(uuid_utils.uuid7()),
                 replica_id=self.lineage.replica_id,
-                entity=damaged.key[0],
-                object_id=damaged.key[1],
+                entity=broken.key[0],
+                object_id=broken.key[1],
                 reason=operation_pb2.FAILURE_REASON_MALFORMED,
                 message=message,
                 status=failure_pb2.FAILURE_STATUS_OPEN,
             )
             failure.create_time.GetCurrentTime()
-            members = range(first, first + max(1, damaged.group_size))
+            members = range(first, first + max(1, broken.group_size))
             payloads = [self.log.stored(transaction, seq) for seq in members]
-            failure.operation = payloads[damaged.group_position]
+            failure.operation = payloads[broken.group_position]
             failure.group_operations.extend(payloads if len(payloads) > 1 else ())
             transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
             for seq in members:
@@ -609,13 +610,26 @@ def _units(places: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, byte
 
 
 def unpack_pending(seq: int, value: bytes) -> PendingOperation:
-    """Return what is noted of a pending operation."""
-    position, size = _PLACE.unpack_from(value)
-    return PendingOperation(seq, position, size, unpack_object_key(value[_PLACE.size :]))
+    """Return what is noted of a pending operation. Raises StorageError."""
+    try:
+        position, size = _PLACE.unpack_from(value)
+        return PendingOperation(seq, position, size, unpack_object_key(value[_PLACE.size :]))
+    except (struct.error, UnicodeDecodeError) as error:
+        raise damaged(f"the record of the pending operation at seq {seq}") from error
 
 
 def unpack_outcome(value: bytes) -> Outcome:
-    """Return what is noted of a settled operation."""
+    """Return what is noted of a settled operation. Raises StorageError."""
     if value[:1] == _APPLIED:
         return Outcome(unpack_position(value[1:]), "")
-    return Outcome(0, value[1:].decode())
+    try:
+        return Outcome(0, value[1:].decode())
+    except UnicodeDecodeError as error:
+        raise damaged("the record of an outcome") from error
+
+
+def _unpack_failure(value: bytes) -> failure_pb2.SynchronizationFailure:
+    try:
+        return failure_pb2.SynchronizationFailure.FromString(value)
+    except DecodeError as error:
+        raise damaged("the record of a synchronization failure") from error

@@ -20,7 +20,6 @@ from tidelog import _limits
 from tidelog._downloads import Download
 from tidelog._errors import (
     ForeignServer,
-    InvalidSchema,
     PermissionRefused,
     ProtocolUnsupported,
     ProtocolViolated,
@@ -28,9 +27,9 @@ from tidelog._errors import (
 )
 from tidelog._logging import get_logger
 from tidelog._operation import decode_operation
-from tidelog._schema import Schema
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import operation_pb2, sync_pb2
+from tidelog_client._answers import batch_limits, check_complete, check_final, check_page, check_started
 from tidelog_client._plans import Plans
 from tidelog_client._report import OnProgress, Phase, Progress, Report, Skipped, SkipReason
 from tidelog_client._selection import Selection
@@ -227,9 +226,10 @@ class Synchronization:
                 f"the server speaks version {started.protocol_version} of the protocol, "
                 f"this client version {_limits.PROTOCOL_VERSION}: upgrade the older one"
             )
+        check_started(started)
         self._adopt(started)
         self._check_log(started.settled)
-        self._limits = started.limits
+        self._limits = batch_limits(started.limits)
         self._check_upload(Plans(started))
         # What a download that was broken off left behind can be gone on with in mode all only.
         self._storage.publication.discard_merge()
@@ -243,7 +243,7 @@ class Synchronization:
         self._storage.environment.sync()
         self._batches = self._batched_operations()
         messages: list[bytes | None] = []
-        for _ in range(max(1, started.limits.batches_in_flight)):
+        for _ in range(self._limits.batches_in_flight):
             messages.extend(self._next_batch())
             if self._stage is not _Stage.UPLOADING:
                 break
@@ -260,10 +260,6 @@ class Synchronization:
             self._begin_rebase(started)
         schema = b""
         if started.HasField("schema"):
-            try:
-                Schema.from_message(started.schema)
-            except InvalidSchema as error:
-                raise ProtocolViolated(f"the server's schema cannot be read: {error}") from error
             schema = started.schema.SerializeToString()
         values |= {
             "schema": schema,
@@ -429,9 +425,7 @@ class Synchronization:
         self._on_progress(Progress(Phase.DOWNLOAD, 0, None))
 
     def _settle(self, results: list[operation_pb2.OperationResult], checkpoint: bytes) -> None:
-        for result in results:
-            if result.status not in _FINAL or (result.status == _REJECTED and not result.failure_id):
-                raise ProtocolViolated(f"the server gave seq {result.seq} a result that settles nothing")
+        check_final(results)
         if results:
             counts = self._storage.settle(results, checkpoint)
             self._report.reoffered += counts.reoffered
@@ -457,6 +451,7 @@ class Synchronization:
 
     def _page(self, page: bytes) -> None:
         message = _parsed(sync_pb2.SnapshotPage, page)
+        check_page(message)
         count = len(message.snapshots) + len(message.removals) + len(message.confirmations)
         self._pages.append(page)
         self._pages_bytes += len(page)
@@ -476,6 +471,7 @@ class Synchronization:
         self._pages, self._pages_bytes, self._pages_objects = [], 0, 0
 
     def _complete(self, complete: sync_pb2.SessionComplete) -> None:
+        check_complete(complete)
         self._on_progress(Progress(Phase.PUBLISH, 0, self._downloaded_count))
         if self._mode is Mode.ALL:
             if not complete.cursor:
@@ -492,10 +488,6 @@ class Synchronization:
         self._report.count_published(counts)
         self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE
-
-
-_REJECTED: Final = operation_pb2.OPERATION_STATUS_REJECTED
-_FINAL: Final = frozenset((operation_pb2.OPERATION_STATUS_APPLIED, _REJECTED))
 
 
 def _request(**message: object) -> bytes:

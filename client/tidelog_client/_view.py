@@ -26,7 +26,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._environment import put_many, scan_keys
-from tidelog._errors import InvalidValue, LogCorrupt
+from tidelog._errors import InvalidValue, LogCorrupt, damaged
 from tidelog._keys import POSITION_BYTES, entity_prefix, pack_position, unpack_object_key, unpack_position
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import Operation, OperationKind, decode_operation
@@ -502,7 +502,10 @@ def _entry(key: bytes, seq: int) -> bytes:
 
 
 def _unpack(value: bytes) -> ViewRecord:
-    version, flags = _RECORD.unpack_from(value)
+    try:
+        version, flags = _RECORD.unpack_from(value)
+    except struct.error as error:
+        raise damaged("a record of an object") from error
     return ViewRecord(version, bool(flags & _DIRTY), value[_RECORD.size :])
 
 

@@ -46,7 +46,7 @@ import msgpack
 from filelock import FileLock, Timeout
 
 from tidelog._environment import MAP_BYTES_DEFAULT, Environment, put_many
-from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError, StoreInUse
+from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError, StoreInUse, damaged
 from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
@@ -87,6 +87,8 @@ _REJECTED: Final = 2
 _CULPRIT: Final = 4
 
 _KINDS: Final = {int(kind): kind for kind in OperationKind}
+# What comes of reading fields that `_packed` did not write.
+_NOT_PACKED: Final = (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException)
 _log = get_logger("tidelog.store")
 
 T = TypeVar("T")
@@ -614,17 +616,16 @@ def _delete_up_to(transaction: LmdbTransaction, database: LmdbDatabase, prefix: 
         found = cursor.delete() and bool(cursor.key())
 
 
-def _unpack_replica(value: bytes) -> ReplicaState:
-    return ReplicaState(*msgpack.unpackb(value, use_list=False))
-
-
 def noted(transaction: LmdbTransaction, databases: Databases, name: str) -> bytes:
     """Return what the server noted about the whole store under a name; empty if nothing."""
     return transaction.get(_NOTE + name.encode(), b"", db=databases.meta)
 
 
 def _unpack_object(value: bytes) -> ObjectState:
-    version, created, creator, flags = _OBJECT.unpack_from(value)
+    try:
+        version, created, creator, flags = _OBJECT.unpack_from(value)
+    except struct.error as error:
+        raise damaged("the record of an object") from error
     return ObjectState(
         version, created, creator, bool(flags & _DELETED), bool(flags & _SOLE_WRITER), value[_OBJECT.size :]
     )
@@ -640,7 +641,10 @@ def _pack_settled(one: Settled) -> bytes:
 
 
 def _unpack_settled(value: bytes) -> Settled:
-    nonce, version, flags, failure_id = _SETTLED.unpack(value)
+    try:
+        nonce, version, flags, failure_id = _SETTLED.unpack(value)
+    except struct.error as error:
+        raise damaged("the outcome of an operation") from error
     return Settled(
         nonce, version, bool(flags & _CHANGED), failure_id if flags & _REJECTED else b"", bool(flags & _CULPRIT)
     )
@@ -655,5 +659,15 @@ def _packed(fields: tuple[Any, ...]) -> bytes:
 
 
 def _unpack_change(version: int, value: bytes) -> Change:
-    key, kind, *rest = msgpack.unpackb(value, use_list=False)
-    return Change(version, key, _KINDS[kind], *rest)
+    try:
+        key, kind, *rest = msgpack.unpackb(value, use_list=False)
+        return Change(version, key, _KINDS[kind], *rest)
+    except _NOT_PACKED as error:
+        raise damaged(f"the change at version {version}") from error
+
+
+def _unpack_replica(value: bytes) -> ReplicaState:
+    try:
+        return ReplicaState(*msgpack.unpackb(value, use_list=False))
+    except _NOT_PACKED as error:
+        raise damaged("the record of a replica") from error

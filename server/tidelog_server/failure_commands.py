@@ -19,10 +19,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tidelog import InvalidConstraint, InvalidValue, Operation, Schema
 from tidelog._channel import Metadata, authorization, check_token, open_channel
 from tidelog._constraint_text import parse_value
-from tidelog._failure import FailureReason, SynchronizationFailure, operation_as_data, operation_in_short
+from tidelog._failure import FailureReason, SynchronizationFailure, moment_of, operation_as_data, operation_in_short
 from tidelog._operation import OperationKind, decode_operation
 from tidelog._patch import Patch
-from tidelog._values import as_json, decode_trusted
+from tidelog._values import as_json, decode_map
 from tidelog.cli import (
     Column,
     CommandFailed,
@@ -165,7 +165,7 @@ def show(server: _Server, *, failure: FailureArgument, json_: JsonOption = False
     Exit code 1: there is none.
     """
     found = server.call(server.failures.GetFailure, failure_pb2.GetFailureRequest(id=failure))
-    present = decode_trusted(found.present.attributes) if found.HasField("present") else None
+    present = decode_map(found.present.attributes) if found.HasField("present") else None
     if json_:
         data = _record_as_data(found.failure)
         data["present"] = None if present is None else {"version": found.present.version, "attributes": present}
@@ -551,12 +551,19 @@ def _result_as_data(result: failure_pb2.RetryResult) -> dict[str, Any]:
 
 
 def _status(record: failure_pb2.SynchronizationFailure) -> str:
-    return failure_pb2.FailureStatus.Name(record.status).removeprefix("FAILURE_STATUS_").lower()
+    return _word(failure_pb2.FailureStatus, record.status, "FAILURE_STATUS_")
 
 
 def _action(action: failure_pb2.FailureAction) -> str:
-    return failure_pb2.FailureActionKind.Name(action.kind).removeprefix("FAILURE_ACTION_KIND_").lower()
+    return _word(failure_pb2.FailureActionKind, action.kind, "FAILURE_ACTION_KIND_")
+
+
+def _word(enumeration: Any, number: int, prefix: str) -> str:
+    """Return the word for a value; its number, if a newer server knows more values than this program."""
+    known = enumeration.DESCRIPTOR.values_by_number.get(number)
+    return str(number) if known is None else known.name.removeprefix(prefix).lower()
 
 
 def _iso(time: Timestamp) -> str:
-    return time.ToDatetime(tzinfo=UTC).isoformat(timespec="microseconds")
+    moment = moment_of(time)
+    return "" if moment is None else moment.isoformat(timespec="microseconds")

@@ -1,0 +1,89 @@
+"""
+What a replica asks of the server's messages before it acts on them.
+
+A server is another program, of another version, or not the one that it should be. What
+it sends ends in the replica's own files, so everything is looked at when it comes:
+names and positions that no file could hold, states that nobody could read. The attempt
+then ends with `ProtocolViolated`, and nothing of the message was taken in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from tidelog import _limits
+from tidelog._errors import InvalidSchema, InvalidValue, ProtocolViolated
+from tidelog._schema import Schema
+from tidelog._values import check_encoded_map, check_id, check_name
+from tidelog.v1 import operation_pb2, sync_pb2
+
+
+def check_started(started: sync_pb2.SessionStarted) -> None:
+    """Check the answer to the start of a session. Raises ProtocolViolated."""
+    with _violations("the start of the session"):
+        if not started.epoch:
+            raise InvalidValue("it names no store")
+        _check_position("the newest settled seq", started.settled.newest_seq)
+        if started.HasField("schema"):
+            Schema.from_message(started.schema)
+
+
+def batch_limits(limits: sync_pb2.Limits) -> sync_pb2.Limits:
+    """Return what a server takes, as far as this side sends it at all."""
+    return sync_pb2.Limits(
+        batch_operation_count=min(limits.batch_operation_count, _limits.BATCH_OPERATIONS_MAX),
+        batch_bytes=min(limits.batch_bytes, _limits.BATCH_BYTES_MAX),
+        batches_in_flight=max(1, min(limits.batches_in_flight, _limits.BATCHES_IN_FLIGHT_MAX)),
+    )
+
+
+def check_final(results: Iterable[operation_pb2.OperationResult]) -> None:
+    """Check results that settle operations. Raises ProtocolViolated."""
+    with _violations("a result"):
+        for result in results:
+            if result.status == operation_pb2.OPERATION_STATUS_APPLIED:
+                if result.version < 1:
+                    raise InvalidValue(f"seq {result.seq} was applied at version {result.version}")
+            elif result.status == operation_pb2.OPERATION_STATUS_REJECTED:
+                check_id(result.failure_id, "a failure id")
+            else:
+                raise InvalidValue(f"status {result.status} settles nothing of seq {result.seq}")
+
+
+def check_page(page: sync_pb2.SnapshotPage) -> None:
+    """Check a page of a download. Raises ProtocolViolated."""
+    with _violations("a page"):
+        for snapshot in page.snapshots:
+            _check_object(snapshot)
+            check_encoded_map(snapshot.attributes)
+        for removal in page.removals:
+            _check_object(removal)
+        for confirmation in page.confirmations:
+            _check_object(confirmation)
+
+
+def check_complete(complete: sync_pb2.SessionComplete) -> None:
+    """Check the end of a session. Raises ProtocolViolated."""
+    with _violations("the end of the session"):
+        _check_position("the version", complete.version)
+
+
+def _check_object(one: operation_pb2.Snapshot | operation_pb2.Removal | operation_pb2.Confirmation) -> None:
+    check_name(one.entity, "an entity name")
+    check_id(one.id)
+    if one.version < 0:
+        _check_position("the version of an object", one.version)
+
+
+def _check_position(what: str, position: int) -> None:
+    if position < 0:
+        raise InvalidValue(f"{what} is {position}")
+
+
+@contextmanager
+def _violations(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (InvalidValue, InvalidSchema) as error:
+        raise ProtocolViolated(f"the server sent {what} as it cannot be: {error}") from error
