@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 
+from tests.simulation.faults import Coverage
 from tests.simulation.run import run_seed
 from tests.simulation.world import STEPS_DEFAULT
 
@@ -34,12 +35,13 @@ def _main() -> int:
     parser.add_argument("--trace", action="store_true", help="print every event")
     parser.add_argument("--keep-going", action="store_true", help="run all seeds, and name those that fail")
     options = parser.parse_args()
-    failed = states_lost = 0
+    failed = 0
+    coverage = Coverage()
     run = partial(run_seed, steps=options.steps)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(run, seed) for seed in options.seeds]):
             outcome = done.result()
-            states_lost += outcome.states_lost
+            coverage.add(outcome.coverage)
             if options.trace:
                 print("\n".join(outcome.events))
             if not outcome.error:
@@ -51,7 +53,8 @@ def _main() -> int:
                 print(outcome.report, flush=True)
                 pool.shutdown(cancel_futures=True)
                 return 1
-    print(f"{len(options.seeds)} seeds, {failed} failed; {states_lost} reconciliations because of a lost state")
+    print(*coverage.lines(), *(f"never: {hole}" for hole in coverage.holes()), sep="\n")
+    print(f"{len(options.seeds):,} seeds of {options.steps} steps, {failed} failed")
     return 1 if failed else 0
 
 

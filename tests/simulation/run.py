@@ -9,6 +9,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.simulation.faults import Coverage
 from tests.simulation.world import STEPS_DEFAULT, World
 
 # A directory in memory, where there is one: the simulated disk need not be a slow one.
@@ -26,14 +27,16 @@ class Outcome:
         error: What went wrong, in a line. Empty: nothing.
         report: The error with what happened before, where it arose, and how to replay it.
         events: All that happened.
-        states_lost: How many reconciliations were needed because a confirmed state was missing.
+        coverage: The count of it.
+        fingerprint: What stands for all that happened, down to the bytes in the server's change log.
     """
 
     seed: int
     error: str
     report: str
     events: list[str]
-    states_lost: int
+    coverage: Coverage
+    fingerprint: str
 
 
 def run_seed(seed: int, *, steps: int = STEPS_DEFAULT) -> Outcome:
@@ -45,8 +48,10 @@ def run_seed(seed: int, *, steps: int = STEPS_DEFAULT) -> Outcome:
         try:
             world.run()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
-            return Outcome(seed, _summary(error), _report(world, error, steps), world.events, world.states_lost)
-        return Outcome(seed, "", "", world.events, world.states_lost)
+            error_of, report = _summary(error), _report(world, error, steps)
+        else:
+            error_of = report = ""
+        return Outcome(seed, error_of, report, world.events, world.coverage, world.fingerprint)
     finally:
         logging.disable(logging.NOTSET)
         shutil.rmtree(directory)

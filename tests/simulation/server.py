@@ -1,0 +1,170 @@
+"""The server of a simulated world: the real application and store, which may die and start again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from threading import Event
+from typing import TypeVar
+from uuid import UUID
+
+from tests.simulation.disk import Disk
+from tests.simulation.faults import Commit, Coverage, server_commit
+from tests.simulation.link import STORE_TIMEOUT_SECONDS, ServerEnd
+from tests.simulation.promises import Settlement
+
+from tidelog import StorageError
+from tidelog_server import Application, LmdbStore, Principal
+from tidelog_server._principal import DEFAULT_TENANT
+from tidelog_server._records import Identity, Writes
+from tidelog_server._store import Reader
+
+T = TypeVar("T")
+
+
+class ServerDied(StorageError):
+    """The server's process dies in the middle of a commit."""
+
+    def __init__(self) -> None:
+        super().__init__("the simulated server dies")
+
+
+class SimulatedServer:
+    """
+    A store, an application, and what the store's transactions settled.
+
+    Attributes:
+        application: What it serves; may be replaced at a restart.
+        store: What sessions use: the real one, with a record of what goes through it.
+        disk: Where the store writes.
+        settlements: When each operation, (replica id, seq), was settled.
+    """
+
+    def __init__(self, directory: Path, application: Application, coverage: Coverage, *, map_bytes: int) -> None:
+        self.application = application
+        self.settlements: dict[tuple[str, int], Settlement] = {}
+        self.disk = Disk(ServerDied, coverage, self._take_queued, self._note_settled)
+        self.store = SimulatedStore(self)
+        self._directory = directory
+        self._map_bytes = map_bytes
+        self._transaction_count = 0
+        self._queued: list[tuple[Commit, list[tuple[int, Writes]]]] = []
+        self._committing: list[list[tuple[int, Writes]]] = []
+        self._is_together = False
+        self.lmdb = self._open()
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the process died at a commit, and was not started again."""
+        return self.disk.is_dead
+
+    def end(self, principal: Principal, clock: Callable[[], int]) -> ServerEnd:
+        """Return the server's end of a new session."""
+        return ServerEnd(self.application, self.store, principal, clock)
+
+    def restart(self) -> None:
+        """Stop and start again."""
+        self.lmdb.close()
+        self.lmdb = self._open()
+
+    def close(self) -> None:
+        """Stop."""
+        self.lmdb.close()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Commit all jobs that are submitted meanwhile in one transaction; nobody may wait for them inside."""
+        entered, released = Event(), Event()
+
+        def holds_the_writer(_reader: Reader) -> tuple[None, None]:
+            entered.set()
+            released.wait(STORE_TIMEOUT_SECONDS)
+            return None, None
+
+        held = self.lmdb.submit(DEFAULT_TENANT, holds_the_writer)
+        entered.wait(STORE_TIMEOUT_SECONDS)
+        self._is_together = True
+        try:
+            yield
+        finally:
+            self._is_together = False
+            released.set()
+            held.result(STORE_TIMEOUT_SECONDS)
+
+    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+        """Submit a job to the store; outside of `together` its transaction has ended when this returns."""
+        written: list[tuple[int, Writes]] = []
+
+        def recorded(reader: Reader) -> tuple[Writes | None, T]:
+            written.clear()
+            writes, result = job(reader)
+            if writes is not None:
+                written.append((reader.head().version, writes))
+            return writes, result
+
+        self._queued.append((server_commit(job), written))
+        future = self.lmdb.submit(tenant, recorded)
+        if not self._is_together:
+            future.exception(STORE_TIMEOUT_SECONDS)
+        return future
+
+    def _take_queued(self, _work: object) -> list[Commit]:
+        """Return what the transaction that begins is about to commit."""
+        queued, self._queued = self._queued, []
+        self._committing = [written for _, written in queued]
+        return [commit for commit, _ in queued]
+
+    def _note_settled(self) -> None:
+        for before, writes in (one for written in self._committing for one in written):
+            self._transaction_count += 1
+            if writes.replica is None:
+                continue
+            replica_id = str(UUID(bytes=writes.replica[0]))
+            for seq, _ in writes.settled:
+                if (replica_id, seq) in self.settlements:
+                    raise AssertionError(f"seq {seq} of replica {replica_id} was settled a second time")
+                self.settlements[replica_id, seq] = Settlement(self._transaction_count, before, writes.version)
+
+    def _open(self) -> LmdbStore:
+        self.disk.is_dead = False
+        self.disk.trap = None
+        self._queued = []
+        return LmdbStore(self._directory, map_bytes=self._map_bytes)
+
+
+class SimulatedStore:
+    """The store as sessions see it. See `Store`."""
+
+    def __init__(self, server: SimulatedServer) -> None:
+        self._server = server
+
+    @property
+    def identity(self) -> Identity:
+        """See `Store`."""
+        return self._server.lmdb.identity
+
+    def read(self, tenant: str) -> AbstractContextManager[Reader]:
+        """See `Store`."""
+        return self._server.lmdb.read(tenant)
+
+    def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
+        """See `Store`."""
+        return self._server.submit(tenant, job)
+
+    def tenants(self) -> list[str]:
+        """See `Store`."""
+        return self._server.lmdb.tenants()
+
+    def note(self, name: str) -> bytes:
+        """See `Store`."""
+        return self._server.lmdb.note(name)
+
+    def set_note(self, name: str, value: bytes) -> None:
+        """See `Store`."""
+        self._server.lmdb.set_note(name, value)
+
+    def close(self) -> None:
+        """See `Store`."""
+        self._server.close()
