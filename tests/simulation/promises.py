@@ -18,7 +18,7 @@ from tests.simulation.model import Attributes, Key, Misfit, patched, replayed, s
 from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord
 
 from tidelog._failure import FailureReason
-from tidelog._operation import Operation, OperationKind
+from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import decode, decode_map
@@ -225,7 +225,11 @@ def check_refusals(
             continue
         reason = FailureReason.of_number(failure.reason)
         operation, when = committed.operations[seq], settlements[replica_id, seq]
-        if not _is_justified(reason, operation, when, server, rules):
+        if reason is FailureReason.DEPENDENCY_FAILED:
+            because = _is_caused(failure, replica_id, committed, settlements, server, rules)
+        else:
+            because = _is_justified(reason, operation, when, server, rules)
+        if not because:
             yield f"seq {seq} ({operation.kind.name} {operation.key}) at {when}: {reason} {failure.message!r}"
 
 
@@ -563,19 +567,85 @@ def _is_justified(
     if reason is FailureReason.OBJECT_GONE:
         # Of another incarnation than its author saw: created since, by somebody else.
         return None in states or (operation.base_version < server.objects[key].created)
-    if reason is FailureReason.DEPENDENCY_FAILED and not operation.base_version and None not in states:
-        return True  # its author's own creation came too late: what is there is somebody else's
-    if reason in (FailureReason.DANGLING_REFERENCE, FailureReason.DEPENDENCY_FAILED):
+    if reason is FailureReason.DANGLING_REFERENCE:
         if operation.kind is not OperationKind.CREATE and None in states:
             return True
-        written = {**patch.set, **patch.add}
-        if patch.add:
-            return True  # members added refer to what was there before, too
-        targets = rules.schema.referenced(operation.entity, written)
+        # What it refers to is checked against what is written in the end: members that were there are written too.
+        targets = rules.schema.referenced(operation.entity, _written(operation, states))
         return any(history.at(target, when.after) is None for _, target in targets)
     if reason is FailureReason.VALIDATION_FAILED:
         return any(state is not None and _misfits(state, operation) for state in states)
     return False
+
+
+def _is_caused(
+    failure: failure_pb2.SynchronizationFailure,
+    replica_id: str,
+    committed: Committed,
+    settlements: Mapping[tuple[str, int], Settlement],
+    server: ServerRecord,
+    rules: Rules,
+) -> bool:
+    """
+    Tell whether a failure that is put down to another one hangs under it rightly.
+
+    The cause is a failure of the same replica, settled no later, that kept an object from being created: one that
+    the operation, or a member of its commit group, is about or refers to.
+    """
+    cause = server.failures.get(failure.cause_failure_id)
+    if cause is None or cause.replica_id != replica_id:
+        return False
+    refused = _operations(cause)
+    orders = [settlements[replica_id, one.seq].order for one in refused if (replica_id, one.seq) in settlements]
+    concerned = _operations(failure)
+    own = [settlements[replica_id, one.seq].order for one in concerned]
+    if not orders or max(orders) > min(own):
+        return False
+    needed = {one.key for one in concerned}
+    for one in concerned:
+        patch = one.decoded_patch()
+        for written in (patch.set, patch.add):
+            needed.update(target for _, target in rules.schema.referenced(one.entity, written))
+    earlier = [one for one in refused if one.kind is OperationKind.CREATE and one.key in needed]
+    # An object that was created after all, by a later operation of its author's, is not lacking.
+    return any(not _was_created_since(one, concerned, committed, settlements, server, replica_id) for one in earlier)
+
+
+def _was_created_since(  # noqa: PLR0917 - two operations, and where they are to be looked up
+    refused: Operation,
+    concerned: list[Operation],
+    committed: Committed,
+    settlements: Mapping[tuple[str, int], Settlement],
+    server: ServerRecord,
+    replica_id: str,
+) -> bool:
+    """Tell whether the author created the object by another operation, after the refused one and before these."""
+    for seq in committed.seqs_of.get(refused.key, ()):
+        settled = server.settled[replica_id].get(seq)
+        if (
+            refused.seq < seq < concerned[0].seq
+            and committed.operations[seq].kind is OperationKind.CREATE
+            and settled is not None
+            and not settled.failure_id
+            and settlements[replica_id, seq].order < settlements[replica_id, concerned[0].seq].order
+            and server.history.at(refused.key, settlements[replica_id, concerned[0].seq].before) is not None
+        ):
+            return True
+    return False
+
+
+def _operations(failure: failure_pb2.SynchronizationFailure) -> list[Operation]:
+    return [decode_operation(data) for data in failure.group_operations or [failure.operation]]
+
+
+def _written(operation: Operation, states: list[Attributes | None]) -> Attributes:
+    """Return what an operation writes, lists with all that may have been in them."""
+    patch = operation.decoded_patch()
+    written = dict(patch.set)
+    for name, members in patch.add.items():
+        present = [member for state in states if state and type(state.get(name)) is list for member in state[name]]
+        written[name] = [*present, *members]
+    return written
 
 
 def _misfits(state: Attributes, operation: Operation) -> bool:

@@ -51,6 +51,7 @@ STEPS_DEFAULT: Final = 150
 QUIET_ROUNDS: Final = 2
 QUIET_ROUNDS_MAX: Final = 12
 CALL_MOVES_MAX: Final = 20_000
+HASTY_MOVES: Final = 100
 MIB: Final = 1024 * 1024
 YEAR: Final = timedelta(days=365)
 STEP_SECONDS: Final = 0.001
@@ -310,7 +311,7 @@ class World:
             return
         self._begin(device, mode, picked, timeout)
         if self.settings.is_hasty:
-            self._advance(device, moves=CALL_MOVES_MAX)
+            self._advance(device, moves=HASTY_MOVES)
 
     def _call_again(self, device: Device, mode: Mode, picked: list[Object | Key]) -> None:
         try:
