@@ -15,13 +15,15 @@ from tests.simulation.faults import Coverage, client_commit
 from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link
 from tests.simulation.model import Key
-from tests.simulation.records import Committed, ReplicaRecord, read_replica
+from tests.simulation.records import Committed, ReplicaRecord, SeenHistory, read_replica
+from tests.simulation.rights import Eyes
 
 from tidelog import Operation, Schema
 from tidelog_client import Object, Replica, Report
 from tidelog._downloads import DownloadWish
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
+from tidelog_server import Principal
 
 
 class ReplicaDied(BaseException):
@@ -83,6 +85,9 @@ class Device:
     A replica in the world, and who works with it.
 
     Attributes:
+        principal: Who uses it.
+        eyes: What may be done and seen with it.
+        seen: The server's history as it may know it.
         committed: The operations that it ever committed.
         call: The synchronization under way.
         cursor_version: Where its cursor was last seen.
@@ -93,7 +98,14 @@ class Device:
     """
 
     def __init__(  # noqa: PLR0917 - a device is put together once
-        self, name: str, path: Path, model: Model, network: Network, coverage: Coverage, random: Random
+        self,
+        name: str,
+        path: Path,
+        model: Model,
+        principal: Principal,
+        network: Network,
+        coverage: Coverage,
+        random: Random,
     ) -> None:
         self.name = name
         self.path = path
@@ -104,6 +116,9 @@ class Device:
         self.clock_jump = timedelta(0)
         self.seconds = 0.0
         self.has_stale_token = False
+        self.principal = principal
+        self.eyes: Eyes
+        self.seen: SeenHistory
         self._model = model
         self._network = network
         self._random = random

@@ -14,9 +14,12 @@ from itertools import islice
 from typing import NamedTuple, ParamSpec
 from uuid import UUID
 
+from tests.simulation.application import Business
 from tests.simulation.model import Attributes, Key, Misfit, patched, replayed, same
 from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord
+from tests.simulation.rights import Eyes
 
+from tidelog._downloads import DownloadMode
 from tidelog._failure import FailureReason
 from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._patch import decode_patch
@@ -78,10 +81,18 @@ class Rules(NamedTuple):
         schema: Its schema.
         may_hooks_refuse: Tells whether its hooks have a reason to refuse, for this reason, this
             operation on an object that was in one of these states.
+        business: What the seed made of the application.
+        eyes: What the author may do. None: everything.
     """
 
     schema: Schema
     may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool]
+    business: Business = Business()
+    eyes: Eyes | None = None
+
+    def readable(self, entity: str, attributes: Attributes | None) -> Attributes | None:
+        """Return what the author of an operation may read of an object."""
+        return attributes if self.eyes is None else self.eyes.readable(entity, attributes)
 
 
 # --- the replica's log ------------------------------------------------------------------
@@ -106,8 +117,10 @@ def check_log(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
 
 
 @promise("Settled once: every operation is at any time exactly one of pending, applied once, failed with a record")
-def check_settled_once(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
-    """Compare what the replica believes of each operation with what the server did."""
+def check_settled_once(
+    server: ServerRecord, replica: ReplicaRecord, committed: Committed, merging: Collection[str] = ()
+) -> Iterator[str]:
+    """Compare what the replica believes of each operation with what the server did; it may merge some entities."""
     id_ = replica.replica_id
     for seq, operation in committed.operations.items():
         settled = server.settled[id_].get(seq)
@@ -127,7 +140,7 @@ def check_settled_once(server: ServerRecord, replica: ReplicaRecord, committed: 
             yield f"seq {seq} is settled with another nonce"
         if outcome is not None and (outcome.version, outcome.failure_id) != _outcome_of(settled):
             yield f"seq {seq}: the replica remembers {outcome}, the server {settled}"
-        yield from _misapplied(seq, operation, settled, changes, server.history)
+        yield from _misapplied(seq, operation, settled, changes, server.history, merging)
     if surplus := [key for key in server.changes_of if key[0] == id_ and key[1] not in committed.operations]:
         yield f"the server applied what nobody committed: {surplus}"
 
@@ -326,6 +339,7 @@ def check_view(history: History, replica: ReplicaRecord, committed: Committed) -
         base: Attributes | None = None
         if held is not None:
             base = decode_map(held.attributes)
+        if held is not None and history.follows(key[0]):
             expected = history.at(key, held.version)
             if not same(base, expected) or history.version_at(key, held.version) != held.version:
                 yield f"{key} is held at {held.version} as {base}, the server had {expected}"
@@ -333,7 +347,8 @@ def check_view(history: History, replica: ReplicaRecord, committed: Committed) -
             base = replayed(base, committed.operations[seq])
         if unconfirmed and not same(base, None if shown is None else decode_map(shown.attributes)):
             yield f"{key} is shown as {shown}, base and {unconfirmed} make {base}"
-        yield from _wrongly_replayed(key, held, history, replica, committed)
+        if history.follows(key[0]):
+            yield from _wrongly_replayed(key, held, history, replica, committed)
 
 
 @promise("Incarnation: an operation names the version that its author sees, and none of an object of his own making")
@@ -355,6 +370,8 @@ def check_cursor(history: History, replica: ReplicaRecord) -> Iterator[str]:
     if version > history.version:
         yield f"the cursor is at {version}, the server at {history.version}"
     for key in dict.fromkeys([*history.keys, *replica.keys]):
+        if not history.follows(key[0]):
+            continue
         held = replica.held(key)
         if held is None:
             if not history.was_absent(key, version):
@@ -366,7 +383,7 @@ def check_cursor(history: History, replica: ReplicaRecord) -> Iterator[str]:
     for key, unconfirmed in replica.unconfirmed.items():
         for seq, applied in unconfirmed:
             # The deletion of what was gone already has no version of its own: it may linger without effect.
-            if 0 < applied <= version and history.at(key, applied) is not None:
+            if 0 < applied <= version and history.at(key, applied) is not None and history.follows(key[0]):
                 yield f"{key}: seq {seq} is replayed, applied at {applied}, and the cursor is at {version}"
 
 
@@ -381,6 +398,8 @@ def check_cursor_moves_forward(before: int, after: int) -> Iterator[str]:
 def check_fresh(history: History, replica: ReplicaRecord, keys: Collection[Key], *, since: int) -> Iterator[str]:
     """Compare objects with the states that the server had from version *since* on."""
     for key in keys:
+        if not history.follows(key[0]):
+            continue
         held = replica.held(key)
         if held is None:
             if not history.was_absent(key, since):
@@ -401,9 +420,9 @@ def check_uploaded(replica: ReplicaRecord, seqs: Collection[int], not_ready: Col
 
 @promise("Projection: after a complete synchronize-all, local state is the server's, with pending operations on top")
 def check_converged_when_quiet(
-    server: ServerRecord, replica: ReplicaRecord, not_ready: Collection[int]
+    server: ServerRecord, replica: ReplicaRecord, not_ready: Collection[int], eyes: Eyes | None = None
 ) -> Iterator[str]:
-    """Compare the replica with the server's objects."""
+    """Compare the replica with what the server shows it: all objects, or what *eyes* see of them."""
     if left := [seq for seq in replica.pending if seq not in not_ready]:
         yield f"pending, and not reported as not ready: {left}"
     for key, unconfirmed in replica.unconfirmed.items():
@@ -412,6 +431,14 @@ def check_converged_when_quiet(
     visible = server.visible()
     for key in dict.fromkeys([*visible, *replica.keys]):
         held = replica.held(key)
+        if eyes is not None:
+            if eyes.mode(key[0]) is DownloadMode.NOTHING_CLEAR and held is not None and not replica.unconfirmed.get(key):
+                yield f"{key} should have been cleared"
+            if not eyes.downloads(key[0]):
+                continue
+            version, attributes = visible.pop(key, (0, None))
+            if (seen := eyes.shown(key[0], attributes)) is not None:
+                visible[key] = version, seen
         local = None if held is None else (held.version, decode_map(held.attributes))
         there = visible.get(key)
         if (local is None) is not (there is None) or (
@@ -433,16 +460,24 @@ def check_server(server: ServerRecord, committed: Mapping[str, Committed]) -> No
     check_sole_writers(server, committed)
 
 
-def check_replica(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> None:
-    """Check what holds between a server and a replica at any moment."""
+def check_replica(
+    server: ServerRecord,
+    replica: ReplicaRecord,
+    committed: Committed,
+    *,
+    seen: History | None = None,
+    merging: Collection[str] = (),
+) -> None:
+    """Check what holds between a server and a replica at any moment; *seen* is the history as the replica may know it."""
+    seen = seen or server.history
     check_log(replica, committed)
-    check_settled_once(server, replica, committed)
+    check_settled_once(server, replica, committed, merging)
     check_failures(server, replica, committed)
     check_order(server, replica, committed)
     check_groups(server, replica.replica_id, committed)
-    check_view(server.history, replica, committed)
+    check_view(seen, replica, committed)
     check_versions_shown(replica, committed)
-    check_cursor(server.history, replica)
+    check_cursor(seen, replica)
 
 
 def check_everything(
@@ -458,7 +493,7 @@ def check_everything(
 
 
 def _misapplied(
-    seq: int, operation: Operation, settled: Settled, changes: list[Change], history: History
+    seq: int, operation: Operation, settled: Settled, changes: list[Change], history: History, merging: Collection[str]
 ) -> Iterator[str]:
     own = [change for change in changes if not change.by_hook]
     if settled.failure_id:
@@ -471,7 +506,10 @@ def _misapplied(
         return
     if len(own) > 1:
         yield f"seq {seq} was applied {len(own)} times: {[one.version for one in own]}"
-    if (own[0].version, own[0].key, own[0].kind) != (settled.version, operation.key, operation.kind):
+    is_merged = operation.entity in merging
+    if (own[0].version, own[0].key) != (settled.version, operation.key) or (
+        own[0].kind is not operation.kind and not is_merged
+    ):
         yield f"seq {seq} is applied at {settled.version}, its change is {own[0]}"
 
 
@@ -555,27 +593,64 @@ def _is_justified(
     server: ServerRecord,
     rules: Rules,
 ) -> bool:
-    history, key = server.history, operation.key
+    history, key, business, eyes = server.history, operation.key, rules.business, rules.eyes
     states = list(history.states_between(key, when.before, when.after))
-    patch = operation.decoded_patch()
+    seen = [rules.readable(key[0], state) for state in states]
     if reason in (FailureReason.HOOK_REJECTED, FailureReason.HOOK_ERROR):
         return rules.may_hooks_refuse(reason, operation, states)
     if operation.group is not None:
         return True  # what its group had done before it is gone without a trace
-    if reason is FailureReason.ALREADY_EXISTS:
-        return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
-    if reason is FailureReason.OBJECT_GONE:
-        # Of another incarnation than its author saw: created since, by somebody else.
-        return None in states or (operation.base_version < server.objects[key].created)
-    if reason is FailureReason.DANGLING_REFERENCE:
-        if operation.kind is not OperationKind.CREATE and None in states:
-            return True
-        # What it refers to is checked against what is written in the end: members that were there are written too.
-        targets = rules.schema.referenced(operation.entity, _written(operation, states))
-        return any(history.at(target, when.after) is None for _, target in targets)
-    if reason is FailureReason.VALIDATION_FAILED:
-        return any(state is not None and _misfits(state, operation) for state in states)
-    return False
+    match reason:
+        case FailureReason.ALREADY_EXISTS:
+            return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
+        case FailureReason.OBJECT_GONE:
+            # Of another incarnation than its author saw: created since, by somebody else.
+            return None in seen or (operation.base_version < server.objects[key].created)
+        case FailureReason.DANGLING_REFERENCE:
+            if operation.kind is not OperationKind.CREATE and None in seen:
+                return True
+            # Members that were there are written too.
+            targets = rules.schema.referenced(operation.entity, _written(operation, states))
+            return any(rules.readable(target[0], history.at(target, when.after)) is None for _, target in targets)
+        case FailureReason.VALIDATION_FAILED | FailureReason.SCHEMA_MISMATCH:
+            return any(_misfits(state, operation, business) for state in states)
+        case FailureReason.UNIQUE_VIOLATED:
+            return business.is_strict and _is_taken(operation, states, when, history)
+        case FailureReason.REFERENCED:
+            return operation.kind is OperationKind.DELETE and business.restricts(operation.entity)
+        case FailureReason.CONFLICT:
+            return operation.entity in business.policies and any(
+                change.version > operation.base_version for change in history.changes_to.get(key, ())
+            )
+        case FailureReason.ACCESS_DENIED | FailureReason.ATTRIBUTE_DENIED:
+            return eyes is not None and not all(_may(eyes, operation, state) for state in states)
+        case _:
+            return False
+
+
+def _may(eyes: Eyes, operation: Operation, state: Attributes | None) -> bool:
+    try:
+        return eyes.may(operation, state)
+    except Misfit:
+        return True
+
+
+def _is_taken(operation: Operation, states: list[Attributes | None], when: Settlement, history: History) -> bool:
+    """Tell whether the unique value that an operation gives its object was another's in its transaction."""
+    values = [after["n"] for state in states if (after := _after(operation, state)) and "n" in after]
+    others = (key for key in history.keys if key[0] == operation.entity and key != operation.key)
+    return any(
+        state is not None and any(same(state.get("n"), value) for value in values)
+        for key in others
+        for state in history.states_between(key, when.before, when.after)
+    )
+
+
+def _after(operation: Operation, state: Attributes | None) -> Attributes | None:
+    patch = operation.decoded_patch()
+    if operation.kind is OperationKind.CREATE:
+        return dict(patch.set)
+    return None if state is None else patched(state, patch)
 
 
 def _is_caused(
@@ -601,7 +676,7 @@ def _is_caused(
     own = [settlements[replica_id, one.seq].order for one in concerned]
     if not orders or max(orders) > min(own):
         return False
-    needed = {one.key for one in concerned}
+    needed: set[Key] = {one.key for one in concerned}
     for one in concerned:
         patch = one.decoded_patch()
         for written in (patch.set, patch.add):
@@ -648,12 +723,12 @@ def _written(operation: Operation, states: list[Attributes | None]) -> Attribute
     return written
 
 
-def _misfits(state: Attributes, operation: Operation) -> bool:
+def _misfits(state: Attributes | None, operation: Operation, business: Business) -> bool:
     try:
-        patched(state, operation.decoded_patch())
+        after = _after(operation, state)
     except Misfit:
         return True
-    return False
+    return after is not None and business.breaks_rules(operation.entity, after)
 
 
 def _replayed_seqs(replica: ReplicaRecord) -> set[int]:

@@ -8,7 +8,7 @@ databases, so that nothing that the product leaves out of its own answers is mis
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from uuid import UUID
@@ -69,6 +69,10 @@ class History:
         index = bisect_right(versions, version)
         return versions[index] if index < len(versions) else None
 
+    def follows(self, entity: str) -> bool:
+        """Tell whether a synchronization of everything brings objects of an entity."""
+        return True
+
     def was_absent(self, key: Key, first: int, last: int | None = None) -> bool:
         """Tell whether the object was not there at some moment from version *first* to *last* (None: now)."""
         return any(state is None for state in self.states_between(key, first, last))
@@ -92,6 +96,72 @@ class History:
         self.changes_to.setdefault(change.key, []).append(change)
         self._versions.setdefault(change.key, []).append(change.version)
         self._states.setdefault(change.key, []).append(after)
+
+
+class SeenHistory(History):
+    """
+    A history as one replica may know it.
+
+    Args:
+        history: What really happened.
+        readable: Returns what may be read of an object's attributes, or None if it is not seen.
+        shown: The same of what a synchronization of everything brings.
+        follows: Tells whether a synchronization of everything brings objects of an entity at all.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        readable: Callable[[str, Attributes | None], Attributes | None],
+        shown: Callable[[str, Attributes | None], Attributes | None],
+        follows: Callable[[str], bool],
+    ) -> None:
+        super().__init__()
+        self._history = history
+        self._readable = readable
+        self._shown = shown
+        self._follows = follows
+        self._seen: dict[tuple[Key, int], Attributes | None] = {}
+
+    @property
+    def keys(self) -> Iterable[Key]:
+        return self._history.keys
+
+    @property
+    def version(self) -> int:
+        return self._history.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        """Stands for nothing: the history itself knows."""
+
+    @property
+    def selected(self) -> SeenHistory:
+        """The history as one sees it who asks for single objects."""
+        return SeenHistory(self._history, self._readable, self._readable, lambda _: True)
+
+    def follows(self, entity: str) -> bool:
+        return self._follows(entity)
+
+    def at(self, key: Key, version: int) -> Attributes | None:
+        place = key, self._history.version_at(key, version)
+        if place not in self._seen:
+            self._seen[place] = self._readable(key[0], self._history.at(key, version))
+        return self._seen[place]
+
+    def version_at(self, key: Key, version: int) -> int:
+        return self._history.version_at(key, version)
+
+    def next_after(self, key: Key, version: int) -> int | None:
+        return self._history.next_after(key, version)
+
+    def was_absent(self, key: Key, first: int, last: int | None = None) -> bool:
+        states = self._history.states_between(key, first, last)
+        return any(self._shown(key[0], state) is None for state in states)
+
+    def states_between(self, key: Key, first: int, last: int | None = None) -> Iterable[Attributes | None]:
+        for state in self._history.states_between(key, first, last):
+            yield self._readable(key[0], state)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from unittest import mock
 from uuid import UUID
 
 import grpc
-from tests.builders import references_schema
 from tests.simulation import chance, disk, promises
 from tests.simulation.actions import fits
-from tests.simulation.application import REFERENCES, Weather, make_application, may_hooks_refuse
+from tests.simulation.application import Business, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Trap
 from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Coverage, Fault, Moment
@@ -34,7 +33,8 @@ from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
 from tests.simulation.promises import Rules
-from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
+from tests.simulation.records import History, ReplicaRecord, SeenHistory, ServerRecord, read_server
+from tests.simulation.rights import Eyes
 from tests.simulation.server import SimulatedServer
 
 from tidelog import FailureReason, ServerUnavailable, StorageError, SynchronizationInProgress, Unauthenticated, _log
@@ -42,7 +42,7 @@ from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _publication, _replica, _storage, _synchronization, _view
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
-from tidelog_server import Principal, _download, _engine, _overlay, _session
+from tidelog_server import _download, _engine, _overlay, _session
 
 STEPS_DEFAULT: Final = 150
 
@@ -69,6 +69,7 @@ class Settings:
     server_map_bytes: int
     replica_map_bytes: int
     is_hasty: bool
+    business: Business
     limits: dict[str, int]
 
     @classmethod
@@ -81,6 +82,7 @@ class Settings:
             random.choice([256 * 1024, 1024 * MIB]),
             random.choice([256 * 1024, 1024 * MIB]),
             random.random() < 0.3,
+            Business.drawn(random),
             {
                 "batch_operations": random.choice([1, 2, 5, 500]),
                 "batches_in_flight": random.choice([1, 2, 4]),
@@ -169,7 +171,7 @@ class World:
         ):
             self._server = SimulatedServer(
                 self._directory / "server",
-                make_application(self._weather, schema_version=1),
+                make_application(self._weather, schema_version=1, business=settings.business),
                 self.coverage,
                 map_bytes=settings.server_map_bytes,
             )
@@ -220,7 +222,7 @@ class World:
         call = device.call
         if call is None:
             raise AssertionError(f"{device.name} connects, and nobody asked for it")
-        server = self._server.end(Principal(f"user-{device.name}"), self._clock)
+        server = self._server.end(device.principal, self._clock)
         link = Link(server, call.fiber.pause, lambda: self._server.has_died)
         call.link = link
         call.selection, self._selected = self._selected, None
@@ -424,7 +426,8 @@ class World:
         if {failure.id for failure in report.failures} - record.failures.keys():
             raise AssertionError(f"{device.name} reports failures of which it has no record")
         promises.check_uploaded(record, call.covered, self._not_ready(report))
-        promises.check_fresh(self._history, record, self._covered(call, record), since=link.settled_version)
+        seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
+        promises.check_fresh(seen, record, self._covered(call, record), since=link.settled_version)
 
     def _covered(self, call: Call, record: ReplicaRecord) -> list[Key]:
         """Return the objects that the mode of a call covers."""
@@ -462,7 +465,7 @@ class World:
             case Fault.CUT:
                 self._cut(device, link)
             case Fault.DUPLICATE:
-                server = self._server.end(Principal(f"user-{device.name}"), self._clock)
+                server = self._server.end(device.principal, self._clock)
                 self._ghosts.append((device, link.echo(server)))
             case Fault.BLACK_HOLE:
                 link.is_dark = True
@@ -606,7 +609,9 @@ class World:
         if self._schema_version == 1:
             self._say("the server gets the newer schema")
             self._schema_version = 2
-            self._server.application = make_application(self._weather, schema_version=2)
+            self._server.application = make_application(
+                self._weather, schema_version=2, business=self.settings.business
+            )
 
     def _change_weather(self) -> None:
         self._weather.is_service_down = not self._weather.is_service_down
@@ -693,18 +698,20 @@ class World:
             self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
         committed = {device.replica.replica_id: device.committed for device in self._devices}
         promises.check_server(server, committed)
-        rules = Rules(references_schema(REFERENCES), may_hooks_refuse)
+        business = self.settings.business
+        merging = [entity for entity, policy in business.policies.items() if policy == "merge"]
         settlements = self._server.settlements
         for device in self._devices:
             record = device.record()
-            promises.check_replica(server, record, device.committed)
+            rules = Rules(business.schema(1), may_hooks_refuse, business, device.eyes)
+            promises.check_replica(server, record, device.committed, seen=device.seen, merging=merging)
             promises.check_groups(server, record.replica_id, device.committed, settlements)
             promises.check_settlement_order(record.replica_id, device.committed, settlements)
             promises.check_refusals(server, record.replica_id, device.committed, settlements, rules)
             not_ready = self._not_ready(reports[device.name])
             if not_ready and self.settings.limits["held_units"] > len(device.committed.data):
                 raise AssertionError(f"{device.name}: nothing should have to wait: {reports[device.name].skipped}")
-            promises.check_converged_when_quiet(server, record, not_ready)
+            promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
 
     # --- helpers ------------------------------------------------------------------------
 
@@ -713,9 +720,9 @@ class World:
         self._read_history()
         record = device.record()
         promises.check_log(record, device.committed)
-        promises.check_view(self._history, record, device.committed)
+        promises.check_view(device.seen, record, device.committed)
         promises.check_versions_shown(record, device.committed)
-        promises.check_cursor(self._history, record)
+        promises.check_cursor(device.seen, record)
         version = record.cursor.version if record.cursor is not None else 0
         promises.check_cursor_moves_forward(device.cursor_version, version)
         device.cursor_version = version
@@ -736,15 +743,26 @@ class World:
 
     def _device(self, number: int) -> Device:
         settings, name = self.settings, f"r{number}"
+        business, random = settings.business, self._random
         model = Model(
-            references_schema(REFERENCES, settings.schema_versions[number]),
+            business.schema(settings.schema_versions[number], is_servers=False),
             {},
-            self._random.choice([timedelta(0), timedelta(days=30)]),
+            random.choice([timedelta(0), timedelta(days=30)]),
             settings.replica_map_bytes,
         )
-        return Device(
-            name, self._directory / name, model, self, self.coverage, Random(self._random.random())
+        device = Device(
+            name,
+            self._directory / name,
+            model,
+            business.principal(random, f"user-{name}"),
+            self,
+            self.coverage,
+            Random(random.random()),
         )
+        device.eyes = Eyes(business.granted, business.offers, device.principal, {})
+        eyes = device.eyes
+        device.seen = SeenHistory(self._history, eyes.readable, eyes.shown, eyes.downloads)
+        return device
 
     def _clock(self) -> int:
         self._server_time_us += 1
