@@ -164,9 +164,9 @@ def check_failures(server: ServerRecord, replica: ReplicaRecord, committed: Comm
 
 
 @promise("In order: operations on one object are settled in log order")
-def check_order(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+def check_order(server: ServerRecord, replica_id: str, committed: Committed) -> Iterator[str]:
     """Look for an operation that was settled before an earlier one on its object."""
-    settled = server.settled[replica.replica_id]
+    settled = server.settled[replica_id]
     for key, seqs in committed.seqs_of.items():
         unsettled: int | None = None
         newest = 0
@@ -473,7 +473,7 @@ def check_replica(
     check_log(replica, committed)
     check_settled_once(server, replica, committed, merging)
     check_failures(server, replica, committed)
-    check_order(server, replica, committed)
+    check_order(server, replica.replica_id, committed)
     check_groups(server, replica.replica_id, committed)
     check_view(seen, replica, committed)
     check_versions_shown(replica, committed)
@@ -624,6 +624,8 @@ def _is_justified(
             )
         case FailureReason.ACCESS_DENIED | FailureReason.ATTRIBUTE_DENIED:
             return eyes is not None and not all(_may(eyes, operation, state) for state in states)
+        case FailureReason.MALFORMED:
+            return operation.kind is OperationKind.DELETE and bool(operation.patch)
         case _:
             return False
 

@@ -24,8 +24,8 @@ from uuid import UUID
 
 import grpc
 from tests.simulation import chance, disk, promises
-from tests.simulation.actions import fits
-from tests.simulation.application import Business, Weather, make_application, may_hooks_refuse
+from tests.simulation.actions import IDS, fits
+from tests.simulation.application import ENTITIES, Business, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Trap
 from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Coverage, Fault, Moment
@@ -36,13 +36,24 @@ from tests.simulation.promises import Rules
 from tests.simulation.records import History, ReplicaRecord, SeenHistory, ServerRecord, read_server
 from tests.simulation.rights import Eyes
 from tests.simulation.server import SimulatedServer
+from tests.simulation.third_party import ThirdParty
 
-from tidelog import FailureReason, ServerUnavailable, StorageError, SynchronizationInProgress, Unauthenticated, _log
+from tidelog import (
+    FailureReason,
+    InvalidValue,
+    ServerUnavailable,
+    StorageError,
+    SynchronizationInProgress,
+    Unauthenticated,
+    _log,
+)
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _publication, _replica, _storage, _synchronization, _view
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
-from tidelog_server import _download, _engine, _overlay, _session
+from tidelog_server import OperationRefused, TransientError, _download, _engine, _overlay, _session
+from tidelog_server._principal import DEFAULT_TENANT
+from tidelog_server._tenant import Tenant
 
 STEPS_DEFAULT: Final = 150
 
@@ -52,6 +63,7 @@ QUIET_ROUNDS: Final = 2
 QUIET_ROUNDS_MAX: Final = 12
 CALL_MOVES_MAX: Final = 20_000
 HASTY_MOVES: Final = 100
+BEGINNING_MOVES: Final = 2
 MIB: Final = 1024 * 1024
 YEAR: Final = timedelta(days=365)
 STEP_SECONDS: Final = 0.001
@@ -69,6 +81,7 @@ class Settings:
     server_map_bytes: int
     replica_map_bytes: int
     is_hasty: bool
+    has_third_party: bool
     business: Business
     limits: dict[str, int]
 
@@ -81,6 +94,7 @@ class Settings:
             tuple(random.choices([1, 2], [4, 1])[0] for _ in range(replica_count)),
             random.choice([256 * 1024, 1024 * MIB]),
             random.choice([256 * 1024, 1024 * MIB]),
+            random.random() < 0.3,
             random.random() < 0.3,
             Business.drawn(random),
             {
@@ -159,6 +173,7 @@ class World:
         # Links that were left, whose messages may still arrive, and the number of the stream that each was.
         self._ghosts: list[tuple[Device, Link]] = []
         self._selected: Selection | None = None
+        self._third_party: ThirdParty | None = None
 
     def run(self) -> None:
         """Let things happen, then heal, then check everything. Raises AssertionError or whatever went wrong."""
@@ -176,6 +191,7 @@ class World:
                 map_bytes=settings.server_map_bytes,
             )
             self._devices = [self._device(number) for number in range(settings.replica_count)]
+            self._third_party = self._other_client() if settings.has_third_party else None
             disks = {one.path: one.disk for one in (*self._devices,)}
             disks[self._directory / "server"] = self._server.disk
             with disk.inserted(disks):
@@ -190,6 +206,8 @@ class World:
                         if hasattr(device, "replica"):
                             device.die()
                     self._server.close()
+                    if self._third_party is not None:
+                        self._third_party.close()
 
     @property
     def fingerprint(self) -> str:
@@ -266,7 +284,9 @@ class World:
                 (lambda: self._call(device), 4.0 if device.call is None else 0.2),
                 (lambda: self._advance(random.choice(active)), 16.0 if active else 0.0),
                 (lambda: self._fault(random.choice(linked)), 1.3 if linked else 0.0),
-                (self._burst, 1.0 if len(linked) > 1 else 0.0),
+                (self._burst, 1.5 if linked else 0.0),
+                (self._write_as_service, 0.8),
+                (self._act_as_third_party, 2.0 if self._third_party is not None else 0.0),
                 (self._haunt, 3.0 if self._ghosts else 0.0),
                 (lambda: self._kill(device), 0.4),
                 (lambda: self._lay_trap(device), 0.9),
@@ -442,6 +462,52 @@ class World:
             if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id
         ]
 
+    # --- others who write -------------------------------------------------------------------
+
+    def _write_as_service(self) -> None:
+        """Let the service itself change some objects."""
+        random = self._random
+        keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
+        tenant = Tenant(self._server.application, self._server.store, DEFAULT_TENANT, None, self._clock)
+        what = "the service writes"
+        try:
+            with tenant.transaction() as transaction:
+                for key in dict.fromkeys(keys):
+                    if transaction.get(*key) is None:
+                        transaction.create(key[0], {"n": random.randint(-5, 5), "title": "service"}, key[1])
+                    elif random.random() < 0.3:
+                        transaction.delete(*key)
+                    else:
+                        transaction.update(*key, {"x": random.randint(0, 3)}, increment={"n": 1})
+        except (OperationRefused, InvalidValue, TransientError, StorageError) as error:
+            if self._server.has_died:
+                self._restart_server(Fault.SERVER_CRASH)
+                return
+            what = f"the service is refused: {error}"
+        self._say(f"{what} {keys}")
+        self._read_history()
+
+    def _act_as_third_party(self) -> None:
+        if (party := self._third_party) is None:
+            return
+        random = self._random
+        happening: Callable[[], str] = random.choices(
+            [
+                party.act,
+                lambda: party.upload(self._server, is_answer_lost=random.random() < 0.2),
+                lambda: party.download(self._server),
+            ],
+            [3, 2, 1],
+        )[0]
+        try:
+            self._say(happening())
+        except (StorageError, TransientError) as error:
+            if self._server.has_died:
+                self._restart_server(Fault.SERVER_CRASH)
+                return
+            self._say(f"the third party is told to come again: {error}")
+        self._read_history()
+
     # --- faults of the network ------------------------------------------------------------
 
     def _fault(self, device: Device) -> None:
@@ -516,6 +582,8 @@ class World:
 
     def _burst(self) -> None:
         """Let batches of several links arrive while the store is busy: it commits them together."""
+        for device in self._devices:
+            self._bring_to_batches(device)
         links = [
             (one.name, one.call.link) for one in self._devices if one.call is not None and one.call.link is not None
         ]
@@ -523,14 +591,14 @@ class World:
         taking = [(name, link) for name, link in links if link.next_to_server == "batch" and not link.is_spent]
         if not taking:
             return
-        if len(taking) > 1:
-            self.coverage.faults[Fault.BURST.name] += 1
         with self._server.together():
             answers = [
                 (name, link.submit_batch())
                 for name, link in taking
                 for _ in range(self._random.randint(1, link.batches_under_way))
             ]
+        if len(answers) > 1:
+            self.coverage.faults[Fault.BURST.name] += 1
         for name, answer in answers:
             try:
                 self._say(f"{name}: {answer()}")
@@ -538,6 +606,17 @@ class World:
                 self._restart_server(Fault.SERVER_CRASH)
                 return
         self._ghosts = [one for one in self._ghosts if not one[1].is_spent]
+
+    def _bring_to_batches(self, device: Device) -> None:
+        """Let a session that has just begun come as far as its first batches."""
+        for _ in range(BEGINNING_MOVES):
+            link = device.call.link if device.call is not None else None
+            if link is None or link.next_to_server == "batch" or link.stalled_steps:
+                return
+            moves = [one for one in link.moves() if one != link.read_page]
+            if not moves or link.next_to_server not in {"start", ""}:
+                return
+            self._move(device, link, moves[0])
 
     # --- faults of processes, disks and clocks ------------------------------------------------
 
@@ -667,6 +746,7 @@ class World:
             device.die()
             device.has_stale_token = False
             self._open(device)
+        self._settle_third_party()
         reports: dict[str, Report] = {}
         for round_ in range(1, QUIET_ROUNDS_MAX + 1):
             pending = sum(device.replica.pending_count() for device in self._devices)
@@ -679,6 +759,18 @@ class World:
             raise AssertionError(f"not quiet after {QUIET_ROUNDS_MAX} rounds")
         self.coverage.rounds_max = round_
         self._check_all(reports)
+
+    def _settle_third_party(self) -> None:
+        if (party := self._third_party) is None:
+            return
+        for _ in range(QUIET_ROUNDS_MAX):
+            pending = 0
+            while len(party.pending) != pending:
+                pending = len(party.pending)
+                self._say(party.upload(self._server, is_answer_lost=False))
+            if not pending:
+                return
+        raise AssertionError(f"the third party keeps pending {list(party.pending)}")
 
     def _synchronize_to_the_end(self, device: Device) -> Report:
         self._begin(device, Mode.ALL, [], None)
@@ -697,10 +789,21 @@ class World:
         for failure in server.failures.values():
             self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
         committed = {device.replica.replica_id: device.committed for device in self._devices}
+        if self._third_party is not None:
+            committed[self._third_party.replica_id] = self._third_party.committed
         promises.check_server(server, committed)
         business = self.settings.business
         merging = [entity for entity, policy in business.policies.items() if policy == "merge"]
         settlements = self._server.settlements
+        if (party := self._third_party) is not None:
+            self._say(party.download(self._server))
+            party.check(server)
+            committed_by = party.committed
+            promises.check_order(server, party.replica_id, committed_by)
+            promises.check_groups(server, party.replica_id, committed_by, settlements)
+            promises.check_settlement_order(party.replica_id, committed_by, settlements)
+            rules = Rules(business.schema(1), may_hooks_refuse, business, party.eyes)
+            promises.check_refusals(server, party.replica_id, committed_by, settlements, rules)
         for device in self._devices:
             record = device.record()
             rules = Rules(business.schema(1), may_hooks_refuse, business, device.eyes)
@@ -735,11 +838,10 @@ class World:
             self._history.read_on(reader)
 
     def _server_record(self) -> ServerRecord:
-        return read_server(
-            self._server.lmdb,
-            {device.replica.replica_id: len(device.committed.data) for device in self._devices},
-            history=self._history,
-        )
+        seqs = {device.replica.replica_id: len(device.committed.data) for device in self._devices}
+        if self._third_party is not None:
+            seqs[self._third_party.replica_id] = len(self._third_party.committed.data)
+        return read_server(self._server.lmdb, seqs, history=self._history)
 
     def _device(self, number: int) -> Device:
         settings, name = self.settings, f"r{number}"
@@ -763,6 +865,12 @@ class World:
         eyes = device.eyes
         device.seen = SeenHistory(self._history, eyes.readable, eyes.shown, eyes.downloads)
         return device
+
+    def _other_client(self) -> ThirdParty:
+        business, random = self.settings.business, Random(self._random.random())
+        principal = business.principal(random, "third party")
+        eyes = Eyes(business.granted, business.offers, principal, {})
+        return ThirdParty(str(UUID(bytes=random.randbytes(16), version=4)), principal, eyes, random)
 
     def _clock(self) -> int:
         self._server_time_us += 1
