@@ -112,6 +112,10 @@ class Business:
         """Draw who somebody is."""
         return Principal(user_id, roles=frozenset([random.choice(ROLES)]), claims={"least": random.randint(-3, 1)})
 
+    def wishes(self, random: Random) -> dict[str, Download]:
+        """Draw how much a replica wants."""
+        return {entity: _offer(random) for entity in ENTITIES if random.random() < 0.15}
+
     def breaks_rules(self, entity: str, attributes: Attributes) -> bool:
         """Tell whether an object does not fit the server's schema."""
         if not self.is_strict:

@@ -15,15 +15,14 @@ from tests.simulation.faults import Coverage, client_commit
 from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link
 from tests.simulation.model import Key
-from tests.simulation.records import Committed, ReplicaRecord, SeenHistory, read_replica
+from tests.simulation.records import Committed, History, ReplicaRecord, SeenHistory, read_replica
 from tests.simulation.rights import Eyes
 
 from tidelog import Operation, Schema
 from tidelog_client import Object, Replica, Report
-from tidelog._downloads import DownloadWish
+from tidelog import Download
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
-from tidelog_server import Principal
 
 
 class ReplicaDied(BaseException):
@@ -75,7 +74,6 @@ class Model:
     """What a device is, whatever happens: the arguments with which its replica is opened, and who uses it."""
 
     schema: Schema
-    download: Mapping[str, DownloadWish]
     log_retention: timedelta
     map_bytes: int
 
@@ -85,8 +83,8 @@ class Device:
     A replica in the world, and who works with it.
 
     Attributes:
-        principal: Who uses it.
-        eyes: What may be done and seen with it.
+        eyes: What may be done and seen with it, once it has synchronized everything.
+        wishes: How much of each entity its user wants.
         seen: The server's history as it may know it.
         committed: The operations that it ever committed.
         call: The synchronization under way.
@@ -102,7 +100,8 @@ class Device:
         name: str,
         path: Path,
         model: Model,
-        principal: Principal,
+        eyes: Eyes,
+        history: History,
         network: Network,
         coverage: Coverage,
         random: Random,
@@ -116,9 +115,10 @@ class Device:
         self.clock_jump = timedelta(0)
         self.seconds = 0.0
         self.has_stale_token = False
-        self.principal = principal
-        self.eyes: Eyes
-        self.seen: SeenHistory
+        self.eyes = eyes
+        self.wishes: Mapping[str, Download] = {}
+        self._history = history
+        self.see_as_wished()
         self._model = model
         self._network = network
         self._random = random
@@ -134,7 +134,7 @@ class Device:
                 self.path,
                 server="simulated:1",
                 schema=model.schema,
-                download=model.download,
+                download=dict(self.wishes),
                 durability="relaxed",
                 log_retention=model.log_retention,
                 map_bytes=model.map_bytes,
@@ -158,6 +158,21 @@ class Device:
         if call is not None and not call.fiber.is_done:
             call.fiber.resume(ReplicaDied())
         self.replica.close()
+
+    def wish(self, wishes: Mapping[str, Download]) -> None:
+        """Let the user want something else, from the next time on that the replica is opened."""
+        before, eyes = self.seen, self.eyes.with_wishes(wishes)
+        self.wishes, self.eyes = wishes, eyes
+        self.seen = SeenHistory(
+            self._history,
+            eyes.readable,
+            lambda entity, state: None if before.shown(entity, state) is None else eyes.shown(entity, state),
+            lambda entity: before.follows(entity) and eyes.downloads(entity),
+        )
+
+    def see_as_wished(self) -> None:
+        """Take note that everything was synchronized."""
+        self.seen = SeenHistory(self._history, self.eyes.readable, self.eyes.shown, self.eyes.downloads)
 
     def record(self) -> ReplicaRecord:
         """Read what is on disk."""

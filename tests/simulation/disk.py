@@ -84,6 +84,7 @@ class Disk:
         if self.is_dead:
             raise self._death  # the dead write nothing
         commits = self._commits_of(work)
+        self._coverage.commits.update(one.name for one in commits)
         trap = self._sprung(commits)
         if trap is None:
             return self._committed(write(work))

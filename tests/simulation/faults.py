@@ -153,6 +153,7 @@ class Coverage:
 
     Attributes:
         faults: By kind.
+        commits: How often each was reached.
         crashes: By crash point.
         reasons: Failure records by reason.
         modes: Synchronizations that came to their end, by mode.
@@ -162,6 +163,7 @@ class Coverage:
     """
 
     faults: Counter[str] = field(default_factory=Counter)
+    commits: Counter[str] = field(default_factory=Counter)
     crashes: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
@@ -186,6 +188,7 @@ class Coverage:
         """Yield lines for people."""
         for title, counts in (
             ("faults", self.faults),
+            ("commits", self.commits),
             ("crash points", self.crashes),
             ("failure reasons", self.reasons),
             ("completed, by mode", self.modes),

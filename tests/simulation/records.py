@@ -143,6 +143,10 @@ class SeenHistory(History):
     def follows(self, entity: str) -> bool:
         return self._follows(entity)
 
+    def shown(self, entity: str, attributes: Attributes | None) -> Attributes | None:
+        """Return what a synchronization of everything brings of an object, or None."""
+        return self._shown(entity, attributes)
+
     def at(self, key: Key, version: int) -> Attributes | None:
         place = key, self._history.version_at(key, version)
         if place not in self._seen:

@@ -64,11 +64,17 @@ class Eyes:
         principal: Principal,
         wishes: Mapping[str, Download],
     ) -> None:
+        self.principal = principal
+        self._all_granted = granted
         self._has_rules = bool(granted)
         self._offers = offers
         self._claims = {"user_id": principal.user_id, **principal.claims}
         self._wishes = wishes
         self._granted = [one for one in granted if one.role == "*" or one.role in principal.roles]
+
+    def with_wishes(self, wishes: Mapping[str, Download]) -> Eyes:
+        """Return the eyes of the same person with other wishes."""
+        return Eyes(self._all_granted, self._offers, self.principal, wishes)
 
     def mode(self, entity: str) -> DownloadMode:
         """Return how much of an entity is downloaded."""

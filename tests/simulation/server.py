@@ -40,6 +40,7 @@ class SimulatedServer:
         store: What sessions use: the real one, with a record of what goes through it.
         disk: Where the store writes.
         settlements: When each operation, (replica id, seq), was settled.
+        defects: What the store's own thread saw that must not be.
     """
 
     def __init__(self, directory: Path, application: Application, coverage: Coverage, *, map_bytes: int) -> None:
@@ -49,6 +50,7 @@ class SimulatedServer:
         self.store = SimulatedStore(self)
         self._directory = directory
         self._map_bytes = map_bytes
+        self.defects: list[str] = []
         self._transaction_count = 0
         self._queued: list[tuple[Commit, list[tuple[int, Writes]]]] = []
         self._committing: list[list[tuple[int, Writes]]] = []
@@ -124,7 +126,7 @@ class SimulatedServer:
             replica_id = str(UUID(bytes=writes.replica[0]))
             for seq, _ in writes.settled:
                 if (replica_id, seq) in self.settlements:
-                    raise AssertionError(f"seq {seq} of replica {replica_id} was settled a second time")
+                    self.defects.append(f"seq {seq} of replica {replica_id} was settled a second time")
                 self.settlements[replica_id, seq] = Settlement(self._transaction_count, before, writes.version)
 
     def _open(self) -> LmdbStore:

@@ -32,8 +32,8 @@ from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Coverage, Fa
 from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
-from tests.simulation.promises import Rules
-from tests.simulation.records import History, ReplicaRecord, SeenHistory, ServerRecord, read_server
+from tests.simulation.promises import PromiseBroken, Rules
+from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
 from tests.simulation.rights import Eyes
 from tests.simulation.server import SimulatedServer
 from tests.simulation.third_party import ThirdParty
@@ -240,7 +240,7 @@ class World:
         call = device.call
         if call is None:
             raise AssertionError(f"{device.name} connects, and nobody asked for it")
-        server = self._server.end(device.principal, self._clock)
+        server = self._server.end(device.eyes.principal, self._clock)
         link = Link(server, call.fiber.pause, lambda: self._server.has_died)
         call.link = link
         call.selection, self._selected = self._selected, None
@@ -296,6 +296,7 @@ class World:
                 (lambda: self._trim(device), 0.5),
                 (lambda: self._jump(device), 0.3),
                 (lambda: self._expire(device), 0.2),
+                (lambda: self._change_wishes(device), 0.4),
             ),
             strict=True,
         )
@@ -320,7 +321,7 @@ class World:
         if len(operations) != len(intended) or not all(
             fits(operation, one, is_grouped=is_grouped) for operation, one in zip(operations, intended, strict=True)
         ):
-            raise AssertionError(f"{device.name} logged {operations}, meant {intended}")
+            raise PromiseBroken("Durable: a commit logs what was meant", [f"{device.name} logged {operations}, meant {intended}"])
         self._check(device)
 
     def _call(self, device: Device) -> None:
@@ -342,7 +343,7 @@ class World:
             self.coverage.faults[Fault.TWO_AT_ONCE.name] += 1
             self._say(f"{device.name} is synchronized already")
         else:
-            raise AssertionError(f"{device.name} is synchronized twice at once")
+            raise PromiseBroken("One at a time: a second synchronization fails at once", [device.name])
 
     def _begin(self, device: Device, mode: Mode, picked: list[Object | Key], timeout: float | None) -> None:
         keys = [(one.entity, one.id) if isinstance(one, Object) else one for one in picked]
@@ -416,7 +417,7 @@ class World:
 
     def _give_up_waiting(self, device: Device, link: Link) -> None:
         if not (link.is_dark or link.is_mute):
-            raise AssertionError(f"{device.name}: the session hangs")
+            raise PromiseBroken("No poison: a session comes to its end", [f"{device.name} waits for ever"])
         self._say(f"{device.name} has heard nothing for long")
         device.seconds += SILENCE_SECONDS
         link.to_client.append(link.silence())
@@ -442,9 +443,14 @@ class World:
         committed = len(device.committed.data) - call.committed_before
         settled = call.pending_before + committed - len(record.pending)
         if report.applied + report.rejected != settled:
-            raise AssertionError(f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled")
+            raise PromiseBroken(
+                "Settled once: a report counts what was settled",
+                [f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled"],
+            )
         if {failure.id for failure in report.failures} - record.failures.keys():
-            raise AssertionError(f"{device.name} reports failures of which it has no record")
+            raise PromiseBroken("Nothing lost on refusal: what is reported is recorded", [device.name])
+        if call.mode is Mode.ALL:
+            device.see_as_wished()
         promises.check_uploaded(record, call.covered, self._not_ready(report))
         seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
         promises.check_fresh(seen, record, self._covered(call, record), since=link.settled_version)
@@ -531,7 +537,7 @@ class World:
             case Fault.CUT:
                 self._cut(device, link)
             case Fault.DUPLICATE:
-                server = self._server.end(device.principal, self._clock)
+                server = self._server.end(device.eyes.principal, self._clock)
                 self._ghosts.append((device, link.echo(server)))
             case Fault.BLACK_HOLE:
                 link.is_dark = True
@@ -713,6 +719,12 @@ class World:
         device.has_stale_token = True
         self._say(f"the token of {device.name} expires")
 
+    def _change_wishes(self, device: Device) -> None:
+        """Open a replica anew with other wishes: until it has synchronized everything, it is between two projections."""
+        device.wish(self.settings.business.wishes(self._random))
+        self._say(f"{device.name} wants {device.wishes}")
+        self._die(device)
+
     def _trim(self, device: Device) -> None:
         if device.call is not None:
             return
@@ -756,7 +768,9 @@ class World:
             if round_ >= QUIET_ROUNDS and done:
                 break
         else:
-            raise AssertionError(f"not quiet after {QUIET_ROUNDS_MAX} rounds")
+            raise PromiseBroken(
+                "Converges: nothing is left after a few synchronizations", [f"more than {QUIET_ROUNDS_MAX} rounds"]
+            )
         self.coverage.rounds_max = round_
         self._check_all(reports)
 
@@ -779,9 +793,11 @@ class World:
             raise AssertionError(f"{device.name} could not begin")
         self._advance(device, moves=CALL_MOVES_MAX)
         if device.call is not None or call.report is None:
-            raise AssertionError(f"{device.name} does not come to an end")
+            raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
         if call.report.attempts > 1:
-            raise AssertionError(f"{device.name} needs {call.report.attempts} attempts though nothing fails")
+            raise PromiseBroken(
+                "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
+            )
         return call.report
 
     def _check_all(self, reports: dict[str, Report]) -> None:
@@ -813,7 +829,9 @@ class World:
             promises.check_refusals(server, record.replica_id, device.committed, settlements, rules)
             not_ready = self._not_ready(reports[device.name])
             if not_ready and self.settings.limits["held_units"] > len(device.committed.data):
-                raise AssertionError(f"{device.name}: nothing should have to wait: {reports[device.name].skipped}")
+                raise PromiseBroken(
+                    "No poison: nothing has to wait that is not bounded to", [f"{reports[device.name].skipped}"]
+                )
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
 
     # --- helpers ------------------------------------------------------------------------
@@ -822,6 +840,8 @@ class World:
         """Check what must hold at any moment of one replica."""
         self._read_history()
         record = device.record()
+        if self._server.defects:
+            raise PromiseBroken("Settled once: an operation is settled by one transaction", self._server.defects)
         promises.check_log(record, device.committed)
         promises.check_view(device.seen, record, device.committed)
         promises.check_versions_shown(record, device.committed)
@@ -848,23 +868,19 @@ class World:
         business, random = settings.business, self._random
         model = Model(
             business.schema(settings.schema_versions[number], is_servers=False),
-            {},
             random.choice([timedelta(0), timedelta(days=30)]),
             settings.replica_map_bytes,
         )
-        device = Device(
+        return Device(
             name,
             self._directory / name,
             model,
-            business.principal(random, f"user-{name}"),
+            Eyes(business.granted, business.offers, business.principal(random, f"user-{name}"), {}),
+            self._history,
             self,
             self.coverage,
             Random(random.random()),
         )
-        device.eyes = Eyes(business.granted, business.offers, device.principal, {})
-        eyes = device.eyes
-        device.seen = SeenHistory(self._history, eyes.readable, eyes.shown, eyes.downloads)
-        return device
 
     def _other_client(self) -> ThirdParty:
         business, random = self.settings.business, Random(self._random.random())
