@@ -16,6 +16,7 @@ from functools import partial
 from multiprocessing import get_context
 
 from tests.simulation.faults import Coverage
+from tests.simulation.mutations import MUTATIONS, catch
 from tests.simulation.run import run_seed
 from tests.simulation.world import STEPS_DEFAULT
 
@@ -23,6 +24,21 @@ from tests.simulation.world import STEPS_DEFAULT
 def _seeds(text: str) -> range:
     first, _, last = text.partition("-")
     return range(int(first), int(last or first) + 1)
+
+
+def _find_mutations(seeds: range, steps: int, jobs: int) -> int:
+    """Print a table of what found each mistake."""
+    missed = 0
+    print("| mistake | found by | in world | worlds needed |\n| --- | --- | --- | --- |")
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        found = pool.map(partial(catch, seeds=seeds, steps=steps), range(len(MUTATIONS)))
+        for mutation, caught in zip(MUTATIONS, found, strict=True):
+            if caught is None:
+                missed += 1
+                print(f"| {mutation.name} | **nothing** | | more than {len(seeds)} |", flush=True)
+            else:
+                print(f"| {mutation.name} | {caught.promise} | {caught.seed} | {caught.seed_count} |", flush=True)
+    return 1 if missed else 0
 
 
 def _main() -> int:
@@ -34,7 +50,12 @@ def _main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--trace", action="store_true", help="print every event")
     parser.add_argument("--keep-going", action="store_true", help="run all seeds, and name those that fail")
+    parser.add_argument(
+        "--mutations", action="store_true", help="put known mistakes into the product, and see that each is found"
+    )
     options = parser.parse_args()
+    if options.mutations:
+        return _find_mutations(options.seeds, options.steps, options.jobs)
     failed = 0
     coverage = Coverage()
     run = partial(run_seed, steps=options.steps)

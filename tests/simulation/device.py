@@ -159,6 +159,11 @@ class Device:
             call.fiber.resume(ReplicaDied())
         self.replica.close()
 
+    @property
+    def has_staged_pages(self) -> bool:
+        """Whether it keeps pages of an interrupted download of everything."""
+        return bool(self.replica._storage.meta("resume_token"))
+
     def wish(self, wishes: Mapping[str, Download]) -> None:
         """Let the user want something else, from the next time on that the replica is opened."""
         before, eyes = self.seen, self.eyes.with_wishes(wishes)

@@ -17,11 +17,13 @@ class Fiber:
     Runs *work* in a thread of its own, and only while `resume` waits for it.
 
     Attributes:
+        is_running: Whether it is its turn.
         is_done: Whether it has ended.
         error: What it ended with. None: it returned.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
+        self.is_running = False
         self.is_done = False
         self.error: BaseException | None = None
         self._work = work
@@ -35,8 +37,10 @@ class Fiber:
     def resume(self, thrown: BaseException | None = None) -> None:
         """Let it run until it pauses or ends; *thrown* is raised where it paused."""
         self._thrown = thrown
+        self.is_running = True
         self._may_run.release()
         self._has_stopped.acquire()
+        self.is_running = False
         if self.is_done:
             self._thread.join()
 

@@ -12,7 +12,7 @@ agree with the server within a few synchronizations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +28,7 @@ from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Business, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Trap
-from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Coverage, Fault, Moment
+from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Commit, Coverage, Fault, Moment
 from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
@@ -41,6 +41,8 @@ from tests.simulation.third_party import ThirdParty
 from tidelog import (
     FailureReason,
     InvalidValue,
+    ObjectExists,
+    ObjectNotFound,
     ServerUnavailable,
     StorageError,
     SynchronizationInProgress,
@@ -64,6 +66,9 @@ QUIET_ROUNDS_MAX: Final = 12
 CALL_MOVES_MAX: Final = 20_000
 HASTY_MOVES: Final = 100
 BEGINNING_MOVES: Final = 2
+# A trap at a commit that comes seldom waits for it; it takes many of them to meet all.
+SELDOM: Final = frozenset((Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH))
+TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
 MIB: Final = 1024 * 1024
 YEAR: Final = timedelta(days=365)
 STEP_SECONDS: Final = 0.001
@@ -153,14 +158,18 @@ class World:
         seed: Decides everything.
         directory: An empty directory for the data.
         steps: How many things happen before the world heals.
+        focus: How much more often than usual things of a kind happen.
     """
 
-    def __init__(self, seed: int, directory: Path, *, steps: int = STEPS_DEFAULT) -> None:
+    def __init__(
+        self, seed: int, directory: Path, *, steps: int = STEPS_DEFAULT, focus: Mapping[str, float] | None = None
+    ) -> None:
         self.seed = seed
         self.events: list[str] = []
         self.coverage = Coverage()
         self._random = Random(seed)
         self._steps = steps
+        self._focus = focus or {}
         self.settings = Settings.drawn(self._random)
         self._directory = directory.resolve()
         self._weather = Weather()
@@ -238,8 +247,8 @@ class World:
     def connect(self, device: Device) -> Link:
         """See `Network`."""
         call = device.call
-        if call is None:
-            raise AssertionError(f"{device.name} connects, and nobody asked for it")
+        if call is None or not call.fiber.is_running:
+            raise PromiseBroken("One at a time: a second synchronization fails at once", [device.name])
         server = self._server.end(device.eyes.principal, self._clock)
         link = Link(server, call.fiber.pause, lambda: self._server.has_died)
         call.link = link
@@ -278,29 +287,27 @@ class World:
         linked = [one for one in active if one.call is not None and one.call.link is not None]
         for one in self._devices:
             one.seconds += STEP_SECONDS
-        happening, weight = zip(
-            *(
-                (lambda: self._act(device), 6.0),
-                (lambda: self._call(device), 4.0 if device.call is None else 0.2),
-                (lambda: self._advance(random.choice(active)), 16.0 if active else 0.0),
-                (lambda: self._fault(random.choice(linked)), 1.3 if linked else 0.0),
-                (self._burst, 1.5 if linked else 0.0),
-                (self._write_as_service, 0.8),
-                (self._act_as_third_party, 2.0 if self._third_party is not None else 0.0),
-                (self._haunt, 3.0 if self._ghosts else 0.0),
-                (lambda: self._kill(device), 0.4),
-                (lambda: self._lay_trap(device), 0.9),
-                (self._lay_server_trap, 0.6),
-                (lambda: self._restart_server(Fault.SERVER_RESTART), 0.2),
-                (self._change_weather, 0.3),
-                (lambda: self._trim(device), 0.5),
-                (lambda: self._jump(device), 0.3),
-                (lambda: self._expire(device), 0.2),
-                (lambda: self._change_wishes(device), 0.4),
-            ),
-            strict=True,
-        )
-        random.choices(happening, weight)[0]()
+        happenings: list[tuple[str, float, Callable[[], None]]] = [
+            ("act", 6.0, lambda: self._act(device)),
+            ("synchronize", 4.0 if device.call is None else 0.2, lambda: self._call(device)),
+            ("advance", 16.0 if active else 0.0, lambda: self._advance(random.choice(active))),
+            ("fault", 1.3 if linked else 0.0, lambda: self._fault(random.choice(linked))),
+            ("burst", 1.5 if linked else 0.0, self._burst),
+            ("service", 0.8, self._write_as_service),
+            ("third party", 2.0 if self._third_party is not None else 0.0, self._act_as_third_party),
+            ("late", 3.0 if self._ghosts else 0.0, self._haunt),
+            ("kill", 0.4, lambda: self._kill(device)),
+            ("trap", 0.9, lambda: self._lay_trap(device)),
+            ("server trap", 0.6, self._lay_server_trap),
+            ("restart", 0.2, lambda: self._restart_server(Fault.SERVER_RESTART)),
+            ("weather", 0.3, self._change_weather),
+            ("trim", 0.5, lambda: self._trim(device)),
+            ("clock", 0.3, lambda: self._jump(device)),
+            ("token", 0.2, lambda: self._expire(device)),
+            ("wishes", 0.4, lambda: self._change_wishes(device)),
+        ]
+        weights = [weight * self._focus.get(name, 1.0) for name, weight, _ in happenings]
+        random.choices(happenings, weights)[0][2]()
 
     def _act(self, device: Device) -> None:
         device.disk.has_failed = False
@@ -485,7 +492,7 @@ class World:
                         transaction.delete(*key)
                     else:
                         transaction.update(*key, {"x": random.randint(0, 3)}, increment={"n": 1})
-        except (OperationRefused, InvalidValue, TransientError, StorageError) as error:
+        except (OperationRefused, ObjectExists, ObjectNotFound, InvalidValue, TransientError, StorageError) as error:
             if self._server.has_died:
                 self._restart_server(Fault.SERVER_CRASH)
                 return
@@ -529,7 +536,7 @@ class World:
                 Fault.BLACK_HOLE,
                 Fault.HALF_OPEN,
             ],
-            [8, 2, 1, 2, 2, 2],
+            [8, 2, 1, 2 * self._focus.get("duplicate", 1.0), 2, 2],
         )[0]
         self._say(f"{fault.name} on the link of {device.name}")
         self.coverage.faults[fault.name] += 1
@@ -659,7 +666,7 @@ class World:
             [Fault.CLIENT_CRASH, Fault.CLIENT_DISK_FULL, Fault.CLIENT_MAP_FULL, Fault.CLIENT_WRITE_FAILED],
             [6, 1, 1, 1],
         )[0]
-        commit = self._random.choice(CLIENT_COMMITS) if self._random.random() < 0.5 else None
+        commit = self._random.choices(CLIENT_COMMITS, TRAP_WEIGHTS)[0] if self._random.random() < 0.5 else None
         passed = self._random.randrange(4) if commit is None else self._random.choice([0, 0, 1])
         device.disk.trap = Trap(fault, passed, commit, self._moment())
         self._say(f"{device.name} will meet {device.disk.trap}")
@@ -721,6 +728,9 @@ class World:
 
     def _change_wishes(self, device: Device) -> None:
         """Open a replica anew with other wishes: until it has synchronized everything, it is between two projections."""
+        if not device.has_staged_pages:
+            # What is staged for other wishes has to be thrown away.
+            device = next((one for one in self._devices if one.has_staged_pages), device)
         device.wish(self.settings.business.wishes(self._random))
         self._say(f"{device.name} wants {device.wishes}")
         self._die(device)
