@@ -112,6 +112,16 @@ class Business:
         """Draw who somebody is."""
         return Principal(user_id, roles=frozenset([random.choice(ROLES)]), claims={"least": random.randint(-3, 1)})
 
+    def names(self) -> Iterator[str]:
+        """Name what was drawn."""
+        yield from (f"on_delete {behaviour}" for behaviour in self.on_delete.values())
+        yield from (f"policy {policy}" for policy in self.policies.values())
+        yield from (f"download {offer.mode.value}" for offer in self.offers.values())
+        if self.is_strict:
+            yield "strict schema"
+        if self.granted:
+            yield "access rules"
+
     def wishes(self, random: Random) -> dict[str, Download]:
         """Draw how much a replica wants."""
         return {entity: _offer(random) for entity in ENTITIES if random.random() < 0.15}

@@ -132,7 +132,6 @@ class Device:
         try:
             replica = Replica(
                 self.path,
-                server="simulated:1",
                 schema=model.schema,
                 download=dict(self.wishes),
                 durability="relaxed",
@@ -142,7 +141,6 @@ class Device:
         except ReplicaDied:
             abandon(self.path)
             raise
-        replica._synchronizer.close()
         replica._synchronizer._connection = Connection(self, self._network)  # type: ignore[assignment]
         self.replica = replica
         if hasattr(self, "user"):

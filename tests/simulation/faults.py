@@ -13,7 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+
+from tidelog import DownloadMode, FailureReason
+from tidelog._attributes import OnDelete
 
 
 class Fault(enum.StrEnum):
@@ -91,6 +94,22 @@ CRASH_POINTS = tuple(CrashPoint(commit, moment) for commit, moment in product(Co
 # A replica that lacks a state which the server confirms asks for all states. No history is known that leads there:
 # the path is for damage, and the unit tests walk it.
 UNREACHABLE = frozenset(point for point in CRASH_POINTS if point.commit is Commit.START_OVER)
+
+# Not of a record's own are the reasons of a commit group's other members; SUPERSEDED needs a server that was restored.
+REASONS = tuple(
+    one
+    for one in FailureReason
+    if one not in {FailureReason.GROUP_REJECTED, FailureReason.SUPERSEDED, FailureReason.TOO_LARGE}
+)
+MODES = ("ALL", "UNSYNCHRONIZED", "SELECTED")
+SETTINGS = (
+    *(f"on_delete {one}" for one in get_args(OnDelete)),
+    *(f"policy {one}" for one in ("reject_stale", "merge")),
+    *(f"download {one.value}" for one in DownloadMode if one not in {DownloadMode.ALL, DownloadMode.NEVER}),
+    "strict schema",
+    "access rules",
+    "third party",
+)
 
 _CLIENT_WRITES = {
     "Storage._load_replica_id": Commit.OPEN,
@@ -182,6 +201,9 @@ class Coverage:
     def holes(self) -> Iterator[str]:
         """Yield what can happen and never did."""
         yield from (f"fault {one.name}" for one in Fault if not self.faults[one.name])
+        yield from (f"reason {one.name}" for one in REASONS if not self.reasons[one.name])
+        yield from (f"mode {one}" for one in MODES if not self.modes[one])
+        yield from (f"setting {one}" for one in SETTINGS if not self.settings[one])
         yield from (f"crash {one}" for one in CRASH_POINTS if one not in UNREACHABLE and not self.crashes[str(one)])
 
     def lines(self) -> Iterator[str]:

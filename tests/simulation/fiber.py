@@ -8,6 +8,7 @@ thread runs at any time, so that a seed decides everything.
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 
@@ -31,8 +32,8 @@ class Fiber:
         self._may_run, self._has_stopped = threading.Lock(), threading.Lock()
         self._may_run.acquire()
         self._has_stopped.acquire()
-        self._thread = threading.Thread(target=self._run, name="simulated", daemon=True)
-        self._thread.start()
+        runner = _idle.pop() if _idle else _Runner()
+        runner.work.put(lambda: self._run(runner))
 
     def resume(self, thrown: BaseException | None = None) -> None:
         """Let it run until it pauses or ends; *thrown* is raised where it paused."""
@@ -41,8 +42,6 @@ class Fiber:
         self._may_run.release()
         self._has_stopped.acquire()
         self.is_running = False
-        if self.is_done:
-            self._thread.join()
 
     def pause(self) -> None:
         """Let the world go on until the next `resume`. Inside the fiber only."""
@@ -55,11 +54,28 @@ class Fiber:
         if thrown is not None:
             raise thrown
 
-    def _run(self) -> None:
+    def _run(self, runner: _Runner) -> None:
         try:
             self._wait()
             self._work()
         except BaseException as error:  # noqa: BLE001 - the world looks at it
             self.error = error
         self.is_done = True
+        _idle.append(runner)  # before the world goes on, which may need one at once
         self._has_stopped.release()
+
+
+class _Runner(threading.Thread):
+    """A thread that runs one fiber after the other: to start a thread takes longer than most synchronizations."""
+
+    def __init__(self) -> None:
+        super().__init__(name="simulated", daemon=True)
+        self.work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.work.get()()
+
+
+_idle: list[_Runner] = []

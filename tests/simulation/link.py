@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from threading import Event
 from typing import Final
 
 import grpc
@@ -110,14 +109,10 @@ class ServerEnd:
         """Take in a batch; what is returned waits for it and returns the answer."""
         batch = splice_pb2.SynchronizeRequestSplice.FromString(data).batch
         future: Future[list[Result]] = self._opened().upload(list(batch.operations))
-        noted = Event()
-        # Callbacks run in the order in which they were added: behind those of the session.
-        future.add_done_callback(lambda _: noted.set())
 
         def answer() -> bytes:
-            noted.wait(STORE_TIMEOUT_SECONDS)
             results = sync_pb2.BatchResults()
-            put_results(future.result(0), results.results)
+            put_results(future.result(STORE_TIMEOUT_SECONDS), results.results)
             return _response(batch_results=results.SerializeToString())
 
         return answer

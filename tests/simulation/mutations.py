@@ -340,7 +340,7 @@ MUTATIONS: Final = (
     Mutation("the cursor is where the server is, not where the download ended", _cursor_at_the_present),
     Mutation("hidden attributes are sent", _show_hidden_attributes),
     Mutation("an edit with an older clock loses", _older_clock_loses),
-    Mutation("the settled ranges have no gaps", _ranges_without_gaps, {"service": 0.5}),
+    Mutation("the settled ranges have no gaps", _ranges_without_gaps),
     Mutation("the cursor moves before the data", _cursor_first),
     Mutation("a snapshot replaces what is pending", _no_rebase),
     Mutation("a replica counts as settled what it has not written", _settle_before_durable),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from tests.simulation.faults import Coverage
@@ -60,6 +63,17 @@ def run_seed(seed: int, *, steps: int = STEPS_DEFAULT, focus: Mapping[str, float
     finally:
         logging.disable(logging.NOTSET)
         shutil.rmtree(directory)
+
+
+def run_many(seeds: Iterable[int], *, steps: int = STEPS_DEFAULT, jobs: int | None = None) -> Iterator[Outcome]:
+    """Run seeds in processes, as many as there are processors unless *jobs* says otherwise."""
+    with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+        try:
+            running = [pool.submit(run_seed, seed, steps=steps) for seed in seeds]
+            for done in as_completed(running):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _summary(error: Exception) -> str:

@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Commit, Coverage, server_commit
-from tests.simulation.link import STORE_TIMEOUT_SECONDS, ServerEnd
+from tests.simulation.link import ServerEnd
 from tests.simulation.promises import Settlement
 
 from tidelog import StorageError
 from tidelog_server import Application, LmdbStore, Principal
-from tidelog_server._principal import DEFAULT_TENANT
+from tidelog_server._lmdb_store import _Job
 from tidelog_server._records import Identity, Writes
 from tidelog_server._store import Reader
 
@@ -29,6 +28,35 @@ class ServerDied(StorageError):
 
     def __init__(self) -> None:
         super().__init__("the simulated server dies")
+
+
+class InlineStore(LmdbStore):
+    """
+    The real store, whose jobs run in the thread that submits them: so they run in one order only.
+
+    Attributes:
+        is_holding: Whether jobs wait, to be committed together.
+    """
+
+    def __init__(self, path: Path, *, map_bytes: int) -> None:
+        super().__init__(path, map_bytes=map_bytes)
+        self.is_holding = False
+        self._waiting: list[_Job] = []
+
+    def submit(self, tenant: str, job: Callable[[Any], tuple[Writes | None, T]]) -> Future[T]:
+        """See `Store`."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        self._waiting.append(_Job(tenant, job, future))
+        if not self.is_holding:
+            self.write_waiting()
+        return future
+
+    def write_waiting(self) -> None:
+        """Commit the jobs that wait in one transaction."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._write_group(waiting)
 
 
 class SimulatedServer:
@@ -54,7 +82,6 @@ class SimulatedServer:
         self._transaction_count = 0
         self._queued: list[tuple[Commit, list[tuple[int, Writes]]]] = []
         self._committing: list[list[tuple[int, Writes]]] = []
-        self._is_together = False
         self.lmdb = self._open()
 
     @property
@@ -78,22 +105,12 @@ class SimulatedServer:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Commit all jobs that are submitted meanwhile in one transaction; nobody may wait for them inside."""
-        entered, released = Event(), Event()
-
-        def holds_the_writer(_reader: Reader) -> tuple[None, None]:
-            entered.set()
-            released.wait(STORE_TIMEOUT_SECONDS)
-            return None, None
-
-        held = self.lmdb.submit(DEFAULT_TENANT, holds_the_writer)
-        entered.wait(STORE_TIMEOUT_SECONDS)
-        self._is_together = True
+        self.lmdb.is_holding = True
         try:
             yield
         finally:
-            self._is_together = False
-            released.set()
-            held.result(STORE_TIMEOUT_SECONDS)
+            self.lmdb.is_holding = False
+            self.lmdb.write_waiting()
 
     def submit(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> Future[T]:
         """Submit a job to the store; outside of `together` its transaction has ended when this returns."""
@@ -107,10 +124,7 @@ class SimulatedServer:
             return writes, result
 
         self._queued.append((server_commit(job), written))
-        future = self.lmdb.submit(tenant, recorded)
-        if not self._is_together:
-            future.exception(STORE_TIMEOUT_SECONDS)
-        return future
+        return self.lmdb.submit(tenant, recorded)
 
     def _take_queued(self, _work: object) -> list[Commit]:
         """Return what the transaction that begins is about to commit."""
@@ -129,11 +143,11 @@ class SimulatedServer:
                     self.defects.append(f"seq {seq} of replica {replica_id} was settled a second time")
                 self.settlements[replica_id, seq] = Settlement(self._transaction_count, before, writes.version)
 
-    def _open(self) -> LmdbStore:
+    def _open(self) -> InlineStore:
         self.disk.is_dead = False
         self.disk.trap = None
         self._queued = []
-        return LmdbStore(self._directory, map_bytes=self._map_bytes)
+        return InlineStore(self._directory, map_bytes=self._map_bytes)
 
 
 class SimulatedStore:

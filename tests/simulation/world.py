@@ -57,7 +57,7 @@ from tidelog_server import OperationRefused, TransientError, _download, _engine,
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._tenant import Tenant
 
-STEPS_DEFAULT: Final = 150
+STEPS_DEFAULT: Final = 100
 
 # A replica that synchronizes everything twice has all that the others uploaded by then; what is bounded to wait on the
 # server may need more rounds, but each of these must settle something.
@@ -171,6 +171,9 @@ class World:
         self._steps = steps
         self._focus = focus or {}
         self.settings = Settings.drawn(self._random)
+        self.coverage.settings.update(self.settings.business.names())
+        if self.settings.has_third_party:
+            self.coverage.settings["third party"] += 1
         self._directory = directory.resolve()
         self._weather = Weather()
         self._schema_version = 1
@@ -458,6 +461,9 @@ class World:
             raise PromiseBroken("Nothing lost on refusal: what is reported is recorded", [device.name])
         if call.mode is Mode.ALL:
             device.see_as_wished()
+        if call.mode is Mode.SELECTED:
+            # What holds at any moment shows best while a part of the log is settled.
+            self._check_everything(device, record)
         promises.check_uploaded(record, call.covered, self._not_ready(report))
         seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
         promises.check_fresh(seen, record, self._covered(call, record), since=link.settled_version)
@@ -810,16 +816,23 @@ class World:
             )
         return call.report
 
-    def _check_all(self, reports: dict[str, Report]) -> None:
+    def _check_everything(self, device: Device, record: ReplicaRecord) -> ServerRecord:
+        """Check what must hold at any moment of the server, and of it and one replica."""
         server = self._server_record()
-        for failure in server.failures.values():
-            self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
-        committed = {device.replica.replica_id: device.committed for device in self._devices}
+        committed = {one.replica.replica_id: one.committed for one in self._devices}
         if self._third_party is not None:
             committed[self._third_party.replica_id] = self._third_party.committed
         promises.check_server(server, committed)
+        merging = [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
+        promises.check_replica(server, record, device.committed, seen=device.seen, merging=merging)
+        return server
+
+    def _check_all(self, reports: dict[str, Report]) -> None:
+        for device in self._devices:
+            server = self._check_everything(device, device.record())
+        for failure in server.failures.values():
+            self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
         business = self.settings.business
-        merging = [entity for entity, policy in business.policies.items() if policy == "merge"]
         settlements = self._server.settlements
         if (party := self._third_party) is not None:
             self._say(party.download(self._server))
@@ -833,7 +846,6 @@ class World:
         for device in self._devices:
             record = device.record()
             rules = Rules(business.schema(1), may_hooks_refuse, business, device.eyes)
-            promises.check_replica(server, record, device.committed, seen=device.seen, merging=merging)
             promises.check_groups(server, record.replica_id, device.committed, settlements)
             promises.check_settlement_order(record.replica_id, device.committed, settlements)
             promises.check_refusals(server, record.replica_id, device.committed, settlements, rules)
