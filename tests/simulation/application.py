@@ -73,11 +73,7 @@ class Business:
                 if random.random() < 0.6
             },
             random.random() < 0.5,
-            {
-                entity: random.choice(["reject_stale", "merge"])
-                for entity in ("Note", "Node")
-                if random.random() < 0.4
-            },
+            {entity: random.choice(["reject_stale", "merge"]) for entity in ("Note", "Node") if random.random() < 0.4},
             _rules(random) if random.random() < 0.5 else (),
             {
                 entity: _offer(random)
@@ -180,7 +176,12 @@ def _clerks(random: Random, entity: str) -> Granted:
 
 def _constraint(random: Random) -> Constraint:
     return random.choice(
-        [attribute("n") >= 0, attribute("n") >= claim("least"), ~(attribute("x") == 1), attribute("n").is_in([0, 1, 2])]
+        [
+            attribute("n") >= 0,
+            attribute("n") >= claim("least"),
+            ~(attribute("x") == 1),
+            attribute("n").is_in([0, 1, 2]),
+        ]
     )
 
 

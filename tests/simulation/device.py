@@ -18,9 +18,8 @@ from tests.simulation.model import Key
 from tests.simulation.records import Committed, History, ReplicaRecord, SeenHistory, read_replica
 from tests.simulation.rights import Eyes
 
-from tidelog import Operation, Schema
+from tidelog import Download, Operation, Schema
 from tidelog_client import Object, Replica, Report
-from tidelog import Download
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
 
@@ -118,7 +117,7 @@ class Device:
         self.eyes = eyes
         self.wishes: Mapping[str, Download] = {}
         self._history = history
-        self.see_as_wished()
+        self.seen = SeenHistory(history, eyes.readable, eyes.shown, eyes.downloads)
         self._model = model
         self._network = network
         self._random = random

@@ -141,7 +141,8 @@ SERVER_COMMITS = tuple(dict.fromkeys(_SERVER_JOBS.values()))
 
 def client_commit(work: object) -> Commit:
     """Name what a replica is about to write. A write that has no name yet needs one, and a crash point."""
-    if "publishing" in _captured(work).get("values", ()):
+    values = _captured(work).get("values")
+    if isinstance(values, dict) and "publishing" in values:
         return Commit.PUBLISHING
     return _named(work, _CLIENT_WRITES)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -57,7 +57,7 @@ class CallFailed(grpc.RpcError):
         """See `grpc.Call`."""
         return self._status.details
 
-    def trailing_metadata(self) -> object:
+    def trailing_metadata(self) -> Any:
         """See `grpc.Call`."""
         return self._status.trailing_metadata
 
@@ -254,9 +254,7 @@ class Link:
         """Return what the replica sees when it has heard nothing for long."""
         return CallFailed(grpc.StatusCode.UNAVAILABLE, "keepalive watchdog timeout")
 
-    def break_off(
-        self, code: grpc.StatusCode, message: str, reason: str = "", *, still_arrives: bool = False
-    ) -> None:
+    def break_off(self, code: grpc.StatusCode, message: str, reason: str = "", *, still_arrives: bool = False) -> None:
         """
         Let the replica see an error after what is on its way to it.
 

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from tests.simulation.application import Business
 from tests.simulation.model import Attributes, Key, Misfit, patched, replayed, same
-from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord
+from tests.simulation.records import Committed, History, Past, ReplicaRecord, ServerRecord
 from tests.simulation.rights import Eyes
 
 from tidelog._downloads import DownloadMode
@@ -140,7 +140,7 @@ def check_settled_once(
             yield f"seq {seq} is settled with another nonce"
         if outcome is not None and (outcome.version, outcome.failure_id) != _outcome_of(settled):
             yield f"seq {seq}: the replica remembers {outcome}, the server {settled}"
-        yield from _misapplied(seq, operation, settled, changes, server.history, merging)
+        yield from _misapplied(operation, settled, changes, server.history, is_merged=operation.entity in merging)
     if surplus := [key for key in server.changes_of if key[0] == id_ and key[1] not in committed.operations]:
         yield f"the server applied what nobody committed: {surplus}"
 
@@ -239,7 +239,7 @@ def check_refusals(
         reason = FailureReason.of_number(failure.reason)
         operation, when = committed.operations[seq], settlements[replica_id, seq]
         if reason is FailureReason.DEPENDENCY_FAILED:
-            because = _is_caused(failure, replica_id, committed, settlements, server, rules)
+            because = _is_caused(failure, committed, settlements, server, rules)
         else:
             because = _is_justified(reason, operation, when, server, rules)
         if not because:
@@ -327,7 +327,7 @@ def check_sole_writers(server: ServerRecord, committed: Mapping[str, Committed])
 
 
 @promise("View: an object is its base with every operation replayed that is pending or applied above the base")
-def check_view(history: History, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+def check_view(history: Past, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
     """Make the view anew from the server's history and the committed operations."""
     for key in dict.fromkeys([*replica.keys, *committed.seqs_of]):
         unconfirmed = replica.unconfirmed.get(key, [])
@@ -362,7 +362,7 @@ def check_versions_shown(replica: ReplicaRecord, committed: Committed) -> Iterat
 
 
 @promise("Cursor behind state: whatever the server had at the cursor's version, the replica has, or something newer")
-def check_cursor(history: History, replica: ReplicaRecord) -> Iterator[str]:
+def check_cursor(history: Past, replica: ReplicaRecord) -> Iterator[str]:
     """Compare each object that the replica holds with what the server had at the cursor."""
     if replica.cursor is None:
         return
@@ -395,7 +395,7 @@ def check_cursor_moves_forward(before: int, after: int) -> Iterator[str]:
 
 
 @promise("Fresh: what a mode covers is afterwards as the server had it during the session, or newer")
-def check_fresh(history: History, replica: ReplicaRecord, keys: Collection[Key], *, since: int) -> Iterator[str]:
+def check_fresh(history: Past, replica: ReplicaRecord, keys: Collection[Key], *, since: int) -> Iterator[str]:
     """Compare objects with the states that the server had from version *since* on."""
     for key in keys:
         if not history.follows(key[0]):
@@ -432,7 +432,11 @@ def check_converged_when_quiet(
     for key in dict.fromkeys([*visible, *replica.keys]):
         held = replica.held(key)
         if eyes is not None:
-            if eyes.mode(key[0]) is DownloadMode.NOTHING_CLEAR and held is not None and not replica.unconfirmed.get(key):
+            if (
+                eyes.mode(key[0]) is DownloadMode.NOTHING_CLEAR
+                and held is not None
+                and not replica.unconfirmed.get(key)
+            ):
                 yield f"{key} should have been cleared"
             if not eyes.downloads(key[0]):
                 continue
@@ -465,10 +469,10 @@ def check_replica(
     replica: ReplicaRecord,
     committed: Committed,
     *,
-    seen: History | None = None,
+    seen: Past | None = None,
     merging: Collection[str] = (),
 ) -> None:
-    """Check what holds between a server and a replica at any moment; *seen* is the history as the replica may know it."""
+    """Check what holds at any moment between a server and a replica, which knows the history as *seen*."""
     seen = seen or server.history
     check_log(replica, committed)
     check_settled_once(server, replica, committed, merging)
@@ -493,8 +497,9 @@ def check_everything(
 
 
 def _misapplied(
-    seq: int, operation: Operation, settled: Settled, changes: list[Change], history: History, merging: Collection[str]
+    operation: Operation, settled: Settled, changes: list[Change], history: History, *, is_merged: bool
 ) -> Iterator[str]:
+    seq = operation.seq
     own = [change for change in changes if not change.by_hook]
     if settled.failure_id:
         if changes:
@@ -506,7 +511,6 @@ def _misapplied(
         return
     if len(own) > 1:
         yield f"seq {seq} was applied {len(own)} times: {[one.version for one in own]}"
-    is_merged = operation.entity in merging
     if (own[0].version, own[0].key) != (settled.version, operation.key) or (
         own[0].kind is not operation.kind and not is_merged
     ):
@@ -557,7 +561,7 @@ def _wrong_state(key: Key, state: ObjectState, newest: Change, creation: Change,
 
 
 def _wrongly_replayed(
-    key: Key, held: ViewRecord | None, history: History, replica: ReplicaRecord, committed: Committed
+    key: Key, held: ViewRecord | None, history: Past, replica: ReplicaRecord, committed: Committed
 ) -> Iterator[str]:
     """Compare the operations that are replayed on an object with those that have to be."""
     replayed_at = dict(replica.unconfirmed.get(key, []))
@@ -657,7 +661,6 @@ def _after(operation: Operation, state: Attributes | None) -> Attributes | None:
 
 def _is_caused(
     failure: failure_pb2.SynchronizationFailure,
-    replica_id: str,
     committed: Committed,
     settlements: Mapping[tuple[str, int], Settlement],
     server: ServerRecord,
@@ -669,6 +672,7 @@ def _is_caused(
     The cause is a failure of the same replica, settled no later, that kept an object from being created: one that
     the operation, or a member of its commit group, is about or refers to.
     """
+    replica_id = failure.replica_id
     cause = server.failures.get(failure.cause_failure_id)
     if cause is None or cause.replica_id != replica_id:
         return False

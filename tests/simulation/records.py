@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 from uuid import UUID
 
 from tests.simulation.model import Attributes, Key, patched
@@ -98,9 +99,9 @@ class History:
         self._states.setdefault(change.key, []).append(after)
 
 
-class SeenHistory(History):
+class SeenHistory:
     """
-    A history as one replica may know it.
+    A history as one replica may know it: to the checkers, a history.
 
     Args:
         history: What really happened.
@@ -116,56 +117,43 @@ class SeenHistory(History):
         shown: Callable[[str, Attributes | None], Attributes | None],
         follows: Callable[[str], bool],
     ) -> None:
-        super().__init__()
+        self.readable = readable
+        self.shown = shown
+        self.follows = follows
+        self.version_at = history.version_at
+        self.next_after = history.next_after
         self._history = history
-        self._readable = readable
-        self._shown = shown
-        self._follows = follows
         self._seen: dict[tuple[Key, int], Attributes | None] = {}
 
     @property
     def keys(self) -> Iterable[Key]:
+        """The keys of all objects that ever were."""
         return self._history.keys
 
     @property
     def version(self) -> int:
+        """How far the history goes."""
         return self._history.version
-
-    @version.setter
-    def version(self, version: int) -> None:
-        """Stands for nothing: the history itself knows."""
 
     @property
     def selected(self) -> SeenHistory:
         """The history as one sees it who asks for single objects."""
-        return SeenHistory(self._history, self._readable, self._readable, lambda _: True)
-
-    def follows(self, entity: str) -> bool:
-        return self._follows(entity)
-
-    def shown(self, entity: str, attributes: Attributes | None) -> Attributes | None:
-        """Return what a synchronization of everything brings of an object, or None."""
-        return self._shown(entity, attributes)
+        return SeenHistory(self._history, self.readable, self.readable, lambda _: True)
 
     def at(self, key: Key, version: int) -> Attributes | None:
+        """Return what may be read of the attributes that an object had at a version."""
         place = key, self._history.version_at(key, version)
         if place not in self._seen:
-            self._seen[place] = self._readable(key[0], self._history.at(key, version))
+            self._seen[place] = self.readable(key[0], self._history.at(key, version))
         return self._seen[place]
 
-    def version_at(self, key: Key, version: int) -> int:
-        return self._history.version_at(key, version)
-
-    def next_after(self, key: Key, version: int) -> int | None:
-        return self._history.next_after(key, version)
-
     def was_absent(self, key: Key, first: int, last: int | None = None) -> bool:
+        """Tell whether the object was not shown at some moment from version *first* to *last* (None: now)."""
         states = self._history.states_between(key, first, last)
-        return any(self._shown(key[0], state) is None for state in states)
+        return any(self.shown(key[0], state) is None for state in states)
 
-    def states_between(self, key: Key, first: int, last: int | None = None) -> Iterable[Attributes | None]:
-        for state in self._history.states_between(key, first, last):
-            yield self._readable(key[0], state)
+
+Past: TypeAlias = History | SeenHistory
 
 
 @dataclass(frozen=True)

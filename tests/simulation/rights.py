@@ -31,6 +31,7 @@ class Granted:
     where: Constraint | None
     check: Constraint | None
 
+
 def allow(application: Application, granted: Sequence[Granted]) -> None:
     """Give an application its access rules."""
     for one in granted:

@@ -15,8 +15,8 @@ import pytest
 from tests.simulation import promises
 from tests.simulation.faults import Coverage, client_commit, server_commit
 from tests.simulation.model import Misfit, patched, same
-from tests.simulation.promises import PromiseBroken
 from tests.simulation.mutations import MUTATIONS, catch
+from tests.simulation.promises import PromiseBroken
 from tests.simulation.records import Committed, read_replica, read_server
 from tests.simulation.run import run_many, run_seed
 from tests.simulation.world import QUIET_ROUNDS_MAX

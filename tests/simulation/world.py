@@ -51,7 +51,7 @@ from tidelog import (
 )
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _publication, _replica, _storage, _synchronization, _view
-from tidelog_client._selection import Selection
+from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
 from tidelog_server import OperationRefused, TransientError, _download, _engine, _overlay, _session
 from tidelog_server._principal import DEFAULT_TENANT
@@ -67,7 +67,9 @@ CALL_MOVES_MAX: Final = 20_000
 HASTY_MOVES: Final = 100
 BEGINNING_MOVES: Final = 2
 # A trap at a commit that comes seldom waits for it; it takes many of them to meet all.
-SELDOM: Final = frozenset((Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH))
+SELDOM: Final = frozenset(
+    (Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH)
+)
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
 MIB: Final = 1024 * 1024
 YEAR: Final = timedelta(days=365)
@@ -194,7 +196,7 @@ class World:
         with (
             settings.applied(),
             chance.from_seed(Random(f"{self.seed} ids"), self, self._clock),
-            mock.patch.object(_replica, "select", self._recorded(_replica.select)),
+            mock.patch.object(_replica, "select", self._recorded(select)),
         ):
             self._server = SimulatedServer(
                 self._directory / "server",
@@ -274,9 +276,9 @@ class World:
         call.fiber.pause()
         device.seconds += seconds
 
-    def _recorded(self, select: Callable[..., Selection]) -> Callable[..., Selection]:
+    def _recorded(self, work_out: Callable[..., Selection]) -> Callable[..., Selection]:
         def recorded(*arguments: Any) -> Selection:
-            self._selected = select(*arguments)
+            self._selected = work_out(*arguments)
             return self._selected
 
         return recorded
@@ -331,7 +333,9 @@ class World:
         if len(operations) != len(intended) or not all(
             fits(operation, one, is_grouped=is_grouped) for operation, one in zip(operations, intended, strict=True)
         ):
-            raise PromiseBroken("Durable: a commit logs what was meant", [f"{device.name} logged {operations}, meant {intended}"])
+            raise PromiseBroken(
+                "Durable: a commit logs what was meant", [f"{device.name} logged {operations}, meant {intended}"]
+            )
         self._check(device)
 
     def _call(self, device: Device) -> None:
@@ -733,7 +737,7 @@ class World:
         self._say(f"the token of {device.name} expires")
 
     def _change_wishes(self, device: Device) -> None:
-        """Open a replica anew with other wishes: until it has synchronized everything, it is between two projections."""
+        """Open a replica with other wishes: until it has synchronized everything it is between two projections."""
         if not device.has_staged_pages:
             # What is staged for other wishes has to be thrown away.
             device = next((one for one in self._devices if one.has_staged_pages), device)
