@@ -12,9 +12,7 @@ agree with the server within a few synchronizations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -25,7 +23,7 @@ from uuid import UUID
 import grpc
 from tests.simulation import chance, disk, promises
 from tests.simulation.actions import IDS, fits
-from tests.simulation.application import ENTITIES, Business, Weather, make_application, may_hooks_refuse
+from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Trap
 from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Commit, Coverage, Fault, Moment
@@ -36,6 +34,7 @@ from tests.simulation.promises import PromiseBroken, Rules
 from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
 from tests.simulation.rights import Eyes
 from tests.simulation.server import SimulatedServer
+from tests.simulation.settings import Settings
 from tests.simulation.third_party import ThirdParty
 
 from tidelog import (
@@ -47,13 +46,11 @@ from tidelog import (
     StorageError,
     SynchronizationInProgress,
     Unauthenticated,
-    _log,
 )
-from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Report, SkipReason, _publication, _replica, _storage, _synchronization, _view
+from tidelog_client import Object, Report, SkipReason, _replica
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
-from tidelog_server import OperationRefused, TransientError, _download, _engine, _overlay, _session
+from tidelog_server import OperationRefused, TransientError
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._tenant import Tenant
 
@@ -71,81 +68,11 @@ SELDOM: Final = frozenset(
     (Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH)
 )
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
-MIB: Final = 1024 * 1024
 YEAR: Final = timedelta(days=365)
 STEP_SECONDS: Final = 0.001
 # Longer than the synchronizer goes on trying while it hears nothing.
 SILENCE_SECONDS: Final = 20.0
 STALL_STEPS_MAX: Final = 30
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a seed draws once: how many replicas, and how small the limits are."""
-
-    replica_count: int
-    schema_versions: tuple[int, ...]
-    server_map_bytes: int
-    replica_map_bytes: int
-    is_hasty: bool
-    has_third_party: bool
-    business: Business
-    limits: dict[str, int]
-
-    @classmethod
-    def drawn(cls, random: Random) -> Settings:
-        """Draw settings: small limits reach in a few steps what takes a million objects otherwise."""
-        replica_count = random.randint(1, 4)
-        return cls(
-            replica_count,
-            tuple(random.choices([1, 2], [4, 1])[0] for _ in range(replica_count)),
-            random.choice([256 * 1024, 1024 * MIB]),
-            random.choice([256 * 1024, 1024 * MIB]),
-            random.random() < 0.3,
-            random.random() < 0.3,
-            Business.drawn(random),
-            {
-                "batch_operations": random.choice([1, 2, 5, 500]),
-                "batches_in_flight": random.choice([1, 2, 4]),
-                "download_page": random.choice([1, 2, 5, 1_000]),
-                "catch_up_rounds": random.choice([1, 3]),
-                "held_units": random.choices([1, 3, 10_000], [1, 1, 6])[0],
-                "server_scan_page": random.choice([1, 3, 500]),
-                "stage_bytes": random.choice([1, 300, 8 * MIB]),
-                "publish_objects": random.choice([0, 3, 100_000]),
-                "publish_pages": random.choice([1, 2, 20]),
-                "replica_page": random.choice([1, 3, 500]),
-                "selection_keys": random.choice([1, 5_000]),
-            },
-        )
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the limits in force."""
-        limits = self.limits
-        message = sync_pb2.Limits()
-        message.CopyFrom(_session.LIMITS)
-        message.batch_operation_count = limits["batch_operations"]
-        message.batches_in_flight = limits["batches_in_flight"]
-        with ExitStack() as stack:
-            for module, name, value in (
-                (_session, "LIMITS", message),
-                (_download, "PAGE_OBJECTS_MAX", limits["download_page"]),
-                (_download, "CATCH_UP_ROUNDS_MAX", limits["catch_up_rounds"]),
-                (_engine, "HELD_UNITS_MAX", limits["held_units"]),
-                (_overlay, "_SCAN_PAGE_OBJECTS", limits["server_scan_page"]),
-                (_synchronization, "STAGE_BYTES", limits["stage_bytes"]),
-                (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
-                (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
-                (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
-                (_publication, "MERGE_STEP_PAGES", limits["publish_pages"]),
-                (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),
-                (_storage, "READ_PAGE_ENTRIES", limits["replica_page"]),
-                (_view, "PAGE_OBJECTS", limits["replica_page"]),
-                (_log, "_SCAN_PAGE_ENTRIES", limits["replica_page"]),
-            ):
-                stack.enter_context(mock.patch.object(module, name, value))
-            yield
 
 
 class World:
@@ -181,7 +108,6 @@ class World:
         self._schema_version = 1
         self._server_time_us = 1_800_000_000_000_000
         self._history = History()
-        self._healed = False
         self._devices: list[Device] = []
         self._acting: Device | None = None
         # Links that were left, whose messages may still arrive, and the number of the stream that each was.
@@ -769,7 +695,6 @@ class World:
 
     def _heal(self) -> None:
         self._say("the world heals")
-        self._healed = True
         self._server.disk.trap = None
         self._weather.is_service_down = False
         self._ghosts = []
@@ -820,7 +745,7 @@ class World:
             )
         return call.report
 
-    def _check_everything(self, device: Device, record: ReplicaRecord) -> ServerRecord:
+    def _check_everything(self, device: Device, record: ReplicaRecord) -> None:
         """Check what must hold at any moment of the server, and of it and one replica."""
         server = self._server_record()
         committed = {one.replica.replica_id: one.committed for one in self._devices}
@@ -829,11 +754,11 @@ class World:
         promises.check_server(server, committed)
         merging = [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
         promises.check_replica(server, record, device.committed, seen=device.seen, merging=merging)
-        return server
 
     def _check_all(self, reports: dict[str, Report]) -> None:
         for device in self._devices:
-            server = self._check_everything(device, device.record())
+            self._check_everything(device, device.record())
+        server = self._server_record()
         for failure in server.failures.values():
             self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
         business = self.settings.business
