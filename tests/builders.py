@@ -213,6 +213,10 @@ class _MemoryReader:
     def commit_id(self, version: int) -> bytes | None:
         return self._data.commits.get(version)
 
+    def commit_until(self, version: int) -> Head | None:
+        newest = max((one for one in self._data.commits if one <= version), default=None)
+        return None if newest is None else Head(newest, self._data.commits[newest])
+
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
         return {key: self._data.objects[key] for key in keys if key in self._data.objects}
 
@@ -312,6 +316,9 @@ class MemoryStore:
             else:
                 if writes is not None:
                     self._tenants[tenant] = data
+                    if writes.timeline:
+                        self._identity = self._identity._replace(timeline=writes.timeline)
+                        self._disk["identity"] = self._identity
                 future.set_result(result)
         return future
 
@@ -354,10 +361,10 @@ def _write(data: _Data, writes: Writes) -> None:
     if writes.changes:
         data.head = Head(writes.version, secrets.token_bytes(COMMIT_ID_BYTES))
         data.commits[writes.version] = data.head.commit_id
-    if writes.replica is not None:
-        replica, state = writes.replica
+    identities = [(*writes.replica, writes.settled)] if writes.replica is not None else []
+    for replica, state, settled in (*identities, *writes.former_settled):
         data.replicas[replica] = state
-        data.settled.update(((replica, seq), one) for seq, one in writes.settled)
+        data.settled.update(((replica, seq), one) for seq, one in settled)
     for failure in writes.failures:
         data.failures[failure.id] = failure.data
         data.refused.update(((failure.replica, key), failure.id) for key in failure.refused_creations)

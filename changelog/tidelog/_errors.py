@@ -29,12 +29,14 @@ What tidelog raises.
     - ProtocolViolated           the other side sent what the protocol does not allow
     - ReplicaForked              the server knows another log under this replica's id
     - ForeignServer              the server is not the one that this replica belongs to
+    - MassRemoval                most of an entity would be removed, and the server does not say why
 
 Branch on the class and on attributes; the sentence is for people.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 QUOTED_CHARS_MAX: Final = 80
@@ -255,12 +257,19 @@ class ProtocolViolated(SynchronizationError):
 
 
 class ReplicaForked(SynchronizationError):
-    """The server knows other operations under this replica's id: one of the two logs is a copy."""
+    """
+    The server knows other operations under this replica's id: one of the two logs is a copy.
+
+    A synchronization goes on from there by itself, under another replica id. It is raised
+    only if that happens again at once.
+    """
 
 
 class ForeignServer(SynchronizationError):
     """
     The server is not the one that this replica belongs to. Nothing was exchanged.
+
+    `synchronize_all(accept_foreign_server=True)` makes the replica one of that server.
 
     Attributes:
         expected: Epoch of the store that the replica belongs to.
@@ -270,7 +279,29 @@ class ForeignServer(SynchronizationError):
     def __init__(self, *, expected: str, actual: str) -> None:
         super().__init__(
             f"this replica belongs to the store {expected}, the server has the store {actual}: "
-            "connect to the right server, or use another replica directory"
+            "connect to the right server, use another replica directory, or accept this server"
         )
         self.expected = expected
         self.actual = actual
+
+
+class MassRemoval(SynchronizationError):
+    """
+    More than half of an entity, and more than 20 objects, would be removed, and the server does not say why.
+
+    Nothing was removed; what was uploaded is settled. `synchronize_all(accept_mass_removal=True)`
+    goes on.
+
+    Attributes:
+        removed: How many objects would be removed, by entity.
+        present: How many objects of the server's are here, by entity.
+    """
+
+    def __init__(self, *, removed: Mapping[str, int], present: Mapping[str, int]) -> None:
+        counts = ", ".join(f"{count} of {present[entity]} {entity}" for entity, count in removed.items() if count)
+        super().__init__(
+            f"the server lacks {counts}, and does not say that they were deleted: "
+            "is it the right server, with all its data? Nothing was removed; to go on, accept the removal"
+        )
+        self.removed = removed
+        self.present = present

@@ -17,6 +17,8 @@ class Plans:
         modes: How much is downloaded of the entities that are named.
         upload_excluded: The entities whose operations stay behind unless they are selected.
         reconcile: Whether everything that is downloaded is reconciled.
+        common_version: Up to where the server's timeline and an older one that the replica
+            knows are the same; 0 if it knows none.
     """
 
     def __init__(self, message: sync_pb2.SessionStarted | None = None) -> None:
@@ -24,6 +26,8 @@ class Plans:
         self.modes = {entity: DownloadMode.of_number(plan.mode) for entity, plan in self._entities.items()}
         self.upload_excluded = frozenset(entity for entity, plan in self._entities.items() if plan.upload_excluded)
         self.reconcile = message is not None and message.reconcile
+        self.common_version = message.common_version if message is not None else 0
+        self._cause = message.reconcile_cause if message is not None else _NO_CAUSE
 
     @property
     def reconcile_any(self) -> bool:
@@ -38,6 +42,11 @@ class Plans:
         """Tell whether what the download does not bring of an entity is to be removed."""
         plan = self._entities.get(entity)
         return self.downloads(entity) and (self.reconcile or (plan is not None and plan.reconcile))
+
+    def states_cause(self, entity: str) -> bool:
+        """Tell whether the server says why an entity is reconciled."""
+        plan = self._entities.get(entity)
+        return (self._cause if self.reconcile or plan is None else plan.reconcile_cause) != _NO_CAUSE
 
     def in_mode(self, mode: DownloadMode) -> list[str]:
         """Return the entities that are named in a mode."""
@@ -56,10 +65,18 @@ class Plans:
 
     def encode(self) -> bytes:
         """Return the bytes to remember them by."""
-        message = sync_pb2.SessionStarted(reconcile=self.reconcile, entities=self._entities.values())
+        message = sync_pb2.SessionStarted(
+            reconcile=self.reconcile,
+            reconcile_cause=self._cause,
+            common_version=self.common_version,
+            entities=self._entities.values(),
+        )
         return message.SerializeToString(deterministic=True)
 
     @classmethod
     def decode(cls, data: bytes) -> Plans:
         """Return what `encode` made bytes of; of none, those that name no entity."""
         return cls(sync_pb2.SessionStarted.FromString(data))
+
+
+_NO_CAUSE = sync_pb2.RECONCILE_CAUSE_UNSPECIFIED

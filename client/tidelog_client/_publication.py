@@ -13,14 +13,16 @@ again after a crash: how the publication ends is on disk before its first step.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+import msgpack
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import put_many, scan_keys
+from tidelog._errors import MassRemoval
 from tidelog._keys import pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._limits import PAGE_OBJECTS_MAX
 from tidelog.v1 import sync_pb2
@@ -30,6 +32,7 @@ from tidelog_client._view import StateLost, View
 
 if TYPE_CHECKING:
     from tidelog._environment import Environment, LmdbDatabase, LmdbTransaction
+    from tidelog_client._lineage import Lineage
     from tidelog_client._meta import Meta
 
 PUBLISH_OBJECTS_MAX: Final = 100_000
@@ -38,16 +41,20 @@ PUBLISH_STEP_PAGES: Final = 20
 MERGE_STEP_PAGES: Final = PUBLISH_OBJECTS_MAX // PAGE_OBJECTS_MAX
 END_STEP_OBJECTS: Final = 100_000
 
-_END: Final = struct.Struct(">Q?I")
+# More objects of an entity, and more than half of them, are not removed without a stated cause, or consent.
+REMOVED_OBJECTS_UNASKED: Final = 20
+
+_NEWEST: Final = (1 << 63) - 1
 
 
 class Publication:
     """Keeps what is downloaded, and puts it into the view once it is complete."""
 
-    def __init__(self, environment: Environment, view: View, meta: Meta) -> None:
+    def __init__(self, environment: Environment, view: View, meta: Meta, lineage: Lineage) -> None:
         self._environment = environment
         self._view = view
         self._meta = meta
+        self._lineage = lineage
         self._incoming = environment.database("incoming")
         self._merging = environment.database("merging")
         self._seen = environment.database("seen")
@@ -82,7 +89,13 @@ class Publication:
         self._environment.write(work)
 
     def publish(
-        self, pages: Sequence[bytes], object_count: int, *, cursor: bytes, version: int, plans: Plans
+        self,
+        pages: Sequence[bytes],
+        object_count: int,
+        *,
+        complete: sync_pb2.SessionComplete,
+        plans: Plans,
+        removals_accepted: bool = True,
     ) -> PublishedCounts:
         """
         Put the staged pages, then *pages*, into the view, and the cursor with them.
@@ -93,18 +106,28 @@ class Publication:
         Args:
             pages: The pages that were not staged.
             object_count: How many objects they bring.
-            cursor: What to remember as the cursor.
-            version: The version it stands for.
+            complete: Where the download ends.
             plans: What was downloaded of which entity, and what is reconciled.
+            removals_accepted: Whether much may be removed without a cause that the server states.
 
         Raises:
             StateLost: A confirmation has nothing to confirm. Nothing was published.
+            MassRemoval: Much would be removed. Nothing was published.
         """
-        if not pages and self._stands_at(cursor, plans):
+        if not pages and self._stands_at(complete.cursor, plans):
             return PublishedCounts()
+        if not removals_accepted:
+            self._check_removals(pages, plans)
         staged_count = unpack_position(self._meta.read("staged_count"))
         staged_bytes = unpack_position(self._meta.read("staged_bytes"))
-        end = _PublishingEnd(cursor, version, plans, track_seen=plans.reconcile_any and self._has_objects())
+        end = _PublishingEnd(
+            complete.cursor,
+            complete.version,
+            complete.checkpoint,
+            plans,
+            track_seen=plans.reconcile_any and self._has_objects(),
+            rebases=self._lineage.is_rebasing,
+        )
         if staged_count + object_count <= PUBLISH_OBJECTS_MAX and staged_bytes <= PUBLISH_BYTES_MAX:
             counts = self._environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
             return counts.plus(self.finish())
@@ -120,6 +143,26 @@ class Publication:
             counts = counts.plus(self._environment.write(partial(self._publish_step, end=end)))
         return counts
 
+    def _check_removals(self, pages: Sequence[bytes], plans: Plans) -> None:
+        """Raise MassRemoval if a reconciliation lacks more than half of an entity, and more than 20 objects."""
+        with self._environment.read() as transaction:
+            known = {
+                entity: self._view.server_known_count(transaction, entity)
+                for entity in self._view.entities(transaction)
+                if plans.reconciles(entity) and not plans.states_cause(entity)
+            }
+            kept = dict.fromkeys(known, 0)
+            staged = (page for _, page in transaction.cursor(self._incoming))
+            for data in chain(staged, pages):
+                for one in sync_pb2.SnapshotPage.FromString(data).snapshots:
+                    if one.entity in kept and self._view.is_server_known(
+                        transaction, pack_object_key(one.entity, one.id)
+                    ):
+                        kept[one.entity] += 1
+        lost = {entity: count - kept[entity] for entity, count in known.items()}
+        if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):
+            raise MassRemoval(removed=lost, present=known)
+
     def stage_merge(self, pages: Sequence[bytes]) -> None:
         """Keep pages of a download without a cursor on disk until it is complete."""
         self._environment.write(lambda transaction: _append_pages(transaction, self._merging, pages))
@@ -131,7 +174,7 @@ class Publication:
                 return
         self._environment.write(lambda transaction: transaction.drop(self._merging, delete=False))
 
-    def merge(self, pages: Sequence[bytes], cursor: bytes = b"") -> PublishedCounts:
+    def merge(self, pages: Sequence[bytes], cursor: bytes = b"", checkpoint: bytes = b"") -> PublishedCounts:
         """
         Put the pages that `stage_merge` kept, then *pages*, into the view.
 
@@ -141,13 +184,16 @@ class Publication:
         counts = PublishedCounts()
         more = True
         while more:
-            step, more = self._environment.write(lambda transaction: self._merge_step(transaction, pages, cursor))
+            step, more = self._environment.write(
+                lambda transaction: self._merge_step(transaction, pages, cursor, checkpoint)
+            )
             counts = counts.plus(step)
         return counts
 
     def _merge_step(
-        self, transaction: LmdbTransaction, pages: Sequence[bytes], cursor_bytes: bytes
+        self, transaction: LmdbTransaction, pages: Sequence[bytes], cursor_bytes: bytes, checkpoint: bytes
     ) -> tuple[PublishedCounts, bool]:
+        self._lineage.note_checkpoint(transaction, checkpoint)
         if cursor_bytes:
             self._meta.put(transaction, cursor=cursor_bytes)
         counts = PublishedCounts()
@@ -179,21 +225,21 @@ class Publication:
 
     def start_over(self) -> None:
         """Forget where the server's state is known up to, so that all of it is sent again."""
+        self._environment.write(self.forget_states)
 
-        def work(transaction: LmdbTransaction) -> None:
-            transaction.drop(self._incoming, delete=False)
-            transaction.drop(self._seen, delete=False)
-            self._meta.put(
-                transaction,
-                cursor=b"",
-                state_lost=b"1",
-                staged_count=b"",
-                staged_bytes=b"",
-                resume_token=b"",
-                publishing=b"",
-            )
-
-        self._environment.write(work)
+    def forget_states(self, transaction: LmdbTransaction) -> None:
+        """Do what `start_over` does, as a part of the caller's transaction."""
+        transaction.drop(self._incoming, delete=False)
+        transaction.drop(self._seen, delete=False)
+        self._meta.put(
+            transaction,
+            cursor=b"",
+            state_lost=b"1",
+            staged_count=b"",
+            staged_bytes=b"",
+            resume_token=b"",
+            publishing=b"",
+        )
 
     def _stands_at(self, cursor: bytes, plans: Plans) -> bool:
         """Tell whether a download that brought nothing and ends at *cursor* changes nothing at all."""
@@ -278,6 +324,9 @@ class Publication:
             publishing=b"",
             state_lost=b"",
         )
+        if end.rebases:
+            self._lineage.adopt(transaction)
+        self._lineage.note_checkpoint(transaction, end.checkpoint)
         return PublishedCounts(removed=removed)
 
     def _publisher(self, transaction: LmdbTransaction, end: _PublishingEnd) -> _Publisher:
@@ -291,28 +340,35 @@ class _PublishingEnd(NamedTuple):
     Attributes:
         cursor: What to remember as the cursor.
         version: The version it stands for.
+        checkpoint: What to remember as the checkpoint.
         plans: What was downloaded of which entity, and what is reconciled.
         track_seen: Whether what a reconciliation lacks is removed. An empty replica has
             nothing to remove; decided before the first object is written.
+        rebases: Whether the replica's state is of the server's new timeline from then on.
     """
 
     cursor: bytes
     version: int
+    checkpoint: bytes
     plans: Plans
     track_seen: bool
+    rebases: bool
+
+    def covered(self, version: int) -> int:
+        """Return up to where what was applied is in a state of *version*: all, if it was in an older timeline."""
+        return _NEWEST if self.rebases else version
 
     def pack(self) -> bytes:
-        return _END.pack(self.version, self.track_seen, len(self.cursor)) + self.cursor + self.plans.encode()
+        return cast("bytes", msgpack.packb(self._replace(plans=self.plans.encode())))  # type: ignore[arg-type]
 
     @classmethod
     def unpack(cls, data: bytes) -> _PublishingEnd:
-        version, track_seen, cursor_bytes = _END.unpack_from(data)
-        cursor_end = _END.size + cursor_bytes
-        return cls(data[_END.size : cursor_end], version, Plans.decode(data[cursor_end:]), track_seen)
+        end = cls(*msgpack.unpackb(data))
+        return end._replace(plans=Plans.decode(end.plans))  # type: ignore[arg-type]
 
 
 # A page that comes without a cursor ends nothing.
-_MERGE: Final = _PublishingEnd(b"", 0, Plans(), track_seen=False)
+_MERGE: Final = _PublishingEnd(b"", 0, b"", Plans(), track_seen=False, rebases=False)
 
 
 class _Publisher:
@@ -359,7 +415,8 @@ class _Publisher:
                 view.put_clean_snapshots(transaction, listed, force=force)
             else:
                 for key, version, attributes in listed:
-                    view.put_snapshot(transaction, key, version, attributes, force=force)
+                    covered = self._end.covered(version)
+                    view.put_snapshot(transaction, key, version, attributes, covered=covered, force=force)
         for key, version in confirmations:
             try:
                 view.confirm(transaction, key, version)
@@ -370,7 +427,8 @@ class _Publisher:
             self._lost.difference_update(gone)
             self._lost.difference_update(key for listed in snapshots.values() for key, _, _ in listed)
         removed = sum(
-            view.remove(transaction, key, version, force=plans.reconciles(entity)) for entity, key, version in removals
+            view.remove(transaction, key, self._end.covered(version), force=plans.reconciles(entity))
+            for entity, key, version in removals
         )
         return PublishedCounts(len(page.snapshots), len(confirmations), removed)
 
@@ -386,7 +444,8 @@ class _Publisher:
         Yields whether the object left the view. May be broken off after a step, and begun
         again in another transaction: a step is not taken twice.
         """
-        view, transaction, version, plans = self._view, self._transaction, self._end.version, self._end.plans
+        view, transaction, plans = self._view, self._transaction, self._end.plans
+        version = self._end.covered(self._end.version)
         cleared = plans.in_mode(DownloadMode.NOTHING_CLEAR)
         for key in view.stale_keys(transaction, version):
             entity, _ = unpack_object_key(key)
@@ -407,6 +466,12 @@ class _Publisher:
             transaction.delete(key, db=self._ahead)
             if plans.downloads(unpack_object_key(key)[0]):
                 yield view.remove(transaction, key, version, force=True)
+        if self._end.rebases:
+            for entity in view.entities(transaction):
+                if not plans.downloads(entity):
+                    for key in view.keys(transaction, entity):
+                        if view.limit_version(transaction, key, plans.common_version):
+                            yield False
         if self._end.track_seen:
             for entity in filter(plans.reconciles, view.entities(transaction)):
                 for key in view.keys(transaction, entity):

@@ -33,7 +33,7 @@ from tidelog_client._object import Object
 from tidelog_client._report import Failures, OnProgress, Report
 from tidelog_client._selection import Selection, select
 from tidelog_client._storage import Storage
-from tidelog_client._synchronization import Mode
+from tidelog_client._synchronization import Consent, Mode
 from tidelog_client._synchronizer import Synchronizer
 
 LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
@@ -140,7 +140,7 @@ class Replica:
     @property
     def replica_id(self) -> str:
         """The replica's id, a UUID drawn when the directory was made."""
-        return self._storage.replica_id
+        return self._storage.lineage.replica_id
 
     def close(self) -> None:
         """Close the replica. Using it afterwards raises ResourceClosed."""
@@ -367,7 +367,14 @@ class Replica:
 
     # --- synchronizing --------------------------------------------------------
 
-    def synchronize_all(self, *, timeout: float | None = None, on_progress: OnProgress | None = None) -> Report:
+    def synchronize_all(
+        self,
+        *,
+        timeout: float | None = None,
+        on_progress: OnProgress | None = None,
+        accept_foreign_server: bool = False,
+        accept_mass_removal: bool = False,
+    ) -> Report:
         """
         Upload everything pending, then download everything that changed.
 
@@ -375,8 +382,13 @@ class Replica:
             timeout: Seconds after which to give up. None: no limit while the server
                 answers, 30 seconds of trying while it does not.
             on_progress: Called with a `Progress` as the work goes on.
+            accept_foreign_server: Let the replica become one of another server than it belongs to.
+                What the log keeps is offered to it, and what it does not have is removed.
+            accept_mass_removal: Let most of an entity be removed although the server does not say why.
 
         Raises:
+            ForeignServer: The replica belongs to another server. Nothing was exchanged.
+            MassRemoval: Most of an entity would go. Nothing was removed.
             SynchronizationInProgress: Another synchronization of this replica is running.
             ServerUnavailable: No luck until the deadline; what was settled is settled.
             Unauthenticated: The server does not accept the token, nor the next one of a provider.
@@ -384,7 +396,8 @@ class Replica:
             InvalidValue: The token provider gave what no header can carry.
             SynchronizationError: The server refuses; see its subclasses.
         """
-        return self._synchronize(Mode.ALL, timeout, on_progress)
+        consent = Consent(accept_foreign_server, accept_mass_removal)
+        return self._synchronize(Mode.ALL, timeout, on_progress, consent=consent)
 
     def synchronize_unsynchronized(
         self, *, timeout: float | None = None, on_progress: OnProgress | None = None
@@ -433,6 +446,7 @@ class Replica:
         timeout: float | None,
         on_progress: OnProgress | None,
         selected: dict[tuple[str, str], bool] | None = None,
+        consent: Consent | None = None,
     ) -> Report:
         if timeout is not None and not timeout >= 0:
             raise InvalidValue(f"a timeout of {timeout} seconds")
@@ -456,6 +470,7 @@ class Replica:
                 timeout=timeout,
                 on_progress=on_progress,
                 selection=selection if selected is not None else None,
+                consent=consent or Consent(),
             )
         except SynchronizationError as error:
             error.report = report if report.attempts else None

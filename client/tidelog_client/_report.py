@@ -119,6 +119,10 @@ class Report:
             read from the replica when they are looked at, so do that while it is open.
         skipped: What was left out.
         added: Keys of objects that a selection did not name and that had to be uploaded with it.
+        former_replica_id: The id under which the replica went until now, if its directory turned out to
+            be a copy, or put back from one; empty otherwise.
+        server_restored: Whether the server turned out to be put back from a backup, or another one.
+        reoffered: Operations that had been settled, that the server had lost, and that it settled anew.
     """
 
     applied: int = 0
@@ -135,6 +139,9 @@ class Report:
     failures: Failures = field(default_factory=lambda: Failures(None))
     skipped: list[Skipped] = field(default_factory=list)
     added: list[tuple[str, str]] = field(default_factory=list)
+    former_replica_id: str = ""
+    server_restored: bool = False
+    reoffered: int = 0
 
     def begin_attempt(self) -> None:
         """Count an attempt; what an earlier one said of operations left open is said anew."""

@@ -15,7 +15,6 @@ the data that it stands for.
 from __future__ import annotations
 
 import struct
-import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
@@ -36,7 +35,8 @@ from tidelog._keys import (
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._log import OperationLog
 from tidelog._operation import Operation, decode_operation
-from tidelog.v1 import failure_pb2, operation_pb2
+from tidelog.v1 import failure_pb2, operation_pb2, sync_pb2
+from tidelog_client._lineage import Lineage
 from tidelog_client._meta import Meta
 from tidelog_client._plans import Plans
 from tidelog_client._publication import Publication
@@ -53,6 +53,8 @@ READ_PAGE_ENTRIES: Final = 500
 _PLACE: Final = struct.Struct(">HH")  # of a pending operation in its commit group: position, size
 _NO_GROUP: Final = _PLACE.pack(0, 0)
 
+_SEQ_MAX: Final = 1 << 63
+
 _APPLIED: Final = b"\x01"
 _FAILED: Final = b"\x02"
 
@@ -66,6 +68,14 @@ class PendingOperation(NamedTuple):
     key: ObjectKey
 
 
+class Reoffer(NamedTuple):
+    """A settled operation that is offered again: its seq, its bytes, and the serialized `FormerOutcome`."""
+
+    seq: int
+    data: bytes
+    former_outcome: bytes
+
+
 class Outcome(NamedTuple):
     """What became of an operation: applied at a version, or refused with a failure id."""
 
@@ -74,10 +84,11 @@ class Outcome(NamedTuple):
 
 
 class SettledCounts(NamedTuple):
-    """What a set of results brought: how many were applied, how many refused, and the failures."""
+    """What a set of results brought: how many were applied, refused, settled again, and the failures."""
 
     applied: int
     rejected: int
+    reoffered: int
     failures: list[failure_pb2.SynchronizationFailure]
 
 
@@ -93,8 +104,8 @@ class Storage:
         self._outcomes = database("outcomes")
         self._failures = database("failures")
         self._meta = Meta(self.environment)
-        self.publication = Publication(self.environment, self.view, self._meta)
-        self.replica_id = self.environment.write(self._load_replica_id)
+        self.lineage = Lineage(self.environment, self._meta)
+        self.publication = Publication(self.environment, self.view, self._meta, self.lineage)
 
     def close(self) -> None:
         """Close the directory."""
@@ -110,16 +121,20 @@ class Storage:
         """Remember values."""
         self._meta.write(**values)
 
-    def _load_replica_id(self, transaction: LmdbTransaction) -> str:
-        known = self._meta.get(transaction, "replica_id")
-        if not known:
-            known = str(uuid.uuid4()).encode()
-            self._meta.put(transaction, replica_id=known)
-        return known.decode()
-
     def last_seq(self, transaction: LmdbTransaction) -> int:
         """Return the position of the newest operation ever logged, 0 if there is none."""
         return unpack_position(self._meta.get(transaction, "last_seq"))
+
+    def first_unsettled(self, transaction: LmdbTransaction) -> int:
+        """Return the oldest operation that is pending or to be offered again, 0 if there is none."""
+        cursor = transaction.cursor(self._pending)
+        first = unpack_position(cursor.key()) if cursor.first() else 0
+        return min(filter(None, (first, self.lineage.first_reoffer(transaction))), default=0)
+
+    def has_reoffers(self) -> bool:
+        """Tell whether operations are to be offered again."""
+        with self.environment.read() as transaction:
+            return self.lineage.reoffer_count(transaction) > 0
 
     def never(self, transaction: LmdbTransaction) -> set[str]:
         """Return the entities of which the server said that they are neither uploaded nor downloaded."""
@@ -309,37 +324,53 @@ class Storage:
 
     # --- settling -------------------------------------------------------------
 
-    def settle(self, results: Sequence[operation_pb2.OperationResult]) -> SettledCounts:
+    def settle(self, results: Sequence[operation_pb2.OperationResult], checkpoint: bytes) -> SettledCounts:
         """
-        Take in final results in one transaction. What was settled before is passed over.
+        Take in final results in one transaction, with the checkpoint that came with them.
 
-        Refused operations leave the view; their failure records are kept with the payload.
+        What was settled before is passed over, unless it was to be offered again. Refused
+        operations leave the view; their failure records are kept with the payload.
         """
-        return self.environment.write(lambda transaction: self._settle(transaction, results))
+        return self.environment.write(lambda transaction: self._settle(transaction, results, checkpoint))
 
-    def _settle(self, transaction: LmdbTransaction, results: Sequence[operation_pb2.OperationResult]) -> SettledCounts:
+    def _settle(
+        self, transaction: LmdbTransaction, results: Sequence[operation_pb2.OperationResult], checkpoint: bytes
+    ) -> SettledCounts:
         outcomes = []
         applied: list[tuple[bytes, int, int]] = []
         refused: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
+        reoffered_count = 0
+        again: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
+        self.lineage.note_checkpoint(transaction, checkpoint)
         for result in results:
             position = pack_position(result.seq)
             value = transaction.pop(position, db=self._pending)
             if value is None:
+                # The view gets what became of it with the download of the new timeline.
+                if self.lineage.note_reoffered(transaction, result.seq):
+                    reoffered_count += 1
+                    outcomes.append((position, _packed_outcome(result)))
+                    if result.failure_id and transaction.get(result.failure_id.encode(), db=self._failures) is None:
+                        again.setdefault(result.failure_id, []).append(
+                            (result, self._logged_key(transaction, result.seq))
+                        )
                 continue
             key = value[_PLACE.size :]
+            outcomes.append((position, _packed_outcome(result)))
             if result.status == operation_pb2.OPERATION_STATUS_APPLIED:
-                outcomes.append((position, _APPLIED + pack_position(result.version)))
                 applied.append((key, result.seq, result.version))
             else:
-                outcomes.append((position, _FAILED + result.failure_id.encode()))
                 refused.setdefault(result.failure_id, []).append((result, key))
         put_many(transaction, self._outcomes, outcomes)
-        self.view.settle_applied(transaction, applied)
+        self.view.settle_applied(transaction, applied, rebasing=self.lineage.is_rebasing)
         members = [member for group in refused.values() for member in group]
         self.view.settle_refused(transaction, [(key, result.seq) for result, key in members])
-        failures = [self._record_failure(transaction, group) for group in refused.values()]
+        failures = [self._record_failure(transaction, group) for group in (*refused.values(), *again.values())]
         self._note_newest_settled(transaction, max((result.seq for result in results), default=0))
-        return SettledCounts(len(applied), len(members), failures)
+        return SettledCounts(len(applied), len(members), reoffered_count, failures)
+
+    def _logged_key(self, transaction: LmdbTransaction, seq: int) -> bytes:
+        return pack_object_key(*decode_operation(self.log.get(transaction, seq) or b"").key)
 
     def _note_newest_settled(self, transaction: LmdbTransaction, seq: int) -> None:
         """Remember the newest settled operation's seq and nonce: they outlive its entry in the log."""
@@ -365,7 +396,7 @@ class Storage:
         payloads = [self.log.get(transaction, result.seq) or b"" for result, _ in members]
         failure = failure_pb2.SynchronizationFailure(
             id=culprit.failure_id,
-            replica_id=self.replica_id,
+            replica_id=self.lineage.replica_id,
             entity=entity,
             object_id=object_id,
             reason=culprit.reason,
@@ -378,6 +409,95 @@ class Storage:
         failure.create_time.GetCurrentTime()
         transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
         return failure
+
+    # --- forks and rebases ----------------------------------------------------
+
+    def fork(self) -> str:
+        """Go on under another replica id, and have all states sent again. Returns the former id."""
+
+        def work(transaction: LmdbTransaction) -> str:
+            settled_seq, _ = self.newest_settled(transaction)
+            former = self.lineage.fork(transaction, last_seq=self.last_seq(transaction), settled_seq=settled_seq)
+            self.publication.forget_states(transaction)
+            return former
+
+        return self.environment.write(work)
+
+    def begin_rebase(self, *, epoch: str, timeline: str, settled_ranges: Sequence[tuple[int, int]]) -> int:
+        """
+        Prepare for a server that has begun another timeline, or is another one.
+
+        What is settled here and not among what it has settled is to be offered again.
+        Returns how many operations that are.
+        """
+
+        def work(transaction: LmdbTransaction) -> int:
+            self.lineage.begin_rebase(
+                transaction, epoch=epoch, timeline=timeline, lost=self._settled_outside(transaction, settled_ranges)
+            )
+            self.publication.forget_states(transaction)
+            return self.lineage.reoffer_count(transaction)
+
+        return self.environment.write(work)
+
+    def _settled_outside(self, transaction: LmdbTransaction, ranges: Sequence[tuple[int, int]]) -> Iterator[int]:
+        cursor = transaction.cursor(self._outcomes)
+        for key in cursor.iternext(keys=True, values=False):
+            seq = unpack_position(key)
+            place = bisect_right(ranges, (seq, _SEQ_MAX)) - 1
+            if place < 0 or seq > ranges[place][1]:
+                yield seq
+
+    def reoffer_batch(self, *, after: int, count_max: int, bytes_max: int) -> list[Reoffer]:
+        """
+        Return the next settled operations that are to be offered again, in log order, empty at the end.
+
+        What is kept of a commit group is together; it, or a single operation, may alone
+        exceed the bounds.
+        """
+        batch: list[Reoffer] = []
+        batch_bytes = 0
+        with self.environment.read() as transaction:
+            for unit in self._reoffered_units(transaction, after):
+                unit_bytes = sum(len(one.data) for one in unit)
+                if batch and (len(batch) + len(unit) > count_max or batch_bytes + unit_bytes > bytes_max):
+                    break
+                batch += unit
+                batch_bytes += unit_bytes
+        return batch
+
+    def _reoffered_units(self, transaction: LmdbTransaction, after: int) -> Iterator[list[Reoffer]]:
+        unit: list[Reoffer] = []
+        group_id = 0
+        for seq in self.lineage.reoffers(transaction, after):
+            data = self.log.get(transaction, seq)
+            if data is None:
+                raise LogCorrupt(f"the operation at seq {seq}, to be offered again, is not in the log", seq=seq)
+            group = decode_operation(data).group
+            if unit and (group is None or group.id != group_id):
+                yield unit
+                unit = []
+            unit.append(Reoffer(seq, data, self._former_outcome(transaction, seq)))
+            group_id = group.id if group is not None else 0
+            if group is None:
+                yield unit
+                unit = []
+        if unit:
+            yield unit
+
+    def _former_outcome(self, transaction: LmdbTransaction, seq: int) -> bytes:
+        outcome = self.outcome(transaction, seq)
+        if outcome is None or not outcome.failure_id:
+            return sync_pb2.FormerOutcome(version=outcome.version if outcome is not None else 0).SerializeToString()
+        value = transaction.get(outcome.failure_id.encode(), b"", db=self._failures)
+        failure = failure_pb2.SynchronizationFailure.FromString(value)
+        is_culprit = failure.operation == self.log.get(transaction, seq)
+        return sync_pb2.FormerOutcome(
+            failure_id=outcome.failure_id,
+            reason=failure.reason if is_culprit else operation_pb2.FAILURE_REASON_GROUP_REJECTED,
+            message=failure.message,
+            code=failure.code if is_culprit else "",
+        ).SerializeToString()
 
     # --- retention ------------------------------------------------------------
 
@@ -416,12 +536,20 @@ class Storage:
                 operation = decode_operation(data)
             except InvalidValue as error:
                 raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
+            if self.lineage.is_reoffered(transaction, seq):
+                return False
             if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
                 return False
             excess_bytes -= share_bytes
             return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
 
         return may_go
+
+
+def _packed_outcome(result: operation_pb2.OperationResult) -> bytes:
+    if result.status == operation_pb2.OPERATION_STATUS_APPLIED:
+        return _APPLIED + pack_position(result.version)
+    return _FAILED + result.failure_id.encode()
 
 
 def _units(places: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:

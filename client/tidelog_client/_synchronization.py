@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -26,6 +26,7 @@ from tidelog._errors import (
     ProtocolViolated,
     ReplicaForked,
 )
+from tidelog._logging import get_logger
 from tidelog._operation import decode_operation
 from tidelog._schema import Schema
 from tidelog.internal.v1 import splice_pb2
@@ -43,6 +44,8 @@ SELECTION_KEYS_A_MESSAGE: Final = 5_000
 
 _M = TypeVar("_M", bound=Message)
 
+_log = get_logger("tidelog.synchronization")
+
 
 class Mode(enum.IntEnum):
     """What a synchronization covers."""
@@ -59,12 +62,40 @@ class PlansChanged(Exception):
         super().__init__("the server changed which entities it takes operations of")
 
 
+class TimelineChanged(Exception):
+    """The server has begun another timeline: what it has lost is offered to it by another attempt."""
+
+    def __init__(self) -> None:
+        super().__init__("the server began a new timeline")
+
+
+class Consent(NamedTuple):
+    """
+    What the caller agrees to beforehand.
+
+    Attributes:
+        foreign_server: That the replica becomes one of another server.
+        mass_removal: That much of it is removed without a cause that the server states.
+    """
+
+    foreign_server: bool = False
+    mass_removal: bool = False
+
+
 class _Stage(enum.Enum):
     OPENING = enum.auto()
     UPLOADING = enum.auto()
     SETTLING = enum.auto()
     DOWNLOADING = enum.auto()
     DONE = enum.auto()
+
+
+class _Batch(NamedTuple):
+    seqs: list[int]
+    message: splice_pb2.OperationBatchSplice
+
+
+_NO_CONSENT: Final = Consent()
 
 
 class Synchronization:
@@ -85,6 +116,7 @@ class Synchronization:
         selection: Selection | None = None,
         schema_version: int = 0,
         downloads: Mapping[str, Download] | None = None,
+        consent: Consent = _NO_CONSENT,
     ) -> None:
         self._storage = storage
         self._mode = mode
@@ -93,13 +125,16 @@ class Synchronization:
         self._selection = selection
         self._schema_version = schema_version
         self._downloads = downloads or {}
+        self._consent = consent
+        self._reoffer_count = 0
+        self._guards_removals = False
         self._plans = Plans()
         self._stage = _Stage.OPENING
         self._limits = sync_pb2.Limits()
         self._until = 0
         self._upload = Upload(0, leaves_earlier=False, left_behind={})
         self._results_count = 0
-        self._batches: Iterator[list[tuple[int, bytes]]] = iter(())
+        self._batches: Iterator[_Batch] = iter(())
         # The operations of the batches under way, and of those held by the server.
         self._in_flight: deque[list[int]] = deque()
         self._held: set[int] = set()
@@ -123,23 +158,29 @@ class Synchronization:
         storage = self._storage
         with storage.environment.read() as transaction:
             self._until = storage.last_seq(transaction)
+            first_seq = storage.first_unsettled(transaction)
+            if self._mode is not Mode.SELECTED:
+                self._reoffer_count = storage.lineage.reoffer_count(transaction)
+        storage.lineage.forget_old_bases(first_seq)
         self._plans = Plans.decode(storage.meta("plans"))
         self._upload = self._planned_upload()
         start = sync_pb2.SessionStart(
             protocol_version=_limits.PROTOCOL_VERSION,
-            replica_id=storage.replica_id,
             mode=int(self._mode),  # type: ignore[arg-type]  # the same numbers
             schema_version=self._schema_version,
             cursor=storage.meta("cursor"),
-            uploading=self._upload.operation_count > 0,
+            uploading=self._upload.operation_count + self._reoffer_count > 0,
             leaves_earlier_operations=self._upload.leaves_earlier,
             accepts_confirmations=storage.publication.has_own_states(),
             downloads=[download.to_message(entity) for entity, download in self._downloads.items()],
             bound_tenant=storage.meta("tenant").decode(),
             bound_user_id=storage.meta("user_id").decode(),
         )
+        storage.lineage.introduce(start, first_seq)
         if self._mode is Mode.ALL:
             start.resume_token = storage.meta("resume_token")
+        # What is removed from a state that the server itself has followed up to here, it has reason to remove.
+        self._guards_removals = storage.lineage.is_rebasing or bool(start.cursor)
         self._on_progress(Progress(Phase.CONNECT, 0, None))
         messages: list[bytes | None] = [_request(start=start.SerializeToString())]
         if not start.uploading:
@@ -154,6 +195,9 @@ class Synchronization:
             ProtocolViolated, ProtocolUnsupported, PermissionRefused, ForeignServer: The attempt is over.
             StateLost: The attempt is over; another one will get all states.
             PlansChanged: The attempt is over; another one will begin as it should.
+            TimelineChanged: The attempt is over; another one will go on from there.
+            ReplicaForked: The attempt is over; another one may go on under another id.
+            MassRemoval: The attempt is over, everything but the removal is done.
         """
         response = _parsed(splice_pb2.SynchronizeResponseSplice, data)
         which = response.WhichOneof("message")
@@ -189,7 +233,7 @@ class Synchronization:
             self._storage.publication.discard_merge()
         elif not started.resumed:
             self._storage.publication.discard_staged()
-        if not self._upload.operation_count:
+        if not self._upload.operation_count + self._reoffer_count:
             self._stage = _Stage.SETTLING
             return []
         self._stage = _Stage.UPLOADING
@@ -205,10 +249,13 @@ class Synchronization:
 
     def _adopt(self, started: sync_pb2.SessionStarted) -> None:
         storage = self._storage
-        epoch = storage.meta("epoch").decode()
-        if epoch and epoch != started.epoch:
+        lineage = storage.lineage
+        epoch = lineage.epoch
+        if epoch and epoch != started.epoch and not self._consent.foreign_server:
             raise ForeignServer(expected=epoch, actual=started.epoch)
         values = self._owner(started)
+        if epoch and (epoch, lineage.timeline) != (started.epoch, started.timeline):
+            self._begin_rebase(started)
         schema = b""
         if started.HasField("schema"):
             try:
@@ -217,12 +264,28 @@ class Synchronization:
                 raise ProtocolViolated(f"the server's schema cannot be read: {error}") from error
             schema = started.schema.SerializeToString()
         values |= {
-            "epoch": started.epoch.encode(),
             "schema": schema,
             "plans": Plans(started).lasting().encode(),
         }
+        if not epoch:
+            values |= {"epoch": started.epoch.encode(), "timeline": started.timeline.encode()}
         if any(storage.meta(name) != value for name, value in values.items()):
             storage.set_meta(**values)
+
+    def _begin_rebase(self, started: sync_pb2.SessionStarted) -> NoReturn:
+        self._check_log(started.settled)
+        count = self._storage.begin_rebase(
+            epoch=started.epoch,
+            timeline=started.timeline,
+            settled_ranges=[(one.first, one.last) for one in started.settled.ranges],
+        )
+        _log.warning(
+            "the server was put back from a backup, or is another one: what it lacks is offered to it again",
+            replica_id=self._storage.lineage.replica_id,
+            operation_count=count,
+        )
+        self._report.server_restored = True
+        raise TimelineChanged
 
     def _owner(self, started: sync_pb2.SessionStarted) -> dict[str, bytes]:
         """Return what is to be remembered of whom the replica belongs to; older servers do not say it."""
@@ -252,13 +315,14 @@ class Synchronization:
         is_other = known_seq == settled.newest_seq and nonce != settled.newest_nonce
         if settled.newest_seq > last_seq or is_other:
             raise ReplicaForked(
-                f"the server has settled seq {settled.newest_seq} of replica {storage.replica_id}, "
+                f"the server has settled seq {settled.newest_seq} of replica {storage.lineage.replica_id}, "
                 "which is not in this log: the directory is a copy, or was restored from one"
             )
 
     def _planned_upload(self) -> Upload:
         if self._selection is not None:
-            return Upload(len(self._selection.seqs), self._selection.leaves_earlier, {})
+            leaves_earlier = self._selection.leaves_earlier or self._storage.has_reoffers()
+            return Upload(len(self._selection.seqs), leaves_earlier, {})
         return upload_of(self._storage, self._plans.upload_excluded, until=self._until)
 
     def _check_upload(self, plans: Plans) -> None:
@@ -277,9 +341,8 @@ class Synchronization:
             if self._stage is _Stage.UPLOADING and not self._in_flight:
                 return self._end_of_upload()
             return []
-        self._in_flight.append([seq for seq, _ in batch])
-        operations = splice_pb2.OperationBatchSplice(operations=[data for _, data in batch])
-        return [_request(batch=operations)]
+        self._in_flight.append(batch.seqs)
+        return [_request(batch=batch.message)]
 
     def _end_of_upload(self) -> list[bytes | None]:
         if self._stage is _Stage.UPLOADING:
@@ -298,8 +361,19 @@ class Synchronization:
         messages.append(None)
         return messages
 
-    def _batched_operations(self) -> Iterator[list[tuple[int, bytes]]]:
-        """Yield batches in log order: within the server's limits, a commit group never in two."""
+    def _batched_operations(self) -> Iterator[_Batch]:
+        """Yield batches in log order, first what is offered again: within the limits, a commit group never in two."""
+        after = 0
+        while self._reoffer_count and (
+            offered := self._storage.reoffer_batch(
+                after=after, count_max=self._limits.batch_operation_count, bytes_max=self._limits.batch_bytes
+            )
+        ):
+            after = offered[-1].seq
+            message = splice_pb2.OperationBatchSplice(
+                operations=[one.data for one in offered], former_outcomes=[one.former_outcome for one in offered]
+            )
+            yield _Batch([one.seq for one in offered], message)
         seqs = None if self._selection is None else self._selection.seqs
         excluded = self._plans.upload_excluded
         sieve = Sieve(excluded) if excluded and seqs is None else None
@@ -312,7 +386,8 @@ class Synchronization:
             count_max=self._limits.batch_operation_count,
             bytes_max=self._limits.batch_bytes,
         ):
-            yield batch
+            operations = splice_pb2.OperationBatchSplice(operations=[data for _, data in batch])
+            yield _Batch([seq for seq, _ in batch], operations)
             after = batch[-1][0]
 
     def _batch_results(self, message: sync_pb2.BatchResults) -> list[bytes | None]:
@@ -330,7 +405,7 @@ class Synchronization:
                 self._not_ready(result)
             else:
                 final.append(result)
-        self._settle(final)
+        self._settle(final, message.checkpoint)
         return self._next_batch()
 
     def _upload_settled(self, message: sync_pb2.UploadSettled) -> None:
@@ -343,7 +418,7 @@ class Synchronization:
                 self._not_ready(result)
             else:
                 final.append(result)
-        self._settle(final)
+        self._settle(final, message.checkpoint)
         if message.more_follow:
             return
         if self._held:
@@ -351,17 +426,19 @@ class Synchronization:
         self._stage = _Stage.DOWNLOADING
         self._on_progress(Progress(Phase.DOWNLOAD, 0, None))
 
-    def _settle(self, results: list[operation_pb2.OperationResult]) -> None:
+    def _settle(self, results: list[operation_pb2.OperationResult], checkpoint: bytes) -> None:
         for result in results:
             if result.status not in _FINAL or (result.status == _REJECTED and not result.failure_id):
                 raise ProtocolViolated(f"the server gave seq {result.seq} a result that settles nothing")
         if results:
-            counts = self._storage.settle(results)
+            counts = self._storage.settle(results, checkpoint)
+            self._report.reoffered += counts.reoffered
             self._report.applied += counts.applied
             self._report.rejected += counts.rejected
             self._report.failures.add(counts.failures)
         self._results_count += len(results)
-        self._on_progress(Progress(Phase.UPLOAD, self._results_count, self._upload.operation_count))
+        total = self._upload.operation_count + self._reoffer_count
+        self._on_progress(Progress(Phase.UPLOAD, self._results_count, total))
 
     def _not_ready(self, result: operation_pb2.OperationResult) -> None:
         with self._storage.environment.read() as transaction:
@@ -394,12 +471,12 @@ class Synchronization:
             counts = self._storage.publication.publish(
                 self._pages,
                 self._pages_objects,
-                cursor=complete.cursor,
-                version=complete.version,
+                complete=complete,
                 plans=self._plans,
+                removals_accepted=self._consent.mass_removal or not self._guards_removals,
             )
         else:
-            counts = self._storage.publication.merge(self._pages, complete.cursor)
+            counts = self._storage.publication.merge(self._pages, complete.cursor, complete.checkpoint)
         self._report.count_published(counts)
         self._on_progress(Progress(Phase.PUBLISH, self._downloaded_count, self._downloaded_count))
         self._stage = _Stage.DONE

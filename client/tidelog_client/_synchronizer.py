@@ -20,6 +20,7 @@ from tidelog._downloads import Download
 from tidelog._errors import (
     NotConfigured,
     ProtocolViolated,
+    ReplicaForked,
     ServerUnavailable,
     SynchronizationInProgress,
     Unauthenticated,
@@ -27,7 +28,7 @@ from tidelog._errors import (
 from tidelog._logging import get_logger
 from tidelog_client._connection import Connection, Stream, Transient
 from tidelog_client._report import OnProgress, Report
-from tidelog_client._synchronization import Mode, PlansChanged, Synchronization
+from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
 from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
@@ -40,9 +41,13 @@ BACKOFF_SECONDS_MAX: Final = 5.0
 # Without a deadline of the caller's: how long to go on trying since the server was last heard of.
 SILENCE_SECONDS_MAX: Final = 30.0
 
+# How often a server may begin a new timeline while one synchronization is under way.
+NEW_TIMELINES_MAX: Final = 3
+
 # A call may take this long; gRPC cannot count much further.
 CALL_SECONDS_MAX: Final = 24 * 3600.0
 
+_NO_CONSENT: Final = Consent()
 _LOCK_FILE: Final = "synchronize.lock"
 _log = get_logger("tidelog.synchronizer")
 
@@ -75,6 +80,7 @@ class Synchronizer:
         timeout: float | None,
         on_progress: OnProgress | None,
         selection: Callable[[], Selection] | None = None,
+        consent: Consent = _NO_CONSENT,
     ) -> None:
         """
         Synchronize, and tell *report* what was done.
@@ -86,6 +92,7 @@ class Synchronizer:
                 answers, and 30 seconds of trying when it does not.
             on_progress: Called with each step's `Progress`.
             selection: Works out the selection, under the lock. Mode selected only.
+            consent: What the caller agrees to.
 
         Raises:
             SynchronizationInProgress: Another synchronization of this replica runs.
@@ -99,31 +106,51 @@ class Synchronizer:
             backoff = BACKOFF_SECONDS_FIRST
             token_refused = False
             has_new_plans = False
+            timelines_left = NEW_TIMELINES_MAX
             while True:
                 report.begin_attempt()
+                # A new timeline is adopted with all of its data, whatever was asked for.
+                adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
                 try:
                     report.count_published(self._storage.publication.finish())
                     attempt = Synchronization(
                         self._storage,
-                        mode,
+                        Mode.ALL if adopts else mode,
                         report,
                         on_progress or _ignore,
-                        selection=selection() if selection is not None else None,
+                        selection=selection() if selection is not None and not adopts else None,
                         schema_version=self._schema_version,
                         downloads=self._downloads,
+                        consent=consent,
                     )
                     self._attempt(connection, attempt, report, deadline)
                 except StateLost as error:
                     # Not seen outside; the next attempt asks for all states.
                     if self._storage.meta("state_lost"):
                         raise ProtocolViolated("the server confirmed a state although it was asked for all") from error
-                    _log.warning("a confirmed state is missing: reconciling", replica_id=self._storage.replica_id)
+                    _log.warning(
+                        "a confirmed state is missing: reconciling", replica_id=self._storage.lineage.replica_id
+                    )
                     self._storage.publication.start_over()
                 except Unauthenticated:
                     # A provider's token may have expired on its way; two in a row did not.
                     if token_refused or not connection.may_get_another_token:
                         raise
                     token_refused = True
+                except ReplicaForked as error:
+                    if report.former_replica_id:
+                        raise
+                    report.former_replica_id = self._storage.fork()
+                    _log.warning(
+                        "the directory is a copy, or was put back from one: it goes on under another replica id",
+                        former_replica_id=report.former_replica_id,
+                        replica_id=self._storage.lineage.replica_id,
+                        detail=str(error),
+                    )
+                except TimelineChanged as error:
+                    timelines_left -= 1
+                    if not timelines_left:
+                        raise ServerUnavailable(f"{error} again and again: synchronize later") from error
                 except PlansChanged as error:
                     if has_new_plans:
                         raise ServerUnavailable(f"{error} again and again: synchronize later") from error
@@ -142,7 +169,8 @@ class Synchronizer:
                     time.sleep(pause)
                     backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
                 else:
-                    return
+                    if not adopts:
+                        return
 
     def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
         metadata = connection.authorization()

@@ -143,6 +143,27 @@ class View:
         cursor = transaction.cursor(self._unconfirmed)
         return not (cursor.set_range(prefix) and cursor.key().startswith(prefix))
 
+    def is_server_known(self, transaction: LmdbTransaction, key: bytes) -> bool:
+        """Tell whether an object is one that the server had, as far as is known here."""
+        if transaction.get(key, db=self._base) is not None:
+            return True
+        value = transaction.get(key, db=self._objects)
+        return value is not None and not _unpack(value).dirty
+
+    def server_known_count(self, transaction: LmdbTransaction, entity: str) -> int:
+        """Return how many objects of an entity the server had, as far as is known here."""
+        return sum(self.is_server_known(transaction, key) for key in dict.fromkeys(self.keys(transaction, entity)))
+
+    def limit_version(self, transaction: LmdbTransaction, key: bytes, version: int) -> bool:
+        """Take an object as of *version* if it claims to be of a newer one; tell whether it did."""
+        has_claimed = False
+        for database in (self._objects, self._base):
+            value = transaction.get(key, db=database)
+            if value is not None and _unpack(value).version > version:
+                transaction.put(key, pack_position(version) + value[POSITION_BYTES:], db=database)
+                has_claimed = True
+        return has_claimed
+
     def entities(self, transaction: LmdbTransaction) -> set[str]:
         """Return the entities that have objects in the view or in a base."""
         found = set()
@@ -189,13 +210,19 @@ class View:
 
     # --- what the server says -------------------------------------------------
 
-    def settle_applied(self, transaction: LmdbTransaction, applied: Sequence[tuple[bytes, int, int]]) -> None:
-        """Note operations (object key, seq, version) as applied; those that the base contains are replayed no more."""
+    def settle_applied(
+        self, transaction: LmdbTransaction, applied: Sequence[tuple[bytes, int, int]], *, rebasing: bool
+    ) -> None:
+        """
+        Note operations (object key, seq, version) as applied; those that the base contains are replayed no more.
+
+        While *rebasing*, no base contains any: the versions are of another timeline.
+        """
         confirmed = []
         for key, seq, version in applied:
             position = pack_position(version)
             base = transaction.get(key, db=self._base)
-            if base is not None and base[:POSITION_BYTES] >= position:
+            if base is not None and base[:POSITION_BYTES] >= position and not rebasing:
                 # A snapshot that contains it came before this answer did.
                 transaction.delete(_entry(key, seq), db=self._unconfirmed)
                 self._rebuild(transaction, key)
@@ -226,16 +253,16 @@ class View:
         put_many(transaction, self._objects, records)
 
     def put_snapshot(
-        self, transaction: LmdbTransaction, key: bytes, version: int, attributes: bytes, *, force: bool
+        self, transaction: LmdbTransaction, key: bytes, version: int, attributes: bytes, *, covered: int, force: bool
     ) -> None:
-        """Make a snapshot the base of an object, and replay on top what it does not contain."""
+        """Make a snapshot the base of an object, and replay on top what was not applied up to *covered*."""
         record = _RECORD.pack(version, 0) + attributes
         unconfirmed = self.unconfirmed(transaction, key)
         if not unconfirmed:
             if force or self._is_news(transaction, self._objects, key, record):
                 transaction.put(key, record, db=self._objects)
         elif force or self._is_news(transaction, self._base, key, record):
-            self._drop_confirmed(transaction, key, unconfirmed, version)
+            self._drop_confirmed(transaction, key, unconfirmed, covered)
             transaction.put(key, record, db=self._base)
             self._rebuild(transaction, key)
 

@@ -24,6 +24,7 @@ from tidelog._patch import Patch, check_attributes, patch_setting
 from tidelog._values import Attributes, copied, encode, equal
 from tidelog_server._access import Denied, Rights
 from tidelog_server._application import Application, Hook
+from tidelog_server._author import Author
 from tidelog_server._conflicts import divergence
 from tidelog_server._deadline import paused
 from tidelog_server._hooks import ActionContext, HookedObject, call
@@ -75,7 +76,7 @@ class Action:
     Args:
         application: The rules.
         overlay: Takes the changes.
-        replica: Id of the replica whose operations are applied.
+        author: The replica whose operations are applied.
         principal: Who sent them.
         rights: What the principal may do. None: everything, it is the system itself.
         time_us: The server's clock.
@@ -87,7 +88,7 @@ class Action:
         application: Application,
         overlay: Overlay,
         *,
-        replica: bytes,
+        author: Author,
         principal: Principal,
         rights: Rights | None,
         time_us: int,
@@ -109,14 +110,23 @@ class Action:
         self._knowledge = Knowledge(overlay, self._rights)
         self._first_version = overlay.version
         self._has_effects = self._integrity is not None or self._has_hooks or self._rights is not None
-        self._replica = replica
+        self._author = author
+        self._replica = author.replica
         self._time_us = time_us
         self._references = references
         self._failure = b""
+        self._former_version = 0
         self._position = 0
         self._begin_unit()
 
-    def begin(self, operation: Operation, position: int, renamed: bool = False, failure: bytes = b"") -> None:  # noqa: FBT001, FBT002 - called for each operation
+    def begin(
+        self,
+        operation: Operation,
+        position: int,
+        renamed: bool = False,  # noqa: FBT001, FBT002
+        failure: bytes = b"",
+        former_version: int = 0,
+    ) -> None:
         """
         Attribute what follows to an operation.
 
@@ -125,6 +135,7 @@ class Action:
             position: Its place in its unit; 0 begins a new unit.
             renamed: Whether it was translated from names that the schema has given up.
             failure: Id of the failure that is retried; empty: none is.
+            former_version: The version that it was applied at before the store was put back; 0: it was not.
         """
         if position == 0 and self._has_effects:
             self._begin_unit()
@@ -133,6 +144,7 @@ class Action:
         # What is retried has left its replica long ago.
         self.changed_own_object = renamed or bool(failure)
         self._failure = failure
+        self._former_version = former_version
         self._position = position
         if self._rights is not None:
             self._own_keys.add(operation.key)
@@ -168,7 +180,9 @@ class Action:
                 raise self._denied(key, "created", denied) from denied
         state = self.overlay.state(key)
         if state is not None and not state.deleted:
-            reason = FailureReason.HOOK_ERROR if self.depth else FailureReason.ALREADY_EXISTS
+            reason = FailureReason.SUPERSEDED if self._former_version else FailureReason.ALREADY_EXISTS
+            if self.depth:
+                reason = FailureReason.HOOK_ERROR
             raise Refused(reason, f"{self._name(key)} exists already")
         if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
             attributes = self._run_before(hooks, key, attributes, state)
@@ -360,10 +374,11 @@ class Action:
         if policy is None:
             return after
         operation = self.operation
-        if operation.base_version > self._first_version:
-            operation = operation._replace(base_version=0)  # nobody has ever seen that version
+        sight = self._author.sight(operation, self._former_version)
+        if sight.base_version > self._first_version:
+            sight = sight._replace(base_version=0)  # nobody has ever seen that version
         found = divergence(
-            self.overlay, state, before, operation, self._replica, patch, is_retried=bool(self._failure)
+            self.overlay, state, before, operation, self._author, sight, patch, is_retried=bool(self._failure)
         )
         if found is None:
             return after
@@ -543,6 +558,7 @@ class Action:
             self.principal.user_id,
             self._time_us,
             self._failure,
+            former_version=self._former_version,
         )
         integrity = self._integrity
         if integrity is None:

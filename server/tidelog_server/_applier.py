@@ -12,16 +12,19 @@ from typing import Final
 from tidelog._errors import LimitExceeded, ValidationFailed
 from tidelog._failure import FailureReason
 from tidelog._logging import get_logger
-from tidelog._operation import OperationKind
-from tidelog._patch import encoded_attributes
+from tidelog._operation import Operation, OperationKind
+from tidelog._patch import Patch, encoded_attributes
 from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
 from tidelog_server._application import Application
+from tidelog_server._author import Author
+from tidelog_server._conflicts import is_superseded
 from tidelog_server._indexes import IndexWrites, index_writes
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Applied, Outcomes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
+from tidelog_server._records import ObjectState
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._units import Member, Unit
 
@@ -40,7 +43,7 @@ class UnitApplier:
         overlay: Takes what they do.
         references: Decides about references to objects that are not there.
         outcomes: Knows which creations were refused.
-        replica: Id of the replica.
+        author: The replica.
         principal: Whose operations they are.
         rights: What the principal may do.
         time_us: The server's clock.
@@ -53,7 +56,7 @@ class UnitApplier:
         references: References,
         outcomes: Outcomes,
         *,
-        replica: bytes,
+        author: Author,
         principal: Principal,
         rights: Rights,
         time_us: int,
@@ -62,13 +65,13 @@ class UnitApplier:
         self._overlay = overlay
         self._synchronization = application.synchronization
         self._outcomes = outcomes
-        self._replica = replica
+        self._author = author
         self._knowledge = Knowledge(overlay, rights if application.access_rules else None)
         self._time_us = time_us
         self._action = Action(
             application,
             overlay,
-            replica=replica,
+            author=author,
             principal=principal,
             rights=rights,
             time_us=time_us,
@@ -125,8 +128,16 @@ class UnitApplier:
         key = (operation.entity, operation.id)
         if self._synchronization and not self._application.synchronization_of(key[0]).takes_uploads(self._time_us):
             raise Refused(FailureReason.ACCESS_DENIED, f"{key[0]} is not changed by replicas")
+        base_version = operation.base_version
+        former_version = 0
+        if member.former is not None:
+            former_version = member.former.version
+            self._check_not_superseded(operation, member.patch, former_version)
+        author = self._author
+        if author.old_bases is not None:
+            base_version = author.sight(operation, former_version).base_version
         action = self._action
-        action.begin(operation, position, member.renamed, failure)
+        action.begin(operation, position, member.renamed, failure, former_version)
         if operation.kind is OperationKind.CREATE:
             version = action.create(key, member.patch.set, encoded_attributes(operation.patch))
         else:
@@ -142,7 +153,7 @@ class UnitApplier:
                 # Nothing changes, and that has been so up to this version.
                 return (self._overlay.version, False)
             # Another incarnation than the author saw; an author who created this one has seen it.
-            if operation.base_version < state.created and state.creator != self._replica:
+            if base_version < state.created and not self._has_seen(state, operation, former_version):
                 # Nor was it ever seen by an author whose own creation was refused.
                 cause = self._outcomes.late_creation(key, state.created) if not operation.base_version else None
                 if cause:
@@ -157,6 +168,32 @@ class UnitApplier:
             else:
                 version = action.update(key, member.patch, operation.patch)
         return (version, action.changed_own_object)
+
+    def _has_seen(self, state: ObjectState, operation: Operation, former_version: int) -> bool:
+        """Tell whether the author knows an incarnation that began above the operation's base version."""
+        author = self._author
+        if author.created(state):
+            return True
+        if author.old_bases is None:
+            return False
+        creation = self._overlay.change(state.created)
+        return creation is not None and author.sight(operation, former_version).covers(creation)
+
+    def _check_not_superseded(self, operation: Operation, patch: Patch, former_version: int) -> None:
+        """Refuse what is offered again if somebody else took its place since the store was put back."""
+        author, key = self._author, operation.key
+        state = self._overlay.state(key)
+        if operation.kind is OperationKind.UPDATE and not self._knowledge.sees(key):
+            raise Refused(FailureReason.SUPERSEDED, f"{key[0]} {key[1]!r} is not there any more")
+        if state is None or state.deleted is not (operation.kind is OperationKind.CREATE):
+            return  # nobody else can have done anything, or what is there says more than that
+        written = patch if operation.kind is OperationKind.UPDATE else None
+        sight = author.sight(operation, former_version)
+        if is_superseded(self._overlay, state, author, sight, written):
+            raise Refused(
+                FailureReason.SUPERSEDED,
+                f"{key[0]} {key[1]!r} was changed by somebody else since the server was put back from a backup",
+            )
 
 
 def _reason_of(error: Exception | None) -> FailureReason:

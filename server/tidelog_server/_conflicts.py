@@ -14,7 +14,8 @@ from tidelog._errors import InvalidValue
 from tidelog._operation import Operation, OperationKind
 from tidelog._patch import Patch, decode_patch
 from tidelog._values import Attributes
-from tidelog_server._history import attributes_before, changes_since
+from tidelog_server._author import Author, Sight
+from tidelog_server._history import attributes_before, changes_since, reaches_back
 from tidelog_server._overlay import Overlay
 from tidelog_server._records import Change, ObjectState
 
@@ -39,7 +40,8 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
     state: ObjectState,
     attributes: Attributes,
     operation: Operation,
-    replica: bytes,
+    author: Author,
+    sight: Sight,
     patch: Patch | None,
     *,
     is_retried: bool,
@@ -52,17 +54,18 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
         state: The object as it is.
         attributes: Its attributes.
         operation: The operation.
-        replica: The author's replica.
+        author: Who made it.
+        sight: What its author had seen.
         patch: What the operation writes; None: it deletes the object.
         is_retried: Whether the operation was refused before: then what its author did
             before it may have been retried too.
     """
-    base_version = operation.base_version
+    base_version = sight.base_version
     retried_before = operation.seq if is_retried else 0
     if state.version <= base_version:
         return None
     changes = list(changes_since(max(base_version, state.created - 1), state.version, overlay.change))
-    foreign = (change for change in changes if _is_foreign(change, replica, retried_before))
+    foreign = (change for change in changes if _is_foreign(change, author, sight, retried_before))
     attribute = next((found for change in foreign if (found := collision(change, patch)) is not None), None)
     if attribute is None:
         return None
@@ -71,7 +74,7 @@ def divergence(  # noqa: PLR0917 - the two histories, and what is asked of them
         base = attributes_before(change, base)
     mine = base = base or {}
     for change in reversed(changes):
-        if not _is_foreign(change, replica, retried_before):
+        if not _is_foreign(change, author, sight, retried_before):
             mine = _redone(change, mine)
     return Divergence(attribute, base, mine)
 
@@ -94,9 +97,35 @@ def collision(change: Change, patch: Patch | None) -> str | None:
     return None
 
 
-def _is_foreign(change: Change, replica: bytes, retried_before: int) -> bool:
+def is_superseded(overlay: Overlay, state: ObjectState, author: Author, sight: Sight, patch: Patch | None) -> bool:
+    """
+    Tell whether somebody else changed what an operation writes since the store was put back from a backup.
+
+    What cannot be told any more counts as changed.
+
+    Args:
+        overlay: Where the changes are.
+        state: The object as it is, or its tombstone.
+        author: Who made the operation.
+        sight: What its author had seen.
+        patch: What the operation writes; None: it creates or deletes the object.
+    """
+    bases = author.old_bases
+    common_version = bases.common_version if bases is not None else 0
+    if not reaches_back(common_version, state.version, overlay.change):
+        return True
+    return any(
+        collision(change, patch) is not None
+        for change in changes_since(common_version, state.version, overlay.change)
+        if not author.wrote(change) and not sight.covers(change)
+    )
+
+
+def _is_foreign(change: Change, author: Author, sight: Sight, retried_before: int) -> bool:
     """Tell whether a change is news to the author: what was retried is, but for operations before this one."""
-    return change.replica != replica or (bool(change.failure) and change.seq >= retried_before)
+    if sight.covers(change):
+        return False
+    return not author.wrote(change) or (bool(change.failure) and change.seq >= retried_before)
 
 
 def _redone(change: Change, attributes: Attributes) -> Attributes:

@@ -23,7 +23,6 @@ from typing import Final, NamedTuple
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import BATCH_OPERATIONS_MAX, GROUP_BYTES_MAX
-from tidelog.v1 import failure_pb2
 from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
@@ -35,7 +34,7 @@ from tidelog_server._overlay import Overlay
 from tidelog_server._records import Settled, Writes
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader
-from tidelog_server._units import Member, Unit, keys_of, read_member, size_bytes, split_units
+from tidelog_server._units import FormerOutcome, Member, Unit, keys_of, read_member, size_bytes, split_units
 
 HELD_UNITS_MAX: Final = 10_000
 HELD_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -48,6 +47,7 @@ class UploadState:
 
     Attributes:
         last_seq: Newest seq received.
+        last_former_seq: Newest seq received of what is offered again.
         held: Units that wait for an object.
         held_bytes: Size of their operations.
         held_keys: Objects whose further operations wait behind a held one.
@@ -60,6 +60,7 @@ class UploadState:
     held_bytes: int = 0
     held_keys: frozenset[ObjectKey] = frozenset()
     parked: Mapping[ObjectKey, int] = field(default_factory=dict)
+    last_former_seq: int = 0
 
 
 class Evaluation(NamedTuple):
@@ -78,17 +79,20 @@ def evaluate_batch(
     reader: Reader,
     state: UploadState,
     time_us: int,
+    former_outcomes: Sequence[FormerOutcome] = (),
 ) -> Evaluation:
     """
     Settle a batch of serialized operations as far as it can be settled now.
 
     There is one result per operation, in order; held ones have a preliminary one.
+    With *former_outcomes*, one an operation, the batch offers again what was settled
+    before the store was put back from a backup.
 
     Raises:
         SessionSuperseded, OperationForked, RequestInvalid, TransientError:
             Nothing of the batch may be written, and the session ends.
     """
-    return _Evaluator(application, uploader, reader, state, time_us).batch(batch)
+    return _Evaluator(application, uploader, reader, state, time_us).batch(batch, former_outcomes)
 
 
 def evaluate_held(
@@ -126,24 +130,31 @@ class _Evaluator:
             self._overlay,
             self._references,
             self._outcomes,
-            replica=uploader.replica,
+            author=uploader.author,
             principal=uploader.principal,
             rights=rights,
             time_us=time_us,
         )
         self._replica_state = known
         self._last_seq = state.last_seq
+        self._last_former_seq = state.last_former_seq
         self._held = list(state.held)
         self._held_bytes = state.held_bytes
         self._held_keys = set(state.held_keys)
 
     # --- a batch --------------------------------------------------------------
 
-    def batch(self, batch: Sequence[bytes]) -> Evaluation:
+    def batch(self, batch: Sequence[bytes], former_outcomes: Sequence[FormerOutcome]) -> Evaluation:
         schema = self._schema
         members = [read_member(data, schema) for data in batch]
-        self._check_order(members)
-        former = self._former_outcomes(members)
+        if former_outcomes:
+            if len(former_outcomes) != len(members):
+                raise RequestInvalid("a batch that is offered again has one former outcome an operation")
+            members = [member._replace(former=former) for member, former in zip(members, former_outcomes, strict=True)]
+            self._last_former_seq = _checked_order(members, self._last_former_seq)
+        else:
+            self._last_seq = _checked_order(members, self._last_seq)
+        former = self._settled_before(members)
         self._overlay.prefetch(self._named_objects(members))
         units = list(split_units(members))
         if len(members) > BATCH_OPERATIONS_MAX and len(units) > 1:
@@ -156,14 +167,7 @@ class _Evaluator:
                 results.extend(self._first_try(unit))
         return self._evaluation(results)
 
-    def _check_order(self, members: list[Member]) -> None:
-        for member in members:
-            if member.seq:
-                if member.seq <= self._last_seq:
-                    raise OperationsOutOfOrder(f"seq {member.seq} came after seq {self._last_seq}")
-                self._last_seq = member.seq
-
-    def _former_outcomes(self, members: list[Member]) -> dict[int, Settled]:
+    def _settled_before(self, members: list[Member]) -> dict[int, Settled]:
         """Look up what was settled before; nothing above the newest settled seq was."""
         newest = self._replica_state.newest_seq
         seqs = [member.seq for member in members if 0 < member.seq <= newest]
@@ -171,6 +175,11 @@ class _Evaluator:
         for member in members:
             if member.seq in former and former[member.seq].nonce != member.nonce:
                 raise OperationForked(f"seq {member.seq} of this replica was settled before as another operation")
+        for identity in self._uploader.formers:
+            rest = {member.seq: member.nonce for member in members if 0 < member.seq <= identity.last_seq}
+            for seq, settled in self._reader.settled(identity.replica, rest.keys() - former.keys()).items():
+                if settled.nonce == rest[seq]:
+                    former[seq] = settled
         return former
 
     def _named_objects(self, members: Iterable[Member]) -> Iterator[ObjectKey]:
@@ -188,21 +197,18 @@ class _Evaluator:
             if settled is None:
                 refusal = Refused(FailureReason.MALFORMED, "a part of its commit group was settled before without it")
                 yield from self._outcomes.refuse((member,), refusal)
-            elif not settled.failure_id:
-                yield Result(member.seq, Status.APPLIED, settled.version, settled.changed_by_server)
             else:
-                yield self._recorded_refusal(member.seq, settled)
-
-    def _recorded_refusal(self, seq: int, settled: Settled) -> Result:
-        record = failure_pb2.SynchronizationFailure.FromString(self._reader.failure(settled.failure_id) or b"")
-        reason = FailureReason.of_number(record.reason) if settled.culprit else FailureReason.GROUP_REJECTED
-        code = record.code if settled.culprit else ""
-        return Result(seq, Status.REJECTED, 0, False, settled.failure_id, reason, record.message, code)
+                yield self._outcomes.repeat(member, settled, is_new=not self._replica_state.has_settled(member.seq))
 
     def _first_try(self, unit: Unit) -> list[Result]:
         outcomes = self._outcomes
+        if (former := unit[0].former) is not None and not former.version:
+            return outcomes.record_former(unit)
         if outcomes.is_parked(unit):
             return outcomes.park(unit, BEHIND_ANOTHER)
+        if any(self._is_forgotten(member) for member in unit):
+            message = "it was settled before under another id of the replica; what became of it is not kept any more"
+            return outcomes.refuse(unit, Refused(FailureReason.SUPERSEDED, message))
         if len(unit) > 1 and size_bytes(unit) > GROUP_BYTES_MAX:
             message = f"a commit group of {size_bytes(unit)} bytes: the limit is {GROUP_BYTES_MAX}"
             return outcomes.refuse(unit, Refused(FailureReason.TOO_LARGE, message))
@@ -218,6 +224,16 @@ class _Evaluator:
             return outcomes.refuse(unit, refusal)
         except Waits as wait:
             return self._hold(unit, wait.message)
+
+    def _is_forgotten(self, member: Member) -> bool:
+        """Tell whether an operation may have been settled under a former id, with no trace left of how."""
+        return any(
+            member.seq <= identity.last_seq
+            and (state := self._reader.replica(identity.replica)) is not None
+            and state.has_settled(member.seq)
+            and not self._reader.settled(identity.replica, (member.seq,))
+            for identity in self._uploader.formers
+        )
 
     def _is_newer(self, unit: Unit) -> bool:
         return self._application.has_schema and any(
@@ -253,6 +269,7 @@ class _Evaluator:
             failures=outcomes.failures,
             version=overlay.version,
             index_entries={**self._units.index_writes(), **outcomes.index_writes()},
+            former_settled=outcomes.former_settled(),
         )
         state = UploadState(
             self._last_seq,
@@ -260,5 +277,16 @@ class _Evaluator:
             self._held_bytes,
             frozenset(self._held_keys),
             outcomes.parked,
+            self._last_former_seq,
         )
         return Evaluation(writes, results, state)
+
+
+def _checked_order(members: Iterable[Member], last_seq: int) -> int:
+    """Return the newest seq. Raises OperationsOutOfOrder."""
+    for member in members:
+        if member.seq:
+            if member.seq <= last_seq:
+                raise OperationsOutOfOrder(f"seq {member.seq} came after seq {last_seq}")
+            last_seq = member.seq
+    return last_seq

@@ -26,6 +26,7 @@ from tidelog.v1 import failure_pb2
 from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
+from tidelog_server._author import Author
 from tidelog_server._conflicts import collision
 from tidelog_server._errors import FailureSettled, FailureStale, NotFound, RequestInvalid
 from tidelog_server._history import changes_since
@@ -213,7 +214,7 @@ class _Retry:
             overlay,
             references,
             outcomes,
-            replica=replica,
+            author=Author(replica),
             principal=author,
             rights=application.rights(author),
             time_us=time_us,

@@ -61,6 +61,17 @@ def kept_changes(newest: int, change_of: Callable[[int], Change | None]) -> Iter
         position = change.previous
 
 
+def reaches_back(version: int, newest: int, change_of: Callable[[int], Change | None]) -> bool:
+    """Tell whether all changes of one key above a version are kept; *newest* is the version of the object now."""
+    position = newest
+    while position > version:
+        change = change_of(position)
+        if change is None:
+            return False
+        position = change.previous
+    return True
+
+
 def changes_since(version: int, newest: int, change_of: Callable[[int], Change | None]) -> Iterator[Change]:
     """
     Yield what was done to one object above *version*, from its *newest* change back, in the terms of today.

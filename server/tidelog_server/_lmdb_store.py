@@ -187,10 +187,12 @@ class LmdbStore:
                 return
 
     def _write_group(self, group: list[_Job]) -> None:
+        identity = self._identity
         try:
             outcomes = self._environment.write(lambda transaction: self._run_group(transaction, group))
         except BaseException as error:  # noqa: BLE001 - the jobs' owners are told; this thread must live on
             _log.exception("commit failed", job_count=len(group))
+            self._identity = identity
             for job in group:
                 job.future.set_exception(error)
             return
@@ -264,18 +266,22 @@ class LmdbStore:
             else:
                 indexed.append((prefix + key, value))
         put_many(transaction, databases.indexes, indexed)
-        if writes.replica is not None:
-            replica, replica_state = writes.replica
+        identities = [(*writes.replica, writes.settled)] if writes.replica is not None else []
+        for replica, replica_state, settled in (*identities, *writes.former_settled):
             put(prefix + replica, _packed(replica_state), db=databases.replicas)
             put_many(
                 transaction,
                 databases.settled,
-                [(prefix + replica + pack_position(seq), _pack_settled(one)) for seq, one in writes.settled],
+                [(prefix + replica + pack_position(seq), _pack_settled(one)) for seq, one in settled],
             )
         for failure in writes.failures:
             put(prefix + failure.id, failure.data, db=databases.failures)
             for uncreated in failure.refused_creations:
                 put(prefix + failure.replica + pack_object_key(*uncreated), failure.id, db=databases.refused)
+        if writes.timeline:
+            put(b"timeline", writes.timeline.encode(), db=databases.meta)
+            # The jobs behind this one, of the same commit too, are of the new timeline.
+            self._identity = self._identity._replace(timeline=writes.timeline)
 
 
 class LmdbReader:
@@ -292,6 +298,16 @@ class LmdbReader:
 
     def commit_id(self, version: int) -> bytes | None:
         return self._transaction.get(self._prefix + pack_position(version), db=self._databases.commits)
+
+    def commit_until(self, version: int) -> Head | None:
+        cursor = self._transaction.cursor(self._databases.commits)
+        place = self._prefix + pack_position(version)
+        found = cursor.set_range(place)
+        if not (found and cursor.key() == place):
+            found = cursor.prev() if found else cursor.last()
+        if not found or not (key := cursor.key()).startswith(self._prefix):
+            return None
+        return Head(unpack_position(key[len(self._prefix) :]), cursor.value())
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
         get, database, prefix = self._transaction.get, self._databases.objects, self._prefix

@@ -19,14 +19,15 @@ from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._operation import OperationKind
 from tidelog.v1 import failure_pb2
+from tidelog_server._author import Author, FormerIdentity, OldBases
 from tidelog_server._indexes import IndexWrites, dependents_prefix
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
-from tidelog_server._records import FailureRecord, ReplicaState, Settled, merged_ranges
+from tidelog_server._records import FailureRecord, FormerSettled, ReplicaState, Settled, merged_ranges
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._store import Reader
-from tidelog_server._units import Member, Unit, created_keys, keys_of
+from tidelog_server._units import FormerOutcome, Member, Unit, created_keys, keys_of
 
 BEHIND_ANOTHER = "waits for an earlier operation on the same object"
 
@@ -70,12 +71,21 @@ class Uploader:
         principal: Who is calling.
         session_number: The session's number, which fences older sessions.
         leaves_earlier: Whether operations with lower seqs stay behind on the replica.
+        formers: The ids that the replica had before.
+        old_bases: Which of its operations were made on a state of an older timeline.
     """
 
     replica: bytes
     principal: Principal
     session_number: int
     leaves_earlier: bool
+    formers: tuple[FormerIdentity, ...] = ()
+    old_bases: OldBases | None = None
+
+    @property
+    def author(self) -> Author:
+        """The replica as the author of its operations."""
+        return Author(self.replica, self.formers, self.old_bases)
 
 
 class Outcomes:
@@ -126,7 +136,9 @@ class Outcomes:
         if refusal.reason is FailureReason.UNIQUE_VIOLATED and (self._uploader.leaves_earlier or self.parked):
             return self.park(unit, refusal.message)
         culprit = unit[refusal.position]
-        failure_id = self._record_failure(unit, culprit, refusal)
+        return self._refuse(unit, culprit, refusal, self._record_failure(unit, culprit, refusal))
+
+    def _refuse(self, unit: Unit, culprit: Member, refusal: Refused, failure_id: bytes) -> list[Result]:
         results = []
         for member in unit:
             is_culprit = member is culprit
@@ -139,8 +151,11 @@ class Outcomes:
             results.append(Result(member.seq, Status.REJECTED, 0, False, failure_id, reason, refusal.message, code))
         return results
 
-    def _record_failure(self, unit: Unit, culprit: Member, refusal: Refused) -> bytes:
-        if any(member.seq for member in unit):
+    def _record_failure(self, unit: Unit, culprit: Member, refusal: Refused, failure_id: bytes = b"") -> bytes:
+        """Make a failure record, with an id of its own unless one is given."""
+        if failure_id:
+            pass
+        elif any(member.seq for member in unit):
             failure_id = uuid_utils.uuid7().bytes
         else:
             # Nothing tells a repetition of unreadable bytes but the bytes themselves.
@@ -171,6 +186,32 @@ class Outcomes:
         )
         return failure_id
 
+    def repeat(self, member: Member, settled: Settled, *, is_new: bool) -> Result:
+        """Return the result of an operation that was settled before; *is_new*: under a former id, so it is noted."""
+        if is_new:
+            self.settled.append((member.seq, settled))
+        if not settled.failure_id:
+            return Result(member.seq, Status.APPLIED, settled.version, settled.changed_by_server)
+        record = failure_pb2.SynchronizationFailure.FromString(self._reader.failure(settled.failure_id) or b"")
+        return _refusal_again(member.seq, settled, record)
+
+    def record_former(self, unit: Unit) -> list[Result]:
+        """Record a failure again that was recorded before the store was put back from a backup."""
+        formers = [member.former or FormerOutcome(0) for member in unit]
+        position = next(
+            (place for place, one in enumerate(formers) if one.reason is not FailureReason.GROUP_REJECTED), 0
+        )
+        culprit, former = unit[position], formers[position]
+        refusal = Refused(former.reason or FailureReason.SUPERSEDED, former.message, code=former.code)
+        known = self._reader.failure(former.failure_id)
+        if known is None:
+            failure_id = self._record_failure(unit, culprit, refusal, former.failure_id)
+        elif failure_pb2.SynchronizationFailure.FromString(known).operation == culprit.data:
+            failure_id = former.failure_id  # one of its own commit group brought it before
+        else:
+            failure_id = self._record_failure(unit, culprit, refusal)
+        return self._refuse(unit, culprit, refusal, failure_id)
+
     def refused_creation(self, key: ObjectKey) -> bytes | None:
         """Return the failure because of which this replica could not create an object that it knows nothing of."""
         return None if self._knowledge.knows(key) else self._own_refused_creation(key)
@@ -187,7 +228,10 @@ class Outcomes:
         return failure_id if is_late else None
 
     def _own_refused_creation(self, key: ObjectKey) -> bytes | None:
-        return self._refused_creations.get(key) or self._reader.refused_creation(self._uploader.replica, key)
+        if known := self._refused_creations.get(key):
+            return known
+        identities = (self._uploader.replica, *(one.replica for one in self._uploader.formers))
+        return next(filter(None, (self._reader.refused_creation(one, key) for one in identities)), None)
 
     def give_up(self, unit: Unit, wait: Waits) -> list[Result]:
         """Refuse a unit that waited in vain; or park it, if what it waits for may still come."""
@@ -238,13 +282,21 @@ class Outcomes:
         if not self.settled:
             return None
         self.settled.sort()
-        newest_seq, newest = self.settled[-1]
-        if newest_seq <= known.newest_seq:
-            newest_seq, newest_nonce = known.newest_seq, known.newest_nonce
-        else:
-            newest_nonce = newest.nonce
-        ranges = merged_ranges(known.settled_ranges, [seq for seq, _ in self.settled])
-        return known._replace(newest_seq=newest_seq, newest_nonce=newest_nonce, settled_ranges=ranges)
+        return _with_settled(known, self.settled)
+
+    def former_settled(self) -> list[FormerSettled]:
+        """Return what was settled now and may be settled under former ids of the replica too."""
+        found = []
+        for identity in self._uploader.formers:
+            candidates = [one for one in self.settled if 0 < one[0] <= identity.last_seq]
+            taken = self._reader.settled(identity.replica, [seq for seq, _ in candidates])
+            state = self._reader.replica(identity.replica)
+            if state is None:
+                state = ReplicaState(0, self._uploader.principal.user_id, 0, 0, ())
+            settled = [one for one in candidates if one[0] not in taken and not state.has_settled(one[0])]
+            if settled:
+                found.append(FormerSettled(identity.replica, _with_settled(state, settled), settled))
+        return found
 
     def index_writes(self) -> IndexWrites:
         """Return what finds the failures that others caused."""
@@ -253,3 +305,20 @@ class Outcomes:
             for failure_id, cause in self._causes.items()
             if cause and failure_id in self._failures
         }
+
+
+def _with_settled(known: ReplicaState, settled: list[tuple[int, Settled]]) -> ReplicaState:
+    """Return a replica's state with what was settled, in the order of its seqs."""
+    newest_seq, newest = settled[-1]
+    newest_nonce = newest.nonce
+    if newest_seq <= known.newest_seq:
+        newest_seq, newest_nonce = known.newest_seq, known.newest_nonce
+    ranges = merged_ranges(known.settled_ranges, [seq for seq, _ in settled])
+    return known._replace(newest_seq=newest_seq, newest_nonce=newest_nonce, settled_ranges=ranges)
+
+
+def _refusal_again(seq: int, settled: Settled, record: failure_pb2.SynchronizationFailure) -> Result:
+    """Return the result of an operation that was refused before."""
+    reason = FailureReason.of_number(record.reason) if settled.culprit else FailureReason.GROUP_REJECTED
+    code = record.code if settled.culprit else ""
+    return Result(seq, Status.REJECTED, 0, False, settled.failure_id, reason, record.message, code)

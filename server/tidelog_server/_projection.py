@@ -207,13 +207,20 @@ class Projection:
             reconciling: The entities that the session reconciles; None: all of them.
         """
         plans = []
+        scope_changed, no_cause = sync_pb2.RECONCILE_CAUSE_SCOPE_CHANGED, sync_pb2.RECONCILE_CAUSE_UNSPECIFIED
         for name in sorted({*self._application.synchronization, *self._wishes, *(reconciling or ())}):
             mode = self.entity(name).mode
             excluded = self._application.synchronization_of(name).excludes_uploads(time_us, mode)
             reconcile = mode.downloads and (reconciling is None or name in reconciling)
             if mode is not DownloadMode.ALL or excluded or (reconcile and reconciling is not None):
                 plans.append(
-                    sync_pb2.EntityPlan(entity=name, mode=mode.number, upload_excluded=excluded, reconcile=reconcile)
+                    sync_pb2.EntityPlan(
+                        entity=name,
+                        mode=mode.number,
+                        upload_excluded=excluded,
+                        reconcile=reconcile,
+                        reconcile_cause=scope_changed if reconcile and reconciling is not None else no_cause,
+                    )
                 )
         return plans
 

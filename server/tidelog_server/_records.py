@@ -7,7 +7,8 @@ own business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -15,6 +16,8 @@ from tidelog._keys import ObjectKey
 from tidelog._operation import OperationKind
 
 REPLICA_ID_BYTES: Final = 16
+# Greater than any version or seq.
+MAX_POSITION: Final = 1 << 63
 COMMIT_ID_BYTES: Final = 8
 
 # The writer of what no replica wrote: the service itself.
@@ -68,6 +71,8 @@ class Change(NamedTuple):
             None: no migration made the change.
         moved_from: Version of the deletion by which a migration took the object away
             from its former key, to create it under this one. 0: it did not.
+        former_version: Version of the operation that caused it before the store was put
+            back from a backup, if it was applied anew since. 0: it was not.
     """
 
     version: int
@@ -84,6 +89,7 @@ class Change(NamedTuple):
     failure: bytes = b""
     new_names: Mapping[str, str] | None = None
     moved_from: int = 0
+    former_version: int = 0
 
 
 class Settled(NamedTuple):
@@ -123,6 +129,11 @@ class ReplicaState(NamedTuple):
     newest_seq: int
     newest_nonce: int
     settled_ranges: tuple[tuple[int, int], ...]
+
+    def has_settled(self, seq: int) -> bool:
+        """Tell whether an operation is settled, whether or not it is kept how."""
+        place = bisect_right(self.settled_ranges, (seq, MAX_POSITION)) - 1
+        return place >= 0 and seq <= self.settled_ranges[place][1]
 
 
 class Head(NamedTuple):
@@ -168,6 +179,21 @@ class FailureRecord(NamedTuple):
     refused_creations: tuple[ObjectKey, ...]
 
 
+class FormerSettled(NamedTuple):
+    """
+    What is settled under an id that the replica had before, too.
+
+    Attributes:
+        replica: The id in 16 bytes.
+        state: The replica's state under it.
+        settled: Outcomes by seq.
+    """
+
+    replica: bytes
+    state: ReplicaState
+    settled: list[tuple[int, Settled]]
+
+
 class Writes(NamedTuple):
     """
     What one batch writes: all of it in one transaction, or none.
@@ -180,6 +206,8 @@ class Writes(NamedTuple):
         failures: Failures, new ones and those that changed.
         version: The tenant's newest version after this.
         index_entries: What changes in the table of indexes: new values by key, None to remove.
+        former_settled: What is settled under former ids of the replica, too.
+        timeline: The timeline that the whole store begins with this; empty: it goes on.
     """
 
     objects: dict[ObjectKey, tuple[ObjectState, int]]
@@ -189,6 +217,8 @@ class Writes(NamedTuple):
     failures: list[FailureRecord]
     version: int
     index_entries: Mapping[bytes, bytes | None] = _NO_ENTRIES
+    former_settled: Sequence[FormerSettled] = ()
+    timeline: str = ""
 
 
 def merged_ranges(ranges: tuple[tuple[int, int], ...], seqs: list[int]) -> tuple[tuple[int, int], ...]:

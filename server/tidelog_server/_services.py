@@ -139,14 +139,14 @@ class Services:
             while (answer := await answers.get()) is not None:
                 if isinstance(answer, BaseException):
                     raise answer
-                results = sync_pb2.BatchResults()
                 settled_now = await asyncio.wrap_future(answer)
+                results = sync_pb2.BatchResults(checkpoint=session.checkpoint())
                 put_results(settled_now, results.results)
                 yield splice_pb2.SynchronizeResponseSplice(
                     batch_results=results.SerializeToString()
                 ).SerializeToString()
             held = await asyncio.wrap_future(session.settle_held())
-            for settled in settled_messages(held):
+            for settled in settled_messages(held, session.checkpoint() if held else b""):
                 yield splice_pb2.SynchronizeResponseSplice(
                     upload_settled=settled.SerializeToString()
                 ).SerializeToString()
@@ -253,7 +253,7 @@ async def _read_uploads(requests: AsyncIterator[bytes], session: Session, answer
             if which == "batch":
                 operations = list(request.batch.operations)
                 _check_batch(operations)
-                await answers.put(session.upload(operations))
+                await answers.put(session.upload(operations, request.batch.former_outcomes))
             elif which == "selection":
                 session.select(parsed(sync_pb2.Selection, request.selection))
             elif which == "upload_complete":

@@ -14,22 +14,35 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final
 
 import uuid_utils
+from google.protobuf.message import DecodeError
 
 from tidelog import _limits
 from tidelog._downloads import Download as Wish
+from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
+from tidelog._logging import get_logger
 from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import _engine
 from tidelog_server._application import Application
+from tidelog_server._author import FormerIdentity, OldBases
+from tidelog_server._checkpoints import Checkpoints
 from tidelog_server._download import Download, Start, cursor_at
 from tidelog_server._engine import Evaluation, UploadState
-from tidelog_server._errors import ProtocolVersionUnknown, ReplicaOwned, RequestInvalid, SessionSuperseded
+from tidelog_server._errors import (
+    ProtocolVersionUnknown,
+    ReplicaOwned,
+    RequestInvalid,
+    SessionSuperseded,
+    for_people,
+)
 from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import Principal
 from tidelog_server._projection import Projection
-from tidelog_server._records import Head, ReplicaState, Writes
+from tidelog_server._records import MAX_POSITION, Head, ReplicaState, Writes
+from tidelog_server._requests import uuid_bytes
 from tidelog_server._store import Reader, Store
+from tidelog_server._units import FormerOutcome
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
@@ -37,6 +50,9 @@ if TYPE_CHECKING:
     from tidelog.v1.operation_pb2 import OperationResult
 
 # As many as one commit group has; see REASON_BYTES_MAX.
+# A replica that was forked more often than this is used by two devices at a time.
+FORMER_IDENTITIES_MAX: Final = 100
+
 RESULTS_A_MESSAGE_MAX: Final = _limits.GROUP_OPERATIONS_MAX
 
 LIMITS: Final = sync_pb2.Limits(
@@ -49,6 +65,8 @@ LIMITS: Final = sync_pb2.Limits(
 )
 
 Clock = Callable[[], int]
+
+_log = get_logger("tidelog.session")
 
 
 def server_time_us() -> int:
@@ -75,6 +93,38 @@ def parse_replica_id(text: str) -> bytes:
     return parsed.bytes
 
 
+def parse_formers(identities: Sequence[sync_pb2.FormerIdentity]) -> tuple[FormerIdentity, ...]:
+    """Return the former ids of a replica. Raises RequestInvalid."""
+    if len(identities) > FORMER_IDENTITIES_MAX:
+        raise RequestInvalid(f"{len(identities)} former ids of the replica: the limit is {FORMER_IDENTITIES_MAX}")
+    return tuple(FormerIdentity(parse_replica_id(one.replica_id), one.last_seq, one.settled_seq) for one in identities)
+
+
+def parse_former_outcome(data: bytes) -> FormerOutcome:
+    """Return what a replica says of an operation that it offers again. Raises RequestInvalid."""
+    try:
+        outcome = sync_pb2.FormerOutcome.FromString(data)
+    except DecodeError as error:
+        raise RequestInvalid("a former outcome cannot be read") from error
+    if not 0 <= outcome.version < MAX_POSITION:
+        raise RequestInvalid(f"a former outcome at version {outcome.version}")
+    if outcome.version:
+        return FormerOutcome(outcome.version)
+    return FormerOutcome(
+        0,
+        uuid_bytes(outcome.failure_id, "a failure id"),
+        FailureReason.of_number(outcome.reason),
+        outcome.message,
+        for_people(outcome.code),
+    )
+
+
+def check_timeline(store: Store, timeline: str) -> None:
+    """Raise SessionSuperseded if the store has begun another timeline: what a session was told holds no more."""
+    if store.identity.timeline != timeline:
+        raise SessionSuperseded("the server has begun a new timeline")
+
+
 class Upload:
     """
     The upload phase: the batches of one replica, one after the other.
@@ -88,6 +138,7 @@ class Upload:
     ) -> None:
         self._application = application
         self._store = store
+        self._timeline = store.identity.timeline
         self._uploader = uploader
         self._clock = clock
         self._failed = False
@@ -97,8 +148,14 @@ class Upload:
         self.first_seq = 0
         self.first_version = 0
 
-    def submit(self, operations: Sequence[bytes]) -> Future[list[Result]]:
-        """Settle a batch. Results come once they are durable; held operations have a preliminary one."""
+    def submit(
+        self, operations: Sequence[bytes], former_outcomes: Sequence[FormerOutcome] = ()
+    ) -> Future[list[Result]]:
+        """
+        Settle a batch. Results come once they are durable; held operations have a preliminary one.
+
+        With *former_outcomes*, the batch offers again what was settled before the store was put back.
+        """
         return self._submit(
             lambda reader, state: _engine.evaluate_batch(
                 operations,
@@ -107,6 +164,7 @@ class Upload:
                 reader=reader,
                 state=state,
                 time_us=self._clock(),
+                former_outcomes=former_outcomes,
             )
         )
 
@@ -129,6 +187,7 @@ class Upload:
         def job(reader: Reader) -> tuple[Writes | None, list[Result]]:
             if self._failed:
                 raise SessionSuperseded("an earlier batch of this session failed")
+            check_timeline(self._store, self._timeline)
             try:
                 evaluation = evaluate(reader, self._states[number])
             except BaseException:
@@ -178,6 +237,7 @@ class Session:
         self._request = start
         self._clock = clock
         self._replica = parse_replica_id(start.replica_id)
+        self._formers = parse_formers(start.former_identities)
         check_binding(start, principal)
         self._upload: Upload | None = None
         self._selection: list[ObjectKey] = []
@@ -189,31 +249,44 @@ class Session:
             tolerant=self.mode != sync_pb2.SYNCHRONIZE_MODE_ALL,
         )
         self._start = Start()
-        self._download = Download(store, self._projection, replica=self._replica, confirms=start.accepts_confirmations)
+        self._timeline = store.identity.timeline
+        self._checkpoints = Checkpoints(store, principal.tenant)
+        # Versions of another timeline do not tell what the replica still has.
+        confirms = start.accepts_confirmations and not self._is_of_other_timeline
+        self._download = Download(store, self._projection, replica=self._replica, confirms=confirms)
 
     def open(self) -> Future[sync_pb2.SessionStarted]:
-        """Begin. A session that uploads takes the replica's next session number and so ends older ones."""
-        if self._request.uploading:
-            opened = self._store.submit(
-                self._principal.tenant,
-                lambda reader: begin_upload(reader, self._replica, self._principal),
-            )
-            return _then(opened, self._started)
+        """
+        Begin. A session that uploads takes the replica's next session number and so ends older ones.
+
+        Where the replica's checkpoint shows that the store was put back from a backup, it
+        begins a new timeline.
+        """
         done: Future[sync_pb2.SessionStarted] = Future()
         try:
-            with self._store.read(self._principal.tenant) as reader:
-                known = reader.replica(self._replica)
-            check_owner(known, self._principal)
-            done.set_result(self._started(known, number=0))
+            if not self._request.uploading:
+                with self._store.read(self._principal.tenant) as reader:
+                    known = reader.replica(self._replica)
+                    is_restored = self._checkpoints.contradicts(reader, self._request.checkpoint)
+                if not is_restored:
+                    check_owner(known, self._principal)
+                    done.set_result(self._started(known))
+                    return done
+            return _then(self._store.submit(self._principal.tenant, self._begin), self._started)
         except Exception as error:  # noqa: BLE001 - the future carries it
             done.set_exception(error)
         return done
 
-    def upload(self, operations: Sequence[bytes]) -> Future[list[Result]]:
-        """Settle a batch."""
+    def upload(self, operations: Sequence[bytes], former_outcomes: Sequence[bytes] = ()) -> Future[list[Result]]:
+        """Settle a batch; with *former_outcomes*, serialized, one that is offered again."""
         if self._upload is None:
             raise RequestInvalid("a batch came in a session that was opened without uploading")
-        return self._upload.submit(operations)
+        return self._upload.submit(operations, [parse_former_outcome(data) for data in former_outcomes])
+
+    def checkpoint(self) -> bytes:
+        """Return the checkpoint of what is settled by now."""
+        with self._store.read(self._principal.tenant) as reader:
+            return self._checkpoints.at(reader.head())
 
     def select(self, selection: sync_pb2.Selection) -> None:
         """Add objects to be downloaded."""
@@ -247,20 +320,59 @@ class Session:
 
     def complete(self) -> sync_pb2.SessionComplete:
         """Return the last message, after the last page."""
+        check_timeline(self._store, self._timeline)
         head: Head = self._download.head
-        complete = sync_pb2.SessionComplete(version=head.version)
+        complete = sync_pb2.SessionComplete(version=head.version, checkpoint=self._checkpoints.at(head))
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
             complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
         else:
             complete.cursor = self._start.without_changed()
         return complete
 
-    def _started(self, known: ReplicaState | None, number: int | None = None) -> sync_pb2.SessionStarted:
+    @property
+    def _is_of_other_timeline(self) -> bool:
+        return self._request.timeline not in {"", self._timeline}
+
+    def _begin(self, reader: Reader) -> tuple[Writes, ReplicaState | None]:
+        """Take what the session needs of the store before it says anything."""
+        for former in self._formers:
+            check_owner(reader.replica(former.replica), self._principal)
+        known = reader.replica(self._replica)
+        check_owner(known, self._principal)
+        writes = Writes({}, [], None, [], [], reader.head().version)
+        if self._request.uploading:
+            writes, known = begin_upload(reader, self._replica, self._principal)
+        if self._checkpoints.contradicts(reader, self._request.checkpoint):
+            writes = writes._replace(timeline=str(uuid_utils.uuid4()))
+            _log.warning(
+                "a replica knows of history that this store lacks: an older one was put back, a new timeline begins",
+                replica_id=self._request.replica_id,
+                timeline=writes.timeline,
+            )
+        return writes, known
+
+    def _old_bases(self, reader: Reader) -> OldBases | None:
+        """Return which operations were made on a state of another timeline, if any."""
+        request, common_version = self._request, self._checkpoints.common_version
+        found = []
+        if request.HasField("old_bases"):
+            old = request.old_bases
+            found.append(OldBases(old.through_seq, common_version(reader, old.checkpoint)))
+        if self._is_of_other_timeline:
+            found.append(OldBases(MAX_POSITION, common_version(reader, request.checkpoint)))
+        if not found:
+            return None
+        return OldBases(max(one.through_seq for one in found), min(one.common_version for one in found))
+
+    def _started(self, known: ReplicaState | None) -> sync_pb2.SessionStarted:
         identity = self._store.identity
+        self._timeline = identity.timeline
         request, is_all = self._request, self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL
         with self._store.read(self._principal.tenant) as reader:
             head = reader.head()
             self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
+            self._checkpoints.begin(reader)
+            old_bases = self._old_bases(reader)
         started = sync_pb2.SessionStarted(
             protocol_version=_limits.PROTOCOL_VERSION,
             limits=LIMITS,
@@ -272,6 +384,7 @@ class Session:
             entities=self._projection.plans(self._clock(), self._start.reconciled if is_all else ()),
             tenant=self._principal.tenant,
             user_id=self._principal.user_id,
+            common_version=old_bases.common_version if old_bases is not None else 0,
         )
         if self._application.has_schema:
             started.schema.CopyFrom(self._application.schema.to_message())
@@ -280,7 +393,7 @@ class Session:
             started.settled.newest_nonce = known.newest_nonce
             for first, last in known.settled_ranges:
                 started.settled.ranges.add(first=first, last=last)
-            if number is None:
+            if request.uploading:
                 started.session_number = known.session_number
                 self._upload = Upload(
                     self._application,
@@ -290,6 +403,8 @@ class Session:
                         self._principal,
                         known.session_number,
                         self._request.leaves_earlier_operations,
+                        self._formers,
+                        old_bases,
                     ),
                     self._clock,
                 )
@@ -348,22 +463,22 @@ def put_results(results: Iterable[Result], container: RepeatedCompositeFieldCont
         )
 
 
-def settled_messages(results: Sequence[Result]) -> Iterator[sync_pb2.UploadSettled]:
+def settled_messages(results: Sequence[Result], checkpoint: bytes) -> Iterator[sync_pb2.UploadSettled]:
     """Yield the messages that bring the results of held operations, each small enough to be sent."""
     for first in range(0, max(1, len(results)), RESULTS_A_MESSAGE_MAX):
         end = first + RESULTS_A_MESSAGE_MAX
-        message = sync_pb2.UploadSettled(more_follow=end < len(results))
+        message = sync_pb2.UploadSettled(more_follow=end < len(results), checkpoint=checkpoint)
         put_results(results[first:end], message.results)
         yield message
 
 
 def _then(
-    future: Future[ReplicaState], transform: Callable[[ReplicaState], sync_pb2.SessionStarted]
+    future: Future[ReplicaState | None], transform: Callable[[ReplicaState | None], sync_pb2.SessionStarted]
 ) -> Future[sync_pb2.SessionStarted]:
     result: Future[sync_pb2.SessionStarted] = Future()
     result.set_running_or_notify_cancel()
 
-    def pass_on(done: Future[ReplicaState]) -> None:
+    def pass_on(done: Future[ReplicaState | None]) -> None:
         try:
             result.set_result(transform(done.result()))
         except Exception as error:  # noqa: BLE001 - the future carries it

@@ -42,6 +42,10 @@ class Reader(Protocol):
         """Return the id of the commit that ended at *version*, or None if none did."""
         ...
 
+    def commit_until(self, version: int) -> Head | None:
+        """Return the newest commit that ended at *version* or below, or None if none is kept."""
+        ...
+
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
         """Return the states of those objects that are or were there."""
         ...

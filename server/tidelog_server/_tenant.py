@@ -28,6 +28,7 @@ from tidelog._values import Attributes, check_id, check_name, copied, decode_tru
 from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
 from tidelog_server._application import Application
+from tidelog_server._author import Author
 from tidelog_server._errors import ChangedMeanwhile, OperationRefused
 from tidelog_server._indexes import index_writes
 from tidelog_server._overlay import Overlay
@@ -454,7 +455,7 @@ class _Data:
         action = Action(
             self._application,
             overlay,
-            replica=NO_REPLICA,
+            author=Author(NO_REPLICA),
             principal=self._principal,
             rights=self._rights,
             time_us=self._clock(),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from tidelog._errors import InvalidValue
+from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
 from tidelog._patch import Patch
@@ -19,6 +20,25 @@ from tidelog._schema import Schema
 # A named tuple's own constructor is a Python function, and costs twice as much. Where every operation passes, the
 # tuple is made directly.
 _new = tuple.__new__
+
+
+class FormerOutcome(NamedTuple):
+    """
+    What had become of an operation before the server was put back from a backup.
+
+    Attributes:
+        version: The version it was applied at; 0 if it was refused.
+        failure_id: The failure's id in 16 bytes; empty if it was applied.
+        reason: The failure's reason.
+        message: Its message.
+        code: Its code.
+    """
+
+    version: int
+    failure_id: bytes = b""
+    reason: FailureReason | None = None
+    message: str = ""
+    code: str = ""
 
 
 class Member(NamedTuple):
@@ -33,6 +53,8 @@ class Member(NamedTuple):
         data: Its bytes, as they came.
         error: Why it cannot be applied whatever the state of its object.
         renamed: Whether it was written with names that the schema has given up.
+        former: What had become of it before the server was put back from a backup, if it
+            is offered again.
     """
 
     seq: int
@@ -42,6 +64,7 @@ class Member(NamedTuple):
     data: bytes
     error: InvalidValue | None
     renamed: bool
+    former: FormerOutcome | None = None
 
 
 # What is applied all or none: one operation, or the operations of one commit group.
@@ -67,7 +90,7 @@ def read_member(data: bytes, schema: Schema) -> Member:
                 patch = current
     except InvalidValue as error:
         return Member(operation.seq, operation.nonce, operation, _NO_PATCH, data, error, renamed=False)
-    return _new(Member, (operation.seq, operation.nonce, operation, patch, data, None, renamed))
+    return _new(Member, (operation.seq, operation.nonce, operation, patch, data, None, renamed, None))
 
 
 def split_units(members: list[Member]) -> Iterator[Unit]:

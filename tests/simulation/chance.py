@@ -11,7 +11,7 @@ from unittest import mock
 
 import uuid_utils
 
-from tidelog_client import _commit, _replica, _storage, _synchronizer
+from tidelog_client import _commit, _lineage, _replica, _synchronizer
 from tidelog_server import _hooks, _lmdb_store, _outcomes, _services, _tenant
 
 UUID_BYTES = 16
@@ -81,7 +81,7 @@ def from_seed(random: Random, clocks: Clocks, server_time_us: Callable[[], int])
             (_synchronizer, "random", random),
             (_commit, "secrets", chance),
             (_lmdb_store, "secrets", chance),
-            (_storage, "uuid", chance),
+            (_lineage, "uuid", chance),
             (_lmdb_store, "uuid", chance),
             (_commit, "uuid_utils", chance),
             (_replica, "uuid_utils", chance),

@@ -65,6 +65,8 @@ class Commit(enum.StrEnum):
     UNSTAGE_MERGE = "a replica: staged pages without a cursor are discarded"
     MERGE = "a replica: a download without a cursor"
     START_OVER = "a replica: it asks for all states"
+    FORK = "a replica: another id, because its log is a copy"
+    REBASE = "a replica: a new timeline of the server's"
     TRIM = "a replica: its log is trimmed"
     NUMBER = "the server: a session's number"
     BATCH = "the server: a batch"
@@ -92,8 +94,11 @@ class CrashPoint(NamedTuple):
 CRASH_POINTS = tuple(CrashPoint(commit, moment) for commit, moment in product(Commit, Moment))
 
 # A replica that lacks a state which the server confirms asks for all states. No history is known that leads there:
-# the path is for damage, and the unit tests walk it.
-UNREACHABLE = frozenset(point for point in CRASH_POINTS if point.commit is Commit.START_OVER)
+# the path is for damage, and the unit tests walk it. What happens to copies and to restored servers is not simulated
+# here: tests/property/test_forks_model.py is about them.
+UNREACHABLE = frozenset(
+    point for point in CRASH_POINTS if point.commit in {Commit.START_OVER, Commit.FORK, Commit.REBASE}
+)
 
 # Not of a record's own are the reasons of a commit group's other members; SUPERSEDED needs a server that was restored.
 REASONS = tuple(
@@ -112,7 +117,7 @@ SETTINGS = (
 )
 
 _CLIENT_WRITES = {
-    "Storage._load_replica_id": Commit.OPEN,
+    "Lineage._make_replica_id": Commit.OPEN,
     "Committer._write": Commit.LOCAL,
     "Meta.write": Commit.SESSION,
     "Storage.settle": Commit.SETTLE,
@@ -123,11 +128,13 @@ _CLIENT_WRITES = {
     "Publication.stage_merge": Commit.STAGE_MERGE,
     "Publication.discard_merge": Commit.UNSTAGE_MERGE,
     "Publication.merge": Commit.MERGE,
-    "Publication.start_over": Commit.START_OVER,
+    "Publication.forget_states": Commit.START_OVER,
+    "Storage.fork": Commit.FORK,
+    "Storage.begin_rebase": Commit.REBASE,
     "Storage.trim": Commit.TRIM,
 }
 _SERVER_JOBS = {
-    "Session.open": Commit.NUMBER,
+    "Session._begin": Commit.NUMBER,
     "Services._upload_operations": Commit.NUMBER,
     "Upload.submit": Commit.BATCH,
     "Upload.settle_held": Commit.HELD,

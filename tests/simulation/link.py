@@ -99,7 +99,8 @@ class ServerEnd:
         if which == "selection":
             session.select(sync_pb2.Selection.FromString(request.selection))
             return None
-        settled = next(settled_messages(session.settle_held().result(STORE_TIMEOUT_SECONDS)))
+        held = session.settle_held().result(STORE_TIMEOUT_SECONDS)
+        settled = next(settled_messages(held, session.checkpoint() if held else b""))
         with self._store.read(self._principal.tenant) as reader:
             self.settled_version = reader.head().version
         self._pages = session.pages()
@@ -108,11 +109,13 @@ class ServerEnd:
     def submit(self, data: bytes) -> Callable[[], bytes]:
         """Take in a batch; what is returned waits for it and returns the answer."""
         batch = splice_pb2.SynchronizeRequestSplice.FromString(data).batch
-        future: Future[list[Result]] = self._opened().upload(list(batch.operations))
+        session = self._opened()
+        future: Future[list[Result]] = session.upload(list(batch.operations), batch.former_outcomes)
 
         def answer() -> bytes:
-            results = sync_pb2.BatchResults()
-            put_results(future.result(STORE_TIMEOUT_SECONDS), results.results)
+            settled_now = future.result(STORE_TIMEOUT_SECONDS)
+            results = sync_pb2.BatchResults(checkpoint=session.checkpoint())
+            put_results(settled_now, results.results)
             return _response(batch_results=results.SerializeToString())
 
         return answer

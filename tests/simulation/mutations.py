@@ -63,7 +63,7 @@ class Caught(NamedTuple):
 
 
 def _skip_the_dedupe() -> _Patch:
-    return mock.patch.object(_engine._Evaluator, "_former_outcomes", return_value={})
+    return mock.patch.object(_engine._Evaluator, "_settled_before", return_value={})
 
 
 def _written(change: Callable[[Writes], Writes]) -> _Patch:
@@ -213,9 +213,9 @@ def _ranges_without_gaps() -> _Patch:
 def _cursor_first() -> _Patch:
     publish = _publication.Publication.publish
 
-    def early(self: Any, pages: Any, object_count: int, *, cursor: bytes, version: int, plans: Any) -> Any:
-        self._meta.write(cursor=cursor, cursor_version=pack_position(version))
-        return publish(self, pages, object_count, cursor=cursor, version=version, plans=plans)
+    def early(self: Any, pages: Any, object_count: int, *, complete: Any, **options: Any) -> Any:
+        self._meta.write(cursor=complete.cursor, cursor_version=pack_position(complete.version))
+        return publish(self, pages, object_count, complete=complete, **options)
 
     return mock.patch.object(_publication.Publication, "publish", early)
 
@@ -228,14 +228,14 @@ def _no_rebase() -> _Patch:
 
 
 def _settle_before_durable() -> _Patch:
-    def unsaved(self: Any, results: Any) -> Any:
+    def unsaved(self: Any, *arguments: Any) -> Any:
         class Undone(Exception):
             pass
 
         counts: list[Any] = []
 
         def work(transaction: Any) -> None:
-            counts.append(self._settle(transaction, results))
+            counts.append(self._settle(transaction, *arguments))
             raise Undone
 
         work.__qualname__ = "Storage.settle"
@@ -299,8 +299,8 @@ def _double_intents() -> _Patch:
 def _fold_too_early() -> _Patch:
     settle = _view.View.settle_applied
 
-    def folding(self: Any, transaction: Any, applied: Any) -> None:
-        settle(self, transaction, applied)
+    def folding(self: Any, transaction: Any, applied: Any, **options: Any) -> None:
+        settle(self, transaction, applied, **options)
         for key, _, version in applied:
             self.drop_stale(transaction, key, version)
 

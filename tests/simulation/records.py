@@ -300,7 +300,7 @@ def read_replica(storage: Storage) -> ReplicaRecord:
         failures = [failure_pb2.SynchronizationFailure.FromString(value) for _, value in entries("failures")]
         cursor = transaction.get(b"cursor", db=environment.database("meta"))
         return ReplicaRecord(
-            replica_id=storage.replica_id,
+            replica_id=storage.lineage.replica_id,
             view={unpack_object_key(key): _unpack(value) for key, value in entries("objects")},
             base={unpack_object_key(key): _unpack(value) for key, value in entries("base")},
             unconfirmed=unconfirmed,

@@ -37,6 +37,7 @@ NOT_OVER_THE_NETWORK = {"AddressUnavailable", "SchemaContradicted", "OperationRe
 
 # Raised where the replica itself finds out, without a word of the server's.
 FOUND_BY_THE_REPLICA = {
+    "MassRemoval",
     "SynchronizationInProgress",
     "ServerUnavailable",
     "NotConfigured",

@@ -96,7 +96,8 @@ def settle(replica: Replica, *seqs: int, refused: bool = False) -> None:
                 seq=seq, status=operation_pb2.OPERATION_STATUS_APPLIED, version=100 + seq
             )
             for seq in seqs
-        ]
+        ],
+        b"",
     )
 
 

@@ -62,6 +62,32 @@ DOWNLOAD_MODE_NEVER: DownloadMode.ValueType  # 5
 """Nothing, and nothing is uploaded either, but in sessions of mode selected."""
 Global___DownloadMode: _TypeAlias = DownloadMode  # noqa: Y015
 
+class _ReconcileCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReconcileCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReconcileCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECONCILE_CAUSE_UNSPECIFIED: _ReconcileCause.ValueType  # 0
+    """The client gave no cursor, or one that is not of this history."""
+    RECONCILE_CAUSE_SCOPE_CHANGED: _ReconcileCause.ValueType  # 1
+    """What the principal may see, or what is downloaded of it, is something else than at the cursor."""
+    RECONCILE_CAUSE_HISTORY_COLLECTED: _ReconcileCause.ValueType  # 2
+    """The history that leads on from the cursor is not kept any more."""
+
+class ReconcileCause(_ReconcileCause, metaclass=_ReconcileCauseEnumTypeWrapper):
+    """Why a download reconciles. A client that would lose much by a cause that is
+    not stated asks first.
+    """
+
+RECONCILE_CAUSE_UNSPECIFIED: ReconcileCause.ValueType  # 0
+"""The client gave no cursor, or one that is not of this history."""
+RECONCILE_CAUSE_SCOPE_CHANGED: ReconcileCause.ValueType  # 1
+"""What the principal may see, or what is downloaded of it, is something else than at the cursor."""
+RECONCILE_CAUSE_HISTORY_COLLECTED: ReconcileCause.ValueType  # 2
+"""The history that leads on from the cursor is not kept any more."""
+Global___ReconcileCause: _TypeAlias = ReconcileCause  # noqa: Y015
+
 class _SynchronizeMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -208,6 +234,10 @@ class SessionStart(_message.Message):
     DOWNLOADS_FIELD_NUMBER: _builtins.int
     BOUND_TENANT_FIELD_NUMBER: _builtins.int
     BOUND_USER_ID_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    FORMER_IDENTITIES_FIELD_NUMBER: _builtins.int
+    OLD_BASES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the client speaks: 1. Another is refused with
     `FAILED_PRECONDITION`, reason `PROTOCOL_VERSION_UNSUPPORTED`.
@@ -245,11 +275,30 @@ class SessionStart(_message.Message):
     """
     bound_user_id: _builtins.str
     """The user that the replica is bound to. See `bound_tenant`."""
+    timeline: _builtins.str
+    """The timeline that the replica's state is of, as given in
+    `SessionStarted.timeline`. Empty: none yet.
+    """
+    checkpoint: _builtins.bytes
+    """The newest checkpoint that the server gave in this timeline. Shows a server
+    that was put back from a backup what it has lost. Empty: none.
+    """
     @_builtins.property
     def downloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntityDownload]:
         """What the replica wants to have of each entity. Entities not named: what the
         server offers.
         """
+
+    @_builtins.property
+    def former_identities(self) -> _containers.RepeatedCompositeFieldContainer[Global___FormerIdentity]:
+        """The ids under which operations of the log were committed before the replica
+        took its present one. An operation that was settled under one of them is
+        recognized by its nonce, and settled under both.
+        """
+
+    @_builtins.property
+    def old_bases(self) -> Global___OldBases:
+        """Set while there are operations whose base versions are of another timeline."""
 
     def __init__(
         self,
@@ -266,14 +315,76 @@ class SessionStart(_message.Message):
         downloads: _abc.Iterable[Global___EntityDownload] | None = ...,
         bound_tenant: _builtins.str = ...,
         bound_user_id: _builtins.str = ...,
+        timeline: _builtins.str = ...,
+        checkpoint: _builtins.bytes = ...,
+        former_identities: _abc.Iterable[Global___FormerIdentity] | None = ...,
+        old_bases: Global___OldBases | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["old_bases", b"old_bases"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_confirmations", b"accepts_confirmations", "bound_tenant", b"bound_tenant", "bound_user_id", b"bound_user_id", "cursor", b"cursor", "downloads", b"downloads", "leaves_earlier_operations", b"leaves_earlier_operations", "mode", b"mode", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "resume_token", b"resume_token", "schema_version", b"schema_version", "uploading", b"uploading"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_confirmations", b"accepts_confirmations", "bound_tenant", b"bound_tenant", "bound_user_id", b"bound_user_id", "checkpoint", b"checkpoint", "cursor", b"cursor", "downloads", b"downloads", "former_identities", b"former_identities", "leaves_earlier_operations", b"leaves_earlier_operations", "mode", b"mode", "old_bases", b"old_bases", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "resume_token", b"resume_token", "schema_version", b"schema_version", "timeline", b"timeline", "uploading", b"uploading"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionStart: _TypeAlias = SessionStart  # noqa: Y015
+
+@_typing.final
+class FormerIdentity(_message.Message):
+    """An id that a replica has given up, because another copy of it goes on under it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    LAST_SEQ_FIELD_NUMBER: _builtins.int
+    SETTLED_SEQ_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """The id."""
+    last_seq: _builtins.int
+    """The newest `seq` committed under it."""
+    settled_seq: _builtins.int
+    """The newest `seq` that was settled under it, as far as this copy knows."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        last_seq: _builtins.int = ...,
+        settled_seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_seq", b"last_seq", "replica_id", b"replica_id", "settled_seq", b"settled_seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FormerIdentity: _TypeAlias = FormerIdentity  # noqa: Y015
+
+@_typing.final
+class OldBases(_message.Message):
+    """Operations that were made on a state of an older timeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THROUGH_SEQ_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    through_seq: _builtins.int
+    """The newest of them."""
+    checkpoint: _builtins.bytes
+    """A checkpoint of the oldest such timeline. The server takes from it how far
+    that timeline and its own are the same.
+    """
+    def __init__(
+        self,
+        *,
+        through_seq: _builtins.int = ...,
+        checkpoint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "through_seq", b"through_seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OldBases: _TypeAlias = OldBases  # noqa: Y015
 
 @_typing.final
 class EntityDownload(_message.Message):
@@ -323,6 +434,7 @@ class EntityPlan(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     UPLOAD_EXCLUDED_FIELD_NUMBER: _builtins.int
     RECONCILE_FIELD_NUMBER: _builtins.int
+    RECONCILE_CAUSE_FIELD_NUMBER: _builtins.int
     entity: _builtins.str
     """The entity."""
     mode: Global___DownloadMode.ValueType
@@ -333,6 +445,8 @@ class EntityPlan(_message.Message):
     """True if this session's download reconciles the entity: every visible object
     of it is streamed, and what is not among them is to be removed.
     """
+    reconcile_cause: Global___ReconcileCause.ValueType
+    """Why, if it is."""
     def __init__(
         self,
         *,
@@ -340,10 +454,11 @@ class EntityPlan(_message.Message):
         mode: Global___DownloadMode.ValueType = ...,
         upload_excluded: _builtins.bool = ...,
         reconcile: _builtins.bool = ...,
+        reconcile_cause: Global___ReconcileCause.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "mode", b"mode", "reconcile", b"reconcile", "upload_excluded", b"upload_excluded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entity", b"entity", "mode", b"mode", "reconcile", b"reconcile", "reconcile_cause", b"reconcile_cause", "upload_excluded", b"upload_excluded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,6 +483,8 @@ class SessionStarted(_message.Message):
     ENTITIES_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
+    COMMON_VERSION_FIELD_NUMBER: _builtins.int
+    RECONCILE_CAUSE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the server speaks."""
     session_number: _builtins.int
@@ -392,6 +509,12 @@ class SessionStarted(_message.Message):
     """The principal's tenant. The replica is bound to it from now on."""
     user_id: _builtins.str
     """The principal's user id. The replica is bound to it from now on."""
+    common_version: _builtins.int
+    """If the replica's state, or some of its operations, are of another timeline:
+    a version up to which both are surely the same. 0: none is known.
+    """
+    reconcile_cause: Global___ReconcileCause.ValueType
+    """Why everything is reconciled, if it is."""
     @_builtins.property
     def settled(self) -> Global___SettledOperations:
         """What the server has settled of this replica."""
@@ -428,10 +551,12 @@ class SessionStarted(_message.Message):
         entities: _abc.Iterable[Global___EntityPlan] | None = ...,
         tenant: _builtins.str = ...,
         user_id: _builtins.str = ...,
+        common_version: _builtins.int = ...,
+        reconcile_cause: Global___ReconcileCause.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "schema", b"schema", "settled", b"settled"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "epoch", b"epoch", "limits", b"limits", "protocol_version", b"protocol_version", "reconcile", b"reconcile", "resumed", b"resumed", "schema", b"schema", "session_number", b"session_number", "settled", b"settled", "tenant", b"tenant", "timeline", b"timeline", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_version", b"common_version", "entities", b"entities", "epoch", b"epoch", "limits", b"limits", "protocol_version", b"protocol_version", "reconcile", b"reconcile", "reconcile_cause", b"reconcile_cause", "resumed", b"resumed", "schema", b"schema", "session_number", b"session_number", "settled", b"settled", "tenant", b"tenant", "timeline", b"timeline", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,22 +673,70 @@ class OperationBatch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OPERATIONS_FIELD_NUMBER: _builtins.int
+    FORMER_OUTCOMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[_operation_pb2.Operation]:
         """The operations, `seq` rising within the session. A commit group is whole."""
+
+    @_builtins.property
+    def former_outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___FormerOutcome]:
+        """Set if the batch offers operations again that were settled once and that the
+        server, put back from a backup, does not know: what became of each, in the
+        order of the operations. Such batches come before all others, `seq` rising
+        among them.
+        """
 
     def __init__(
         self,
         *,
         operations: _abc.Iterable[_operation_pb2.Operation] | None = ...,
+        former_outcomes: _abc.Iterable[Global___FormerOutcome] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operations", b"operations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_outcomes", b"former_outcomes", "operations", b"operations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OperationBatch: _TypeAlias = OperationBatch  # noqa: Y015
+
+@_typing.final
+class FormerOutcome(_message.Message):
+    """What had become of an operation before the server was put back from a backup."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    FAILURE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version it was applied at. 0: it was refused."""
+    failure_id: _builtins.str
+    """Id of its failure, if it was refused. The failure is recorded again."""
+    reason: _operation_pb2.FailureReason.ValueType
+    """The failure's reason."""
+    message: _builtins.str
+    """The failure's message."""
+    code: _builtins.str
+    """The failure's code."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        failure_id: _builtins.str = ...,
+        reason: _operation_pb2.FailureReason.ValueType = ...,
+        message: _builtins.str = ...,
+        code: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "failure_id", b"failure_id", "message", b"message", "reason", b"reason", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FormerOutcome: _TypeAlias = FormerOutcome  # noqa: Y015
 
 @_typing.final
 class BatchResults(_message.Message):
@@ -572,6 +745,9 @@ class BatchResults(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    checkpoint: _builtins.bytes
+    """See `SessionComplete.checkpoint`. To be stored with the results."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[_operation_pb2.OperationResult]:
         """One result an operation, in the order of the batch."""
@@ -580,10 +756,11 @@ class BatchResults(_message.Message):
         self,
         *,
         results: _abc.Iterable[_operation_pb2.OperationResult] | None = ...,
+        checkpoint: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -666,8 +843,11 @@ class UploadSettled(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     MORE_FOLLOW_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     more_follow: _builtins.bool
     """True if another one of these messages follows, with further results."""
+    checkpoint: _builtins.bytes
+    """See `SessionComplete.checkpoint`. To be stored with the results."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[_operation_pb2.OperationResult]:
         """Final results of the operations that were held, in the order held."""
@@ -677,10 +857,11 @@ class UploadSettled(_message.Message):
         *,
         results: _abc.Iterable[_operation_pb2.OperationResult] | None = ...,
         more_follow: _builtins.bool = ...,
+        checkpoint: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["more_follow", b"more_follow", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "more_follow", b"more_follow", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,6 +919,7 @@ class SessionComplete(_message.Message):
 
     CURSOR_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     cursor: _builtins.bytes
     """Where the replica stands once it has taken in all pages. To be stored in
     the same transaction as the data. In modes other than all it is empty unless
@@ -746,15 +928,21 @@ class SessionComplete(_message.Message):
     """
     version: _builtins.int
     """The tenant's version that the download reached."""
+    checkpoint: _builtins.bytes
+    """Shows a server that this version of its history exists: to be given in
+    `SessionStart.checkpoint` next time. A server that does not find it there has
+    been put back from a backup, and begins a new timeline.
+    """
     def __init__(
         self,
         *,
         cursor: _builtins.bytes = ...,
         version: _builtins.int = ...,
+        checkpoint: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cursor", b"cursor", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,18 +71,24 @@ class OperationBatchSplice(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OPERATIONS_FIELD_NUMBER: _builtins.int
+    FORMER_OUTCOMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Serialized `tidelog.v1.Operation` messages."""
+
+    @_builtins.property
+    def former_outcomes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Serialized `tidelog.v1.FormerOutcome` messages."""
 
     def __init__(
         self,
         *,
         operations: _abc.Iterable[_builtins.bytes] | None = ...,
+        former_outcomes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operations", b"operations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_outcomes", b"former_outcomes", "operations", b"operations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,3 +345,61 @@ class ResumeToken(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResumeToken: _TypeAlias = ResumeToken  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """What a checkpoint holds, sealed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    COMMITS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.str
+    """The store it speaks of."""
+    timeline: _builtins.str
+    """The run of history it speaks of."""
+    @_builtins.property
+    def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Commit]:
+        """Commits of that history: the newest one, and older ones at growing distances."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.str = ...,
+        timeline: _builtins.str = ...,
+        commits: _abc.Iterable[Global___Commit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "epoch", b"epoch", "timeline", b"timeline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class Commit(_message.Message):
+    """A commit of a tenant's history."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    COMMIT_ID_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version that it ended at."""
+    commit_id: _builtins.bytes
+    """Its id."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        commit_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_id", b"commit_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Commit: _TypeAlias = Commit  # noqa: Y015

@@ -1,0 +1,103 @@
+"""
+The author of operations: a replica, whatever ids it has had, and the states that it looked at.
+
+A replica whose directory was copied goes on under another id; what it committed before
+is its own nonetheless. A server that was put back from a backup numbers what it applies
+from then on anew; what the author saw before cannot be told by the numbers alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tidelog._operation import Operation
+from tidelog_server._records import Change, ObjectState
+
+
+class FormerIdentity(NamedTuple):
+    """
+    An id that a replica has given up.
+
+    Attributes:
+        replica: The id in 16 bytes.
+        last_seq: The newest seq committed under it.
+        settled_seq: The newest seq settled under it, as far as the replica knows.
+            Beyond it, another copy may have gone on under the id.
+    """
+
+    replica: bytes
+    last_seq: int
+    settled_seq: int
+
+
+class OldBases(NamedTuple):
+    """
+    Operations that were made on a state of an older timeline.
+
+    Attributes:
+        through_seq: The newest of them.
+        common_version: A version up to which that timeline and the present one are the same.
+    """
+
+    through_seq: int
+    common_version: int
+
+
+class Sight(NamedTuple):
+    """
+    What the author of an operation had seen of its object.
+
+    Attributes:
+        base_version: The version, in the numbers of the present timeline.
+        former_version: What was applied anew after a restore is known to the author if it had been
+            applied up to this version before. 0: nothing was.
+    """
+
+    base_version: int
+    former_version: int = 0
+
+    def covers(self, change: Change) -> bool:
+        """Tell whether a change is one that was applied anew and that the author had seen before."""
+        return 0 < change.former_version <= self.former_version
+
+
+class Author(NamedTuple):
+    """
+    A replica as the author of operations.
+
+    Attributes:
+        replica: Its id in 16 bytes.
+        formers: The ids that it had before.
+        old_bases: Which of its operations were made on a state of an older timeline.
+    """
+
+    replica: bytes
+    formers: tuple[FormerIdentity, ...] = ()
+    old_bases: OldBases | None = None
+
+    def created(self, state: ObjectState) -> bool:
+        """Tell whether the author created the present incarnation of an object."""
+        return state.creator == self.replica or any(state.creator == one.replica for one in self.formers)
+
+    def wrote(self, change: Change) -> bool:
+        """Tell whether a change is the author's."""
+        return change.replica == self.replica or any(
+            change.replica == one.replica and change.seq <= one.settled_seq for one in self.formers
+        )
+
+    def sight(self, operation: Operation, former_version: int = 0) -> Sight:
+        """
+        Return what an operation's author had seen.
+
+        Args:
+            operation: The operation.
+            former_version: The version that it was applied at before the server was put back; 0: it was not.
+        """
+        base_version = operation.base_version
+        bases = self.old_bases
+        if former_version:
+            common_version = bases.common_version if bases is not None else 0
+            return Sight(min(base_version, common_version), former_version - 1)
+        if bases is None or operation.seq > bases.through_seq:
+            return Sight(base_version)
+        return Sight(min(base_version, bases.common_version), base_version)

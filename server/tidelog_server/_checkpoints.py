@@ -1,0 +1,104 @@
+"""
+Checkpoints: what a replica shows a server that was put back from a backup.
+
+A checkpoint names commits of a tenant's history: the newest one, and older ones at
+growing distances. A store that lacks one of them, in the same timeline, has lost
+history that somebody was told of. The newest one that it has tells how far its history
+and the replica's are the same. It is sealed: nobody can make one up.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from tidelog.internal.v1 import splice_pb2
+from tidelog_server._records import Head
+from tidelog_server._sealing import Sealer
+from tidelog_server._store import Reader, Store
+
+# Distances from the newest commit grow by half: what is common is underestimated by no more than
+# half of what was lost.
+COMMITS_MAX: Final = 48
+
+
+class Checkpoints:
+    """
+    Makes and reads the checkpoints of one tenant.
+
+    Args:
+        store: Whose history they are of.
+        tenant: The tenant.
+    """
+
+    def __init__(self, store: Store, tenant: str) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._sealer = Sealer(store, "checkpoint")
+        self._older: list[Head] = []
+
+    def begin(self, reader: Reader) -> None:
+        """Note the older commits that the checkpoints of a session name."""
+        self._older = _spread(reader)
+
+    def at(self, head: Head) -> bytes:
+        """Return the checkpoint of a history that stands at *head*; empty if nothing was ever applied."""
+        if not head.version:
+            return b""
+        identity = self._store.identity
+        commits = [head, *(one for one in self._older if one.version < head.version)]
+        checkpoint = splice_pb2.Checkpoint(
+            epoch=identity.epoch,
+            timeline=identity.timeline,
+            commits=[splice_pb2.Commit(version=one.version, commit_id=one.commit_id) for one in commits],
+        )
+        return self._sealer.seal(checkpoint.SerializeToString(), self._tenant)
+
+    def contradicts(self, reader: Reader, data: bytes) -> bool:
+        """Tell whether a checkpoint is of this timeline, and names a commit that the store has lost."""
+        checkpoint = self._opened(data)
+        identity = self._store.identity
+        if checkpoint is None or (checkpoint.epoch, checkpoint.timeline) != (identity.epoch, identity.timeline):
+            return False
+        newest = max(checkpoint.commits, key=lambda one: one.version)
+        if newest.version > reader.head().version:
+            return True
+        known = reader.commit_id(newest.version)
+        if known is None:
+            # Is it gone with what is not kept any more, or did this history never commit there?
+            return reader.change(newest.version) is not None
+        return known != newest.commit_id
+
+    def common_version(self, reader: Reader, data: bytes) -> int:
+        """Return a version up to which a checkpoint's history is the store's own, the newest known one; 0: none."""
+        checkpoint = self._opened(data)
+        if checkpoint is None or checkpoint.epoch != self._store.identity.epoch:
+            return 0
+        return max(
+            (one.version for one in checkpoint.commits if reader.commit_id(one.version) == one.commit_id), default=0
+        )
+
+    def _opened(self, data: bytes) -> splice_pb2.Checkpoint | None:
+        opened = self._sealer.open(data, self._tenant) if data else None
+        if opened is None:
+            return None
+        try:
+            checkpoint = splice_pb2.Checkpoint.FromString(opened)
+        except DecodeError:
+            return None
+        return checkpoint if checkpoint.commits else None
+
+
+def _spread(reader: Reader) -> list[Head]:
+    """Return commits at growing distances from the newest, the newest first."""
+    head = reader.head()
+    found: list[Head] = [head] if head.version else []
+    distance = 1
+    while len(found) < COMMITS_MAX and head.version > distance:
+        commit = reader.commit_until(head.version - distance)
+        if commit is None:
+            break
+        found.append(commit)
+        distance = max(distance + (distance + 1) // 2, head.version - commit.version + 1)
+    return found

@@ -1,0 +1,638 @@
+"""Copies and backups put back: of a replica's directory, of the server's store, and servers that are others."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.builders import contents, quick_folder
+
+from tidelog import FailureReason, ForeignServer, MassRemoval
+from tidelog_client import Replica, Report
+from tidelog_client._connection import Stream
+from tidelog_server import Application, HookContext, HookObject, Reject, Server
+from tidelog_server._lmdb_store import LmdbStore
+
+
+class Site:
+    """A server and devices whose directories can be copied away and put back."""
+
+    def __init__(self, folder: Path, application: Application | None = None) -> None:
+        self.folder = folder
+        self.application = application or Application()
+        self._devices: dict[str, Replica] = {}
+        self._stack = ExitStack()
+        self.start()
+
+    def start(self, data: str = "server") -> None:
+        """Start the server on a folder."""
+        self.store = LmdbStore(self.folder / data)
+        self.server = Server(self.application, store=self.store)
+        self.server.start()
+
+    def stop(self) -> None:
+        """Stop the server."""
+        self.server.stop(grace_seconds=0)
+        self.store.close()
+
+    def device(self, name: str, **options: Any) -> Replica:
+        """Open a device, or return it if it is open; it speaks to the server that runs now."""
+        self.shut(name)
+        self._devices[name] = Replica(self.folder / name, server=self.server.address, **options)
+        return self._devices[name]
+
+    def shut(self, name: str) -> None:
+        """Close a device."""
+        if (opened := self._devices.pop(name, None)) is not None:
+            opened.close()
+
+    def copy(self, name: str, to: str) -> None:
+        """Copy the directory of a device that is closed, or of a server that is stopped."""
+        shutil.rmtree(self.folder / to, ignore_errors=True)
+        shutil.copytree(self.folder / name, self.folder / to)
+
+    def back_up(self) -> None:
+        """Keep a copy of the server's store."""
+        self.stop()
+        self.copy("server", "backup")
+        self.start()
+
+    def restore(self) -> None:
+        """Put the copy of the server's store back, without telling anybody."""
+        self.stop()
+        self.copy("backup", "server")
+        self.start()
+
+    def close(self) -> None:
+        """Close everything."""
+        for name in list(self._devices):
+            self.shut(name)
+        self.stop()
+
+    def sync(self, name: str, **options: Any) -> Report:
+        """Open a device anew, at the present server, and synchronize all."""
+        return self.device(name).synchronize_all(**options)
+
+    def truth(self, entity: str = "Task") -> dict[str, dict[str, Any]]:
+        """Return what a new device gets from the server."""
+        shutil.rmtree(self.folder / "fresh", ignore_errors=True)
+        self.sync("fresh")
+        found = contents(self._devices["fresh"], entity)
+        self.shut("fresh")
+        return found
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """Give a server whose application rejects tasks that are bad."""
+    application = Application()
+
+    @application.before_commit("Task")
+    def rejects(task: HookObject, context: HookContext) -> None:
+        if task["bad"]:
+            raise Reject("bad")
+
+    with quick_folder() as folder:
+        found = Site(folder, application)
+        yield found
+        found.close()
+
+
+class TestCopiedReplicas:
+    """A directory that was put back, or copied to another device, goes on under an id of its own."""
+
+    def test_an_old_copy_put_back_after_a_synchronization(self, site: Site) -> None:
+        """New edits of an old copy are applied as new ones, and what the lost directory had uploaded stays."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("a", "old")
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        a.create("Task", {}, "lost from the device")
+        a.synchronize_all()
+        former = a.replica_id
+        site.shut("a")
+        site.copy("old", "a")
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 10})
+        a.create("Task", {"bad": True}, "refused")
+
+        report = a.synchronize_all()
+
+        assert report.former_replica_id == former != a.replica_id
+        assert (report.applied, report.rejected, a.pending_count()) == (1, 1, 0)
+        assert contents(a) == site.truth() == {"t1": {"n": 11}, "lost from the device": {}}
+
+    def test_an_old_copy_with_operations_that_were_settled_since(self, site: Site) -> None:
+        """What was pending in the copy and has been settled meanwhile is recognized, refusals too."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        a.update("Task", "t1", increment={"n": 1})
+        a.create("Task", {"bad": True}, "refused")
+        site.shut("a")
+        site.copy("a", "old")
+        a = site.device("a")
+        failure = a.synchronize_all().failures[0]
+        a.update("Task", "t1", increment={"n": 100})
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("old", "a")
+
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 10})
+        report = a.synchronize_all()
+
+        assert report.former_replica_id
+        assert [one.id for one in report.failures] == [failure.id]
+        assert contents(a) == site.truth() == {"t1": {"n": 111}}
+        assert not a.synchronize_all().former_replica_id
+
+    def test_two_devices_go_on_from_one_directory(self, site: Site) -> None:
+        """What both copies hold is applied once, what each added is applied; both have ids of their own in the end."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        a.update("Task", "t1", increment={"n": 1})
+        with a.transaction(atomic=True) as transaction:
+            transaction.create("Task", {}, "both 1")
+            transaction.create("Task", {}, "both 2")
+        site.shut("a")
+        site.copy("a", "b")
+        a, b = site.device("a"), site.device("b")
+        a.update("Task", "t1", increment={"n": 10})
+        b.update("Task", "t1", increment={"n": 100})
+        b.create("Task", {}, "of b")
+
+        for _ in range(2):
+            a.synchronize_all()
+            b.synchronize_all()
+        a.synchronize_all()
+
+        expected = {"t1": {"n": 111}, "both 1": {}, "both 2": {}, "of b": {}}
+        assert contents(a) == contents(b) == site.truth() == expected
+        assert a.replica_id != b.replica_id
+        assert a.pending_count() == b.pending_count() == 0
+        assert not list(a.failures())
+        assert not list(b.failures())
+
+    def test_the_copy_uploads_first(self, site: Site) -> None:
+        """An operation that the copy settled under its new id is not applied again when the original sends it."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        a.update("Task", "t1", increment={"n": 1})  # in both
+        site.shut("a")
+        site.copy("a", "b")
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {}, "t2")
+        a.synchronize_selected([("Task", "t2")])  # leaves the increment behind
+        assert a.pending_count() == 1
+
+        assert b.synchronize_all().former_replica_id == a.replica_id
+        a.synchronize_all()
+
+        assert contents(a) == site.truth() == {"t1": {"n": 1}, "t2": {}}
+
+    def test_it_goes_on_by_itself_in_every_mode(self, site: Site) -> None:
+        """Sessions of the other modes fork too, and upload what they were asked to."""
+        for mode in ("unsynchronized", "selected"):
+            a = site.device(f"a {mode}")
+            a.create("Task", {}, f"t1 {mode}")
+            site.shut(f"a {mode}")
+            site.copy(f"a {mode}", "old")
+            a = site.device(f"a {mode}")
+            a.create("Task", {}, f"t2 {mode}")
+            a.synchronize_all()
+            site.shut(f"a {mode}")
+            site.copy("old", f"a {mode}")
+            a = site.device(f"a {mode}")
+            a.create("Task", {}, f"t3 {mode}")
+            if mode == "selected":
+                report = a.synchronize_selected([("Task", f"t3 {mode}")])
+            else:
+                report = a.synchronize_unsynchronized()
+            assert report.former_replica_id
+            a.synchronize_all()
+            assert {f"t{number} {mode}" for number in (1, 2, 3)} <= contents(a).keys()
+            assert a.pending_count() == 0
+
+    def test_later_operations_on_a_recognized_creation(self, site: Site) -> None:
+        """An object that the former id created counts as the replica's own: its edits made before it knew pass."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        site.shut("a")
+        site.copy("a", "b")
+        a = site.device("a")
+        a.create("Task", {}, "of a")
+        a.synchronize_all()
+        b = site.device("b")
+        b.update("Task", "t1", {"n": 5})  # has never seen a version of it
+
+        report = b.synchronize_all()
+
+        assert report.former_replica_id
+        assert not report.rejected
+        assert site.truth() == {"t1": {"n": 5}, "of a": {}}
+
+
+class TestRestoredServers:
+    """A server's store that is put back from a backup gets again what devices had been told was settled."""
+
+    def test_nobody_else_wrote_since(self, site: Site) -> None:
+        """Acknowledged operations that the backup lacks are applied once more, refusals recorded once more."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        a.create("Task", {"x": 1}, "t2")
+        a.create("Task", {"bad": True}, "refused")
+        failure = a.synchronize_all().failures[0]
+        a.delete("Task", "t2")
+        a.synchronize_all()
+        a.create("Task", {}, "t3")
+        a.synchronize_all()
+        a.update("Task", "t1", increment={"n": 10})  # pending
+        site.shut("a")
+
+        site.restore()
+        report = site.sync("a")
+
+        a = site.device("a")
+        assert report.server_restored
+        assert (report.reoffered, report.applied, report.rejected) == (5, 1, 0)
+        assert contents(a) == site.truth() == {"t1": {"n": 11}, "t3": {}}
+        with site.store.read("default") as reader:
+            [(_, recorded)] = reader.failures(b"", 10, 1 << 20)
+        assert failure.operation_bytes in recorded
+        again = a.synchronize_all()
+        assert (again.server_restored, again.reoffered, a.pending_count()) == (False, 0, 0)
+
+    def test_others_wrote_since(self, site: Site) -> None:
+        """What somebody else changed since the restore is not overwritten but becomes a failure; the rest goes."""
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"title": "x", "n": 0}, "t1")
+        a.create("Task", {"title": "x", "n": 0}, "t2")
+        a.synchronize_all()
+        b.synchronize_all()
+        site.shut("a")
+        site.shut("b")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", {"title": "of a, lost"})
+        a.update("Task", "t2", {"title": "of a, kept"})
+        a.update("Task", "t1", {"n": 7})
+        a.synchronize_all()
+        site.shut("a")
+        site.restore()
+        b = site.device("b")
+        b.update("Task", "t1", {"title": "of b"})
+        assert not b.synchronize_all().server_restored  # it has seen nothing that the backup lacks
+        site.shut("b")
+
+        report = site.sync("a")
+
+        assert report.server_restored
+        assert [one.reason for one in report.failures] == [FailureReason.SUPERSEDED]
+        assert report.failures[0].attributes == {"title": "of a, lost"}
+        truth = site.truth()
+        assert truth == {"t1": {"title": "of b", "n": 7}, "t2": {"title": "of a, kept", "n": 0}}
+        assert contents(site.device("a")) == truth
+        site.sync("b")
+        assert contents(site.device("b")) == truth
+
+    def test_two_devices_offer_again(self, site: Site) -> None:
+        """Operations of two devices come together again, in the order they had, whichever of the two comes first."""
+        for first, second in (("a", "b"), ("b", "a")):
+            a, b = site.device("a"), site.device("b")
+            key = f"t {first}"
+            a.create("Task", {"title": "", "n": 0}, key)
+            a.synchronize_all()
+            b.synchronize_all()
+            site.shut("a")
+            site.shut("b")
+            site.back_up()
+            a = site.device("a")
+            a.update("Task", key, {"title": "of a"}, increment={"n": 1})
+            a.synchronize_all()
+            b = site.device("b")
+            b.synchronize_all()
+            b.update("Task", key, {"note": "of b"}, increment={"n": 10})
+            b.synchronize_all()
+            site.shut("a")
+            site.shut("b")
+            site.restore()
+            reports = [site.sync(first), site.sync(second)]
+            site.sync(first)
+            assert [one.reoffered for one in reports] == [1, 1]
+            assert not any(len(one.failures) for one in reports)
+            assert site.truth()[key] == {"title": "of a", "note": "of b", "n": 11}
+            assert contents(site.device("a")) == contents(site.device("b")) == site.truth()
+
+    def test_cuts_while_offering_again(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Cut at whatever message, nothing is lost or applied twice, and what is shown never loses an own edit."""
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        b = site.device("b")
+        for number in range(20):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        a = site.device("a")
+        for number in range(5):
+            a.update("Task", "t1", increment={"n": 1})
+            a.create("Task", {}, f"new {number}")
+        a.synchronize_all()
+        a.update("Task", "t1", increment={"n": 100})  # pending
+        site.shut("a")
+        site.copy("a", "before")
+        cut_at = 0
+        done = False
+        while not done:
+            cut_at += 1
+            site.shut("a")
+            site.copy("before", "a")
+            site.restore()
+            a = site.device("a")
+            done = cut_session(a, monkeypatch, after_messages=cut_at)
+            assert a.get("Task", "t1")["n"] == 105  # type: ignore[index]
+            a.synchronize_all()
+            expected = {"t1": {"n": 105}, **{f"new {number}": {} for number in range(5)}}
+            assert contents(a) == site.truth() == expected
+            assert a.pending_count() == 0
+        assert cut_at > 5
+
+    def test_put_back_while_offering_again(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a device was told while it adopted a timeline is evidence too, should that timeline be put back."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        a.synchronize_all()
+        site.shut("a")
+        site.restore()
+        assert not cut_session(site.device("a"), monkeypatch, after_messages=1)  # a new timeline began
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 10})
+        assert not cut_session(a, monkeypatch, after_messages=3)
+        assert a.pending_count() == 0
+        site.shut("a")
+
+        site.restore()
+        site.sync("a")
+
+        assert contents(site.device("a")) == site.truth() == {"t1": {"n": 11}}
+
+    def test_results_of_which_the_state_never_came(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was applied before the restore, and never downloaded, shows once only after it was offered again."""
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        b = site.device("b")
+        for number in range(20):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        assert not cut_session(a, monkeypatch, after_messages=2)
+        assert a.pending_count() == 0
+        site.shut("a")
+
+        site.restore()
+        site.sync("a")
+
+        assert contents(site.device("a")) == site.truth() == {"t1": {"n": 1}}
+
+    def test_objects_that_are_not_downloaded(self, site: Site) -> None:
+        """Whoever keeps an object that it never downloads does not take an older version for one it has seen."""
+        site.application.on_conflict("Note", "reject_stale")
+        options: dict[str, Any] = {"download": {"Note": "nothing_preserve"}}
+        a = site.device("a", **options)
+        a.create("Note", {"text": "1"}, "n1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        c = site.device("c")
+        for number in range(20):
+            c.create("Task", {}, f"t{number}")
+        c.synchronize_all()
+        a = site.device("a", **options)
+        a.update("Note", "n1", {"text": "2"})
+        a.synchronize_all()
+        a.synchronize_selected([("Note", "n1")])
+        site.shut("a")
+        site.restore()
+        a = site.device("a", **options)
+        a.synchronize_all()
+        b = site.device("b")
+        b.synchronize_all()
+        b.update("Note", "n1", {"text": "of b"})
+        for number in range(30):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+
+        a.update("Note", "n1", {"text": "3"})
+        report = a.synchronize_all()
+
+        assert [one.reason for one in report.failures] == [FailureReason.CONFLICT]
+        assert site.truth("Note") == {"n1": {"text": "of b"}}
+
+    def test_what_waits_keeps_its_meaning(self, site: Site) -> None:
+        """A pending operation whose base is newer than the backup is judged by what its author can have seen."""
+        site.application.on_conflict("Task", "reject_stale")
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"title": "1"}, "t1")
+        a.synchronize_all()
+        b.synchronize_all()
+        site.shut("a")
+        site.shut("b")
+        site.back_up()
+        a = site.device("a")
+        for number in range(5):
+            a.create("Task", {}, f"more {number}")
+        a.update("Task", "t1", {"title": "2"})
+        a.synchronize_all()
+        a.update("Task", "t1", {"title": "3"})  # pending, on top of what the backup lacks
+        site.shut("a")
+        site.restore()
+        b = site.device("b")
+        b.update("Task", "t1", {"title": "of b"})
+        b.synchronize_all()
+        site.shut("b")
+
+        report = site.sync("a")
+
+        assert sorted(one.reason for one in report.failures) == [FailureReason.CONFLICT, FailureReason.SUPERSEDED]
+        assert site.truth()["t1"] == {"title": "of b"}
+
+    def test_restored_twice(self, site: Site) -> None:
+        """A device that missed two restores offers again what the last one lacks."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        a.synchronize_all()
+        site.shut("a")
+        site.restore()
+        site.sync("a")
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 10})
+        a.synchronize_all()
+        site.shut("a")
+        site.restore()
+        report = site.sync("a")
+        assert report.reoffered == 2
+        assert contents(site.device("a")) == site.truth() == {"t1": {"n": 11}}
+
+    def test_other_modes_adopt_it_first(self, site: Site) -> None:
+        """A session that was asked for less first takes in the new timeline whole, then does what it was asked for."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", increment={"n": 1})
+        a.synchronize_all()
+        a.create("Task", {}, "t2")
+        site.shut("a")
+        site.restore()
+        a = site.device("a")
+        report = a.synchronize_selected([("Task", "t2")])
+        assert (report.server_restored, report.reoffered, report.applied) == (True, 1, 1)
+        assert contents(a) == site.truth() == {"t1": {"n": 1}, "t2": {}}
+
+    def test_it_asks_before_much_goes(self, site: Site) -> None:
+        """What others had made since the backup and nobody offers again goes only with consent if it is most."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        for number in range(30):
+            a.create("Task", {}, f"of a {number}")
+        a.synchronize_all()
+        b = site.device("b")
+        b.synchronize_all()
+        b.create("Task", {}, "of b")
+        site.shut("a")
+        site.shut("b")
+        site.restore()
+        b = site.device("b")
+        before = contents(b)
+
+        with pytest.raises(MassRemoval) as caught:
+            b.synchronize_all()
+
+        assert (caught.value.removed, caught.value.present) == ({"Task": 30}, {"Task": 31})
+        assert contents(b) == before
+        with pytest.raises(MassRemoval):
+            b.synchronize_unsynchronized()
+        b.synchronize_all(accept_mass_removal=True)
+        assert contents(b) == site.truth() == {"t1": {}, "of b": {}}
+        site.sync("a")
+        b.synchronize_all()
+        assert len(contents(b)) == 32
+
+
+class TestForeignServers:
+    """A server with another store changes nothing unless that is agreed to."""
+
+    def test_an_empty_server(self, site: Site) -> None:
+        """Nothing is exchanged with an empty server; with consent it gets everything that the log keeps."""
+        a = site.device("a")
+        for number in range(30):
+            a.create("Task", {"n": number}, f"t{number}")
+        a.synchronize_all()
+        a.update("Task", "t1", increment={"n": 100})
+        site.shut("a")
+        before = site.truth()
+        site.stop()
+        site.start("empty")
+        a = site.device("a")
+        for synchronize in (a.synchronize_all, a.synchronize_unsynchronized):
+            with pytest.raises(ForeignServer):
+                synchronize()
+        assert (a.pending_count(), len(contents(a))) == (1, 30)
+        assert site.truth() == {}
+
+        report = a.synchronize_all(accept_foreign_server=True)
+
+        assert (report.reoffered, report.applied) == (30, 1)
+        before["t1"] = {"n": 101}
+        assert contents(a) == site.truth() == before
+        assert not a.synchronize_all().server_restored
+
+    def test_a_foreign_server_with_data(self, site: Site) -> None:
+        """What a foreign server has already is not overwritten, and what is not offered goes only with consent."""
+        a, b = site.device("a"), site.device("b")
+        for number in range(30):
+            a.create("Task", {}, f"of a {number}")
+        a.synchronize_all()
+        b.synchronize_all()
+        b.update("Task", "of a 1", {"pending": True})
+        b.create("Task", {}, "new")
+        b.create("Task", {}, "there")
+        site.shut("a")
+        site.shut("b")
+        site.stop()
+        site.start("other")
+        c = site.device("c")
+        c.create("Task", {"of": "c"}, "there")
+        c.synchronize_all()
+        b = site.device("b")
+        with pytest.raises(MassRemoval):
+            b.synchronize_all(accept_foreign_server=True)
+        assert len(contents(b)) > 30
+        report = b.synchronize_all(accept_mass_removal=True)
+        assert contents(b) == site.truth() == {"there": {"of": "c"}, "new": {}}
+        assert b.pending_count() == 0
+        assert {one.reason for one in b.failures()} == {FailureReason.OBJECT_GONE, FailureReason.ALREADY_EXISTS}
+        assert not report.failures
+
+
+class Cut(Exception):
+    """The program ended in the middle."""
+
+
+def cut_session(replica: Replica, monkeypatch: pytest.MonkeyPatch, *, after_messages: int) -> bool:
+    """Synchronize, and break off for good after so many messages from the server; tell whether that was too late."""
+    left = after_messages
+
+    def counted(stream: Stream) -> bytes | None:
+        nonlocal left
+        if not left:
+            raise Cut
+        left -= 1
+        return receive(stream)
+
+    receive = Stream.receive
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "receive", counted)
+        try:
+            replica.synchronize_all()
+        except Cut:
+            return False
+    return True
