@@ -152,9 +152,16 @@ class Link:
         server: The session on the server.
         wait: Lets the world go on until there may be a message.
         has_server_died: Tells whether the server is dead.
+        watch: Looks at whatever the server says, wherever it gets to.
     """
 
-    def __init__(self, server: ServerEnd, wait: Callable[[], None], has_server_died: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        server: ServerEnd,
+        wait: Callable[[], None],
+        has_server_died: Callable[[], bool],
+        watch: Callable[[bytes], None],
+    ) -> None:
         self.to_server: deque[bytes | None] = deque()
         self.to_client: deque[bytes | CallFailed] = deque()
         self.sent: list[bytes | None] = []
@@ -165,7 +172,10 @@ class Link:
         self._server = server
         self._wait = wait
         self._has_server_died = has_server_died
+        self._watch = watch
         self._is_server_done = False
+        self._echoes: list[Link] = []
+        self._origin: Link | None = None
         self._inbox: deque[bytes | CallFailed] = deque()
 
     @property
@@ -201,6 +211,8 @@ class Link:
         self.sent += messages
         if not self.is_dark:
             self.to_server.extend(messages)
+        for echo in self._echoes:
+            echo.to_server.extend(messages)
 
     def receive(self) -> bytes | None:
         """Wait for the next message."""
@@ -267,16 +279,19 @@ class Link:
         self.to_client.append(CallFailed(code, message, reason))
 
     def echo(self, server: ServerEnd) -> Link:
-        """Return a link on which all that was sent so far comes a second time."""
-        link = Link(server, self._wait, self._has_server_died)
+        """Return a link on which all that is sent comes a second time."""
+        link = Link(server, self._wait, self._has_server_died, self._watch)
         link.is_left = True
         link.to_server.extend(self.sent)
+        link._origin = self
+        self._echoes.append(link)
         return link
 
     @property
     def is_spent(self) -> bool:
         """Whether nothing of it reaches the server any more."""
-        return self._is_server_done or not self.to_server
+        may_follow = self._origin is not None and not self._origin.is_left
+        return self._is_server_done or not (self.to_server or may_follow)
 
     def _work(self, work: Callable[[], bytes | None], what: str) -> str:
         try:
@@ -293,6 +308,8 @@ class Link:
                 raise  # an honest client never sees these
             self.break_off(code, message, reason)
             return f"server refuses {what}: {reason} {message}"
+        if answer is not None:
+            self._watch(answer)
         if answer is not None and not (self.is_dark or self.is_mute or self.is_left):
             self.to_client.append(answer)
         return f"server takes {what}"

@@ -326,7 +326,7 @@ MUTATIONS: Final = (
     Mutation("the server forgets tombstones", _forget_tombstones),
     Mutation("results leave the server before they are durable", _results_before_commit),
     Mutation("a commit group is applied in parts", _groups_in_parts),
-    Mutation("a session that was superseded goes on", _no_fence, {"fault": 6, "duplicate": 15, "late": 3}),
+    Mutation("a session that was superseded goes on", _no_fence, {"fault": 4, "duplicate": 8, "late": 8, "advance": 0.4}),
     Mutation("an object is confirmed to who is not its sole writer", _confirm_without_sole_writer),
     Mutation("an outage makes a failure record", _transient_is_failure),
     Mutation("an operation overtakes one that is held", _overtake_the_held),

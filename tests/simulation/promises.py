@@ -25,7 +25,7 @@ from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import decode, decode_map
-from tidelog.v1 import failure_pb2
+from tidelog.v1 import failure_pb2, sync_pb2
 from tidelog_client._view import ViewRecord
 from tidelog_server._records import Change, ObjectState, Settled
 
@@ -408,6 +408,15 @@ def check_fresh(history: Past, replica: ReplicaRecord, keys: Collection[Key], *,
             following = history.next_after(key, held.version)
             if following is not None and following <= since:
                 yield f"{key} is held at {held.version}, changed at {following}; the session was at {since}"
+
+
+@promise("Private: what is sent of an object is what its receiver may read of it")
+def check_private(history: Past, page: sync_pb2.SnapshotPage) -> Iterator[str]:
+    """Compare the snapshots of a page with what may be read of those versions."""
+    for one in page.snapshots:
+        key, sent = (one.entity, one.id), decode_map(one.attributes)
+        if not same(sent, history.at(key, one.version)):
+            yield f"{key} at {one.version} is sent as {sent}, readable is {history.at(key, one.version)}"
 
 
 @promise("No poison: one synchronization settles everything that can be settled")

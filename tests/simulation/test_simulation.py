@@ -36,8 +36,8 @@ TIMEOUT_SECONDS = 1_200
 MUTATION_SEEDS = range(150)
 PROMISES = {
     "By version", "Change log", "Commit group", "Converges", "Cursor", "Cursor behind state", "Durable", "Fresh",
-    "In order", "Incarnation", "No poison", "Nothing lost on refusal", "One at a time", "Projection", "Settled marks",
-    "Settled once", "Sole writer", "View",
+    "In order", "Incarnation", "No poison", "Nothing lost on refusal", "One at a time", "Private", "Projection",
+    "Settled marks", "Settled once", "Sole writer", "View",
 }  # fmt: skip
 
 

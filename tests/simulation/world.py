@@ -47,6 +47,8 @@ from tidelog import (
     SynchronizationInProgress,
     Unauthenticated,
 )
+from tidelog.internal.v1 import splice_pb2
+from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _replica
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
@@ -181,7 +183,12 @@ class World:
         if call is None or not call.fiber.is_running:
             raise PromiseBroken("One at a time: a second synchronization fails at once", [device.name])
         server = self._server.end(device.eyes.principal, self._clock)
-        link = Link(server, call.fiber.pause, lambda: self._server.has_died)
+        link = Link(
+            server,
+            call.fiber.pause,
+            lambda: self._server.has_died,
+            lambda answer: self._overhear(device, answer),
+        )
         call.link = link
         call.selection, self._selected = self._selected, None
         pending = [one.seq for one in device.replica._storage.pending()]
@@ -192,6 +199,12 @@ class World:
             self.coverage.faults[Fault.TOKEN_REFUSED.name] += 1
             link.break_off(grpc.StatusCode.UNAUTHENTICATED, "the token has expired", "UNAUTHENTICATED")
         return link
+
+    def _overhear(self, device: Device, answer: bytes) -> None:
+        page = splice_pb2.SynchronizeResponseSplice.FromString(answer).page
+        if page:
+            self._read_history()
+            promises.check_private(device.seen, sync_pb2.SnapshotPage.FromString(page))
 
     def pause(self, device: Device, seconds: float) -> None:
         """See `Network`."""
@@ -226,7 +239,7 @@ class World:
             ("burst", 1.5 if linked else 0.0, self._burst),
             ("service", 0.8, self._write_as_service),
             ("third party", 2.0 if self._third_party is not None else 0.0, self._act_as_third_party),
-            ("late", 3.0 if self._ghosts else 0.0, self._haunt),
+            ("late", 3.0 if any(link.to_server for _, link in self._ghosts) else 0.0, self._haunt),
             ("kill", 0.4, lambda: self._kill(device)),
             ("trap", 0.9, lambda: self._lay_trap(device)),
             ("server trap", 0.6, self._lay_server_trap),
@@ -519,7 +532,7 @@ class World:
             self._ghosts.append((device, link))
 
     def _haunt(self) -> None:
-        device, link = self._random.choice(self._ghosts)
+        device, link = self._random.choice([one for one in self._ghosts if one[1].to_server])
         if device.call is not None and device.call.link is not None:
             self.coverage.faults[Fault.REORDER.name] += 1
         try:
