@@ -67,7 +67,7 @@ class Business:
         behaviours = get_args(OnDelete)
         return cls(
             {
-                (entity, name): random.choice(behaviours)
+                (entity, name): random.choice([*behaviours, "restrict"])
                 for entity, targets in REFERENCES.items()
                 for name in targets
                 if random.random() < 0.6

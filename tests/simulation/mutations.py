@@ -221,8 +221,8 @@ def _cursor_first() -> _Patch:
 
 
 def _no_rebase() -> _Patch:
-    def over(self: Any, transaction: Any, key: bytes, version: int, attributes: bytes, *, force: bool) -> None:
-        self.put_clean_snapshots(transaction, [(key, version, attributes)], force=force)
+    def over(self: Any, transaction: Any, *snapshot: Any, force: bool, **_options: Any) -> None:
+        self.put_clean_snapshots(transaction, [snapshot], force=force)
 
     return mock.patch.object(_view.View, "put_snapshot", over)
 
@@ -326,12 +326,16 @@ MUTATIONS: Final = (
     Mutation("the server forgets tombstones", _forget_tombstones),
     Mutation("results leave the server before they are durable", _results_before_commit),
     Mutation("a commit group is applied in parts", _groups_in_parts),
-    Mutation("a session that was superseded goes on", _no_fence, {"fault": 4, "duplicate": 8, "late": 8, "advance": 0.4}),
+    Mutation(
+        "a session that was superseded goes on", _no_fence, {"fault": 4, "duplicate": 8, "late": 8, "advance": 0.4}
+    ),
     Mutation("an object is confirmed to who is not its sole writer", _confirm_without_sole_writer),
-    Mutation("an outage makes a failure record", _transient_is_failure),
+    Mutation("an outage makes a failure record", _transient_is_failure, {"weather": 5}),
     Mutation("an operation overtakes one that is held", _overtake_the_held),
     Mutation("the server skips removals", _skip_removals),
-    Mutation("the cursor is where the server is, not where the download ended", _cursor_at_the_present),
+    Mutation(
+        "the cursor is where the server is, not where the download ended", _cursor_at_the_present, {"service": 4}
+    ),
     Mutation("hidden attributes are sent", _show_hidden_attributes),
     Mutation("an edit with an older clock loses", _older_clock_loses),
     Mutation("the settled ranges have no gaps", _ranges_without_gaps),

@@ -33,7 +33,7 @@ from tidelog_server._services import Services
 
 UPLOAD_MAX: Final = 5
 GROUP_MAX: Final = 3
-MISTAKES: Final = 0.1
+MISTAKES: Final = 0.3
 
 T = TypeVar("T")
 

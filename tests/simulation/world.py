@@ -682,7 +682,11 @@ class World:
             device = next((one for one in self._devices if one.has_staged_pages), device)
         device.wish(self.settings.business.wishes(self._random))
         self._say(f"{device.name} wants {device.wishes}")
+        is_staged = device.has_staged_pages
         self._die(device)
+        if is_staged and self._random.random() < 0.5:
+            # It comes seldom, and no trap laid by chance would wait for it long enough.
+            device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.UNSTAGE, self._moment())
 
     def _trim(self, device: Device) -> None:
         if device.call is not None:
