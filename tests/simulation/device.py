@@ -161,6 +161,13 @@ class Device:
         """Whether it keeps pages of an interrupted download of everything."""
         return bool(self.replica._storage.meta("resume_token"))
 
+    @property
+    def has_staged_merge(self) -> bool:
+        """Whether it keeps pages of a download without a cursor."""
+        environment = self.replica._storage.environment
+        with environment.read() as transaction:
+            return bool(transaction.stat(environment.database("merging"))["entries"])
+
     def wish(self, wishes: Mapping[str, Download]) -> None:
         """Let the user want something else, from the next time on that the replica is opened."""
         before, eyes = self.seen, self.eyes.with_wishes(wishes)

@@ -334,7 +334,9 @@ MUTATIONS: Final = (
     Mutation("an operation overtakes one that is held", _overtake_the_held),
     Mutation("the server skips removals", _skip_removals),
     Mutation(
-        "the cursor is where the server is, not where the download ended", _cursor_at_the_present, {"service": 4}
+        "the cursor is where the server is, not where the download ended",
+        _cursor_at_the_present,
+        {"service": 10, "third party": 5},
     ),
     Mutation("hidden attributes are sent", _show_hidden_attributes),
     Mutation("an edit with an older clock loses", _older_clock_loses),

@@ -83,12 +83,16 @@ class ThirdParty:
             self.pending[operation.seq] = data
         return f"the third party logs {size} operations"
 
-    def upload(self, server: SimulatedServer, *, is_answer_lost: bool) -> str:
-        """Send some of what is pending, in order and commit groups whole."""
+    def upload(self, server: SimulatedServer, *, is_answer_lost: bool, count_max: int = UPLOAD_MAX) -> str:
+        """
+        Send some of what is pending, in order and commit groups whole.
+
+        What may depend on operations that are not sent along stays pending: all must be sent together in the end.
+        """
         sent: dict[int, bytes] = {}
         for seq, data in self.pending.items():
             group = self.committed.operations[seq].group
-            if len(sent) >= UPLOAD_MAX and (group is None or group.position == 0):
+            if len(sent) >= count_max and (group is None or group.position == 0):
                 break
             sent[seq] = data
         request = splice_pb2.UploadOperationsRequestSplice(

@@ -509,6 +509,8 @@ class World:
 
     def _cut(self, device: Device, link: Link) -> None:
         """Break a link. What was under way may be lost, or come late."""
+        if device.has_staged_merge and self._random.random() < 0.5:
+            device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.UNSTAGE_MERGE, self._moment())
         if self._random.random() < 0.5:
             self._drop(link.to_client)
         if self._random.random() < 0.4:
@@ -743,7 +745,7 @@ class World:
             pending = 0
             while len(party.pending) != pending:
                 pending = len(party.pending)
-                self._say(party.upload(self._server, is_answer_lost=False))
+                self._say(party.upload(self._server, is_answer_lost=False, count_max=pending))
             if not pending:
                 return
         raise AssertionError(f"the third party keeps pending {list(party.pending)}")
