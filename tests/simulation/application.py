@@ -73,7 +73,7 @@ class Business:
                 if random.random() < 0.6
             },
             random.random() < 0.5,
-            {entity: random.choice(["reject_stale", "merge"]) for entity in ("Note", "Node") if random.random() < 0.4},
+            {entity: random.choice(["reject_stale", "merge"]) for entity in ("Note", "Node") if random.random() < 0.8},
             _rules(random) if random.random() < 0.5 else (),
             {
                 entity: _offer(random)

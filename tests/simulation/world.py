@@ -248,7 +248,11 @@ class World:
             ("trim", 0.5, lambda: self._trim(device)),
             ("clock", 0.3, lambda: self._jump(device)),
             ("token", 0.2, lambda: self._expire(device)),
-            ("wishes", 0.4, lambda: self._change_wishes(device)),
+            (
+                "wishes",
+                1.5 if any(one.has_staged_pages for one in self._devices) else 0.4,
+                lambda: self._change_wishes(device),
+            ),
         ]
         weights = [weight * self._focus.get(name, 1.0) for name, weight, _ in happenings]
         random.choices(happenings, weights)[0][2]()
@@ -686,7 +690,7 @@ class World:
         self._say(f"{device.name} wants {device.wishes}")
         is_staged = device.has_staged_pages
         self._die(device)
-        if is_staged and self._random.random() < 0.5:
+        if is_staged:
             # It comes seldom, and no trap laid by chance would wait for it long enough.
             device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.UNSTAGE, self._moment())
 
