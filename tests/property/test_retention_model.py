@@ -10,6 +10,7 @@ tell any more becomes a failure.
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -18,7 +19,7 @@ from unittest import mock
 
 import pytest
 from tests.builders import TENANT, MemoryStore, collect, contents, quick_folder
-from tests.simulation.link import Link, ServerEnd
+from tests.simulation.link import PAGES_AHEAD_MAX, ServerEnd
 
 from tidelog import OperationKind
 from tidelog._keys import ObjectKey
@@ -28,6 +29,8 @@ from tidelog_client._selection import select
 from tidelog_client._synchronization import Mode, Synchronization
 from tidelog_client._view import StateLost
 from tidelog_server import Application, Principal, _collection, _download
+from tidelog_server._attempts import Attempt
+from tidelog_server._errors import HistoryCollected, SessionSuperseded
 from tidelog_server._records import Change, Writes
 from tidelog_server._store import Reader
 
@@ -53,15 +56,15 @@ class World:
         self.time_us = 1
         submit = self.store.submit
 
-        def recorded(tenant: str, job: Any) -> Any:
+        def recorded(tenant: str, job: Any, attempt: Attempt | None = None) -> Any:
             def work(reader: Reader) -> tuple[Writes | None, Any]:
                 writes, result = job(reader)
                 self.changes += writes.changes if writes is not None else ()
                 return writes, result
 
-            return submit(tenant, work)
+            return submit(tenant, work, attempt)
 
-        self.store.submit = recorded  # type: ignore[assignment, method-assign]
+        self.store.submit = recorded  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Close the replicas."""
@@ -117,8 +120,7 @@ class World:
             attempt = Synchronization(storage, mode, report, lambda _: None, selection=selection)
             link = Link(attempt, ServerEnd(self.application, self.store, Principal(f"user-{name}"), self._clock))
             try:
-                while not attempt.done and (possible := link.moves()):
-                    possible[0]()
+                while not attempt.done and link.move():
                     moves += 1
                     if forgets is not None and moves == forgets[0]:
                         self.forget(forgets[1])
@@ -133,6 +135,35 @@ class World:
     def _clock(self) -> int:
         self.time_us += 1
         return self.time_us
+
+
+class Link:
+    """Carries the messages of one attempt, one at a time."""
+
+    def __init__(self, attempt: Synchronization, server: ServerEnd) -> None:
+        self._attempt = attempt
+        self._server = server
+        self._to_server: deque[bytes | None] = deque(attempt.begin())
+        self._to_client: deque[bytes] = deque()
+        self._is_broken = False
+
+    def move(self) -> bool:
+        """Let a message arrive, or a page be read; False: nothing more will come."""
+        try:
+            if not self._is_broken and self._to_server:
+                if (answer := self._server.receive(self._to_server.popleft())) is not None:
+                    self._to_client.append(answer)
+                return True
+            if not self._is_broken and self._server.has_pages and len(self._to_client) < PAGES_AHEAD_MAX:
+                self._to_client.append(self._server.next_page())
+                return True
+        except (HistoryCollected, SessionSuperseded):
+            self._is_broken = True
+            return True
+        if self._to_client:
+            self._to_server.extend(self._attempt.receive(self._to_client.popleft()))
+            return True
+        return False
 
 
 class Worlds:

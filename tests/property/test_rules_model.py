@@ -30,6 +30,7 @@ import pytest
 from tests.builders import TENANT, MemoryStore
 from tests.simulation.link import ServerEnd
 from tests.simulation.model import patched, replayed, same
+from tests.simulation.rights import Eyes, Granted, allow
 
 from tidelog import (
     Constraint,
@@ -93,20 +94,6 @@ _TELLTALE = re.compile(rb"note-\d+-|(?:task|line|memo|seal)-[a-d]")
 
 
 @dataclass(frozen=True)
-class Granted:
-    """An access rule."""
-
-    role: str
-    entity: str
-    create: bool
-    delete: bool
-    read: frozenset[str] | None
-    write: frozenset[str] | None
-    where: Constraint | None
-    check: Constraint | None
-
-
-@dataclass(frozen=True)
 class Person:
     """Who somebody is today."""
 
@@ -130,17 +117,7 @@ class Rules:
     def application(self) -> Application:
         """Return the application, with a hook that writes what hardly anybody may."""
         application = Application(schema=SCHEMA)
-        for one in self.granted:
-            application.allow(
-                one.role,
-                one.entity,
-                create=one.create,
-                delete=one.delete,
-                read="*" if one.read is None else one.read,
-                write="*" if one.write is None else one.write,
-                where=one.where,
-                check=one.check,
-            )
+        allow(application, self.granted)
         for entity, offer in self.offers.items():
             application.synchronize(entity, offer)
 
@@ -156,98 +133,6 @@ class Rules:
                 task["stamp"] = f"{task['note']}stamped"
 
         return application
-
-
-class Eyes:
-    """What one person may read and write, and what the person's replica has of it."""
-
-    def __init__(self, rules: Rules, person: Person, wishes: Mapping[str, Download]) -> None:
-        self._rules = rules
-        self._claims = {"user_id": person.name, **({} if person.me is None else {"me": person.me})}
-        self._wishes = wishes
-        self._granted = [one for one in rules.granted if one.role == "*" or one.role in person.roles]
-
-    def mode(self, entity: str) -> DownloadMode:
-        """Return how much of an entity is downloaded."""
-        modes = [one[entity].mode for one in (self._rules.offers, self._wishes) if entity in one]
-        for mode in ("never", "nothing_clear", "nothing_preserve", "where"):
-            if mode in modes:
-                return DownloadMode(mode)
-        return DownloadMode.ALL
-
-    def downloads(self, entity: str) -> bool:
-        """Tell whether objects of an entity are downloaded."""
-        return self.mode(entity) in (DownloadMode.ALL, DownloadMode.WHERE)
-
-    def readable(self, entity: str, attributes: Attributes | None) -> Attributes | None:
-        """Return what may be read of an object, or None."""
-        if attributes is None or not self._rules.granted:
-            return attributes
-        names: set[str] = set()
-        seen = False
-        for one in self._of(entity):
-            if one.read != frozenset() and self._holds(one.where, attributes):
-                seen = True
-                names |= set(attributes) if one.read is None else one.read
-        return {name: value for name, value in attributes.items() if name in names} if seen else None
-
-    def shown(self, entity: str, attributes: Attributes | None) -> Attributes | None:
-        """Return what the replica has of an object of a downloaded entity, or None."""
-        if attributes is None or not self.downloads(entity) or self.is_blind(entity):
-            return None
-        offer, wish = self._rules.offers.get(entity), self._wishes.get(entity)
-        if offer is not None and offer.where is not None and not self._holds(offer.where, attributes):
-            return None
-        seen = self.readable(entity, attributes)
-        if seen is None or (wish is not None and wish.where is not None and not self._holds(wish.where, seen)):
-            return None
-        return seen
-
-    def is_blind(self, entity: str) -> bool:
-        """Tell whether a wish names what may be read of no object: then nothing matches it."""
-        wish = self._wishes.get(entity)
-        if wish is None or wish.where is None or not self._rules.granted:
-            return False
-        reads = [one.read for one in self._of(entity) if self._has_claims(one)]
-        return None not in reads and bool(wish.where.attributes() - frozenset().union(*(one or () for one in reads)))
-
-    def may(self, operation: Operation, before: Attributes | None) -> bool:
-        """Tell whether an operation on an object may be applied."""
-        if not self._rules.granted:
-            return True
-        patch = operation.decoded_patch()
-        rules = [one for one in self._of(operation.entity) if self._has_claims(one)]
-        if operation.kind is OperationKind.CREATE:
-            after = dict(patch.set)
-            return self._covers([one for one in rules if one.create and self._accepts(one, after)], patch)
-        if before is None or self.readable(operation.entity, before) is None:
-            return False
-        rules = [one for one in rules if self._holds(one.where, before)]
-        if operation.kind is OperationKind.DELETE:
-            return any(one.delete for one in rules)
-        after = patched(before, patch)
-        writing = [one for one in rules if one.write != frozenset() and self._accepts(one, after)]
-        return self._covers(writing, patch)
-
-    def _of(self, entity: str) -> list[Granted]:
-        return [one for one in self._granted if one.entity in ("*", entity) and self._has_claims(one)]
-
-    def _has_claims(self, one: Granted) -> bool:
-        named = [where.claims() for where in (one.where, one.check) if where is not None]
-        return frozenset().union(*named) <= self._claims.keys()
-
-    def _accepts(self, one: Granted, after: Attributes) -> bool:
-        return self._holds(one.where if one.check is None else one.check, after)
-
-    def _covers(self, rules: Sequence[Granted], patch: Patch) -> bool:
-        return bool(rules) and all(
-            any(one.write is None or name in one.write for one in rules) for name in patch.written
-        )
-
-    def _holds(self, where: Constraint | None, attributes: Attributes) -> bool:
-        if where is None:
-            return True
-        return where.claims() <= self._claims.keys() and where.bind(self._claims).matches(attributes)
 
 
 # --- the world ----------------------------------------------------------------------------
@@ -320,7 +205,7 @@ class Wire:
         _expect(self._attempts_left, "a synchronization comes to an end")
         world = self._world
         principal = self._device.person.principal
-        self.eyes = Eyes(world.rules, self._device.person, self._device.wishes)
+        self.eyes = Eyes(world.rules.granted, world.rules.offers, principal, self._device.wishes)
         self._server = ServerEnd(world.application, world.store, principal, world.clock)
         self._answers: deque[bytes] = deque()
         return self

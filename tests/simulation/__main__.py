@@ -1,8 +1,9 @@
 """
 Run the simulation with any number of seeds.
 
-python -m tests.simulation --seeds 0-1000 --jobs 2
+python -m tests.simulation --seeds 0-9999
 python -m tests.simulation --seeds 17 --trace
+python -m tests.simulation --mutations --seeds 0-399
 """
 
 # ruff: noqa: T201 - a program prints
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 
-from tests.simulation.run import run_seed
+from tests.simulation.faults import Coverage
+from tests.simulation.mutations import MUTATIONS, catch
+from tests.simulation.run import run_many
 from tests.simulation.world import STEPS_DEFAULT
 
 
@@ -24,34 +27,51 @@ def _seeds(text: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
+def _find_mutations(seeds: range, steps: int, jobs: int | None) -> int:
+    """Print a table of what found each mistake."""
+    missed = 0
+    print("| mistake | found by | in world | worlds needed |\n| --- | --- | --- | --- |")
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        found = pool.map(partial(catch, seeds=seeds, steps=steps), range(len(MUTATIONS)))
+        for mutation, caught in zip(MUTATIONS, found, strict=True):
+            if caught is None:
+                missed += 1
+                print(f"| {mutation.name} | **nothing** | | more than {len(seeds)} |", flush=True)
+            else:
+                print(f"| {mutation.name} | {caught.promise} | {caught.seed} | {caught.seed_count} |", flush=True)
+    return 1 if missed else 0
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Run simulated worlds.")
     parser.add_argument("--seeds", type=_seeds, default=range(100), metavar="FIRST-LAST", help="default 0-99")
     parser.add_argument(
         "--steps", type=int, default=STEPS_DEFAULT, help=f"events in a world (default {STEPS_DEFAULT})"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--jobs", type=int, help="processes (default: as many as processors)")
     parser.add_argument("--trace", action="store_true", help="print every event")
     parser.add_argument("--keep-going", action="store_true", help="run all seeds, and name those that fail")
+    parser.add_argument(
+        "--mutations", action="store_true", help="put known mistakes into the product, and see that each is found"
+    )
     options = parser.parse_args()
-    failed = states_lost = 0
-    run = partial(run_seed, steps=options.steps)
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run, seed) for seed in options.seeds]):
-            outcome = done.result()
-            states_lost += outcome.states_lost
-            if options.trace:
-                print("\n".join(outcome.events))
-            if not outcome.error:
-                continue
-            failed += 1
-            if options.keep_going:
-                print(f"seed {outcome.seed}: {outcome.error}", flush=True)
-            else:
-                print(outcome.report, flush=True)
-                pool.shutdown(cancel_futures=True)
-                return 1
-    print(f"{len(options.seeds)} seeds, {failed} failed; {states_lost} reconciliations because of a lost state")
+    if options.mutations:
+        return _find_mutations(options.seeds, options.steps, options.jobs)
+    failed = 0
+    coverage = Coverage()
+    for outcome in run_many(options.seeds, steps=options.steps, jobs=options.jobs):
+        coverage.add(outcome.coverage)
+        if options.trace:
+            print("\n".join(outcome.events))
+        if not outcome.error:
+            continue
+        failed += 1
+        if not options.keep_going:
+            print(outcome.report, flush=True)
+            return 1
+        print(f"seed {outcome.seed}: {outcome.error}", flush=True)
+    print(*coverage.lines(), *(f"never: {hole}" for hole in coverage.holes()), sep="\n")
+    print(f"{len(options.seeds):,} seeds of {options.steps} steps, {failed} failed")
     return 1 if failed else 0
 
 

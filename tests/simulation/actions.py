@@ -17,6 +17,8 @@ from tidelog_client import Object, Replica, Transaction
 
 IDS = ("a", "b", "c", "ä/€", "x" * 128)
 FRESH_ID_SHARE = 0.15
+# Deleted more often: whether others refer to them decides.
+REFERRED = frozenset({"Order", "Node"})
 HANDLES_MAX = 6
 TRANSACTION_OPERATIONS_MAX = 6
 DAY = datetime(2026, 7, 1, tzinfo=UTC)
@@ -215,7 +217,7 @@ class User:
         exists = (current(key) is not None) is not (random.random() < 0.05)
         if not exists:
             return Intended(OperationKind.CREATE, key, Patch(self._attributes(key[0])))
-        if random.random() < 0.25:
+        if random.random() < (0.4 if key[0] in REFERRED else 0.25):
             return Intended(OperationKind.DELETE, key)
         return Intended(OperationKind.UPDATE, key, self._patch(key[0]))
 

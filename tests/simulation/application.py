@@ -1,21 +1,193 @@
-"""The application that simulated replicas work with: references, and hooks of every kind."""
+"""The application that simulated replicas work with: hooks of every kind, and what a seed makes of the rest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Final, Literal, get_args
 
-from tests.builders import references_schema
-from tests.simulation.model import Attributes, Misfit, patched
+from tests.simulation.model import Attributes, Misfit, patched, same
+from tests.simulation.rights import Granted, allow
 
-from tidelog import FailureReason, Operation, OperationKind
-from tidelog_server import Application, HookContext, HookObject, Reject, TransientError
+from tidelog import (
+    Constraint,
+    Download,
+    DownloadMode,
+    Entity,
+    FailureReason,
+    Integer,
+    Operation,
+    OperationKind,
+    Reference,
+    Schema,
+    String,
+    attribute,
+    claim,
+)
+from tidelog._attributes import AttributeType, OnDelete
+from tidelog_server import Application, HookContext, HookObject, Principal, Reject, TransientError
 
 ENTITIES = ("Note", "Task", "Order", "Line", "Node", "Counter", "Audit")
 REFERENCES: Final[dict[str, dict[str, str | list[str]]]] = {
     "Line": {"order": "Order", "also": ["Order"]},
     "Node": {"next": "Node", "friends": ["Node"]},
 }
+
+
+ROLES: Final = ("clerk", "boss")
+HOOK_SECONDS_MAX: Final = 600.0  # a slow machine must not decide anything
+SMALL: Final = 20
+
+
+@dataclass(frozen=True)
+class Business:
+    """
+    What a seed makes of the application.
+
+    Attributes:
+        on_delete: What becomes of an object when one that it refers to is deleted, by (entity, attribute).
+        is_strict: Whether the schema has rules that the replicas' programs do not know.
+        policies: What happens to stale edits, by entity.
+        granted: Access rules. None: everything is allowed.
+        offers: How much of each entity is downloaded.
+    """
+
+    on_delete: Mapping[tuple[str, str], OnDelete] = field(default_factory=dict)
+    is_strict: bool = False
+    policies: Mapping[str, Literal["reject_stale", "merge"]] = field(default_factory=dict)
+    granted: tuple[Granted, ...] = ()
+    offers: Mapping[str, Download] = field(default_factory=dict)
+
+    @classmethod
+    def drawn(cls, random: Random) -> Business:
+        """Draw one: half of them say nothing but what refers to what."""
+        if random.random() < 0.4:
+            return cls()
+        behaviours = get_args(OnDelete)
+        return cls(
+            {
+                (entity, name): random.choice([*behaviours, "restrict"])
+                for entity, targets in REFERENCES.items()
+                for name in targets
+                if random.random() < 0.6
+            },
+            random.random() < 0.5,
+            {entity: random.choice(["reject_stale", "merge"]) for entity in ("Note", "Node") if random.random() < 0.8},
+            _rules(random) if random.random() < 0.5 else (),
+            {
+                entity: _offer(random)
+                for entity in ("Note", "Task", "Node", "Counter", "Audit")
+                if random.random() < 0.2
+            },
+        )
+
+    def schema(self, version: int, *, is_servers: bool = True) -> Schema:
+        """Return the schema, as the server or as the replicas' programs know it."""
+        declared: dict[str, dict[str, AttributeType]] = {
+            entity: {
+                name: Reference(target, on_delete=self.on_delete.get((entity, name), "keep"))
+                if isinstance(target, str)
+                else Reference(target[0], many=True, on_delete=self.on_delete.get((entity, name), "keep"))
+                for name, target in targets.items()
+            }
+            for entity, targets in REFERENCES.items()
+        }
+        unique: dict[str, tuple[str, ...]] = {}
+        if self.is_strict and is_servers:
+            declared["Note"] = {"n": Integer(minimum=-SMALL, maximum=SMALL)}
+            declared["Task"] = {"title": String(required=True)}
+            unique["Note"] = ("n",)
+        return Schema(
+            [Entity(name, attributes, unique=unique.get(name, ())) for name, attributes in declared.items()],
+            version=version,
+            open=True,
+        )
+
+    def principal(self, random: Random, user_id: str) -> Principal:
+        """Draw who somebody is."""
+        return Principal(user_id, roles=frozenset([random.choice(ROLES)]), claims={"least": random.randint(-3, 1)})
+
+    def names(self) -> Iterator[str]:
+        """Name what was drawn."""
+        yield from (f"on_delete {behaviour}" for behaviour in self.on_delete.values())
+        yield from (f"policy {policy}" for policy in self.policies.values())
+        yield from (f"download {offer.mode.value}" for offer in self.offers.values())
+        if self.is_strict:
+            yield "strict schema"
+        if self.granted:
+            yield "access rules"
+
+    def wishes(self, random: Random) -> dict[str, Download]:
+        """Draw how much a replica wants."""
+        return {entity: _offer(random) for entity in ENTITIES if random.random() < 0.15}
+
+    def breaks_rules(self, entity: str, attributes: Attributes) -> bool:
+        """Tell whether an object does not fit the server's schema."""
+        if not self.is_strict:
+            return False
+        if entity == "Note":
+            n = attributes.get("n")
+            return n is not None and (type(n) is not int or not -SMALL <= n <= SMALL)
+        return entity == "Task" and type(attributes.get("title")) is not str
+
+    def restricts(self, entity: str) -> bool:
+        """Tell whether the deletion of an object of an entity may be refused for the sake of others."""
+        return any(
+            behaviour == "restrict" and _target(*reference) in {entity, *self._cascaded(entity)}
+            for reference, behaviour in self.on_delete.items()
+        )
+
+    def _cascaded(self, entity: str) -> Iterator[str]:
+        """Yield the entities of which objects may be deleted along with one of *entity*."""
+        found = [entity]
+        for one in found:
+            # An order's lines are deleted by a hook, whatever the schema says.
+            sources = [source for source, name in self.on_delete if _target(source, name) == one]
+            found += [source for source in [*sources, *(["Line"] if one == "Order" else [])] if source not in found]
+        yield from found
+
+
+def _target(entity: str, name: str) -> str:
+    target = REFERENCES[entity][name]
+    return target if isinstance(target, str) else target[0]
+
+
+def _rules(random: Random) -> tuple[Granted, ...]:
+    """Draw access rules: everybody may do everything, but for clerks with an entity or two."""
+    special = random.sample(["Note", "Task", "Node", "Line"], random.randint(1, 2))
+    free = [Granted("*", entity, True, True, None, None, None, None) for entity in ENTITIES if entity not in special]
+    bosses = [Granted("boss", entity, True, True, None, None, None, None) for entity in special]
+    return (*free, *bosses, *(_clerks(random, entity) for entity in special))
+
+
+def _clerks(random: Random, entity: str) -> Granted:
+    return Granted(
+        "clerk",
+        entity,
+        random.random() < 0.8,
+        random.random() < 0.6,
+        random.choice([None, None, frozenset({"n", "title", "order", "next", "tags"})]),
+        random.choice([None, None, frozenset({"n", "x", "title", "tags", "order", "next"})]),
+        random.choice([None, _constraint(random)]),
+        random.choice([None, None, _constraint(random)]),
+    )
+
+
+def _constraint(random: Random) -> Constraint:
+    return random.choice(
+        [
+            attribute("n") >= 0,
+            attribute("n") >= claim("least"),
+            ~(attribute("x") == 1),
+            attribute("n").is_in([0, 1, 2]),
+        ]
+    )
+
+
+def _offer(random: Random) -> Download:
+    mode = random.choice([DownloadMode.WHERE, DownloadMode.NOTHING_CLEAR, DownloadMode.NOTHING_PRESERVE])
+    return Download(mode, _constraint(random) if mode is DownloadMode.WHERE else None)
 
 
 @dataclass
@@ -25,7 +197,7 @@ class Weather:
     is_service_down: bool = False
 
 
-def make_application(weather: Weather, *, schema_version: int) -> Application:
+def make_application(weather: Weather, *, schema_version: int, business: Business | None = None) -> Application:
     """
     Return an application whose hooks reject, fail, change the object and write others.
 
@@ -35,7 +207,13 @@ def make_application(weather: Weather, *, schema_version: int) -> Application:
     - Order: without a title rejected; its deletion deletes its lines and leaves an audit record.
     - Line: touches its order.
     """
-    app = Application(schema=references_schema(REFERENCES, schema_version))
+    business = business or Business()
+    app = Application(schema=business.schema(schema_version), hook_seconds_max=HOOK_SECONDS_MAX)
+    allow(app, business.granted)
+    for entity, offer in business.offers.items():
+        app.synchronize(entity, offer)
+    for entity, policy in business.policies.items():
+        app.on_conflict(entity, "reject_stale" if policy == "reject_stale" else _merged)
 
     @app.before_commit("Task")
     @app.before_commit("Order")
@@ -93,6 +271,14 @@ def make_application(weather: Weather, *, schema_version: int) -> Application:
             context.update("Order", order, {"touched": context.operation.seq})
 
     return app
+
+
+def _merged(base: Attributes, theirs: Attributes, mine: Attributes | None) -> Attributes | None:
+    """Merge a stale edit: theirs is kept, but for what only the author has changed; a deletion loses."""
+    if mine is None:
+        return theirs
+    changed = {name: value for name, value in mine.items() if name not in base or not same(value, base[name])}
+    return {**changed, **theirs}
 
 
 def may_hooks_refuse(reason: FailureReason, operation: Operation, states: list[Attributes | None]) -> bool:

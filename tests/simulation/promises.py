@@ -14,15 +14,18 @@ from itertools import islice
 from typing import NamedTuple, ParamSpec
 from uuid import UUID
 
+from tests.simulation.application import Business
 from tests.simulation.model import Attributes, Key, Misfit, patched, replayed, same
-from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord
+from tests.simulation.records import Committed, History, Past, ReplicaRecord, ServerRecord
+from tests.simulation.rights import Eyes
 
+from tidelog._downloads import DownloadMode
 from tidelog._failure import FailureReason
-from tidelog._operation import Operation, OperationKind
+from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import decode, decode_map
-from tidelog.v1 import failure_pb2
+from tidelog.v1 import failure_pb2, sync_pb2
 from tidelog_client._view import ViewRecord
 from tidelog_server._records import Change, ObjectState, Settled
 
@@ -78,10 +81,18 @@ class Rules(NamedTuple):
         schema: Its schema.
         may_hooks_refuse: Tells whether its hooks have a reason to refuse, for this reason, this
             operation on an object that was in one of these states.
+        business: What the seed made of the application.
+        eyes: What the author may do. None: everything.
     """
 
     schema: Schema
     may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool]
+    business: Business = Business()
+    eyes: Eyes | None = None
+
+    def readable(self, entity: str, attributes: Attributes | None) -> Attributes | None:
+        """Return what the author of an operation may read of an object."""
+        return attributes if self.eyes is None else self.eyes.readable(entity, attributes)
 
 
 # --- the replica's log ------------------------------------------------------------------
@@ -106,8 +117,10 @@ def check_log(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
 
 
 @promise("Settled once: every operation is at any time exactly one of pending, applied once, failed with a record")
-def check_settled_once(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
-    """Compare what the replica believes of each operation with what the server did."""
+def check_settled_once(
+    server: ServerRecord, replica: ReplicaRecord, committed: Committed, merging: Collection[str] = ()
+) -> Iterator[str]:
+    """Compare what the replica believes of each operation with what the server did; it may merge some entities."""
     id_ = replica.replica_id
     for seq, operation in committed.operations.items():
         settled = server.settled[id_].get(seq)
@@ -127,7 +140,7 @@ def check_settled_once(server: ServerRecord, replica: ReplicaRecord, committed: 
             yield f"seq {seq} is settled with another nonce"
         if outcome is not None and (outcome.version, outcome.failure_id) != _outcome_of(settled):
             yield f"seq {seq}: the replica remembers {outcome}, the server {settled}"
-        yield from _misapplied(seq, operation, settled, changes, server.history)
+        yield from _misapplied(operation, settled, changes, server.history, is_merged=operation.entity in merging)
     if surplus := [key for key in server.changes_of if key[0] == id_ and key[1] not in committed.operations]:
         yield f"the server applied what nobody committed: {surplus}"
 
@@ -151,9 +164,9 @@ def check_failures(server: ServerRecord, replica: ReplicaRecord, committed: Comm
 
 
 @promise("In order: operations on one object are settled in log order")
-def check_order(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+def check_order(server: ServerRecord, replica_id: str, committed: Committed) -> Iterator[str]:
     """Look for an operation that was settled before an earlier one on its object."""
-    settled = server.settled[replica.replica_id]
+    settled = server.settled[replica_id]
     for key, seqs in committed.seqs_of.items():
         unsettled: int | None = None
         newest = 0
@@ -225,7 +238,11 @@ def check_refusals(
             continue
         reason = FailureReason.of_number(failure.reason)
         operation, when = committed.operations[seq], settlements[replica_id, seq]
-        if not _is_justified(reason, operation, when, server, rules):
+        if reason is FailureReason.DEPENDENCY_FAILED:
+            because = _is_caused(failure, committed, settlements, server, rules)
+        else:
+            because = _is_justified(reason, operation, when, server, rules)
+        if not because:
             yield f"seq {seq} ({operation.kind.name} {operation.key}) at {when}: {reason} {failure.message!r}"
 
 
@@ -310,7 +327,7 @@ def check_sole_writers(server: ServerRecord, committed: Mapping[str, Committed])
 
 
 @promise("View: an object is its base with every operation replayed that is pending or applied above the base")
-def check_view(history: History, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+def check_view(history: Past, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
     """Make the view anew from the server's history and the committed operations."""
     for key in dict.fromkeys([*replica.keys, *committed.seqs_of]):
         unconfirmed = replica.unconfirmed.get(key, [])
@@ -322,6 +339,7 @@ def check_view(history: History, replica: ReplicaRecord, committed: Committed) -
         base: Attributes | None = None
         if held is not None:
             base = decode_map(held.attributes)
+        if held is not None and history.follows(key[0]):
             expected = history.at(key, held.version)
             if not same(base, expected) or history.version_at(key, held.version) != held.version:
                 yield f"{key} is held at {held.version} as {base}, the server had {expected}"
@@ -329,7 +347,8 @@ def check_view(history: History, replica: ReplicaRecord, committed: Committed) -
             base = replayed(base, committed.operations[seq])
         if unconfirmed and not same(base, None if shown is None else decode_map(shown.attributes)):
             yield f"{key} is shown as {shown}, base and {unconfirmed} make {base}"
-        yield from _wrongly_replayed(key, held, history, replica, committed)
+        if history.follows(key[0]):
+            yield from _wrongly_replayed(key, held, history, replica, committed)
 
 
 @promise("Incarnation: an operation names the version that its author sees, and none of an object of his own making")
@@ -343,7 +362,7 @@ def check_versions_shown(replica: ReplicaRecord, committed: Committed) -> Iterat
 
 
 @promise("Cursor behind state: whatever the server had at the cursor's version, the replica has, or something newer")
-def check_cursor(history: History, replica: ReplicaRecord) -> Iterator[str]:
+def check_cursor(history: Past, replica: ReplicaRecord) -> Iterator[str]:
     """Compare each object that the replica holds with what the server had at the cursor."""
     if replica.cursor is None:
         return
@@ -351,6 +370,8 @@ def check_cursor(history: History, replica: ReplicaRecord) -> Iterator[str]:
     if version > history.version:
         yield f"the cursor is at {version}, the server at {history.version}"
     for key in dict.fromkeys([*history.keys, *replica.keys]):
+        if not history.follows(key[0]):
+            continue
         held = replica.held(key)
         if held is None:
             if not history.was_absent(key, version):
@@ -362,7 +383,7 @@ def check_cursor(history: History, replica: ReplicaRecord) -> Iterator[str]:
     for key, unconfirmed in replica.unconfirmed.items():
         for seq, applied in unconfirmed:
             # The deletion of what was gone already has no version of its own: it may linger without effect.
-            if 0 < applied <= version and history.at(key, applied) is not None:
+            if 0 < applied <= version and history.at(key, applied) is not None and history.follows(key[0]):
                 yield f"{key}: seq {seq} is replayed, applied at {applied}, and the cursor is at {version}"
 
 
@@ -374,9 +395,11 @@ def check_cursor_moves_forward(before: int, after: int) -> Iterator[str]:
 
 
 @promise("Fresh: what a mode covers is afterwards as the server had it during the session, or newer")
-def check_fresh(history: History, replica: ReplicaRecord, keys: Collection[Key], *, since: int) -> Iterator[str]:
+def check_fresh(history: Past, replica: ReplicaRecord, keys: Collection[Key], *, since: int) -> Iterator[str]:
     """Compare objects with the states that the server had from version *since* on."""
     for key in keys:
+        if not history.follows(key[0]):
+            continue
         held = replica.held(key)
         if held is None:
             if not history.was_absent(key, since):
@@ -385,6 +408,15 @@ def check_fresh(history: History, replica: ReplicaRecord, keys: Collection[Key],
             following = history.next_after(key, held.version)
             if following is not None and following <= since:
                 yield f"{key} is held at {held.version}, changed at {following}; the session was at {since}"
+
+
+@promise("Private: what is sent of an object is what its receiver may read of it")
+def check_private(history: Past, page: sync_pb2.SnapshotPage) -> Iterator[str]:
+    """Compare the snapshots of a page with what may be read of those versions."""
+    for one in page.snapshots:
+        key, sent = (one.entity, one.id), decode_map(one.attributes)
+        if not same(sent, history.at(key, one.version)):
+            yield f"{key} at {one.version} is sent as {sent}, readable is {history.at(key, one.version)}"
 
 
 @promise("No poison: one synchronization settles everything that can be settled")
@@ -397,9 +429,9 @@ def check_uploaded(replica: ReplicaRecord, seqs: Collection[int], not_ready: Col
 
 @promise("Projection: after a complete synchronize-all, local state is the server's, with pending operations on top")
 def check_converged_when_quiet(
-    server: ServerRecord, replica: ReplicaRecord, not_ready: Collection[int]
+    server: ServerRecord, replica: ReplicaRecord, not_ready: Collection[int], eyes: Eyes | None = None
 ) -> Iterator[str]:
-    """Compare the replica with the server's objects."""
+    """Compare the replica with what the server shows it: all objects, or what *eyes* see of them."""
     if left := [seq for seq in replica.pending if seq not in not_ready]:
         yield f"pending, and not reported as not ready: {left}"
     for key, unconfirmed in replica.unconfirmed.items():
@@ -408,6 +440,18 @@ def check_converged_when_quiet(
     visible = server.visible()
     for key in dict.fromkeys([*visible, *replica.keys]):
         held = replica.held(key)
+        if eyes is not None:
+            if (
+                eyes.mode(key[0]) is DownloadMode.NOTHING_CLEAR
+                and held is not None
+                and not replica.unconfirmed.get(key)
+            ):
+                yield f"{key} should have been cleared"
+            if not eyes.downloads(key[0]):
+                continue
+            version, attributes = visible.pop(key, (0, None))
+            if (seen := eyes.shown(key[0], attributes)) is not None:
+                visible[key] = version, seen
         local = None if held is None else (held.version, decode_map(held.attributes))
         there = visible.get(key)
         if (local is None) is not (there is None) or (
@@ -429,16 +473,24 @@ def check_server(server: ServerRecord, committed: Mapping[str, Committed]) -> No
     check_sole_writers(server, committed)
 
 
-def check_replica(server: ServerRecord, replica: ReplicaRecord, committed: Committed) -> None:
-    """Check what holds between a server and a replica at any moment."""
+def check_replica(
+    server: ServerRecord,
+    replica: ReplicaRecord,
+    committed: Committed,
+    *,
+    seen: Past | None = None,
+    merging: Collection[str] = (),
+) -> None:
+    """Check what holds at any moment between a server and a replica, which knows the history as *seen*."""
+    seen = seen or server.history
     check_log(replica, committed)
-    check_settled_once(server, replica, committed)
+    check_settled_once(server, replica, committed, merging)
     check_failures(server, replica, committed)
-    check_order(server, replica, committed)
+    check_order(server, replica.replica_id, committed)
     check_groups(server, replica.replica_id, committed)
-    check_view(server.history, replica, committed)
+    check_view(seen, replica, committed)
     check_versions_shown(replica, committed)
-    check_cursor(server.history, replica)
+    check_cursor(seen, replica)
 
 
 def check_everything(
@@ -454,8 +506,9 @@ def check_everything(
 
 
 def _misapplied(
-    seq: int, operation: Operation, settled: Settled, changes: list[Change], history: History
+    operation: Operation, settled: Settled, changes: list[Change], history: History, *, is_merged: bool
 ) -> Iterator[str]:
+    seq = operation.seq
     own = [change for change in changes if not change.by_hook]
     if settled.failure_id:
         if changes:
@@ -467,7 +520,9 @@ def _misapplied(
         return
     if len(own) > 1:
         yield f"seq {seq} was applied {len(own)} times: {[one.version for one in own]}"
-    if (own[0].version, own[0].key, own[0].kind) != (settled.version, operation.key, operation.kind):
+    if (own[0].version, own[0].key) != (settled.version, operation.key) or (
+        own[0].kind is not operation.kind and not is_merged
+    ):
         yield f"seq {seq} is applied at {settled.version}, its change is {own[0]}"
 
 
@@ -515,7 +570,7 @@ def _wrong_state(key: Key, state: ObjectState, newest: Change, creation: Change,
 
 
 def _wrongly_replayed(
-    key: Key, held: ViewRecord | None, history: History, replica: ReplicaRecord, committed: Committed
+    key: Key, held: ViewRecord | None, history: Past, replica: ReplicaRecord, committed: Committed
 ) -> Iterator[str]:
     """Compare the operations that are replayed on an object with those that have to be."""
     replayed_at = dict(replica.unconfirmed.get(key, []))
@@ -551,39 +606,144 @@ def _is_justified(
     server: ServerRecord,
     rules: Rules,
 ) -> bool:
-    history, key = server.history, operation.key
+    history, key, business, eyes = server.history, operation.key, rules.business, rules.eyes
     states = list(history.states_between(key, when.before, when.after))
-    patch = operation.decoded_patch()
+    seen = [rules.readable(key[0], state) for state in states]
     if reason in (FailureReason.HOOK_REJECTED, FailureReason.HOOK_ERROR):
         return rules.may_hooks_refuse(reason, operation, states)
     if operation.group is not None:
         return True  # what its group had done before it is gone without a trace
-    if reason is FailureReason.ALREADY_EXISTS:
-        return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
-    if reason is FailureReason.OBJECT_GONE:
-        # Of another incarnation than its author saw: created since, by somebody else.
-        return None in states or (operation.base_version < server.objects[key].created)
-    if reason is FailureReason.DEPENDENCY_FAILED and not operation.base_version and None not in states:
-        return True  # its author's own creation came too late: what is there is somebody else's
-    if reason in (FailureReason.DANGLING_REFERENCE, FailureReason.DEPENDENCY_FAILED):
-        if operation.kind is not OperationKind.CREATE and None in states:
-            return True
-        written = {**patch.set, **patch.add}
-        if patch.add:
-            return True  # members added refer to what was there before, too
-        targets = rules.schema.referenced(operation.entity, written)
-        return any(history.at(target, when.after) is None for _, target in targets)
-    if reason is FailureReason.VALIDATION_FAILED:
-        return any(state is not None and _misfits(state, operation) for state in states)
-    return False
+    match reason:
+        case FailureReason.ALREADY_EXISTS:
+            return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
+        case FailureReason.OBJECT_GONE:
+            # Of another incarnation than its author saw: created since, by somebody else.
+            return None in seen or (operation.base_version < server.objects[key].created)
+        case FailureReason.DANGLING_REFERENCE:
+            if operation.kind is not OperationKind.CREATE and None in seen:
+                return True
+            # Members that were there are written too.
+            targets = rules.schema.referenced(operation.entity, _written(operation, states))
+            return any(rules.readable(target[0], history.at(target, when.after)) is None for _, target in targets)
+        case FailureReason.VALIDATION_FAILED | FailureReason.SCHEMA_MISMATCH:
+            return any(_misfits(state, operation, business) for state in states)
+        case FailureReason.UNIQUE_VIOLATED:
+            return business.is_strict and _is_taken(operation, states, when, history)
+        case FailureReason.REFERENCED:
+            return operation.kind is OperationKind.DELETE and business.restricts(operation.entity)
+        case FailureReason.CONFLICT:
+            return operation.entity in business.policies and any(
+                change.version > operation.base_version for change in history.changes_to.get(key, ())
+            )
+        case FailureReason.ACCESS_DENIED | FailureReason.ATTRIBUTE_DENIED:
+            return eyes is not None and not all(_may(eyes, operation, state) for state in states)
+        case FailureReason.MALFORMED:
+            return operation.kind is OperationKind.DELETE and bool(operation.patch)
+        case _:
+            return False
 
 
-def _misfits(state: Attributes, operation: Operation) -> bool:
+def _may(eyes: Eyes, operation: Operation, state: Attributes | None) -> bool:
     try:
-        patched(state, operation.decoded_patch())
+        return eyes.may(operation, state)
     except Misfit:
         return True
+
+
+def _is_taken(operation: Operation, states: list[Attributes | None], when: Settlement, history: History) -> bool:
+    """Tell whether the unique value that an operation gives its object was another's in its transaction."""
+    values = [after["n"] for state in states if (after := _after(operation, state)) and "n" in after]
+    others = (key for key in history.keys if key[0] == operation.entity and key != operation.key)
+    return any(
+        state is not None and any(same(state.get("n"), value) for value in values)
+        for key in others
+        for state in history.states_between(key, when.before, when.after)
+    )
+
+
+def _after(operation: Operation, state: Attributes | None) -> Attributes | None:
+    patch = operation.decoded_patch()
+    if operation.kind is OperationKind.CREATE:
+        return dict(patch.set)
+    return None if state is None else patched(state, patch)
+
+
+def _is_caused(
+    failure: failure_pb2.SynchronizationFailure,
+    committed: Committed,
+    settlements: Mapping[tuple[str, int], Settlement],
+    server: ServerRecord,
+    rules: Rules,
+) -> bool:
+    """
+    Tell whether a failure that is put down to another one hangs under it rightly.
+
+    The cause is a failure of the same replica, settled no later, that kept an object from being created: one that
+    the operation, or a member of its commit group, is about or refers to.
+    """
+    replica_id = failure.replica_id
+    cause = server.failures.get(failure.cause_failure_id)
+    if cause is None or cause.replica_id != replica_id:
+        return False
+    refused = _operations(cause)
+    orders = [settlements[replica_id, one.seq].order for one in refused if (replica_id, one.seq) in settlements]
+    concerned = _operations(failure)
+    own = [settlements[replica_id, one.seq].order for one in concerned]
+    if not orders or max(orders) > min(own):
+        return False
+    needed: set[Key] = {one.key for one in concerned}
+    for one in concerned:
+        patch = one.decoded_patch()
+        for written in (patch.set, patch.add):
+            needed.update(target for _, target in rules.schema.referenced(one.entity, written))
+    earlier = [one for one in refused if one.kind is OperationKind.CREATE and one.key in needed]
+    # An object that was created after all, by a later operation of its author's, is not lacking.
+    return any(not _was_created_since(one, concerned, committed, settlements, server, replica_id) for one in earlier)
+
+
+def _was_created_since(  # noqa: PLR0917 - two operations, and where they are to be looked up
+    refused: Operation,
+    concerned: list[Operation],
+    committed: Committed,
+    settlements: Mapping[tuple[str, int], Settlement],
+    server: ServerRecord,
+    replica_id: str,
+) -> bool:
+    """Tell whether the author created the object by another operation, after the refused one and before these."""
+    for seq in committed.seqs_of.get(refused.key, ()):
+        settled = server.settled[replica_id].get(seq)
+        if (
+            refused.seq < seq < concerned[0].seq
+            and committed.operations[seq].kind is OperationKind.CREATE
+            and settled is not None
+            and not settled.failure_id
+            and settlements[replica_id, seq].order < settlements[replica_id, concerned[0].seq].order
+            and server.history.at(refused.key, settlements[replica_id, concerned[0].seq].before) is not None
+        ):
+            return True
     return False
+
+
+def _operations(failure: failure_pb2.SynchronizationFailure) -> list[Operation]:
+    return [decode_operation(data) for data in failure.group_operations or [failure.operation]]
+
+
+def _written(operation: Operation, states: list[Attributes | None]) -> Attributes:
+    """Return what an operation writes, lists with all that may have been in them."""
+    patch = operation.decoded_patch()
+    written = dict(patch.set)
+    for name, members in patch.add.items():
+        present = [member for state in states if state and type(state.get(name)) is list for member in state[name]]
+        written[name] = [*present, *members]
+    return written
+
+
+def _misfits(state: Attributes | None, operation: Operation, business: Business) -> bool:
+    try:
+        after = _after(operation, state)
+    except Misfit:
+        return True
+    return after is not None and business.breaks_rules(operation.entity, after)
 
 
 def _replayed_seqs(replica: ReplicaRecord) -> set[int]:

@@ -8,9 +8,10 @@ databases, so that nothing that the product leaves out of its own answers is mis
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 from uuid import UUID
 
 from tests.simulation.model import Attributes, Key, patched
@@ -69,6 +70,10 @@ class History:
         index = bisect_right(versions, version)
         return versions[index] if index < len(versions) else None
 
+    def follows(self, entity: str) -> bool:
+        """Tell whether a synchronization of everything brings objects of an entity."""
+        return True
+
     def was_absent(self, key: Key, first: int, last: int | None = None) -> bool:
         """Tell whether the object was not there at some moment from version *first* to *last* (None: now)."""
         return any(state is None for state in self.states_between(key, first, last))
@@ -92,6 +97,63 @@ class History:
         self.changes_to.setdefault(change.key, []).append(change)
         self._versions.setdefault(change.key, []).append(change.version)
         self._states.setdefault(change.key, []).append(after)
+
+
+class SeenHistory:
+    """
+    A history as one replica may know it: to the checkers, a history.
+
+    Args:
+        history: What really happened.
+        readable: Returns what may be read of an object's attributes, or None if it is not seen.
+        shown: The same of what a synchronization of everything brings.
+        follows: Tells whether a synchronization of everything brings objects of an entity at all.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        readable: Callable[[str, Attributes | None], Attributes | None],
+        shown: Callable[[str, Attributes | None], Attributes | None],
+        follows: Callable[[str], bool],
+    ) -> None:
+        self.readable = readable
+        self.shown = shown
+        self.follows = follows
+        self.version_at = history.version_at
+        self.next_after = history.next_after
+        self._history = history
+        self._seen: dict[tuple[Key, int], Attributes | None] = {}
+
+    @property
+    def keys(self) -> Iterable[Key]:
+        """The keys of all objects that ever were."""
+        return self._history.keys
+
+    @property
+    def version(self) -> int:
+        """How far the history goes."""
+        return self._history.version
+
+    @property
+    def selected(self) -> SeenHistory:
+        """The history as one sees it who asks for single objects."""
+        return SeenHistory(self._history, self.readable, self.readable, lambda _: True)
+
+    def at(self, key: Key, version: int) -> Attributes | None:
+        """Return what may be read of the attributes that an object had at a version."""
+        place = key, self._history.version_at(key, version)
+        if place not in self._seen:
+            self._seen[place] = self.readable(key[0], self._history.at(key, version))
+        return self._seen[place]
+
+    def was_absent(self, key: Key, first: int, last: int | None = None) -> bool:
+        """Tell whether the object was not shown at some moment from version *first* to *last* (None: now)."""
+        states = self._history.states_between(key, first, last)
+        return any(self.shown(key[0], state) is None for state in states)
+
+
+Past: TypeAlias = History | SeenHistory
 
 
 @dataclass(frozen=True)

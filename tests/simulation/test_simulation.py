@@ -1,19 +1,25 @@
 """
-The simulation, in the normal run of the tests: as many seeds as fit into a few seconds.
+The simulation, in the normal run of the tests: as many worlds as fit into a few minutes.
 
-`python -m tests.simulation --seeds 0-10000` runs more.
+`make simulate SEEDS=0-99999` runs more.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tests.simulation import promises
+from tests.simulation.faults import Coverage, client_commit, server_commit
 from tests.simulation.model import Misfit, patched, same
+from tests.simulation.mutations import MUTATIONS, catch
 from tests.simulation.promises import PromiseBroken
 from tests.simulation.records import Committed, read_replica, read_server
-from tests.simulation.run import run_seed
+from tests.simulation.run import run_many, run_seed
+from tests.simulation.world import QUIET_ROUNDS_MAX
 
 from tidelog import Patch
 from tidelog._environment import LmdbTransaction
@@ -21,35 +27,103 @@ from tidelog._patch import decode_patch
 from tidelog_client import Replica
 from tidelog_server import Application, LmdbStore, Server
 
-SEEDS_PER_TEST = 10
-TESTS = 12
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = range(2_000)
 LONG_STEPS = 1_500
+TIMEOUT_SECONDS = 1_200
+
+# How many worlds a mistake may take to be found; most take one to five.
+MUTATION_SEEDS = range(150)
+PROMISES = {
+    "By version", "Change log", "Commit group", "Converges", "Cursor", "Cursor behind state", "Durable", "Fresh",
+    "In order", "Incarnation", "No poison", "Nothing lost on refusal", "One at a time", "Private", "Projection",
+    "Settled marks", "Settled once", "Sole writer", "View",
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, SEEDS_PER_TEST * TESTS, SEEDS_PER_TEST))
-def test_promises_hold(first: int) -> None:
-    """Whatever happens to replicas, links and server, every promise holds and in the end all agree."""
-    for seed in range(first, first + SEEDS_PER_TEST):
-        outcome = run_seed(seed)
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_promises_hold_whatever_happens(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every promise holds in thousands of worlds, in which everything has happened that the simulation can do."""
+    coverage = Coverage()
+    for outcome in run_many(SEEDS):
         assert not outcome.error, outcome.report
+        coverage.add(outcome.coverage)
+    with capsys.disabled():
+        print("", *coverage.lines(), f"{len(SEEDS):,} worlds", sep="\n")  # noqa: T201 - what was covered is a result
+
+    assert list(coverage.holes()) == []
+    assert coverage.rounds_max <= QUIET_ROUNDS_MAX
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1_000_001, 1_000_002, 1_000_003])
+@pytest.mark.parametrize("seed", [1_000_001, 1_000_002])
 def test_promises_hold_for_long(seed: int) -> None:
-    """A world that lasts ten times as long keeps its promises too."""
+    """A world that lasts fifteen times as long keeps its promises too."""
     outcome = run_seed(seed, steps=LONG_STEPS)
     assert not outcome.error, outcome.report
 
 
 @pytest.mark.slow
 def test_a_seed_decides_everything() -> None:
-    """The same seed makes the same things happen, so that a failure can be seen again."""
-    first, second = run_seed(7), run_seed(7)
+    """The same seed makes the same things happen in any process, down to every byte of the change log."""
+    run = "from tests.simulation.run import run_seed; print(run_seed(7).fingerprint)"
+    roots = [str(ROOT / folder) for folder in (".", "changelog", "server", "client")]
 
-    assert first.events == second.events
-    assert first.events != run_seed(8).events
+    def elsewhere(hash_seed: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "PYTHONHASHSEED": hash_seed}
+        return subprocess.run(
+            [sys.executable, "-c", run], env=environment, capture_output=True, check=True, text=True
+        ).stdout.strip()
+
+    here = run_seed(7).fingerprint
+
+    assert here == elsewhere("1") == elsewhere("2")
+    assert here != run_seed(8).fingerprint
+
+
+@pytest.mark.slow
+def test_a_failure_says_how_to_see_it_again() -> None:
+    """What a failing world prints ends with the one command that replays it."""
+    with MUTATIONS[0].apply():
+        outcome = next(one for one in map(run_seed, MUTATION_SEEDS) if one.error)
+
+    assert outcome.report.endswith(f"replay: python -m tests.simulation --seeds {outcome.seed} --steps 100 --trace")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(MUTATIONS)), ids=[one.name for one in MUTATIONS])
+def test_mistakes_are_found(index: int) -> None:
+    """A mistake put into the product breaks a promise in one of the first worlds."""
+    caught = catch(index, MUTATION_SEEDS)
+
+    assert caught is not None, f"nothing noticed that {MUTATIONS[index].name}"
+    assert caught.promise in PROMISES
+
+
+def test_a_write_without_a_name_is_noticed() -> None:
+    """Whatever begins to write must become a crash point: a name that is not in the list ends the simulation."""
+
+    def work() -> None: ...
+
+    with pytest.raises(AssertionError, match="no crash point"):
+        client_commit(work)
+    with pytest.raises(AssertionError, match="no crash point"):
+        server_commit(work)
+
+
+def test_coverage_names_its_holes() -> None:
+    """Without anything that happened, everything is a hole; what happened is none."""
+    coverage = Coverage()
+    assert {"fault CUT", "crash SETTLE.BEFORE", "reason CONFLICT", "mode ALL"} <= set(coverage.holes())
+
+    coverage.faults["CUT"] += 1
+    coverage.crashes["SETTLE.BEFORE"] += 1
+    other = Coverage(rounds_max=3)
+    other.add(coverage)
+
+    assert other.rounds_max == 3
+    assert not {"fault CUT", "crash SETTLE.BEFORE"} & set(other.holes())
 
 
 # --- the checkers find what they look for -----------------------------------------------

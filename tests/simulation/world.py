@@ -2,344 +2,225 @@
 A world of replicas and a server, driven from one seed.
 
 Everything that can happen happens one thing at a time, and dice choose what: a local
-change, one message on one link, a cut, a crash of a replica at one of its writes, a
-crash of the server before or after it replied. The real client and server code runs;
-only the link between them, the fuse in their writes and the dice are made here. After
-each step what holds at any moment is checked; at the end the world heals, and all
-replicas must agree with the server.
+change, one message on one link, a fault of the network, a crash of either side before or
+after any of its commits, a full disk, a clock that jumps. The real client and server code
+runs; only the network, the disks, the clocks and the dice are made here. After each step
+what holds at any moment is checked; at the end the world heals, and all replicas must
+agree with the server within a few synchronizations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Final
 from unittest import mock
 from uuid import UUID
 
-from tests.builders import references_schema
-from tests.simulation import promises
-from tests.simulation.actions import User, fits
-from tests.simulation.application import REFERENCES, Weather, make_application, may_hooks_refuse
-from tests.simulation.link import Link, ServerEnd, ServerGone
+import grpc
+from tests.simulation import chance, disk, promises
+from tests.simulation.actions import IDS, fits
+from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
+from tests.simulation.device import Call, Device, Model, ReplicaDied
+from tests.simulation.disk import Trap
+from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Commit, Coverage, Fault, Moment
+from tests.simulation.fiber import Fiber
+from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
-from tests.simulation.promises import Rules, Settlement
-from tests.simulation.records import Committed, History, ReplicaRecord, ServerRecord, read_replica, read_server
+from tests.simulation.promises import PromiseBroken, Rules
+from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
+from tests.simulation.rights import Eyes
+from tests.simulation.server import SimulatedServer
+from tests.simulation.settings import Settings
+from tests.simulation.third_party import ThirdParty
 
-from tidelog import StorageError, _log
+from tidelog import (
+    FailureReason,
+    InvalidValue,
+    ObjectExists,
+    ObjectNotFound,
+    ServerUnavailable,
+    StorageError,
+    SynchronizationInProgress,
+    Unauthenticated,
+)
+from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Replica, Report, SkipReason, _publication, _storage, _synchronization, _view
+from tidelog_client import Object, Report, SkipReason, _replica
 from tidelog_client._selection import Selection, select
-from tidelog_client._synchronization import Mode, Synchronization
-from tidelog_client._view import StateLost
-from tidelog_server import LmdbStore, Principal, _download, _engine, _overlay, _session
-from tidelog_server._attempts import Attempt, UnderWay
-from tidelog_server._records import Identity, Writes
-from tidelog_server._store import Reader
+from tidelog_client._synchronization import Mode
+from tidelog_server import OperationRefused, TransientError
+from tidelog_server._principal import DEFAULT_TENANT
+from tidelog_server._tenant import Tenant
 
-STEPS_DEFAULT = 150
-QUIET_ROUNDS = 2
-QUIET_ROUNDS_MAX = 12
-CALL_MOVES_MAX = 20_000
-MIB = 1024 * 1024
+STEPS_DEFAULT: Final = 100
 
-T = TypeVar("T")
-
-
-class ReplicaDied(BaseException):
-    """A replica's process dies. Nothing may catch it on the way, as nothing catches SIGKILL."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a seed draws once: how many replicas, and how small the limits are."""
-
-    replica_count: int
-    schema_versions: tuple[int, ...]
-    server_map_bytes: int
-    replica_map_bytes: int
-    is_hasty: bool
-    limits: dict[str, int]
-
-    @classmethod
-    def drawn(cls, random: Random) -> Settings:
-        """Draw settings: small limits reach in a few steps what takes a million objects otherwise."""
-        replica_count = random.randint(1, 4)
-        return cls(
-            replica_count,
-            tuple(random.choices([1, 2], [4, 1])[0] for _ in range(replica_count)),
-            random.choice([256 * 1024, 1024 * MIB]),
-            random.choice([256 * 1024, 1024 * MIB]),
-            random.random() < 0.3,
-            {
-                "batch_operations": random.choice([1, 2, 5, 500]),
-                "batches_in_flight": random.choice([1, 2, 4]),
-                "download_page": random.choice([1, 2, 5, 1_000]),
-                "catch_up_rounds": random.choice([1, 3]),
-                "held_units": random.choices([1, 3, 10_000], [1, 1, 6])[0],
-                "server_scan_page": random.choice([1, 3, 500]),
-                "stage_bytes": random.choice([1, 300, 8 * MIB]),
-                "publish_objects": random.choice([0, 3, 100_000]),
-                "publish_pages": random.choice([1, 2, 20]),
-                "replica_page": random.choice([1, 3, 500]),
-                "selection_keys": random.choice([1, 5_000]),
-            },
-        )
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the limits in force."""
-        limits = self.limits
-        message = sync_pb2.Limits()
-        message.CopyFrom(_session.LIMITS)
-        message.batch_operation_count = limits["batch_operations"]
-        message.batches_in_flight = limits["batches_in_flight"]
-        with ExitStack() as stack:
-            for module, name, value in (
-                (_session, "LIMITS", message),
-                (_download, "PAGE_OBJECTS_MAX", limits["download_page"]),
-                (_download, "CATCH_UP_ROUNDS_MAX", limits["catch_up_rounds"]),
-                (_engine, "HELD_UNITS_MAX", limits["held_units"]),
-                (_overlay, "_SCAN_PAGE_OBJECTS", limits["server_scan_page"]),
-                (_synchronization, "STAGE_BYTES", limits["stage_bytes"]),
-                (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
-                (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
-                (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
-                (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),
-                (_storage, "READ_PAGE_ENTRIES", limits["replica_page"]),
-                (_view, "PAGE_OBJECTS", limits["replica_page"]),
-                (_log, "_SCAN_PAGE_ENTRIES", limits["replica_page"]),
-            ):
-                stack.enter_context(mock.patch.object(module, name, value))
-            yield
-
-
-@dataclass
-class Call:
-    """One call of `synchronize_...` under way, with all its attempts."""
-
-    mode: Mode
-    picked: dict[Key, bool] | None
-    report: Report = field(default_factory=Report)
-    link: Link | None = None
-    selection: Selection | None = None
-    settled_before: int = 0
-    pending_before: frozenset[int] = frozenset()
-
-
-class Device:
-    """A replica in the world, and who works with it."""
-
-    def __init__(self, world: World, number: int, random: Random) -> None:
-        self.name = f"r{number}"
-        self.committed = Committed()
-        self.call: Call | None = None
-        self.cursor_version = 0
-        self.fuse: tuple[int, bool] | None = None  # writes until it dies, and whether after the last one
-        self._world = world
-        self._path = world.directory / self.name
-        self._schema_version = world.settings.schema_versions[number]
-        self.replica = self._open()
-        self.user = User(self.replica, random, self.name)
-
-    def crash(self) -> None:
-        """Lose all that is not on disk, and start again."""
-        self.fuse = None
-        self.call = None
-        self.replica.close()
-        self.replica = self._open()
-        self.user.open_again(self.replica)
-
-    def record(self) -> ReplicaRecord:
-        """Read what is on disk."""
-        return read_replica(self.replica._storage)
-
-    def begin_attempt(self, call: Call, server: ServerEnd) -> None:
-        """Do what the synchronizer does at the start of an attempt."""
-        storage = self.replica._storage
-        call.report.count_published(storage.publication.finish())
-        if call.picked is not None:
-            call.report.skipped.clear()
-            call.report.added.clear()
-            call.selection = select(storage, self.replica._known_schema(), call.picked, call.report)
-        attempt = Synchronization(
-            storage,
-            call.mode,
-            call.report,
-            lambda _: None,
-            selection=call.selection,
-            schema_version=self._schema_version,
-        )
-        pending = [one.seq for one in storage.pending()]
-        call.pending_before = frozenset(pending if call.selection is None else call.selection.seqs)
-        call.link = Link(attempt, server)
-
-    def trim(self) -> int:
-        """Trim the log as if all of it were old."""
-        return self.replica.trim_log()
-
-    def _open(self) -> Replica:
-        replica = Replica(
-            self._path,
-            durability="relaxed",
-            schema=references_schema(REFERENCES, self._schema_version),
-            log_retention=timedelta(0),
-            map_bytes=self._world.settings.replica_map_bytes,
-        )
-        environment = replica._storage.environment
-        write = environment.write
-
-        def fused_write(work: Callable[[Any], T]) -> T:
-            if self.fuse is None:
-                return write(work)
-            left, is_after = self.fuse
-            if left == 0 and not is_after:
-                raise ReplicaDied
-            result = write(work)
-            if left == 0:
-                raise ReplicaDied
-            self.fuse = (left - 1, is_after)
-            return result
-
-        environment.write = fused_write  # type: ignore[method-assign]
-        return replica
-
-
-class FusedStore:
-    """The server's store, with a record of what its transactions settled, and a fuse."""
-
-    def __init__(self, world: World, store: LmdbStore) -> None:
-        self._world = world
-        self._store = store
-
-    @property
-    def identity(self) -> Identity:
-        """See `Store`."""
-        return self._store.identity
-
-    def read(self, tenant: str) -> AbstractContextManager[Reader]:
-        """See `Store`."""
-        return self._store.read(tenant)
-
-    def tenants(self) -> list[str]:
-        """See `Store`."""
-        return self._store.tenants()
-
-    def note(self, name: str) -> bytes:
-        """See `Store`."""
-        return self._store.note(name)
-
-    def set_note(self, name: str, value: bytes) -> None:
-        """See `Store`."""
-        self._store.set_note(name, value)
-
-    def announce(self, tenant: str, attempt: Attempt) -> None:
-        """See `Store`."""
-        self._store.announce(tenant, attempt)
-
-    def left_under_way(self) -> UnderWay:
-        """See `Store`."""
-        return self._store.left_under_way()
-
-    def forget_under_way(self) -> None:
-        """See `Store`."""
-        self._store.forget_under_way()
-
-    def submit(
-        self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
-    ) -> Future[T]:
-        """See `Store`; the transaction has ended when this returns."""
-        world = self._world
-        written: list[tuple[int, Writes]] = []
-
-        def recorded(reader: Reader) -> tuple[Writes | None, T]:
-            written.clear()
-            writes, result = job(reader)
-            if writes is not None:
-                written.append((reader.head().version, writes))
-            if world.store_fuse == "fail":
-                world.store_fuse = None
-                raise StorageError("the disk of the simulated server fails")
-            if world.store_fuse == "before":
-                raise StorageError("the simulated server dies")
-            return writes, result
-
-        future = self._store.submit(tenant, recorded, attempt)
-        error = future.exception()
-        if world.store_fuse == "before":
-            raise ServerGone
-        if error is None:
-            for before, writes in written:
-                world.note_settled(before, writes)
-        if world.store_fuse == "after":
-            raise ServerGone
-        return future
-
-    def close(self) -> None:
-        """See `Store`."""
-        self._store.close()
+# A replica that synchronizes everything twice has all that the others uploaded by then; what is bounded to wait on the
+# server may need more rounds, but each of these must settle something.
+QUIET_ROUNDS: Final = 2
+QUIET_ROUNDS_MAX: Final = 12
+CALL_MOVES_MAX: Final = 20_000
+HASTY_MOVES: Final = 100
+BEGINNING_MOVES: Final = 2
+# A trap at a commit that comes seldom waits for it; it takes many of them to meet all.
+SELDOM: Final = frozenset(
+    (Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH)
+)
+TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
+YEAR: Final = timedelta(days=365)
+STEP_SECONDS: Final = 0.001
+# Longer than the synchronizer goes on trying while it hears nothing.
+SILENCE_SECONDS: Final = 20.0
+STALL_STEPS_MAX: Final = 30
 
 
 class World:
     """
     Replicas, a server, and what happens to them.
 
+    Attributes:
+        events: All that happened, in words.
+        coverage: The count of it.
+
     Args:
         seed: Decides everything.
         directory: An empty directory for the data.
         steps: How many things happen before the world heals.
+        focus: How much more often than usual things of a kind happen.
     """
 
-    def __init__(self, seed: int, directory: Path, *, steps: int = STEPS_DEFAULT) -> None:
+    def __init__(
+        self, seed: int, directory: Path, *, steps: int = STEPS_DEFAULT, focus: Mapping[str, float] | None = None
+    ) -> None:
         self.seed = seed
-        self.directory = directory
         self.events: list[str] = []
-        self.settlements: dict[tuple[str, int], Settlement] = {}
-        self.store_fuse: str | None = None
-        self.states_lost = 0
+        self.coverage = Coverage()
         self._random = Random(seed)
         self._steps = steps
+        self._focus = focus or {}
         self.settings = Settings.drawn(self._random)
+        self.coverage.settings.update(self.settings.business.names())
+        if self.settings.has_third_party:
+            self.coverage.settings["third party"] += 1
+        self._directory = directory.resolve()
         self._weather = Weather()
         self._schema_version = 1
-        self._transaction_count = 0
-        self._time_us = 0
+        self._server_time_us = 1_800_000_000_000_000
         self._history = History()
-        self._store = self._open_store()
-        self._application = make_application(self._weather, schema_version=1)
-        self._devices = [
-            Device(self, number, Random(self._random.random())) for number in range(self.settings.replica_count)
-        ]
-        # Links that were cut, whose last messages may still arrive.
-        self._ghosts: list[tuple[str, Link]] = []
+        self._devices: list[Device] = []
+        self._acting: Device | None = None
+        # Links that were left, whose messages may still arrive, and the number of the stream that each was.
+        self._ghosts: list[tuple[Device, Link]] = []
+        self._selected: Selection | None = None
+        self._third_party: ThirdParty | None = None
 
     def run(self) -> None:
         """Let things happen, then heal, then check everything. Raises AssertionError or whatever went wrong."""
-        with self.settings.applied():
-            try:
-                for _ in range(self._steps):
-                    self._step()
-                self._heal()
-            finally:
-                for device in self._devices:
-                    device.replica.close()
-                self._store.close()
+        settings = self.settings
+        self._server: SimulatedServer
+        with (
+            settings.applied(),
+            chance.from_seed(Random(f"{self.seed} ids"), self, self._clock),
+            mock.patch.object(_replica, "select", self._recorded(select)),
+        ):
+            self._server = SimulatedServer(
+                self._directory / "server",
+                make_application(self._weather, schema_version=1, business=settings.business),
+                self.coverage,
+                map_bytes=settings.server_map_bytes,
+            )
+            self._devices = [self._device(number) for number in range(settings.replica_count)]
+            self._third_party = self._other_client() if settings.has_third_party else None
+            disks = {one.path: one.disk for one in (*self._devices,)}
+            disks[self._directory / "server"] = self._server.disk
+            with disk.inserted(disks):
+                try:
+                    for device in self._devices:
+                        self._open(device)
+                    for _ in range(self._steps):
+                        self._step()
+                    self._heal()
+                finally:
+                    for device in self._devices:
+                        if hasattr(device, "replica"):
+                            device.die()
+                    self._server.close()
+                    if self._third_party is not None:
+                        self._third_party.close()
 
-    def note_settled(self, before: int, writes: Writes) -> None:
-        """Note what a transaction of the store settled."""
-        self._transaction_count += 1
-        if writes.replica is None:
-            return
-        replica_id = str(UUID(bytes=writes.replica[0]))
-        for seq, _ in writes.settled:
-            if (replica_id, seq) in self.settlements:
-                raise AssertionError(f"{self._name(replica_id)}: seq {seq} was settled a second time")
-            self.settlements[replica_id, seq] = Settlement(self._transaction_count, before, writes.version)
+    @property
+    def fingerprint(self) -> str:
+        """What stands for all that happened: it depends on the seed only."""
+        digest = hashlib.sha256("\n".join(self.events).encode())
+        for change in self._history.changes:
+            digest.update(repr(change).encode())
+        return digest.hexdigest()
+
+    # --- clocks, as the product asks for them -----------------------------------------------
+
+    def time_us(self) -> int:
+        """See `chance.Clocks`."""
+        jump = self._acting.clock_jump if self._acting is not None else timedelta(0)
+        return self._server_time_us + jump // timedelta(microseconds=1)
+
+    def monotonic(self) -> float:
+        """See `chance.Clocks`."""
+        return self._acting.seconds if self._acting is not None else 0.0
+
+    def sleep(self, seconds: float) -> None:
+        """See `chance.Clocks`."""
+        if self._acting is not None:
+            self.pause(self._acting, seconds)
+
+    # --- the network, as devices see it -----------------------------------------------------
+
+    def connect(self, device: Device) -> Link:
+        """See `Network`."""
+        call = device.call
+        if call is None or not call.fiber.is_running:
+            raise PromiseBroken("One at a time: a second synchronization fails at once", [device.name])
+        server = self._server.end(device.eyes.principal, self._clock)
+        link = Link(
+            server,
+            call.fiber.pause,
+            lambda: self._server.has_died,
+            lambda answer: self._overhear(device, answer),
+        )
+        call.link = link
+        call.selection, self._selected = self._selected, None
+        pending = [one.seq for one in device.replica._storage.pending()]
+        call.covered = frozenset(pending if call.selection is None else call.selection.seqs)
+        self.coverage.totals["streams"] += 1
+        if device.has_stale_token:
+            device.has_stale_token = False
+            self.coverage.faults[Fault.TOKEN_REFUSED.name] += 1
+            link.break_off(grpc.StatusCode.UNAUTHENTICATED, "the token has expired", "UNAUTHENTICATED")
+        return link
+
+    def _overhear(self, device: Device, answer: bytes) -> None:
+        page = splice_pb2.SynchronizeResponseSplice.FromString(answer).page
+        if page:
+            self._read_history()
+            promises.check_private(device.seen, sync_pb2.SnapshotPage.FromString(page))
+
+    def pause(self, device: Device, seconds: float) -> None:
+        """See `Network`."""
+        call = device.call
+        if call is None:
+            raise AssertionError(f"{device.name} sleeps, and nobody asked for it")
+        call.link, call.is_asleep = None, True
+        call.fiber.pause()
+        device.seconds += seconds
+
+    def _recorded(self, work_out: Callable[..., Selection]) -> Callable[..., Selection]:
+        def recorded(*arguments: Any) -> Selection:
+            self._selected = work_out(*arguments)
+            return self._selected
+
+        return recorded
 
     # --- what can happen ----------------------------------------------------------------
 
@@ -347,109 +228,192 @@ class World:
         random = self._random
         device = random.choice(self._devices)
         active = [one for one in self._devices if one.call is not None]
-        happening, weight = zip(
-            *(
-                (lambda: self._act(device), 6.0),
-                (lambda: self._call(device), 4.0 if device.call is None else 0.0),
-                (lambda: self._advance(random.choice(active)), 16.0 if active else 0.0),
-                (lambda: self._cut(random.choice(active)), 1.0 if active else 0.0),
-                (lambda: self._crash(device), 0.4),
-                (lambda: self._light_fuse(device), 0.8),
-                (self._light_store_fuse, 0.5),
-                (self._restart_server, 0.2),
-                (self._haunt, 3.0 if self._ghosts else 0.0),
-                (self._change_weather, 0.3),
-                (lambda: self._trim(device), 0.5),
+        linked = [one for one in active if one.call is not None and one.call.link is not None]
+        for one in self._devices:
+            one.seconds += STEP_SECONDS
+        happenings: list[tuple[str, float, Callable[[], None]]] = [
+            ("act", 6.0, lambda: self._act(device)),
+            ("synchronize", 4.0 if device.call is None else 0.2, lambda: self._call(device)),
+            ("advance", 16.0 if active else 0.0, lambda: self._advance(random.choice(active))),
+            ("fault", 1.3 if linked else 0.0, lambda: self._fault(random.choice(linked))),
+            ("burst", 1.5 if linked else 0.0, self._burst),
+            ("service", 0.8, self._write_as_service),
+            ("third party", 2.0 if self._third_party is not None else 0.0, self._act_as_third_party),
+            ("late", 3.0 if any(link.to_server for _, link in self._ghosts) else 0.0, self._haunt),
+            ("kill", 0.4, lambda: self._kill(device)),
+            ("trap", 0.9, lambda: self._lay_trap(device)),
+            ("server trap", 0.6, self._lay_server_trap),
+            ("restart", 0.2, lambda: self._restart_server(Fault.SERVER_RESTART)),
+            ("weather", 0.3, self._change_weather),
+            ("trim", 0.5, lambda: self._trim(device)),
+            ("clock", 0.3, lambda: self._jump(device)),
+            ("token", 0.2, lambda: self._expire(device)),
+            (
+                "wishes",
+                1.5 if any(one.has_staged_pages for one in self._devices) else 0.4,
+                lambda: self._change_wishes(device),
             ),
-            strict=True,
-        )
-        random.choices(happening, weight)[0]()
+        ]
+        weights = [weight * self._focus.get(name, 1.0) for name, weight, _ in happenings]
+        random.choices(happenings, weights)[0][2]()
 
     def _act(self, device: Device) -> None:
+        device.disk.has_failed = False
+        self._acting = device
         try:
             what, intended, is_grouped = device.user.act()
         except ReplicaDied:
             self._die(device)
             return
-        operations = self._note_commits(device)
+        except StorageError as error:
+            if not device.disk.has_failed:
+                raise
+            what, intended, is_grouped = f"could not act: {type(error).__name__}", [], False
+        finally:
+            self._acting = None
+        operations = device.note_commits()
         self._say(f"{device.name} {what}")
         if len(operations) != len(intended) or not all(
             fits(operation, one, is_grouped=is_grouped) for operation, one in zip(operations, intended, strict=True)
         ):
-            raise AssertionError(f"{device.name} logged {operations}, meant {intended}")
+            raise PromiseBroken(
+                "Durable: a commit logs what was meant", [f"{device.name} logged {operations}, meant {intended}"]
+            )
         self._check(device)
 
     def _call(self, device: Device) -> None:
         random = self._random
         mode = random.choices([Mode.ALL, Mode.UNSYNCHRONIZED, Mode.SELECTED], [5, 3, 3])[0]
-        picked = None
-        if mode is Mode.SELECTED:
-            picked = {
-                (one.entity, one.id) if isinstance(one, Object) else one: isinstance(one, Object) and one.is_new
-                for one in device.user.pick_keys()
-            }
-        self._begin(device, mode, picked)
+        picked = device.user.pick_keys() if mode is Mode.SELECTED else []
+        timeout = random.choice([None, None, 0.5, 60.0])
+        if device.call is not None:
+            self._call_again(device, mode, picked)
+            return
+        self._begin(device, mode, picked, timeout)
         if self.settings.is_hasty:
-            self._advance(device, moves=CALL_MOVES_MAX)
+            self._advance(device, moves=HASTY_MOVES)
 
-    def _begin(self, device: Device, mode: Mode, picked: dict[Key, bool] | None) -> None:
-        device.call = Call(mode, picked, settled_before=len(self._outcomes(device)))
-        self._say(f"{device.name} synchronizes {mode.name} {list(picked) if picked is not None else ''}")
-        self._attempt(device)
+    def _call_again(self, device: Device, mode: Mode, picked: list[Object | Key]) -> None:
+        try:
+            device.synchronization(mode, picked, None)()
+        except SynchronizationInProgress:
+            self.coverage.faults[Fault.TWO_AT_ONCE.name] += 1
+            self._say(f"{device.name} is synchronized already")
+        else:
+            raise PromiseBroken("One at a time: a second synchronization fails at once", [device.name])
 
-    def _attempt(self, device: Device) -> None:
+    def _begin(self, device: Device, mode: Mode, picked: list[Object | Key], timeout: float | None) -> None:
+        keys = [(one.entity, one.id) if isinstance(one, Object) else one for one in picked]
+        self._say(f"{device.name} synchronizes {mode.name} {keys or ''}")
+        if device.replica._synchronizer._schema_version > self._schema_version:
+            self.coverage.faults[Fault.ROLLOUT.name] += 1
+        call = Call(mode, device.replica.pending_count(), len(device.committed.data))
+        synchronize = device.synchronization(mode, picked, timeout)
+
+        def work() -> None:
+            call.report = synchronize()
+
+        call.fiber = Fiber(work)
+        device.call = call
+        self._resume(device)
+
+    def _resume(self, device: Device) -> None:
+        """Let a device's synchronizer go on, as far as it comes."""
         call = device.call
         if call is None:
             return
-        try:
-            server = ServerEnd(self._application, self._fused_store(), Principal(f"user-{device.name}"), self._clock)
-            device.begin_attempt(call, server)
-        except ReplicaDied:
+        call.is_asleep = False
+        former, self._acting = call.link, device
+        call.fiber.resume()
+        self._acting = None
+        if former is not None and former.is_left:
+            self._leave(device, former)
+            if call.link is former:
+                call.link = None
+        if call.fiber.is_done:
+            self._ended(device, call, former)
+
+    def _ended(self, device: Device, call: Call, link: Link | None) -> None:
+        error = call.fiber.error
+        if isinstance(error, ReplicaDied):
+            device.call = None
             self._die(device)
-        except StateLost as error:
-            self._lose_state(device, error)
+            return
+        device.call = None
+        if error is None and call.report is not None and link is not None:
+            self._complete(device, call, call.report, link)
+            return
+        has_failed, device.disk.has_failed = device.disk.has_failed, False
+        if isinstance(error, StorageError) and has_failed:
+            self._say(f"{device.name} cannot write: {type(error).__name__}")
+        elif isinstance(error, ServerUnavailable | Unauthenticated):
+            self._say(f"{device.name} gives up: {error}")
+            self.coverage.totals["given up"] += 1
+        else:
+            raise error or AssertionError(f"{device.name} synchronized without a stream")
 
     def _advance(self, device: Device, *, moves: int | None = None) -> None:
         for _ in range(moves or self._random.choice([1, 1, 2, 5, 20])):
             call = device.call
-            if call is None or call.link is None:
+            if call is None:
                 break
-            possible = call.link.moves()
-            if not possible:
-                if not call.link.is_broken:
-                    raise AssertionError(f"{device.name}: the session hangs")
-                self._retry(device)
+            if call.is_asleep or call.link is None:
+                self._say(f"{device.name} tries again")
+                self._resume(device)
                 continue
-            self._move(device, call, call.link, self._random.choice(possible))
+            link = call.link
+            if link.stalled_steps and moves is None:
+                link.stalled_steps -= 1
+                break
+            possible = link.moves()
+            if not possible or (link.is_lost and self._random.random() < 0.2):
+                self._give_up_waiting(device, link)
+                continue
+            self._move(device, link, self._random.choice(possible))
         self._check(device)
 
-    def _move(self, device: Device, call: Call, link: Link, move: Callable[[], str]) -> None:
-        try:
-            self._say(f"{device.name} {move()}")
-        except ServerGone:
-            self._restart_server()
-            return
-        except ReplicaDied:
-            self._die(device)
-            return
-        except StateLost as error:
-            self._lose_state(device, error)
-            return
-        if link.attempt.done:
-            self._complete(device, call, link)
+    def _give_up_waiting(self, device: Device, link: Link) -> None:
+        if not (link.is_dark or link.is_mute):
+            raise PromiseBroken("No poison: a session comes to its end", [f"{device.name} waits for ever"])
+        self._say(f"{device.name} has heard nothing for long")
+        device.seconds += SILENCE_SECONDS
+        link.to_client.append(link.silence())
+        link.deliver_to_client()
+        self._resume(device)
 
-    def _complete(self, device: Device, call: Call, link: Link) -> None:
-        device.call = None
-        self._say(f"{device.name} is done: {call.report.applied} applied, {call.report.rejected} rejected")
+    def _move(self, device: Device, link: Link, move: Callable[[], str]) -> None:
+        try:
+            what = move()
+        except ServerGone:
+            self._restart_server(Fault.SERVER_CRASH)
+            return
+        self._say(f"{device.name} {what}")
+        if link.has_arrived:
+            self._resume(device)
+
+    def _complete(self, device: Device, call: Call, report: Report, link: Link) -> None:
+        self._say(f"{device.name} is done: {report.applied} applied, {report.rejected} rejected")
+        self.coverage.modes[call.mode.name] += 1
+        self.coverage.totals["attempts"] += report.attempts
         self._read_history()
-        record, report = device.record(), call.report
-        settled = len(record.outcomes) - call.settled_before
+        record = device.record()
+        committed = len(device.committed.data) - call.committed_before
+        settled = call.pending_before + committed - len(record.pending)
         if report.applied + report.rejected != settled:
-            raise AssertionError(f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled")
+            raise PromiseBroken(
+                "Settled once: a report counts what was settled",
+                [f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled"],
+            )
         if {failure.id for failure in report.failures} - record.failures.keys():
-            raise AssertionError(f"{device.name} reports failures of which it has no record")
-        promises.check_uploaded(record, call.pending_before, self._not_ready(report))
-        promises.check_fresh(self._history, record, self._covered(call, record), since=link.settled_version)
+            raise PromiseBroken("Nothing lost on refusal: what is reported is recorded", [device.name])
+        if call.mode is Mode.ALL:
+            device.see_as_wished()
+        if call.mode is Mode.SELECTED:
+            # What holds at any moment shows best while a part of the log is settled.
+            self._check_everything(device, record)
+        promises.check_uploaded(record, call.covered, self._not_ready(report))
+        seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
+        promises.check_fresh(seen, record, self._covered(call, record), since=link.settled_version)
 
     def _covered(self, call: Call, record: ReplicaRecord) -> list[Key]:
         """Return the objects that the mode of a call covers."""
@@ -457,80 +421,233 @@ class World:
             return list(dict.fromkeys([*self._history.keys, *record.keys]))
         if call.selection is not None:
             return list(call.selection.keys)
-        seqs = call.pending_before & record.outcomes.keys()
+        seqs = call.covered - record.pending.keys()
         return [
             change.key
             for change in self._history.changes
             if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id
         ]
 
-    def _retry(self, device: Device) -> None:
-        if self._random.random() < 0.6:
-            self._say(f"{device.name} tries again")
-            self._attempt(device)
-        else:
-            self._say(f"{device.name} gives up")
-            device.call = None
+    # --- others who write -------------------------------------------------------------------
 
-    def _cut(self, device: Device) -> None:
+    def _write_as_service(self) -> None:
+        """Let the service itself change some objects."""
+        random = self._random
+        keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
+        tenant = Tenant(self._server.application, self._server.store, DEFAULT_TENANT, None, self._clock)
+        what = "the service writes"
+        try:
+            with tenant.transaction() as transaction:
+                for key in dict.fromkeys(keys):
+                    if transaction.get(*key) is None:
+                        transaction.create(key[0], {"n": random.randint(-5, 5), "title": "service"}, key[1])
+                    elif random.random() < 0.3:
+                        transaction.delete(*key)
+                    else:
+                        transaction.update(*key, {"x": random.randint(0, 3)}, increment={"n": 1})
+        except (OperationRefused, ObjectExists, ObjectNotFound, InvalidValue, TransientError, StorageError) as error:
+            if self._server.has_died:
+                self._restart_server(Fault.SERVER_CRASH)
+                return
+            what = f"the service is refused: {error}"
+        self._say(f"{what} {keys}")
+        self._read_history()
+
+    def _act_as_third_party(self) -> None:
+        if (party := self._third_party) is None:
+            return
+        random = self._random
+        happening: Callable[[], str] = random.choices(
+            [
+                party.act,
+                lambda: party.upload(self._server, is_answer_lost=random.random() < 0.2),
+                lambda: party.download(self._server),
+            ],
+            [3, 2, 1],
+        )[0]
+        try:
+            self._say(happening())
+        except (StorageError, TransientError) as error:
+            if self._server.has_died:
+                self._restart_server(Fault.SERVER_CRASH)
+                return
+            self._say(f"the third party is told to come again: {error}")
+        self._read_history()
+
+    # --- faults of the network ------------------------------------------------------------
+
+    def _fault(self, device: Device) -> None:
         if device.call is None or device.call.link is None:
             return
-        link = device.call.link
-        self._say(f"the link of {device.name} is cut")
-        self._leave(device.name, link)
-        self._retry(device)
+        link, random = device.call.link, self._random
+        fault = random.choices(
+            [
+                Fault.CUT,
+                Fault.DELAY,
+                Fault.SLOW_CONSUMER,
+                Fault.DUPLICATE,
+                Fault.BLACK_HOLE,
+                Fault.HALF_OPEN,
+            ],
+            [8, 2, 1, 2 * self._focus.get("duplicate", 1.0), 2, 2],
+        )[0]
+        self._say(f"{fault.name} on the link of {device.name}")
+        self.coverage.faults[fault.name] += 1
+        match fault:
+            case Fault.CUT:
+                self._cut(device, link)
+            case Fault.DUPLICATE:
+                server = self._server.end(device.eyes.principal, self._clock)
+                self._ghosts.append((device, link.echo(server)))
+            case Fault.BLACK_HOLE:
+                link.is_dark = True
+                self._drop(link.to_server, link.to_client)
+            case Fault.HALF_OPEN:
+                link.is_mute = True
+                self._drop(link.to_client)
+            case Fault.SLOW_CONSUMER:
+                self._fill(device, link)
+                link.stalled_steps = random.randint(1, STALL_STEPS_MAX)
+            case _:
+                link.stalled_steps = random.randint(1, STALL_STEPS_MAX)
 
-    def _leave(self, name: str, link: Link) -> None:
+    def _cut(self, device: Device, link: Link) -> None:
+        """Break a link. What was under way may be lost, or come late."""
+        if device.has_staged_merge and self._random.random() < 0.5:
+            device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.UNSTAGE_MERGE, self._moment())
+        if self._random.random() < 0.5:
+            self._drop(link.to_client)
+        if self._random.random() < 0.4:
+            self._drop(link.to_server)
+        link.break_off(grpc.StatusCode.UNAVAILABLE, "the link is cut", still_arrives=True)
+
+    def _drop(self, *queues: Any) -> None:
+        for queue in queues:
+            if queue:
+                self.coverage.faults[Fault.DROP.name] += 1
+            queue.clear()
+
+    def _fill(self, device: Device, link: Link) -> None:
+        """Let the server send as long as it may to somebody who does not read."""
+        while device.call is not None and device.call.link is link and link.read_page in link.moves():
+            self._move(device, link, link.read_page)
+
+    def _leave(self, device: Device, link: Link) -> None:
         """Leave a link to its fate: what is on its way to the server may still arrive."""
-        if link.to_server and not link.is_broken:
-            self._ghosts.append((name, link))
+        if not link.is_spent:
+            self._ghosts.append((device, link))
 
     def _haunt(self) -> None:
-        name, link = self._random.choice(self._ghosts)
+        device, link = self._random.choice([one for one in self._ghosts if one[1].to_server])
+        if device.call is not None and device.call.link is not None:
+            self.coverage.faults[Fault.REORDER.name] += 1
         try:
-            self._say(f"late, {name}: {link.deliver_to_server()}")
+            self._say(f"late, {device.name}: {link.deliver_to_server()}")
         except ServerGone:
-            self._restart_server()
+            self._restart_server(Fault.SERVER_CRASH)
             return
-        if link.is_broken or not link.to_server:
-            self._ghosts = [one for one in self._ghosts if one[1] is not link]
+        self._ghosts = [one for one in self._ghosts if not one[1].is_spent]
 
-    def _lose_state(self, device: Device, error: StateLost) -> None:
-        self._say(f"{device.name} lost the state of {error}")
-        self.states_lost += 1
-        device.replica._storage.publication.start_over()
-        device.cursor_version = 0
-        self._attempt(device)
+    def _burst(self) -> None:
+        """Let batches of several links arrive while the store is busy: it commits them together."""
+        for device in self._devices:
+            self._bring_to_batches(device)
+        links = [
+            (one.name, one.call.link) for one in self._devices if one.call is not None and one.call.link is not None
+        ]
+        links += [(f"late, {device.name}", link) for device, link in self._ghosts]
+        taking = [(name, link) for name, link in links if link.next_to_server == "batch" and not link.is_spent]
+        if not taking:
+            return
+        with self._server.together():
+            answers = [
+                (name, link.submit_batch())
+                for name, link in taking
+                for _ in range(self._random.randint(1, link.batches_under_way))
+            ]
+        if len(answers) > 1:
+            self.coverage.faults[Fault.BURST.name] += 1
+        for name, answer in answers:
+            try:
+                self._say(f"{name}: {answer()}")
+            except ServerGone:
+                self._restart_server(Fault.SERVER_CRASH)
+                return
+        self._ghosts = [one for one in self._ghosts if not one[1].is_spent]
 
-    def _light_fuse(self, device: Device) -> None:
-        device.fuse = (self._random.randrange(4), self._random.random() < 0.5)
-        self._say(f"{device.name} will die at a write: {device.fuse}")
+    def _bring_to_batches(self, device: Device) -> None:
+        """Let a session that has just begun come as far as its first batches."""
+        for _ in range(BEGINNING_MOVES):
+            link = device.call.link if device.call is not None else None
+            if link is None or link.next_to_server == "batch" or link.stalled_steps:
+                return
+            moves = [one for one in link.moves() if one != link.read_page]
+            if not moves or link.next_to_server not in {"start", ""}:
+                return
+            self._move(device, link, moves[0])
 
-    def _light_store_fuse(self) -> None:
-        self.store_fuse = self._random.choice(["before", "after", "fail"])
-        self._say(f"the store will die: {self.store_fuse}")
+    # --- faults of processes, disks and clocks ------------------------------------------------
 
-    def _crash(self, device: Device) -> None:
+    def _kill(self, device: Device) -> None:
         self._say(f"{device.name} is killed")
+        self.coverage.faults[Fault.CLIENT_KILLED.name] += 1
         self._die(device)
 
     def _die(self, device: Device) -> None:
         self._say(f"{device.name} dies")
-        if device.call is not None and device.call.link is not None:
-            self._leave(device.name, device.call.link)
-        device.crash()
-        self._note_commits(device)
+        link = device.call.link if device.call is not None else None
+        device.die()
+        if link is not None:
+            self._leave(device, link)
+        if self._random.random() < 0.1:
+            # What is opened again after a crash may crash at once.
+            device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, None, self._moment())
+        self._open(device)
+        device.note_commits()
         self._check(device)
 
-    def _restart_server(self) -> None:
-        self._say("the server dies and starts again")
-        self.store_fuse = None
+    def _open(self, device: Device) -> None:
+        self._acting = device
+        try:
+            device.open()
+        except ReplicaDied:
+            device.open()
+        finally:
+            self._acting = None
+        self.coverage.totals["replicas opened"] += 1
+
+    def _lay_trap(self, device: Device) -> None:
+        fault = self._random.choices(
+            [Fault.CLIENT_CRASH, Fault.CLIENT_DISK_FULL, Fault.CLIENT_MAP_FULL, Fault.CLIENT_WRITE_FAILED],
+            [6, 1, 1, 1],
+        )[0]
+        commit = self._random.choices(CLIENT_COMMITS, TRAP_WEIGHTS)[0] if self._random.random() < 0.5 else None
+        passed = self._random.randrange(4) if commit is None else self._random.choice([0, 0, 1])
+        device.disk.trap = Trap(fault, passed, commit, self._moment())
+        self._say(f"{device.name} will meet {device.disk.trap}")
+
+    def _lay_server_trap(self) -> None:
+        fault = self._random.choices(
+            [Fault.SERVER_CRASH, Fault.SERVER_DISK_FULL, Fault.SERVER_MAP_FULL, Fault.SERVER_WRITE_FAILED],
+            [6, 1, 1, 2],
+        )[0]
+        commit = self._random.choice(SERVER_COMMITS) if self._random.random() < 0.5 else None
+        self._server.disk.trap = Trap(fault, self._random.choice([0, 0, 1, 2]), commit, self._moment())
+        self._say(f"the server will meet {self._server.disk.trap}")
+
+    def _moment(self) -> Moment:
+        return self._random.choice(list(Moment))
+
+    def _restart_server(self, why: Fault) -> None:
+        self._say(f"the server dies and starts again: {why.name}")
+        if why is Fault.SERVER_RESTART:
+            self.coverage.faults[why.name] += 1
+        self.coverage.totals["server starts"] += 1
         self._ghosts = []
         for device in self._devices:
             if device.call is not None and device.call.link is not None:
-                device.call.link.is_broken = True
-        self._store.close()
-        self._store = self._open_store()
+                device.call.link.break_off(grpc.StatusCode.UNAVAILABLE, "the server is gone")
+        self._server.restart()
         if self._random.random() < 0.3:
             self._deploy()
         self._read_history()
@@ -539,70 +656,157 @@ class World:
         if self._schema_version == 1:
             self._say("the server gets the newer schema")
             self._schema_version = 2
-            self._application = make_application(self._weather, schema_version=2)
+            self._server.application = make_application(
+                self._weather, schema_version=2, business=self.settings.business
+            )
 
     def _change_weather(self) -> None:
         self._weather.is_service_down = not self._weather.is_service_down
+        if self._weather.is_service_down:
+            self.coverage.faults[Fault.SERVICE_DOWN.name] += 1
         self._say(f"the service is {'down' if self._weather.is_service_down else 'up'}")
+
+    def _jump(self, device: Device) -> None:
+        jump = self._random.choice([YEAR, -YEAR])
+        if self._random.random() < 0.5:
+            device.clock_jump += jump
+            self.coverage.faults[Fault.CLIENT_CLOCK.name] += 1
+            self._say(f"the clock of {device.name} jumps by {jump.days} days")
+        else:
+            self._server_time_us += jump // timedelta(microseconds=1)
+            self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
+            self._say(f"the server's clock jumps by {jump.days} days")
+
+    def _expire(self, device: Device) -> None:
+        device.has_stale_token = True
+        self._say(f"the token of {device.name} expires")
+
+    def _change_wishes(self, device: Device) -> None:
+        """Open a replica with other wishes: until it has synchronized everything it is between two projections."""
+        if not device.has_staged_pages:
+            # What is staged for other wishes has to be thrown away.
+            device = next((one for one in self._devices if one.has_staged_pages), device)
+        device.wish(self.settings.business.wishes(self._random))
+        self._say(f"{device.name} wants {device.wishes}")
+        is_staged = device.has_staged_pages
+        self._die(device)
+        if is_staged:
+            # It comes seldom, and no trap laid by chance would wait for it long enough.
+            device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.UNSTAGE, self._moment())
 
     def _trim(self, device: Device) -> None:
         if device.call is not None:
             return
+        device.disk.has_failed = False
+        self._acting = device
         try:
-            self._say(f"{device.name} trims {device.trim()} operations")
+            trimmed = device.replica.trim_log()
         except ReplicaDied:
             self._die(device)
+            return
+        except StorageError as error:
+            if not device.disk.has_failed:
+                raise
+            self._say(f"{device.name} cannot trim: {type(error).__name__}")
+            return
+        finally:
+            self._acting = None
+        self._say(f"{device.name} trims {trimmed} operations")
         self._check(device)
 
     # --- the end ------------------------------------------------------------------------
 
     def _heal(self) -> None:
         self._say("the world heals")
-        self.store_fuse = None
+        self._server.disk.trap = None
         self._weather.is_service_down = False
         self._ghosts = []
         self._deploy()
         for device in self._devices:
-            device.fuse = None
-            device.call = None
+            device.die()
+            device.has_stale_token = False
+            self._open(device)
+        self._settle_third_party()
         reports: dict[str, Report] = {}
-        for round_ in range(QUIET_ROUNDS_MAX):
-            settled = sum(len(self._outcomes(device)) for device in self._devices)
+        for round_ in range(1, QUIET_ROUNDS_MAX + 1):
+            pending = sum(device.replica.pending_count() for device in self._devices)
             for device in self._devices:
                 reports[device.name] = self._synchronize_to_the_end(device)
-            # What is bounded to wait may need more than two rounds, but each must settle something.
-            done = settled == sum(len(self._outcomes(device)) for device in self._devices)
-            if round_ + 1 >= QUIET_ROUNDS and done:
+            done = pending == sum(device.replica.pending_count() for device in self._devices)
+            if round_ >= QUIET_ROUNDS and done:
                 break
         else:
-            raise AssertionError(f"not quiet after {QUIET_ROUNDS_MAX} rounds")
+            raise PromiseBroken(
+                "Converges: nothing is left after a few synchronizations", [f"more than {QUIET_ROUNDS_MAX} rounds"]
+            )
+        self.coverage.rounds_max = round_
         self._check_all(reports)
 
+    def _settle_third_party(self) -> None:
+        if (party := self._third_party) is None:
+            return
+        for _ in range(QUIET_ROUNDS_MAX):
+            pending = 0
+            while len(party.pending) != pending:
+                pending = len(party.pending)
+                self._say(party.upload(self._server, is_answer_lost=False, count_max=pending))
+            if not pending:
+                return
+        raise AssertionError(f"the third party keeps pending {list(party.pending)}")
+
     def _synchronize_to_the_end(self, device: Device) -> Report:
-        self._begin(device, Mode.ALL, None)
+        self._begin(device, Mode.ALL, [], None)
         call = device.call
         if call is None:
             raise AssertionError(f"{device.name} could not begin")
         self._advance(device, moves=CALL_MOVES_MAX)
-        if device.call is not None:
-            raise AssertionError(f"{device.name} does not come to an end")
+        if device.call is not None or call.report is None:
+            raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
+        if call.report.attempts > 1:
+            raise PromiseBroken(
+                "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
+            )
         return call.report
 
-    def _check_all(self, reports: dict[str, Report]) -> None:
+    def _check_everything(self, device: Device, record: ReplicaRecord) -> None:
+        """Check what must hold at any moment of the server, and of it and one replica."""
         server = self._server_record()
-        committed = {device.replica.replica_id: device.committed for device in self._devices}
+        committed = {one.replica.replica_id: one.committed for one in self._devices}
+        if self._third_party is not None:
+            committed[self._third_party.replica_id] = self._third_party.committed
         promises.check_server(server, committed)
-        rules = Rules(references_schema(REFERENCES), may_hooks_refuse)
+        merging = [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
+        promises.check_replica(server, record, device.committed, seen=device.seen, merging=merging)
+
+    def _check_all(self, reports: dict[str, Report]) -> None:
+        for device in self._devices:
+            self._check_everything(device, device.record())
+        server = self._server_record()
+        for failure in server.failures.values():
+            self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
+        business = self.settings.business
+        settlements = self._server.settlements
+        if (party := self._third_party) is not None:
+            self._say(party.download(self._server))
+            party.check(server)
+            committed_by = party.committed
+            promises.check_order(server, party.replica_id, committed_by)
+            promises.check_groups(server, party.replica_id, committed_by, settlements)
+            promises.check_settlement_order(party.replica_id, committed_by, settlements)
+            rules = Rules(business.schema(1), may_hooks_refuse, business, party.eyes)
+            promises.check_refusals(server, party.replica_id, committed_by, settlements, rules)
         for device in self._devices:
             record = device.record()
-            promises.check_replica(server, record, device.committed)
-            promises.check_groups(server, record.replica_id, device.committed, self.settlements)
-            promises.check_settlement_order(record.replica_id, device.committed, self.settlements)
-            promises.check_refusals(server, record.replica_id, device.committed, self.settlements, rules)
+            rules = Rules(business.schema(1), may_hooks_refuse, business, device.eyes)
+            promises.check_groups(server, record.replica_id, device.committed, settlements)
+            promises.check_settlement_order(record.replica_id, device.committed, settlements)
+            promises.check_refusals(server, record.replica_id, device.committed, settlements, rules)
             not_ready = self._not_ready(reports[device.name])
             if not_ready and self.settings.limits["held_units"] > len(device.committed.data):
-                raise AssertionError(f"{device.name}: nothing should have to wait: {reports[device.name].skipped}")
-            promises.check_converged_when_quiet(server, record, not_ready)
+                raise PromiseBroken(
+                    "No poison: nothing has to wait that is not bounded to", [f"{reports[device.name].skipped}"]
+                )
+            promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
 
     # --- helpers ------------------------------------------------------------------------
 
@@ -610,56 +814,57 @@ class World:
         """Check what must hold at any moment of one replica."""
         self._read_history()
         record = device.record()
+        if self._server.defects:
+            raise PromiseBroken("Settled once: an operation is settled by one transaction", self._server.defects)
         promises.check_log(record, device.committed)
-        promises.check_view(self._history, record, device.committed)
+        promises.check_view(device.seen, record, device.committed)
         promises.check_versions_shown(record, device.committed)
-        promises.check_cursor(self._history, record)
+        promises.check_cursor(device.seen, record)
         version = record.cursor.version if record.cursor is not None else 0
         promises.check_cursor_moves_forward(device.cursor_version, version)
         device.cursor_version = version
-
-    def _note_commits(self, device: Device) -> list[Any]:
-        """Take over what is new in the log."""
-        storage = device.replica._storage
-        after = len(device.committed.data)
-        found = []
-        with storage.environment.read() as transaction:
-            for seq in range(after + 1, storage.last_seq(transaction) + 1):
-                data = storage.log.get(transaction, seq)
-                if data is None:
-                    raise AssertionError(f"{device.name}: seq {seq} is missing in the log")
-                found.append(device.committed.add(seq, data))
-        return found
-
-    def _outcomes(self, device: Device) -> dict[int, Any]:
-        return dict(device.record().outcomes)
 
     def _not_ready(self, report: Report) -> set[int]:
         return {one.seq for one in report.skipped if one.reason is SkipReason.NOT_READY and one.seq is not None}
 
     def _read_history(self) -> None:
-        with self._store.read("default") as reader:
+        with self._server.lmdb.read("default") as reader:
             self._history.read_on(reader)
 
     def _server_record(self) -> ServerRecord:
-        return read_server(
-            self._store,
-            {device.replica.replica_id: len(device.committed.data) for device in self._devices},
-            history=self._history,
+        seqs = {device.replica.replica_id: len(device.committed.data) for device in self._devices}
+        if self._third_party is not None:
+            seqs[self._third_party.replica_id] = len(self._third_party.committed.data)
+        return read_server(self._server.lmdb, seqs, history=self._history)
+
+    def _device(self, number: int) -> Device:
+        settings, name = self.settings, f"r{number}"
+        business, random = settings.business, self._random
+        model = Model(
+            business.schema(settings.schema_versions[number], is_servers=False),
+            random.choice([timedelta(0), timedelta(days=30)]),
+            settings.replica_map_bytes,
+        )
+        return Device(
+            name,
+            self._directory / name,
+            model,
+            Eyes(business.granted, business.offers, business.principal(random, f"user-{name}"), {}),
+            self._history,
+            self,
+            self.coverage,
+            Random(random.random()),
         )
 
-    def _open_store(self) -> LmdbStore:
-        return LmdbStore(self.directory / "server", map_bytes=self.settings.server_map_bytes)
-
-    def _fused_store(self) -> FusedStore:
-        return FusedStore(self, self._store)
+    def _other_client(self) -> ThirdParty:
+        business, random = self.settings.business, Random(self._random.random())
+        principal = business.principal(random, "third party")
+        eyes = Eyes(business.granted, business.offers, principal, {})
+        return ThirdParty(str(UUID(bytes=random.randbytes(16), version=4)), principal, eyes, random)
 
     def _clock(self) -> int:
-        self._time_us += 1
-        return self._time_us
-
-    def _name(self, replica_id: str) -> str:
-        return next(device.name for device in self._devices if device.replica.replica_id == replica_id)
+        self._server_time_us += 1
+        return self._server_time_us
 
     def _say(self, event: str) -> None:
         self.events.append(event)

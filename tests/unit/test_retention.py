@@ -41,6 +41,7 @@ from tidelog._values import Attributes
 from tidelog_server import Application, Collected, HookContext, HookObject, Principal, Reject, Server, _collection
 from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
+from tidelog_server._attempts import Attempt
 from tidelog_server._errors import FailureStale, ReplicaOwned, ReplicaRetired, SessionSuperseded
 from tidelog_server._failures import Decision
 from tidelog_server._indexes import by_version_prefix, left_prefix, versions_of
@@ -81,16 +82,18 @@ def counting(lab: Lab) -> list[Writes]:
     written: list[Writes] = []
     submit = lab.store.submit
 
-    def counted(tenant: str, job: Callable[[Reader], tuple[Writes | None, Any]]) -> Any:
+    def counted(
+        tenant: str, job: Callable[[Reader], tuple[Writes | None, Any]], attempt: Attempt | None = None
+    ) -> Any:
         def work(reader: Reader) -> tuple[Writes | None, Any]:
             writes, result = job(reader)
             if writes is not None:
                 written.append(writes)
             return writes, result
 
-        return submit(tenant, work)
+        return submit(tenant, work, attempt)
 
-    lab.store.submit = counted  # type: ignore[assignment, method-assign]
+    lab.store.submit = counted  # type: ignore[method-assign]
     return written
 
 

@@ -1,0 +1,231 @@
+"""A replica of a simulated world: its directory, its user, its clock, and the synchronization under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+from tests.simulation.actions import User
+from tests.simulation.disk import Disk, abandon
+from tests.simulation.faults import Coverage, client_commit
+from tests.simulation.fiber import Fiber
+from tests.simulation.link import Link
+from tests.simulation.model import Key
+from tests.simulation.records import Committed, History, ReplicaRecord, SeenHistory, read_replica
+from tests.simulation.rights import Eyes
+
+from tidelog import Download, Operation, Schema
+from tidelog_client import Object, Replica, Report
+from tidelog_client._selection import Selection
+from tidelog_client._synchronization import Mode
+
+
+class ReplicaDied(BaseException):
+    """A replica's process dies. Nothing may catch it on the way, as nothing catches SIGKILL."""
+
+
+class Network(Protocol):
+    """What connects a device with the server."""
+
+    def connect(self, device: Device) -> Link:
+        """Open a stream."""
+        ...
+
+    def pause(self, device: Device, seconds: float) -> None:
+        """Let the world go on while the synchronizer waits."""
+        ...
+
+
+@dataclass
+class Call:
+    """
+    One call of `synchronize_...` under way, with all its attempts.
+
+    Attributes:
+        mode: What it synchronizes.
+        fiber: Where it runs.
+        pending_before: How many operations were pending when it began.
+        committed_before: How many had ever been committed then.
+        link: The present attempt's; None between attempts.
+        is_asleep: Whether it waits before its next attempt.
+        selection: What the present attempt is about. Mode selected only.
+        covered: The operations that the present attempt has to settle.
+        report: What it returned in the end.
+    """
+
+    mode: Mode
+    pending_before: int
+    committed_before: int
+    fiber: Fiber = field(init=False)
+    link: Link | None = None
+    is_asleep: bool = False
+    selection: Selection | None = None
+    covered: frozenset[int] = frozenset()
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a device is, whatever happens: the arguments with which its replica is opened, and who uses it."""
+
+    schema: Schema
+    log_retention: timedelta
+    map_bytes: int
+
+
+class Device:
+    """
+    A replica in the world, and who works with it.
+
+    Attributes:
+        eyes: What may be done and seen with it, once it has synchronized everything.
+        wishes: How much of each entity its user wants.
+        seen: The server's history as it may know it.
+        committed: The operations that it ever committed.
+        call: The synchronization under way.
+        cursor_version: Where its cursor was last seen.
+        disk: Where it writes.
+        clock_jump: How far its clock is from the world's.
+        seconds: How long its process has run, as its monotonic clock says.
+        has_stale_token: Whether the server will refuse its next token.
+    """
+
+    def __init__(  # noqa: PLR0917 - a device is put together once
+        self,
+        name: str,
+        path: Path,
+        model: Model,
+        eyes: Eyes,
+        history: History,
+        network: Network,
+        coverage: Coverage,
+        random: Random,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.committed = Committed()
+        self.call: Call | None = None
+        self.cursor_version = 0
+        self.disk = Disk(ReplicaDied, coverage, lambda work: [client_commit(work)])
+        self.clock_jump = timedelta(0)
+        self.seconds = 0.0
+        self.has_stale_token = False
+        self.eyes = eyes
+        self.wishes: Mapping[str, Download] = {}
+        self._history = history
+        self.seen = SeenHistory(history, eyes.readable, eyes.shown, eyes.downloads)
+        self._model = model
+        self._network = network
+        self._random = random
+        self.replica: Replica
+        self.user: User
+
+    def open(self) -> None:
+        """Open the replica. Raises ReplicaDied; then it may be opened once more."""
+        self.disk.is_dead = False
+        model = self._model
+        try:
+            replica = Replica(
+                self.path,
+                schema=model.schema,
+                download=dict(self.wishes),
+                durability="relaxed",
+                log_retention=model.log_retention,
+                map_bytes=model.map_bytes,
+            )
+        except ReplicaDied:
+            abandon(self.path)
+            raise
+        replica._synchronizer._connection = Connection(self, self._network)  # type: ignore[assignment]
+        self.replica = replica
+        if hasattr(self, "user"):
+            self.user.open_again(replica)
+        else:
+            self.user = User(replica, self._random, self.name)
+
+    def die(self) -> None:
+        """Lose all that is not on disk."""
+        self.disk.is_dead = True
+        self.disk.trap = None
+        call, self.call = self.call, None
+        if call is not None and not call.fiber.is_done:
+            call.fiber.resume(ReplicaDied())
+        self.replica.close()
+
+    @property
+    def has_staged_pages(self) -> bool:
+        """Whether it keeps pages of an interrupted download of everything."""
+        return bool(self.replica._storage.meta("resume_token"))
+
+    @property
+    def has_staged_merge(self) -> bool:
+        """Whether it keeps pages of a download without a cursor."""
+        environment = self.replica._storage.environment
+        with environment.read() as transaction:
+            return bool(transaction.stat(environment.database("merging"))["entries"])
+
+    def wish(self, wishes: Mapping[str, Download]) -> None:
+        """Let the user want something else, from the next time on that the replica is opened."""
+        before, eyes = self.seen, self.eyes.with_wishes(wishes)
+        self.wishes, self.eyes = wishes, eyes
+        self.seen = SeenHistory(
+            self._history,
+            eyes.readable,
+            lambda entity, state: None if before.shown(entity, state) is None else eyes.shown(entity, state),
+            lambda entity: before.follows(entity) and eyes.downloads(entity),
+        )
+
+    def see_as_wished(self) -> None:
+        """Take note that everything was synchronized."""
+        self.seen = SeenHistory(self._history, self.eyes.readable, self.eyes.shown, self.eyes.downloads)
+
+    def record(self) -> ReplicaRecord:
+        """Read what is on disk."""
+        return read_replica(self.replica._storage)
+
+    def note_commits(self) -> list[Operation]:
+        """Take over what is new in the log."""
+        storage = self.replica._storage
+        found = []
+        with storage.environment.read() as transaction:
+            for seq in range(len(self.committed.data) + 1, storage.last_seq(transaction) + 1):
+                data = storage.log.get(transaction, seq)
+                if data is None:
+                    raise AssertionError(f"{self.name}: seq {seq} is missing in the log")
+                found.append(self.committed.add(seq, data))
+        return found
+
+    def synchronization(
+        self, mode: Mode, picked: Sequence[Object | Key], timeout: float | None
+    ) -> Callable[[], Report]:
+        """Return a call that synchronizes."""
+        replica = self.replica
+        if mode is Mode.ALL:
+            return lambda: replica.synchronize_all(timeout=timeout)
+        if mode is Mode.UNSYNCHRONIZED:
+            return lambda: replica.synchronize_unsynchronized(timeout=timeout)
+        return lambda: replica.synchronize_selected(picked, timeout=timeout)
+
+
+class Connection:
+    """What a replica has for a connection. See `tidelog_client._connection.Connection`."""
+
+    may_get_another_token = True
+
+    def __init__(self, device: Device, network: Network) -> None:
+        self._device = device
+        self._network = network
+
+    def authorization(self) -> None:
+        """See `Connection`."""
+
+    def synchronize(self, _metadata: None, _timeout: float | None) -> Link:
+        """See `Connection`."""
+        return self._network.connect(self._device)
+
+    def close(self) -> None:
+        """See `Connection`."""

@@ -1,0 +1,159 @@
+"""
+The disks of a simulated world: every commit passes here, and may fail, or be the last one.
+
+What fails does so inside the product's own transaction, with the errors that LMDB has:
+they are turned into typed ones, and the map is enlarged, by the code that is tested.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from unittest import mock
+
+import lmdb
+from tests.simulation.faults import Commit, Coverage, CrashPoint, Fault, Moment
+
+from tidelog._environment import Environment, LmdbTransaction
+
+T = TypeVar("T")
+
+Work = Callable[[LmdbTransaction], T]
+
+FULL: Final = frozenset((Fault.CLIENT_DISK_FULL, Fault.SERVER_DISK_FULL))
+MAP_FULL: Final = frozenset((Fault.CLIENT_MAP_FULL, Fault.SERVER_MAP_FULL))
+FAILED: Final = frozenset((Fault.CLIENT_WRITE_FAILED, Fault.SERVER_WRITE_FAILED))
+
+
+@dataclass(frozen=True)
+class Trap:
+    """
+    What is to happen at a commit.
+
+    Attributes:
+        fault: A crash, or a failure of the disk.
+        passed: How many of the commits meant go well before.
+        commit: Which commits are meant. None: any.
+        moment: When a process dies.
+    """
+
+    fault: Fault
+    passed: int = 0
+    commit: Commit | None = None
+    moment: Moment = Moment.BEFORE
+
+
+class Disk:
+    """
+    The disk of one process.
+
+    Attributes:
+        trap: What happens at its next commits.
+        has_failed: Whether a write has failed, or was the last one, since somebody set this to False.
+        is_dead: Whether the process has died at a commit.
+
+    Args:
+        death: What is raised where the process dies.
+        coverage: Counts what happens.
+        commits_of: Names what a write is about to commit.
+        on_commit: Called after each commit.
+    """
+
+    def __init__(
+        self,
+        death: type[BaseException],
+        coverage: Coverage,
+        commits_of: Callable[[object], list[Commit]],
+        on_commit: Callable[[], None] | None = None,
+    ) -> None:
+        self.trap: Trap | None = None
+        self.has_failed = False
+        self.is_dead = False
+        self._death = death
+        self._coverage = coverage
+        self._commits_of = commits_of
+        self._on_commit = on_commit
+
+    def write(self, write: Callable[[Work[Any]], Any], work: Work[Any]) -> Any:
+        """Run a write of the environment, unless something happens to it."""
+        if self.is_dead:
+            raise self._death  # the dead write nothing
+        commits = self._commits_of(work)
+        self._coverage.commits.update(one.name for one in commits)
+        trap = self._sprung(commits)
+        if trap is None:
+            return self._committed(write(work))
+        self._coverage.faults[trap.fault.name] += 1
+        if trap.fault in MAP_FULL:
+            return self._committed(write(_full_at_first(work)))
+        self.has_failed = True
+        if trap.fault in FULL:
+            return write(_then(work, lmdb.Error(os.strerror(errno.ENOSPC))))
+        if trap.fault in FAILED:
+            return write(_then(work, lmdb.Error("simulated: the disk is gone")))
+        self.is_dead = True
+        for commit in commits:
+            self._coverage.crashes[str(CrashPoint(commit, trap.moment))] += 1
+        if trap.moment is Moment.BEFORE:
+            return write(_then(work, self._death()))
+        self._committed(write(work))
+        raise self._death
+
+    def _sprung(self, commits: list[Commit]) -> Trap | None:
+        trap = self.trap
+        if trap is None or not commits or (trap.commit is not None and trap.commit not in commits):
+            return None
+        self.trap = replace(trap, passed=trap.passed - 1) if trap.passed else None
+        return None if trap.passed else trap
+
+    def _committed(self, result: T) -> T:
+        if self._on_commit is not None:
+            self._on_commit()
+        return result
+
+
+@contextmanager
+def inserted(disks: dict[Path, Disk]) -> Iterator[None]:
+    """Let all writes to the directories named pass through their disks."""
+    write = Environment.write
+
+    def passing(environment: Environment, work: Work[Any]) -> Any:
+        disk = disks.get(environment.path)
+        return write(environment, work) if disk is None else disk.write(lambda work: write(environment, work), work)
+
+    with mock.patch.object(Environment, "write", passing):
+        yield
+
+
+def abandon(path: Path) -> None:
+    """Close what a process that died while it opened a directory has left open."""
+    shared = Environment._open_paths.pop(os.path.realpath(path), None)
+    if shared is not None:
+        shared.opened.close()
+
+
+def _then(work: Work[T], error: BaseException) -> Work[T]:
+    def fails(transaction: LmdbTransaction) -> T:
+        work(transaction)
+        raise error
+
+    return fails
+
+
+def _full_at_first(work: Work[T]) -> Work[T]:
+    runs = 0
+
+    def fills(transaction: LmdbTransaction) -> T:
+        nonlocal runs
+        runs += 1
+        result = work(transaction)
+        if runs == 1:
+            raise lmdb.MapFullError("simulated")
+        return result
+
+    return fills

@@ -1,0 +1,229 @@
+"""
+What can go wrong, by name, and the count of what did.
+
+Everything that the simulation does to the product on purpose is in one of these lists.
+A run that is long enough must have met all of it: what it did not reach it cannot have
+checked.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import NamedTuple, get_args
+
+from tidelog import DownloadMode, FailureReason
+from tidelog._attributes import OnDelete
+
+
+class Fault(enum.StrEnum):
+    """What happens to the network, the processes, the disks and the clocks."""
+
+    CUT = "a link is cut, and both sides see it"
+    DROP = "messages under way are lost"
+    DELAY = "messages stay under way while other things happen"
+    DUPLICATE = "what a stream has carried comes a second time, as another stream"
+    REORDER = "what a former stream carried comes after its successor has begun"
+    BLACK_HOLE = "messages vanish in both directions, and nobody is told"
+    HALF_OPEN = "the server gets everything, its answers vanish"
+    SLOW_CONSUMER = "the replica does not read what the server has sent"
+    BURST = "batches of several sessions are committed together"
+    CLIENT_KILLED = "a replica's process is killed between two writes"
+    CLIENT_CRASH = "a replica's process dies at a commit"
+    CLIENT_DISK_FULL = "a replica's disk is full"
+    CLIENT_MAP_FULL = "a replica's map is full, and is enlarged"
+    CLIENT_WRITE_FAILED = "a replica's write fails"
+    CLIENT_CLOCK = "a replica's clock jumps by a year"
+    SERVER_RESTART = "the server is restarted between two writes"
+    SERVER_CRASH = "the server dies at a commit"
+    SERVER_DISK_FULL = "the server's disk is full"
+    SERVER_MAP_FULL = "the server's map is full, and is enlarged"
+    SERVER_WRITE_FAILED = "the server's write fails"
+    SERVER_CLOCK = "the server's clock jumps by a year"
+    SERVICE_DOWN = "what a hook needs is down"
+    ROLLOUT = "replicas are of a newer schema than the server, until it follows"
+    TOKEN_REFUSED = "a token expires on its way"
+    TWO_AT_ONCE = "a replica is synchronized while it is being synchronized"
+
+
+class Commit(enum.StrEnum):
+    """What is written in one transaction, on either side."""
+
+    OPEN = "a replica: its id"
+    LOCAL = "a replica: what its user did"
+    SESSION = "a replica: what the server says of itself"
+    SETTLE = "a replica: results"
+    STAGE = "a replica: staged pages"
+    UNSTAGE = "a replica: staged pages are discarded"
+    PUBLISH = "a replica: a download at once"
+    PUBLISHING = "a replica: the end of a download that takes steps"
+    PUBLISH_STEP = "a replica: a step of a download"
+    STAGE_MERGE = "a replica: staged pages without a cursor"
+    UNSTAGE_MERGE = "a replica: staged pages without a cursor are discarded"
+    MERGE = "a replica: a download without a cursor"
+    START_OVER = "a replica: it asks for all states"
+    FORK = "a replica: another id, because its log is a copy"
+    REBASE = "a replica: a new timeline of the server's"
+    TRIM = "a replica: its log is trimmed"
+    NUMBER = "the server: a session's number"
+    BATCH = "the server: a batch"
+    HELD = "the server: held operations"
+    SERVICE = "the server: what the service itself writes"
+
+
+class Moment(enum.StrEnum):
+    """When a process dies at a commit."""
+
+    BEFORE = "before"
+    AFTER = "after"
+
+
+class CrashPoint(NamedTuple):
+    """Where a process can die."""
+
+    commit: Commit
+    moment: Moment
+
+    def __str__(self) -> str:
+        return f"{self.commit.name}.{self.moment.name}"
+
+
+CRASH_POINTS = tuple(CrashPoint(commit, moment) for commit, moment in product(Commit, Moment))
+
+# A replica that lacks a state which the server confirms asks for all states. No history is known that leads there:
+# the path is for damage, and the unit tests walk it. What happens to copies and to restored servers is not simulated
+# here: tests/property/test_forks_model.py is about them.
+UNREACHABLE = frozenset(
+    point for point in CRASH_POINTS if point.commit in {Commit.START_OVER, Commit.FORK, Commit.REBASE}
+)
+
+# Not of a record's own are the reasons of a commit group's other members; SUPERSEDED needs a server that was restored.
+REASONS = tuple(
+    one
+    for one in FailureReason
+    if one not in {FailureReason.GROUP_REJECTED, FailureReason.SUPERSEDED, FailureReason.TOO_LARGE}
+)
+MODES = ("ALL", "UNSYNCHRONIZED", "SELECTED")
+SETTINGS = (
+    *(f"on_delete {one}" for one in get_args(OnDelete)),
+    *(f"policy {one}" for one in ("reject_stale", "merge")),
+    *(f"download {one.value}" for one in DownloadMode if one not in {DownloadMode.ALL, DownloadMode.NEVER}),
+    "strict schema",
+    "access rules",
+    "third party",
+)
+
+_CLIENT_WRITES = {
+    "Lineage._make_replica_id": Commit.OPEN,
+    "Committer._write": Commit.LOCAL,
+    "Meta.write": Commit.SESSION,
+    "Storage.settle": Commit.SETTLE,
+    "Publication.stage": Commit.STAGE,
+    "Publication.discard_staged": Commit.UNSTAGE,
+    "Publication.publish": Commit.PUBLISH,
+    "Publication._publish_step": Commit.PUBLISH_STEP,
+    "Publication.stage_merge": Commit.STAGE_MERGE,
+    "Publication.discard_merge": Commit.UNSTAGE_MERGE,
+    "Publication.merge": Commit.MERGE,
+    "Publication.forget_states": Commit.START_OVER,
+    "Storage.fork": Commit.FORK,
+    "Storage.begin_rebase": Commit.REBASE,
+    "Storage.trim": Commit.TRIM,
+}
+_SERVER_JOBS = {
+    "Session._begin": Commit.NUMBER,
+    "Services._upload_operations": Commit.NUMBER,
+    "Upload._submit_batch": Commit.BATCH,
+    "Upload.settle_held": Commit.HELD,
+    "Tenant.submit": Commit.SERVICE,
+    "_Data.submit": Commit.SERVICE,
+}
+
+CLIENT_COMMITS = tuple(dict.fromkeys([*_CLIENT_WRITES.values(), Commit.PUBLISHING]))
+SERVER_COMMITS = tuple(dict.fromkeys(_SERVER_JOBS.values()))
+
+
+def client_commit(work: object) -> Commit:
+    """Name what a replica is about to write. A write that has no name yet needs one, and a crash point."""
+    values = _captured(work).get("values")
+    if isinstance(values, dict) and "publishing" in values:
+        return Commit.PUBLISHING
+    return _named(work, _CLIENT_WRITES)
+
+
+def server_commit(job: object) -> Commit:
+    """Name what a server's store is about to write."""
+    return _named(_captured(job).get("evaluate", job), _SERVER_JOBS)
+
+
+def _named(work: object, names: dict[str, Commit]) -> Commit:
+    name = getattr(getattr(work, "func", work), "__qualname__", "").partition(".<locals>")[0]
+    if name not in names:
+        raise AssertionError(f"{name!r} writes, and is no crash point of the simulation: give it a name in faults.py")
+    return names[name]
+
+
+def _captured(work: object) -> dict[str, object]:
+    """Return the variables that a function has taken with it."""
+    cells = getattr(work, "__closure__", None) or ()
+    names = getattr(getattr(work, "__code__", None), "co_freevars", ())
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+@dataclass
+class Coverage:
+    """
+    How often what happened.
+
+    Attributes:
+        faults: By kind.
+        commits: How often each was reached.
+        crashes: By crash point.
+        reasons: Failure records by reason.
+        modes: Synchronizations that came to their end, by mode.
+        settings: What seeds drew.
+        totals: Synchronizations, restarts, ..., by name.
+        rounds_max: Most synchronizations of each replica until all agreed.
+    """
+
+    faults: Counter[str] = field(default_factory=Counter)
+    commits: Counter[str] = field(default_factory=Counter)
+    crashes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    settings: Counter[str] = field(default_factory=Counter)
+    totals: Counter[str] = field(default_factory=Counter)
+    rounds_max: int = 0
+
+    def add(self, other: Coverage) -> None:
+        """Take in what another run covered."""
+        for one in fields(self):
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+        self.rounds_max = max(self.rounds_max, other.rounds_max)
+
+    def holes(self) -> Iterator[str]:
+        """Yield what can happen and never did."""
+        yield from (f"fault {one.name}" for one in Fault if not self.faults[one.name])
+        yield from (f"reason {one.name}" for one in REASONS if not self.reasons[one.name])
+        yield from (f"mode {one}" for one in MODES if not self.modes[one])
+        yield from (f"setting {one}" for one in SETTINGS if not self.settings[one])
+        yield from (f"crash {one}" for one in CRASH_POINTS if one not in UNREACHABLE and not self.crashes[str(one)])
+
+    def lines(self) -> Iterator[str]:
+        """Yield lines for people."""
+        for title, counts in (
+            ("faults", self.faults),
+            ("commits", self.commits),
+            ("crash points", self.crashes),
+            ("failure reasons", self.reasons),
+            ("completed, by mode", self.modes),
+            ("drawn", self.settings),
+            ("totals", self.totals),
+        ):
+            yield f"{title}: {', '.join(f'{name} {count:,}' for name, count in sorted(counts.items()))}"
+        yield f"most rounds until all agreed: {self.rounds_max}"

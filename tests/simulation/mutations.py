@@ -1,0 +1,370 @@
+"""
+Known mistakes, put into the product on purpose: a checker that misses one of them checks too little.
+
+Each is a patch of the running code that a tired programmer might have written. The
+simulation must find every one; which promise told, and after how many worlds, is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final, NamedTuple
+from unittest import mock
+
+from tests.simulation.run import run_seed
+from tests.simulation.world import STEPS_DEFAULT
+
+from tidelog import FailureReason, StorageError
+from tidelog._keys import pack_position
+from tidelog_client import _publication, _storage, _synchronizer, _view
+from tidelog_server import _action, _applier, _download, _engine, _hooks, _lmdb_store, _outcomes, _projection, _session
+from tidelog_server._application import TransientError
+from tidelog_server._records import Head, ReplicaState, Writes, merged_ranges
+from tidelog_server._refusal import Refused
+from tidelog_server._units import split_units
+
+SEEDS_MAX: Final = 400
+
+_Patch = AbstractContextManager[Any]
+
+
+class Mutation(NamedTuple):
+    """
+    A mistake.
+
+    Attributes:
+        name: What it does, in a few words.
+        apply: Makes it, for as long as the context lasts.
+        focus: What has to happen more often than usual for the worlds to find it soon.
+    """
+
+    name: str
+    apply: Callable[[], _Patch]
+    focus: Mapping[str, float] = {}
+
+
+class Caught(NamedTuple):
+    """
+    How a mistake was found.
+
+    Attributes:
+        promise: The promise that was broken, or the error that the product itself raised.
+        seed: In which world.
+        seed_count: How many worlds it took.
+    """
+
+    promise: str
+    seed: int
+    seed_count: int
+
+
+# --- the server ---------------------------------------------------------------------------
+
+
+def _skip_the_dedupe() -> _Patch:
+    return mock.patch.object(_engine._Evaluator, "_settled_before", return_value={})
+
+
+def _written(change: Callable[[Writes], Writes]) -> _Patch:
+    evaluation = _engine._Evaluator._evaluation
+
+    def changed(self: Any, results: Any) -> Any:
+        found = evaluation(self, results)
+        return found._replace(writes=change(found.writes))
+
+    return mock.patch.object(_engine._Evaluator, "_evaluation", changed)
+
+
+def _lose_failures() -> _Patch:
+    return _written(lambda writes: writes._replace(failures=[]))
+
+
+def _lose_settled() -> _Patch:
+    return _written(lambda writes: writes._replace(settled=[]))
+
+
+def _forget_tombstones() -> _Patch:
+    return _written(
+        lambda writes: writes._replace(
+            objects={key: written for key, written in writes.objects.items() if not written[0].deleted}
+        )
+    )
+
+
+def _results_before_commit() -> _Patch:
+    def write_group(self: Any, group: Any) -> None:
+        outcomes: list[Any] = []
+
+        def work(transaction: Any) -> None:
+            outcomes[:] = self._run_group(transaction, group)
+
+        with suppress(BaseException):  # that is the mistake
+            self._environment.write(work)
+        for job, (result, refusal) in zip(group, outcomes or [(None, StorageError())] * len(group), strict=True):
+            if refusal is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(refusal)
+
+    return mock.patch.object(_lmdb_store.LmdbStore, "_write_group", write_group)
+
+
+def _groups_in_parts() -> _Patch:
+    return mock.patch.object(
+        _engine, "split_units", lambda members: [(one,) for unit in split_units(members) for one in unit]
+    )
+
+
+def _no_fence() -> _Patch:
+    begin = _session.begin_upload
+
+    def same_number(*arguments: Any) -> tuple[Writes, ReplicaState]:
+        writes, begun = begin(*arguments)
+        begun = begun._replace(session_number=1)
+        return writes._replace(replica=(arguments[1], begun)), begun
+
+    return mock.patch.object(_session, "begin_upload", same_number)
+
+
+def _confirm_without_sole_writer() -> _Patch:
+    add = _download._Page.add
+
+    def confirming(self: Any, key: Any, state: Any, seen: bytes, **options: Any) -> None:
+        add(self, key, state._replace(sole_writer=True), seen, **options)
+
+    return mock.patch.object(_download._Page, "add", confirming)
+
+
+def _transient_is_failure() -> _Patch:
+    call = _hooks.call
+
+    def settling(*arguments: Any, **options: Any) -> Any:
+        try:
+            return call(*arguments, **options)
+        except TransientError as error:
+            raise Refused(FailureReason.HOOK_ERROR, str(error)) from error
+
+    return mock.patch.object(_action, "call", settling)
+
+
+def _overtake_the_held() -> _Patch:
+    hold = _engine._Evaluator._hold
+
+    def forgetting(self: Any, unit: Any, message: str) -> Any:
+        found = hold(self, unit, message)
+        self._held_keys.clear()
+        return found
+
+    return mock.patch.object(_engine._Evaluator, "_hold", forgetting)
+
+
+def _skip_removals() -> _Patch:
+    return mock.patch.object(_download._Page, "add_removal")
+
+
+def _cursor_at_the_present() -> _Patch:
+    complete = _session.Session.complete
+
+    def late(self: Any) -> Any:
+        with self._store.read(self._principal.tenant) as reader:
+            head: Head = reader.head()
+        self._download.head = head
+        return complete(self)
+
+    return mock.patch.object(_session.Session, "complete", late)
+
+
+def _show_hidden_attributes() -> _Patch:
+    encoded = _projection.Sight.encoded
+
+    def whole(self: Any, state: Any) -> bytes | None:
+        return None if encoded(self, state) is None else state.attributes
+
+    return mock.patch.object(_projection.Sight, "encoded", whole)
+
+
+def _older_clock_loses() -> _Patch:
+    apply = _applier.UnitApplier._apply
+    newest: dict[Any, int] = {}
+
+    def by_clock(self: Any, member: Any, position: int, failure: bytes) -> Any:
+        operation = member.operation
+        if operation is not None:
+            if operation.client_time_us < newest.get(operation.key, -(2**62)):
+                raise Refused(FailureReason.CONFLICT, "an older edit came late")
+            newest[operation.key] = operation.client_time_us
+        return apply(self, member, position, failure)
+
+    return mock.patch.object(_applier.UnitApplier, "_apply", by_clock)
+
+
+def _ranges_without_gaps() -> _Patch:
+    def closed(*arguments: Any) -> Any:
+        ranges = merged_ranges(*arguments)
+        return ((ranges[0][0], ranges[-1][1]),) if ranges else ranges
+
+    return mock.patch.object(_outcomes, "merged_ranges", closed)
+
+
+# --- the replica --------------------------------------------------------------------------
+
+
+def _cursor_first() -> _Patch:
+    publish = _publication.Publication.publish
+
+    def early(self: Any, pages: Any, object_count: int, *, complete: Any, **options: Any) -> Any:
+        self._meta.write(cursor=complete.cursor, cursor_version=pack_position(complete.version))
+        return publish(self, pages, object_count, complete=complete, **options)
+
+    return mock.patch.object(_publication.Publication, "publish", early)
+
+
+def _no_rebase() -> _Patch:
+    def over(self: Any, transaction: Any, *snapshot: Any, force: bool, **_options: Any) -> None:
+        self.put_clean_snapshots(transaction, [snapshot], force=force)
+
+    return mock.patch.object(_view.View, "put_snapshot", over)
+
+
+def _settle_before_durable() -> _Patch:
+    def unsaved(self: Any, *arguments: Any) -> Any:
+        class Undone(Exception):
+            pass
+
+        counts: list[Any] = []
+
+        def work(transaction: Any) -> None:
+            counts.append(self._settle(transaction, *arguments))
+            raise Undone
+
+        work.__qualname__ = "Storage.settle"
+        with suppress(Undone):
+            self.environment.write(work)
+        return counts[-1]
+
+    return mock.patch.object(_storage.Storage, "settle", unsaved)
+
+
+def _lose_local_failures() -> _Patch:
+    record = _storage.Storage._record_failure
+
+    def unrecorded(self: Any, transaction: Any, members: Any) -> Any:
+        failure = record(self, transaction, members)
+        transaction.delete(failure.id.encode(), db=self._failures)
+        return failure
+
+    return mock.patch.object(_storage.Storage, "_record_failure", unrecorded)
+
+
+def _keep_refused_changes() -> _Patch:
+    return mock.patch.object(_view.View, "settle_refused")
+
+
+def _publish_half() -> _Patch:
+    step = _publication.Publication._publish_step
+
+    def half(self: Any, transaction: Any, end: Any) -> Any:
+        counts = step(self, transaction, end)
+        publisher = self._publisher(transaction, end)
+        transaction.drop(self._incoming, delete=False)
+        return counts.plus(self._end_step(transaction, publisher, end))
+
+    half.__qualname__ = step.__qualname__
+    return mock.patch.object(_publication.Publication, "_publish_step", half)
+
+
+def _keep_the_unseen() -> _Patch:
+    end = _publication._Publisher.end
+
+    def lenient(self: Any) -> Iterator[bool]:
+        self._end = self._end._replace(track_seen=False)
+        return end(self)
+
+    return mock.patch.object(_publication._Publisher, "end", lenient)
+
+
+def _keep_foreign_pages() -> _Patch:
+    return mock.patch.object(_publication.Publication, "discard_staged")
+
+
+def _ignore_removals() -> _Patch:
+    return mock.patch.object(_view.View, "remove", return_value=False)
+
+
+def _double_intents() -> _Patch:
+    return mock.patch.object(_view.View, "_drop_confirmed")
+
+
+def _fold_too_early() -> _Patch:
+    settle = _view.View.settle_applied
+
+    def folding(self: Any, transaction: Any, applied: Any, **options: Any) -> None:
+        settle(self, transaction, applied, **options)
+        for key, _, version in applied:
+            self.drop_stale(transaction, key, version)
+
+    return mock.patch.object(_view.View, "settle_applied", folding)
+
+
+def _trim_what_is_needed() -> _Patch:
+    return mock.patch.object(_view.View, "is_needed", return_value=False)
+
+
+def _two_at_once() -> _Patch:
+    @contextmanager
+    def together(_self: Any) -> Iterator[None]:
+        yield
+
+    return mock.patch.object(_synchronizer.Synchronizer, "_alone", together)
+
+
+MUTATIONS: Final = (
+    Mutation("the server applies again what it has settled", _skip_the_dedupe),
+    Mutation("the server loses failure records", _lose_failures),
+    Mutation("the server changes objects and does not note what it settled", _lose_settled),
+    Mutation("the server forgets tombstones", _forget_tombstones),
+    Mutation("results leave the server before they are durable", _results_before_commit),
+    Mutation("a commit group is applied in parts", _groups_in_parts),
+    Mutation(
+        "a session that was superseded goes on", _no_fence, {"fault": 4, "duplicate": 8, "late": 8, "advance": 0.4}
+    ),
+    Mutation("an object is confirmed to who is not its sole writer", _confirm_without_sole_writer),
+    Mutation("an outage makes a failure record", _transient_is_failure, {"weather": 5}),
+    Mutation("an operation overtakes one that is held", _overtake_the_held),
+    Mutation("the server skips removals", _skip_removals),
+    Mutation(
+        "the cursor is where the server is, not where the download ended",
+        _cursor_at_the_present,
+        {"service": 10, "third party": 5},
+    ),
+    Mutation("hidden attributes are sent", _show_hidden_attributes),
+    Mutation("an edit with an older clock loses", _older_clock_loses),
+    Mutation("the settled ranges have no gaps", _ranges_without_gaps),
+    Mutation("the cursor moves before the data", _cursor_first),
+    Mutation("a snapshot replaces what is pending", _no_rebase),
+    Mutation("a replica counts as settled what it has not written", _settle_before_durable),
+    Mutation("a replica loses failure records", _lose_local_failures),
+    Mutation("a refused change stays in the view", _keep_refused_changes),
+    Mutation("a download is published by half", _publish_half),
+    Mutation("a reconciliation removes nothing", _keep_the_unseen),
+    Mutation(
+        "pages that were staged for another cursor are published", _keep_foreign_pages, {"wishes": 8, "fault": 2}
+    ),
+    Mutation("a replica skips removals", _ignore_removals),
+    Mutation("an applied intent is replayed on the snapshot that contains it", _double_intents),
+    Mutation("an applied change is folded before its snapshot is there", _fold_too_early),
+    Mutation("a log entry is trimmed that the view needs", _trim_what_is_needed),
+    Mutation("two synchronizations run at once", _two_at_once),
+)
+
+
+def catch(index: int, seeds: Sequence[int], *, steps: int = STEPS_DEFAULT) -> Caught | None:
+    """Run worlds with a mistake until one of them finds it, and tell which promise told. None: none found it."""
+    mutation = MUTATIONS[index]
+    with mutation.apply():
+        for count, seed in enumerate(seeds, start=1):
+            outcome = run_seed(seed, steps=steps, focus=mutation.focus)
+            if outcome.error:
+                return Caught(outcome.broken, seed, count)
+    return None
