@@ -241,6 +241,25 @@ class TestCopiedReplicas:
         assert not report.rejected
         assert site.truth() == {"t1": {"n": 5}, "of a": {}}
 
+    def test_copies_of_a_copy(self, site: Site) -> None:
+        """What two copies of a copy hold is applied once, though another operation has its place in the log."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("a", "b")
+        a, b = site.device("a"), site.device("b")
+        a.update("Task", "t1", increment={"n": 1})
+        a.synchronize_all()
+        b.update("Task", "t1", increment={"n": 10})
+        site.shut("b")
+        site.copy("b", "c")
+
+        reports = [site.sync("b"), site.sync("c")]
+
+        assert all(one.former_replica_id for one in reports)
+        assert site.truth() == {"t1": {"n": 11}}
+
 
 class TestRestoredServers:
     """A server's store that is put back from a backup gets again what devices had been told was settled."""
@@ -482,6 +501,31 @@ class TestRestoredServers:
 
         assert sorted(one.reason for one in report.failures) == [FailureReason.CONFLICT, FailureReason.SUPERSEDED]
         assert site.truth()["t1"] == {"title": "of b"}
+
+    def test_a_copy_took_the_place_of_what_was_lost(self, site: Site) -> None:
+        """That a copy settled something else at the same place does not hide what the server has lost."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("a", "b")
+        a = site.device("a")
+        a.create("Task", {}, "t2")
+        a.create("Task", {}, "t3")
+        a.synchronize_selected([("Task", "t3")])  # leaves t2 behind
+        site.shut("a")
+        site.back_up()
+        site.sync("a")
+        site.shut("a")
+        site.restore()
+        b = site.device("b")
+        b.create("Task", {}, "of b")
+        assert b.synchronize_all().former_replica_id
+
+        report = site.sync("a")
+
+        assert report.reoffered == 1
+        assert site.truth() == {"t1": {}, "t2": {}, "t3": {}, "of b": {}}
 
     def test_restored_twice(self, site: Site) -> None:
         """A device that missed two restores offers again what the last one lacks."""
