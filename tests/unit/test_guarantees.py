@@ -1,0 +1,29 @@
+"""What docs/guarantees.md names, exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "guarantees.md").read_text()
+COMMANDS = sorted(set(re.findall(r"`python -m ([^`]+)`", TEXT)))
+
+
+def test_every_promise_has_a_row() -> None:
+    """The sixteen promises are there, in order."""
+    assert re.findall(r"^\| (\d+) \| \*\*", TEXT, re.MULTILINE) == [str(number) for number in range(1, 17)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_page(command: str) -> None:
+    """A command runs tests that are there, or an input that is there."""
+    module, *arguments = command.split()
+    paths = [ROOT / one for one in arguments if one.startswith("tests/")]
+    if "-k" in arguments:
+        name = arguments[arguments.index("-k") + 1]
+        assert any(re.search(rf"def {name}\b", path.read_text()) for path in paths), f"no test {name}"
+    assert all(path.exists() for path in paths), command
+    assert module == "pytest" or (ROOT / module.replace(".", "/") / "__main__.py").exists()
