@@ -24,7 +24,10 @@ def check_started(started: sync_pb2.SessionStarted) -> None:
     with _violations("the start of the session"):
         if not started.epoch:
             raise InvalidValue("it names no store")
+        if not started.timeline:
+            raise InvalidValue("it names no timeline")
         _check_position("the newest settled seq", started.settled.newest_seq)
+        _check_position("the common version", started.common_version)
         if started.HasField("schema"):
             Schema.from_message(started.schema)
 

@@ -12,10 +12,12 @@ import json
 import logging
 import operator
 import os
-import queue
 import signal
+import socket
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -202,28 +204,27 @@ def serve(
     )
     allow_open_files(limits.sessions + OTHER_FILES)
 
-    # A queue, because its `put` may interrupt its own `get`; an Event's `set` could wait for itself.
-    stops: queue.SimpleQueue[int] = queue.SimpleQueue()
     spare_the_collector()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: stops.put(number))
     try:
-        with Server(
-            served or Application(),
-            store=data,
-            listen=listen,
-            authenticator=authenticator,
-            tls=tls,
-            migrate=migrate,
-            history_retention=_days(history_retention, "--history-retention"),
-            replica_retention=_days(replica_retention, "--replica-retention"),
-            failure_retention=_days(failure_retention, "--failure-retention"),
-            limits=limits,
-        ) as server:
+        with (
+            _stop_signals() as stopped,
+            Server(
+                served or Application(),
+                store=data,
+                listen=listen,
+                authenticator=authenticator,
+                tls=tls,
+                migrate=migrate,
+                history_retention=_days(history_retention, "--history-retention"),
+                replica_retention=_days(replica_retention, "--replica-retention"),
+                failure_retention=_days(failure_retention, "--failure-retention"),
+                limits=limits,
+            ) as server,
+        ):
             if served is None:
                 _log.warning("no application was given: every change is accepted")
             print(f"listening on {server.address}", flush=True)
-            stops.get()
+            stopped.recv(1)
     except AddressUnavailable as error:
         raise CommandFailed(str(error), ExitCode.UNAVAILABLE) from error
     except SchemaContradicted as error:
@@ -231,6 +232,22 @@ def serve(
         for contradiction in error.contradictions:
             print(printable(contradiction), file=sys.stderr)
         raise CommandFailed(error.summary, ExitCode.STORAGE) from error
+
+
+@contextmanager
+def _stop_signals() -> Iterator[socket.socket]:
+    """Give a socket on which something comes when the process is told to stop."""
+    # A signal that comes right before a thread begins to wait does not wake it; what it writes to a socket does.
+    stopped, stop = socket.socketpair()
+    stop.setblocking(False)
+    with stopped, stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(stop.fileno())
+        try:
+            yield stopped
+        finally:
+            signal.set_wakeup_fd(-1)
 
 
 def _days(count: float, option: str) -> timedelta:

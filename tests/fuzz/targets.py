@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -26,7 +27,8 @@ import grpc
 import jwt
 import typer
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc.error_details_pb2 import ErrorInfo
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status as RpcStatus
 from tests.builders import REPLICA_A, TENANT, USER, Lab, create, delete, group, make_operation, packed, update
 from tests.fuzz.replicas import hostile_session, message_seeds
@@ -501,7 +503,8 @@ def error_details(data: bytes) -> None:
     """Whatever a server says of an error, the client raises one of its own."""
     for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT):
         error = error_of(_FailedCall(code, data), "here:1")
-        assert getattr(error, "retry_after_seconds", 0.0) >= 0.0
+        pause = getattr(error, "retry_after_seconds", None)
+        assert pause is None or 0.0 <= pause < math.inf
 
 
 class _FailedCall(grpc.RpcError):
@@ -669,9 +672,12 @@ def _failure_records() -> Iterable[bytes]:
 
 
 def _statuses() -> Iterable[bytes]:
-    for metadata in ({}, {"retry_after_seconds": "1.5"}):
+    for message in (
+        ErrorInfo(domain="tidelog", reason="REPLICA_FORKED"),
+        RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000)),
+    ):
         detail = AnyMessage()
-        detail.Pack(ErrorInfo(domain="tidelog", reason="REPLICA_FORKED", metadata=metadata))
+        detail.Pack(message)
         yield RpcStatus(code=14, message="text", details=[detail]).SerializeToString()
 
 
@@ -689,6 +695,12 @@ def _starts() -> Iterable[bytes]:
                 sync_pb2.EntityDownload(entity="Task", mode=2, where=(attribute("title") == "a").to_message()),  # type: ignore[arg-type]
             ],
             bound_user_id="ann",
+            timeline="first",
+            checkpoint=b"sealed",
+            former_identities=[
+                sync_pb2.FormerIdentity(replica_id="62626262-6262-6262-6262-626262626262", last_seq=9, settled_seq=7)
+            ],
+            old_bases=sync_pb2.OldBases(through_seq=9, checkpoint=b"sealed"),
         ).SerializeToString()
 
 
