@@ -28,7 +28,7 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_client import Replica, Report
 from tidelog_client._connection import Transient
-from tidelog_client._synchronization import PlansChanged, Synchronization
+from tidelog_client._synchronization import PlansChanged, Synchronization, TimelineChanged
 from tidelog_client._view import StateLost, replay
 
 MODES: Final = ("all", "unsynchronized", "selected")
@@ -67,7 +67,7 @@ class Victim:
         except StateLost as error:
             self._storage.publication.start_over()
             return error
-        except (SynchronizationError, PlansChanged, Transient) as error:
+        except (SynchronizationError, PlansChanged, TimelineChanged, Transient) as error:
             return error
         assert not report.failures or all(one.operation is not None for one in report.failures)
         return None

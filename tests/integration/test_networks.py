@@ -69,8 +69,8 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> WeakSet[Session]:
     """The sessions that the server has not freed."""
     kept: WeakSet[Session] = WeakSet()
 
-    def noted(*arguments: Any) -> Session:
-        session = Session(*arguments)
+    def noted(*arguments: Any, **options: Any) -> Session:
+        session = Session(*arguments, **options)
         kept.add(session)
         return session
 

@@ -8,7 +8,7 @@ simulation must find every one; which promise told, and after how many worlds, i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -18,7 +18,7 @@ from tests.simulation.world import STEPS_DEFAULT
 from tidelog import FailureReason, StorageError
 from tidelog._keys import pack_position
 from tidelog_client import _publication, _storage, _synchronizer, _view
-from tidelog_server import _action, _applier, _download, _engine, _hooks, _lmdb_store, _outcomes, _projection, _session
+from tidelog_server import _action, _applier, _download, _engine, _hooks, _lmdb_store, _projection, _records, _session
 from tidelog_server._application import TransientError
 from tidelog_server._records import Head, ReplicaState, Writes, merged_ranges
 from tidelog_server._refusal import Refused
@@ -63,7 +63,7 @@ class Caught(NamedTuple):
 
 
 def _skip_the_dedupe() -> _Patch:
-    return mock.patch.object(_engine._Evaluator, "_settled_before", return_value={})
+    return mock.patch.object(_engine._Evaluator, "_settled_before", return_value=({}, set()))
 
 
 def _written(change: Callable[[Writes], Writes]) -> _Patch:
@@ -204,7 +204,7 @@ def _ranges_without_gaps() -> _Patch:
         ranges = merged_ranges(*arguments)
         return ((ranges[0][0], ranges[-1][1]),) if ranges else ranges
 
-    return mock.patch.object(_outcomes, "merged_ranges", closed)
+    return mock.patch.object(_records, "merged_ranges", closed)
 
 
 # --- the replica --------------------------------------------------------------------------
@@ -312,11 +312,7 @@ def _trim_what_is_needed() -> _Patch:
 
 
 def _two_at_once() -> _Patch:
-    @contextmanager
-    def together(_self: Any) -> Iterator[None]:
-        yield
-
-    return mock.patch.object(_synchronizer.Synchronizer, "_alone", together)
+    return mock.patch.object(_synchronizer, "_acquire", return_value=None)
 
 
 MUTATIONS: Final = (
