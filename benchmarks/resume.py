@@ -17,11 +17,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple, Self
 
-from tests.proxy import Proxy
-
 from benchmarks.children import Child, ChildFailed
 from benchmarks.records import ENTITY, tasks
 from benchmarks.workers import ReplicaWorker, ServerWorker
+from tidelog.testing import Proxy
 from tidelog_client import Replica
 
 INTERRUPTIONS: Final = 20

@@ -28,11 +28,11 @@ from random import Random
 from typing import Final, NamedTuple, Self
 
 from tests.builders import contents, quick_folder
-from tests.proxy import Proxy
 from tests.simulation import promises
 from tests.simulation.processes import SCHEMA, start
 from tests.simulation.records import Committed, ReplicaRecord, read_replica, read_server
 
+from tidelog.testing import Proxy
 from tidelog_client import Replica, _synchronizer
 from tidelog_server import LmdbStore
 

@@ -10,10 +10,10 @@ from weakref import WeakSet
 
 import pytest
 from tests.builders import REPLICA_B, World, contents, create, quick_folder
-from tests.proxy import Proxy, Way
 from tests.simulation.processes import wait_until
 
 from tidelog import ServerUnavailable, _channel
+from tidelog.testing import Proxy, Way
 from tidelog_client import Phase, Progress, _synchronizer
 from tidelog_server import _download, _server, _services
 from tidelog_server._session import Session

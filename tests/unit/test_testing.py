@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
-from tests.proxy import Proxy
 from tests.simulation.processes import wait_until
+
+from tidelog.testing import Proxy
 
 SENT = bytes(range(256)) * 4
 

@@ -1,8 +1,9 @@
 """
-A TCP proxy that does to connections what networks do to them.
+Testing: what programs need to try how they behave when the network does not.
 
-It stands between a client and a server, whatever processes they are in, and has faults
-for either way separately: *up* is from the client to the server, *down* is back.
+A `Proxy` stands between a replica and a server, whatever processes they are in, and
+does to connections what networks do to them. It has faults for either way separately:
+*up* is from the client to the server, *down* is back.
 
     with Proxy(server.address) as proxy, Replica(path, server=proxy.address) as replica:
         proxy.down.cut_after(1_000)
@@ -17,6 +18,8 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+
+__all__ = ["Proxy", "Way"]
 
 CHUNK_BYTES: Final = 64 * 1024
 POLL_SECONDS: Final = 0.05
