@@ -151,7 +151,8 @@ def check_encoded_map(data: bytes) -> None:
         plain = None  # `decode_map` says what is wrong
     if plain is not None and b"\xcf" not in data:
         for member in plain.values():  # in a loop: a call for each map costs more than most maps have members
-            if type(member) not in _PLAIN_SCALARS:
+            kind = type(member)
+            if kind not in _PLAIN_SCALARS and not (kind is list and _PLAIN_SCALARS.issuperset(map(type, member))):
                 break
         else:
             return
