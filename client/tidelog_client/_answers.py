@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from tidelog import _limits
 from tidelog._errors import InvalidSchema, InvalidValue, ProtocolViolated
@@ -19,14 +20,17 @@ from tidelog._schema import Schema
 from tidelog._values import check_encoded_map, check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
 
+# All that a session begins with must fit a message.
+TOKEN_BYTES_MAX: Final = 256 * 1024
+
 
 def check_started(started: sync_pb2.SessionStarted) -> None:
     """Check the answer to the start of a session. Raises ProtocolViolated."""
     with _violations("the start of the session"):
-        if not started.epoch:
-            raise InvalidValue("it names no store")
-        if not started.timeline:
-            raise InvalidValue("it names no timeline")
+        check_id(started.epoch, "the store's name")
+        check_id(started.timeline, "the timeline's name")
+        for whose in filter(None, (started.tenant, started.user_id)):
+            check_id(whose, "whose replica it is")
         _check_position("the newest settled seq", started.settled.newest_seq)
         _check_position("the common version", started.common_version)
         if started.HasField("schema"):
@@ -63,12 +67,15 @@ def check_page(page: sync_pb2.SnapshotPage) -> None:
             check_encoded_map(snapshot.attributes)
         _check_objects(page.removals)
         _check_objects(page.confirmations)
+    check_token(page.resume_token)
 
 
 def check_complete(complete: sync_pb2.SessionComplete) -> None:
     """Check the end of a session. Raises ProtocolViolated."""
     with _violations("the end of the session"):
         _check_position("the version", complete.version)
+        for token in (complete.cursor, complete.checkpoint):
+            check_token(token)
 
 
 def _check_objects(
@@ -83,6 +90,12 @@ def _check_objects(
     for entity in {one.entity for one in objects}:
         check_name(entity, "an entity name")
     _check_position("the version of an object", min([one.version for one in objects], default=0))
+
+
+def check_token(token: bytes) -> None:
+    """Check a token that is to be kept and sent back. Raises ProtocolViolated."""
+    if len(token) > TOKEN_BYTES_MAX:
+        raise ProtocolViolated(f"the server sent a token of {len(token)} bytes: the limit is {TOKEN_BYTES_MAX}")
 
 
 def _check_position(what: str, position: int) -> None:

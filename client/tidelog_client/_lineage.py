@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tidelog._environment import Environment, LmdbTransaction
     from tidelog_client._meta import Meta
 
+# As many as a server takes. Copies that know of no newer id in common parted long ago.
+FORMER_IDENTITIES_MAX: Final = 100
+
 # While a replica rebases, whatever it commits is made on a state of the old timeline.
 _EVERYTHING: Final = (1 << 63) - 1
 
@@ -57,6 +60,10 @@ class Lineage:
         """The server's store, as far as the replica knows it; empty before the first contact."""
         return (self._meta.read("next_epoch") or self._meta.read("epoch")).decode()
 
+    def knows_store(self, epoch: str) -> bool:
+        """Tell whether the replica is one of this store, or on its way there."""
+        return epoch.encode() in {self._meta.read("epoch"), self._meta.read("next_epoch")}
+
     @property
     def timeline(self) -> str:
         """The server's timeline, as far as the replica knows it; empty before the first contact."""
@@ -79,7 +86,8 @@ class Lineage:
             if through_seq == _EVERYTHING or 0 < first_seq <= through_seq:
                 start.old_bases.through_seq = through_seq
                 start.old_bases.checkpoint = get(transaction, "old_bases_checkpoint")
-            for replica_id, last_seq, settled_seq in self._formers(transaction):
+                start.old_bases.timeline = get(transaction, "old_bases_timeline").decode()
+            for replica_id, last_seq, settled_seq in self._formers(transaction)[-FORMER_IDENTITIES_MAX:]:
                 if 0 < first_seq <= last_seq:
                     start.former_identities.add(replica_id=replica_id, last_seq=last_seq, settled_seq=settled_seq)
 
@@ -120,8 +128,14 @@ class Lineage:
             lost: Seqs of the operations that are settled here and that the server does not know.
         """
         get, put = self._meta.get, self._meta.put
-        if not self._has_old_bases(transaction):
-            put(transaction, old_bases_checkpoint=get(transaction, "checkpoint"))
+        if self._has_old_bases(transaction):
+            put(transaction, old_bases_timeline=b"")
+        else:
+            put(
+                transaction,
+                old_bases_checkpoint=get(transaction, "checkpoint"),
+                old_bases_timeline=get(transaction, "timeline"),
+            )
         put_many(transaction, self._reoffers, [(pack_position(seq), b"") for seq in lost])
         put(
             transaction,
@@ -151,7 +165,7 @@ class Lineage:
         """Forget which operations were made on an older timeline if none is left from *first_seq* on (0: at all)."""
         through_seq = unpack_position(self._meta.read("old_bases_through"))
         if through_seq and not 0 < first_seq <= through_seq and not self.is_rebasing:
-            self._meta.write(old_bases_through=b"", old_bases_checkpoint=b"")
+            self._meta.write(old_bases_through=b"", old_bases_checkpoint=b"", old_bases_timeline=b"")
 
     # --- what is offered again ------------------------------------------------
 

@@ -29,7 +29,7 @@ from tidelog._logging import get_logger
 from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import operation_pb2, sync_pb2
-from tidelog_client._answers import batch_limits, check_complete, check_final, check_page, check_started
+from tidelog_client._answers import batch_limits, check_complete, check_final, check_page, check_started, check_token
 from tidelog_client._plans import Plans
 from tidelog_client._report import OnProgress, Phase, Progress, Report, Skipped, SkipReason
 from tidelog_client._selection import Selection
@@ -253,7 +253,7 @@ class Synchronization:
         storage = self._storage
         lineage = storage.lineage
         epoch = lineage.epoch
-        if epoch and epoch != started.epoch and not self._consent.foreign_server:
+        if epoch and not lineage.knows_store(started.epoch) and not self._consent.foreign_server:
             raise ForeignServer(expected=epoch, actual=started.epoch)
         values = self._owner(started)
         if epoch and (epoch, lineage.timeline) != (started.epoch, started.timeline):
@@ -426,6 +426,7 @@ class Synchronization:
 
     def _settle(self, results: list[operation_pb2.OperationResult], checkpoint: bytes) -> None:
         check_final(results)
+        check_token(checkpoint)
         if results:
             counts = self._storage.settle(results, checkpoint)
             self._report.reoffered += counts.reoffered

@@ -112,6 +112,7 @@ class Action:
         self._first_version = overlay.version
         self._has_effects = self._integrity is not None or self._has_hooks or self._rights is not None
         self._author = author
+        self._former_timeline = author.old_bases.timeline if author.old_bases is not None else ""
         self._replica = author.replica
         self._time_us = time_us
         self._references = references
@@ -565,6 +566,7 @@ class Action:
             self._time_us,
             self._failure,
             former_version=self._former_version,
+            former_timeline=self._former_timeline if self._former_version else "",
         )
         integrity = self._integrity
         if integrity is None:

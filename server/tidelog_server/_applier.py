@@ -174,12 +174,16 @@ class UnitApplier:
     def _has_seen(self, state: ObjectState, operation: Operation, former_version: int) -> bool:
         """Tell whether the author knows an incarnation that began above the operation's base version."""
         author = self._author
-        if author.created(state):
+        if state.creator == author.replica:
             return True
-        if author.old_bases is None:
-            return False
         creation = self._overlay.change(state.created)
-        return creation is not None and author.sight(operation, former_version).covers(creation)
+        if creation is None:
+            return False
+        if author.may_have_created(state) and (
+            author.wrote(creation) or self._outcomes.has_applied(creation.seq, state.created)
+        ):
+            return True
+        return author.old_bases is not None and author.sight(operation, former_version).covers(creation)
 
     def _check_not_superseded(self, operation: Operation, patch: Patch, former_version: int) -> None:
         """Refuse what is offered again if somebody else took its place since the store was put back."""
@@ -191,10 +195,10 @@ class UnitApplier:
             return  # nobody else can have done anything, or what is there says more than that
         written = patch if operation.kind is OperationKind.UPDATE else None
         sight = author.sight(operation, former_version)
-        if is_superseded(self._overlay, state, author, sight, written):
+        if is_superseded(self._overlay, state, operation, author, sight, written):
             raise Refused(
                 FailureReason.SUPERSEDED,
-                f"{key[0]} {key[1]!r} was changed by somebody else since the server was put back from a backup",
+                f"{key[0]} {key[1]!r} was changed since the server was put back from a backup",
             )
 
     def _was_collected(self, operation: Operation) -> bool:

@@ -37,10 +37,12 @@ class OldBases(NamedTuple):
     Attributes:
         through_seq: The newest of them.
         common_version: A version up to which that timeline and the present one are the same.
+        timeline: That timeline; empty: they are of several.
     """
 
     through_seq: int
     common_version: int
+    timeline: str = ""
 
 
 class Sight(NamedTuple):
@@ -51,14 +53,18 @@ class Sight(NamedTuple):
         base_version: The version, in the numbers of the present timeline.
         former_version: What was applied anew after a restore is known to the author if it had been
             applied up to this version before. 0: nothing was.
+        timeline: The timeline that this version is of; empty: it cannot be told.
     """
 
     base_version: int
     former_version: int = 0
+    timeline: str = ""
 
     def covers(self, change: Change) -> bool:
         """Tell whether a change is one that was applied anew and that the author had seen before."""
-        return 0 < change.former_version <= self.former_version
+        if not 0 < change.former_version <= self.former_version:
+            return False
+        return bool(self.timeline) and change.former_timeline == self.timeline
 
 
 class Author(NamedTuple):
@@ -75,8 +81,8 @@ class Author(NamedTuple):
     formers: tuple[FormerIdentity, ...] = ()
     old_bases: OldBases | None = None
 
-    def created(self, state: ObjectState) -> bool:
-        """Tell whether the author created the present incarnation of an object."""
+    def may_have_created(self, state: ObjectState) -> bool:
+        """Tell whether the author, or another copy of it, created the present incarnation of an object."""
         return state.creator == self.replica or any(state.creator == one.replica for one in self.formers)
 
     def wrote(self, change: Change) -> bool:
@@ -97,7 +103,8 @@ class Author(NamedTuple):
         bases = self.old_bases
         if former_version:
             common_version = bases.common_version if bases is not None else 0
-            return Sight(min(base_version, common_version), former_version - 1)
+            timeline = bases.timeline if bases is not None else ""
+            return Sight(min(base_version, common_version), former_version - 1, timeline)
         if bases is None or operation.seq > bases.through_seq:
             return Sight(base_version)
-        return Sight(min(base_version, bases.common_version), base_version)
+        return Sight(min(base_version, bases.common_version), base_version, bases.timeline)

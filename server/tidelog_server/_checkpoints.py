@@ -10,6 +10,7 @@ and the replica's are the same. A checkpoint is sealed: nobody can make one up.
 
 from __future__ import annotations
 
+import uuid
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -22,6 +23,22 @@ from tidelog_server._store import Reader, Store
 # Distances from the newest commit grow by half: what is common is underestimated by no more than
 # half of what was lost.
 COMMITS_MAX: Final = 48
+
+_FOUND: Final = "-found"
+
+
+def found_timeline() -> str:
+    """Return a name for a timeline that begins because the store was found to have been put back."""
+    return f"{uuid.uuid4()}{_FOUND}"
+
+
+def is_found(timeline: str) -> bool:
+    """
+    Tell whether a timeline began because the store was found to have been put back.
+
+    Then the one before it may have gone on in two ways under one name: nobody was told.
+    """
+    return timeline.endswith(_FOUND)
 
 
 class Checkpoints:

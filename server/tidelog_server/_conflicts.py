@@ -101,16 +101,21 @@ def collision(change: Change, patch: Patch | None) -> str | None:
     return None
 
 
-def is_superseded(overlay: Overlay, state: ObjectState, author: Author, sight: Sight, patch: Patch | None) -> bool:
+def is_superseded(  # noqa: PLR0917 - the operation, and what it meets
+    overlay: Overlay, state: ObjectState, operation: Operation, author: Author, sight: Sight, patch: Patch | None
+) -> bool:
     """
-    Tell whether somebody else changed what an operation writes since the store was put back from a backup.
+    Tell whether what an operation writes was changed since the store was put back from a backup.
+
+    By somebody else, or by the author with a later operation.
 
     What cannot be told any more counts as changed.
 
     Args:
         overlay: Where the changes are.
         state: The object as it is, or its tombstone.
-        author: Who made the operation.
+        operation: The operation.
+        author: Who made it.
         sight: What its author had seen.
         patch: What the operation writes; None: it creates or deletes the object.
     """
@@ -120,7 +125,7 @@ def is_superseded(overlay: Overlay, state: ObjectState, author: Author, sight: S
         return any(
             collision(change, patch) is not None
             for change in changes_since(common_version, state.version, overlay.change)
-            if not author.wrote(change) and not sight.covers(change)
+            if not (author.wrote(change) and change.seq <= operation.seq) and not sight.covers(change)
         )
     except HistoryCollected:
         return True

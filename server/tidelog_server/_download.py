@@ -66,6 +66,7 @@ class Place(NamedTuple):
         round_head: The newest version when this round began.
         previous_round_head: The same of the round before. 0: this is the first one.
         first_head: The same of the first round.
+        round_commit_id: Id of the commit that ended at *round_head*: the store may be put back meanwhile.
     """
 
     source: bytes
@@ -73,13 +74,15 @@ class Place(NamedTuple):
     round_head: int
     previous_round_head: int
     first_head: int
+    round_commit_id: bytes
 
-    def is_sound(self, head: Head) -> bool:
-        """Tell whether a download can have come to this place, with the head where it is now."""
+    def is_sound(self, reader: Reader) -> bool:
+        """Tell whether a download can have come to this place in the history that there is now."""
         return (
-            0 <= self.position <= self.round_head <= head.version
+            0 <= self.position <= self.round_head <= reader.head().version
             and 0 <= self.previous_round_head <= self.round_head
             and 0 <= self.first_head <= self.round_head
+            and (reader.commit_id(self.round_head) or b"") == self.round_commit_id
         )
 
 
@@ -206,7 +209,7 @@ class Download:
         if token is not None:
             place = Place(*(getattr(token, name) for name in Place._fields))
             # A download that began before the indexes were made anew may have passed over what reconciles now.
-            is_sound = place.is_sound(reader.head()) and indexed_since < place.first_head
+            is_sound = place.is_sound(reader) and indexed_since < place.first_head
             # What was sent before, and deleted since, must have left its tombstone.
             is_sound = is_sound and reader.collected() <= place.first_head
             if not is_sound or token != self._token(cursor, place):
@@ -429,7 +432,7 @@ class _Scan:
         """
         if self._start.is_at(head):
             return
-        place = self._place or Place(b"", 0, head.version, 0, head.version)
+        place = self._place or Place(b"", 0, head.version, 0, head.version, head.commit_id)
         cursor = self._start.cursor
         if reader.collected() > (place.first_head if cursor is None else cursor.version):
             # A tombstone that the replica needs to be told of may be among what went.
@@ -455,7 +458,7 @@ class _Scan:
                 yield page
                 return
             self.round_count += 1
-            place = Place(b"", 0, head.version, place.round_head, place.first_head)
+            place = Place(b"", 0, head.version, place.round_head, place.first_head, head.commit_id)
 
     def _sources(self, reader: Reader, first: bytes) -> list[_Source]:
         """Return the sources from one on, in order."""

@@ -334,5 +334,5 @@ def _checked_order(members: Iterable[Member], last_seq: int) -> int:
 
 def _superseded() -> Refused:
     """Refuse what was settled before: whoever applied it again might do so twice."""
-    message = "was settled before, so long ago that what became of it is no longer known: it is not applied again"
+    message = "what was settled at its place is forgotten: nobody can tell whether it was this, so it is not applied"
     return Refused(FailureReason.SUPERSEDED, message)

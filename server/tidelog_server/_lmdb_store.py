@@ -212,6 +212,7 @@ class LmdbStore:
 
     def close(self) -> None:
         """Finish the jobs that were submitted, then close."""
+        self.check_outside_of_jobs()
         if self._closing:
             return
         self._closing = True
@@ -225,6 +226,11 @@ class LmdbStore:
         self._under_way.close()
         self._environment.close()
         self._lock.release()
+
+    def check_outside_of_jobs(self) -> None:
+        """Raise StorageError inside a job, which must not wait for what only comes after it."""
+        if threading.current_thread() is self._writer:
+            raise StorageError("a hook can neither stop its server nor wait for what comes after it")
 
     def _check_process(self) -> None:
         # Its writer did not come along into a forked child: a job would wait for ever.

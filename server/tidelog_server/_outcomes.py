@@ -195,6 +195,11 @@ class Outcomes:
         record = failure_pb2.SynchronizationFailure.FromString(self._reader.failure(settled.failure_id) or b"")
         return _refusal_again(member.seq, settled, record)
 
+    def has_applied(self, seq: int, version: int) -> bool:
+        """Tell whether it was this operation of the replica that was applied at a version."""
+        known = self._reader.settled(self._uploader.replica, (seq,)).values()
+        return any(one.version == version for one in (*known, *(one for at, one in self.settled if at == seq)))
+
     def record_former(self, unit: Unit) -> list[Result]:
         """Record a failure again that was recorded before the store was put back from a backup."""
         formers = [member.former or FormerOutcome(0) for member in unit]

@@ -74,6 +74,7 @@ class Change(NamedTuple):
             from its former key, to create it under this one. 0: it did not.
         former_version: Version of the operation that caused it before the store was put
             back from a backup, if it was applied anew since. 0: it was not.
+        former_timeline: The timeline that this version is of; empty: it is not known.
     """
 
     version: int
@@ -91,6 +92,7 @@ class Change(NamedTuple):
     new_names: Mapping[str, str] | None = None
     moved_from: int = 0
     former_version: int = 0
+    former_timeline: str = ""
 
 
 class Settled(NamedTuple):

@@ -28,7 +28,7 @@ from tidelog_server import _engine
 from tidelog_server._application import Application
 from tidelog_server._attempts import NO_SUSPECTS, Attempt, Suspects, last_seq
 from tidelog_server._author import FormerIdentity, OldBases
-from tidelog_server._checkpoints import Checkpoints
+from tidelog_server._checkpoints import Checkpoints, found_timeline, is_found
 from tidelog_server._download import Download, PageBytes, Start, cursor_at, full_pages
 from tidelog_server._engine import NO_TRIAL, Evaluation, Trial, UploadState
 from tidelog_server._errors import (
@@ -327,6 +327,7 @@ class Session:
         self._start = Start()
         self._timeline = store.identity.timeline
         self._settled_count = 0
+        self._old_bases: OldBases | None = None
         self._checkpoints = Checkpoints(store, principal.tenant, self._replica)
         # Versions of another timeline do not tell what the replica still has.
         confirms = start.accepts_confirmations and not self._is_of_other_timeline
@@ -360,6 +361,11 @@ class Session:
         """Settle a batch; with *former_outcomes*, serialized, one that is offered again."""
         if self._upload is None:
             raise RequestInvalid("a batch came in a session that was opened without uploading")
+        if former_outcomes:
+            if self._old_bases is None:
+                raise RequestInvalid("former outcomes came in a session that names no older timeline")
+            if len(former_outcomes) != len(operations):
+                raise RequestInvalid("a batch that is offered again has one former outcome an operation")
         return self._upload.submit(operations, [parse_former_outcome(data) for data in former_outcomes])
 
     def checkpoint(self) -> bytes:
@@ -430,7 +436,7 @@ class Session:
         if self._request.uploading:
             writes, known = begin_upload(reader, self._replica, self._principal, self._clock())
         if self._checkpoints.contradicts(reader, self._request.checkpoint):
-            writes = writes._replace(timeline=str(uuid_utils.uuid4()))
+            writes = writes._replace(timeline=found_timeline())
             _log.warning(
                 "a replica knows of history that this store lacks: an older one was put back, a new timeline begins",
                 replica_id=self._request.replica_id,
@@ -438,18 +444,20 @@ class Session:
             )
         return writes, known
 
-    def _old_bases(self, reader: Reader) -> OldBases | None:
+    def _found_old_bases(self, reader: Reader) -> OldBases | None:
         """Return which operations were made on a state of another timeline, if any."""
         request, common_version = self._request, self._checkpoints.common_version
         found = []
         if request.HasField("old_bases"):
             old = request.old_bases
-            found.append(OldBases(old.through_seq, common_version(reader, old.checkpoint)))
+            found.append(OldBases(old.through_seq, common_version(reader, old.checkpoint), old.timeline))
         if self._is_of_other_timeline:
-            found.append(OldBases(MAX_POSITION, common_version(reader, request.checkpoint)))
+            found.append(OldBases(MAX_POSITION, common_version(reader, request.checkpoint), request.timeline))
         if not found:
             return None
-        return OldBases(max(one.through_seq for one in found), min(one.common_version for one in found))
+        through_seq, common = max(one.through_seq for one in found), min(one.common_version for one in found)
+        is_one_timeline = len(found) == 1 and not is_found(self._store.identity.timeline)
+        return OldBases(through_seq, common, found[0].timeline if is_one_timeline else "")
 
     def _started(self, known: ReplicaState | None) -> sync_pb2.SessionStarted:
         identity = self._store.identity
@@ -459,7 +467,7 @@ class Session:
             head = reader.head()
             self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
             self._checkpoints.begin(reader)
-            old_bases = self._old_bases(reader)
+            old_bases = self._old_bases = self._found_old_bases(reader)
         cause = sync_pb2.RECONCILE_CAUSE_UNSPECIFIED
         if self._start.collected:
             cause = sync_pb2.RECONCILE_CAUSE_HISTORY_COLLECTED

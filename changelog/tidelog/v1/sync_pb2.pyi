@@ -366,21 +366,25 @@ class OldBases(_message.Message):
 
     THROUGH_SEQ_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
     through_seq: _builtins.int
     """The newest of them."""
     checkpoint: _builtins.bytes
     """A checkpoint of the oldest such timeline. The server takes from it how far
     that timeline and its own are the same.
     """
+    timeline: _builtins.str
+    """That timeline, if there is only one. Empty: they are of several."""
     def __init__(
         self,
         *,
         through_seq: _builtins.int = ...,
         checkpoint: _builtins.bytes = ...,
+        timeline: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "through_seq", b"through_seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "through_seq", b"through_seq", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

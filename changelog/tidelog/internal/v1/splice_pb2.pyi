@@ -296,6 +296,7 @@ class ResumeToken(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     ROUND_HEAD_FIELD_NUMBER: _builtins.int
     PREVIOUS_ROUND_HEAD_FIELD_NUMBER: _builtins.int
+    ROUND_COMMIT_ID_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """The download has sent every object whose latest version is up to this one."""
     epoch: _builtins.str
@@ -316,6 +317,8 @@ class ResumeToken(_message.Message):
     """Newest version when the present round of scans began."""
     previous_round_head: _builtins.int
     """The same of the round before. 0: this is the first one."""
+    round_commit_id: _builtins.bytes
+    """Id of the commit that ended at `round_head`: the store may have been put back since."""
     @_builtins.property
     def start(self) -> Global___Cursor:
         """The cursor that the download started from. Not set: from nowhere."""
@@ -337,10 +340,11 @@ class ResumeToken(_message.Message):
         source: _builtins.bytes = ...,
         round_head: _builtins.int = ...,
         previous_round_head: _builtins.int = ...,
+        round_commit_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "epoch", b"epoch", "first_head", b"first_head", "position", b"position", "previous_round_head", b"previous_round_head", "round_head", b"round_head", "scope", b"scope", "source", b"source", "start", b"start", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entities", b"entities", "epoch", b"epoch", "first_head", b"first_head", "position", b"position", "previous_round_head", b"previous_round_head", "round_commit_id", b"round_commit_id", "round_head", b"round_head", "scope", b"scope", "source", b"source", "start", b"start", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
