@@ -302,7 +302,7 @@ class MemoryStore:
 
     def __init__(self, disk: dict[str, Any] | None = None) -> None:
         self._disk = {} if disk is None else disk
-        self._identity: Identity = self._disk.setdefault("identity", Identity(secrets.token_hex(8), "first"))
+        self._identity: Identity = self._disk.setdefault("identity", Identity(secrets.token_hex(8), str(uuid.uuid4())))
         self._tenants: dict[str, _Data] = self._disk.setdefault("tenants", {})
         self._notes: dict[str, bytes] = self._disk.setdefault("notes", {})
         self._left: list[tuple[str, Attempt]] = self._disk.get("under way", [])

@@ -87,7 +87,12 @@ class Lineage:
                 start.old_bases.through_seq = through_seq
                 start.old_bases.checkpoint = get(transaction, "old_bases_checkpoint")
                 start.old_bases.timeline = get(transaction, "old_bases_timeline").decode()
-            for replica_id, last_seq, settled_seq in self._formers(transaction)[-FORMER_IDENTITIES_MAX:]:
+            newest_seq = unpack_position(get(transaction, "last_seq"))
+            formers = self._formers(transaction)[-FORMER_IDENTITIES_MAX:]
+            for place, (replica_id, known_seq, settled_seq) in enumerate(formers, start=1):
+                # Until the server's state was taken in under the new id, all is committed on that of the former one.
+                is_looked_at = place == len(formers) and get(transaction, "state_lost")
+                last_seq = newest_seq if is_looked_at else known_seq
                 if 0 < first_seq <= last_seq:
                     start.former_identities.add(replica_id=replica_id, last_seq=last_seq, settled_seq=settled_seq)
 
@@ -106,6 +111,14 @@ class Lineage:
             transaction, replica_id=str(uuid.uuid4()).encode(), former_identities=cast("bytes", msgpack.packb(formers))
         )
         return former
+
+    def take_in_state(self, transaction: LmdbTransaction) -> None:
+        """Note that the replica has the server's state under its present id, and looks at the former one's no more."""
+        formers = self._formers(transaction)
+        if formers:
+            replica_id, _, settled_seq = formers[-1]
+            formers[-1] = (replica_id, unpack_position(self._meta.get(transaction, "last_seq")), settled_seq)
+            self._meta.put(transaction, former_identities=cast("bytes", msgpack.packb(formers)))
 
     def _formers(self, transaction: LmdbTransaction) -> list[tuple[str, int, int]]:
         data = self._meta.get(transaction, "former_identities")

@@ -314,6 +314,8 @@ class Publication:
                 return PublishedCounts(removed=removed)
         transaction.drop(self._seen, delete=False)
         transaction.drop(self._ahead, delete=False)
+        if self._meta.get(transaction, "state_lost"):
+            self._lineage.take_in_state(transaction)
         self._meta.put(
             transaction,
             cursor=end.cursor,

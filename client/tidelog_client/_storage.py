@@ -352,6 +352,7 @@ class Storage:
                 # The view gets what became of it with the download of the new timeline.
                 if self.lineage.note_reoffered(transaction, result.seq):
                     reoffered_count += 1
+                    self._forget_failure(transaction, result)
                     outcomes.append((position, _packed_outcome(result)))
                     if result.failure_id and transaction.get(result.failure_id.encode(), db=self._failures) is None:
                         again.setdefault(result.failure_id, []).append(
@@ -371,6 +372,12 @@ class Storage:
         failures = [self._record_failure(transaction, group) for group in (*refused.values(), *again.values())]
         self._note_newest_settled(transaction, max((result.seq for result in results), default=0))
         return SettledCounts(len(applied), len(members), reoffered_count, failures)
+
+    def _forget_failure(self, transaction: LmdbTransaction, result: operation_pb2.OperationResult) -> None:
+        """Forget the failure that an operation was until now, if something else has become of it."""
+        former = self.outcome(transaction, result.seq)
+        if former is not None and former.failure_id not in {"", result.failure_id}:
+            transaction.delete(former.failure_id.encode(), db=self._failures)
 
     def _logged_key(self, transaction: LmdbTransaction, seq: int) -> bytes:
         return pack_object_key(*decode_operation(self.log.get(transaction, seq) or b"").key)

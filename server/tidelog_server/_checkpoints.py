@@ -10,9 +10,9 @@ and the replica's are the same. A checkpoint is sealed: nobody can make one up.
 
 from __future__ import annotations
 
-import uuid
 from typing import Final
 
+import uuid_utils
 from google.protobuf.message import DecodeError
 
 from tidelog.internal.v1 import splice_pb2
@@ -24,12 +24,13 @@ from tidelog_server._store import Reader, Store
 # half of what was lost.
 COMMITS_MAX: Final = 48
 
-_FOUND: Final = "-found"
+# Those that begin with a new store, or a restore that says so, are named by random UUIDs, of version 4.
+_FOUND_UUID_VERSION: Final = 7
 
 
 def found_timeline() -> str:
     """Return a name for a timeline that begins because the store was found to have been put back."""
-    return f"{uuid.uuid4()}{_FOUND}"
+    return str(uuid_utils.uuid7())
 
 
 def is_found(timeline: str) -> bool:
@@ -38,7 +39,7 @@ def is_found(timeline: str) -> bool:
 
     Then the one before it may have gone on in two ways under one name: nobody was told.
     """
-    return timeline.endswith(_FOUND)
+    return uuid_utils.UUID(timeline).version == _FOUND_UUID_VERSION
 
 
 class Checkpoints:

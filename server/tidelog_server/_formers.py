@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgpack
 
+from tidelog._keys import POSITION_BYTES, unpack_position
 from tidelog_server._author import FormerIdentity
 from tidelog_server._indexes import IndexWrites, twin_key, twins_prefix
-from tidelog_server._records import Settled
+from tidelog_server._records import REPLICA_ID_BYTES, Settled
 from tidelog_server._store import Reader
 
 
@@ -74,3 +75,13 @@ class Formers:
 
     def _formers_of(self, seq: int) -> Iterator[bytes]:
         return (identity.replica for identity in self._identities if 0 < seq <= identity.last_seq)
+
+
+def read_note(key: bytes, value: bytes) -> Settled | None:
+    """Return the outcome that a copy noted under a key of the table of indexes, or None if that is none."""
+    try:
+        one = Settled._make(msgpack.unpackb(value))
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return None
+    seq = unpack_position(key[1 + REPLICA_ID_BYTES : -POSITION_BYTES])
+    return one if key == twin_key(key[1 : 1 + REPLICA_ID_BYTES], seq, one.nonce) else None

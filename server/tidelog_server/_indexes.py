@@ -232,6 +232,11 @@ def without_left(entries: Iterable[tuple[bytes, bytes]], lookup: Callable[[bytes
     return removed
 
 
+def is_twin(key: bytes) -> bool:
+    """Tell whether a key is one of `twin_key`."""
+    return key.startswith(_TWIN)
+
+
 def dependents_prefix(failure_id: bytes) -> bytes:
     """Return what the keys of the failures start with that a failure caused; their ids follow."""
     return _DEPENDENT + failure_id

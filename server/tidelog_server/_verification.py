@@ -29,6 +29,7 @@ from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import Attributes, decode_map, decode_trusted, equal
 from tidelog.v1 import failure_pb2
+from tidelog_server._formers import read_note
 from tidelog_server._history import attributes_before, kept_changes
 from tidelog_server._indexes import (
     TABLES,
@@ -37,6 +38,7 @@ from tidelog_server._indexes import (
     complete_since,
     dependents_prefix,
     indexed_entities,
+    is_twin,
     left_at,
     rebuilt,
     rebuilt_entries,
@@ -409,6 +411,11 @@ class _Verification:
                 told = left_at(entry.by_version, entry.key[1], self._records.index)
                 return "" if told == entry.left_at <= self._head else "an entry that says what the one beside it says"
             return "" if self._expected_of(entry.key).get(key) == value else f"what follows from {_name(entry.key)}"
+        if is_twin(key):
+            noted = read_note(key, value)
+            if noted is None:
+                return "what a copy of a replica settled"
+            return next((finding.expected for finding in self._mark("", noted)), "")
         pair = split_dependent(key)
         if pair is None:
             return "" if key in rebuilt(0) else "an entry of a known table"

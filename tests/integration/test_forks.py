@@ -14,7 +14,8 @@ from tests.builders import contents, quick_folder
 from tidelog import FailureReason, ForeignServer, MassRemoval
 from tidelog_client import Replica, Report
 from tidelog_client._connection import Stream
-from tidelog_server import Application, HookContext, HookObject, Reject, Server
+from tidelog_client._lineage import FORMER_IDENTITIES_MAX
+from tidelog_server import Application, HookContext, HookObject, Reject, Server, verify_store
 from tidelog_server._lmdb_store import LmdbStore
 
 
@@ -48,6 +49,7 @@ class Site:
     def shut(self, name: str) -> None:
         """Close a device."""
         if (opened := self._devices.pop(name, None)) is not None:
+            assert list(opened.verify()) == []
             opened.close()
 
     def copy(self, name: str, to: str) -> None:
@@ -72,6 +74,7 @@ class Site:
         for name in list(self._devices):
             self.shut(name)
         self.stop()
+        assert list(verify_store(self.store.path)) == []
 
     def sync(self, name: str, **options: Any) -> Report:
         """Open a device anew, at the present server, and synchronize all."""
@@ -259,6 +262,36 @@ class TestCopiedReplicas:
 
         assert all(one.former_replica_id for one in reports)
         assert site.truth() == {"t1": {"n": 11}}
+
+    def test_an_object_that_another_copy_created(self, site: Site) -> None:
+        """What another copy created under the same id is not one's own: an edit meant for the own one is refused."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("a", "b")
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"owner": "a"}, "1")
+        a.synchronize_all()
+        b.create("Task", {"owner": "b"}, "1")
+        b.update("Task", "1", {"x": 2})
+
+        report = b.synchronize_all()
+
+        reasons = [FailureReason.ALREADY_EXISTS, FailureReason.DEPENDENCY_FAILED]
+        assert [one.reason for one in report.failures] == reasons
+        assert site.truth() == {"t1": {}, "1": {"owner": "a"}}
+
+    def test_very_many_forks(self, site: Site) -> None:
+        """However often a directory was copied, an operation that waits all the time is uploaded in the end."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        a.create("Task", {}, "waits")
+        for _ in range(FORMER_IDENTITIES_MAX + 1):
+            a._storage.fork()
+
+        assert a.synchronize_all().applied == 1
 
 
 class TestRestoredServers:
@@ -526,6 +559,66 @@ class TestRestoredServers:
 
         assert report.reoffered == 1
         assert site.truth() == {"t1": {}, "t2": {}, "t3": {}, "of b": {}}
+
+    @pytest.mark.parametrize("order", ["bc", "cb"])
+    @pytest.mark.parametrize("is_told", [True, False])
+    def test_versions_of_two_lives(self, site: Site, order: str, is_told: bool) -> None:  # noqa: FBT001
+        """Versions of two lives of a store do not compare: whoever comes second gets a failure."""
+        b, c = site.device("b"), site.device("c")
+        b.create("Task", {"title": "x"}, "t1")
+        b.synchronize_all()
+        if not is_told:
+            c.synchronize_all()
+        site.shut("b")
+        site.shut("c")
+        site.back_up()
+        b = site.device("b")
+        for number in range(20):
+            b.create("Task", {}, f"t{number + 2}")
+        b.update("Task", "t1", {"title": "of b"})
+        b.synchronize_all()
+        site.shut("b")
+        if is_told:
+            site.sync("c")
+            site.shut("c")
+        site.restore()
+        site.sync("c")
+        c = site.device("c")
+        c.update("Task", "t1", {"title": "of c"})
+        c.synchronize_all()
+        site.shut("c")
+        site.restore()
+
+        reports = [site.sync(name) for name in order]
+
+        assert [[one.reason for one in report.failures] for report in reports] == [[], [FailureReason.SUPERSEDED]]
+        assert site.truth()["t1"] == {"title": f"of {order[0]}"}
+
+    def test_a_download_goes_on_in_its_own_history_only(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was downloaded of a history that is gone does not mix with that of another one of the same length."""
+        w = site.device("w")
+        w.create("Task", {"p": 1}, "base")
+        w.synchronize_all()
+        site.shut("w")
+        site.back_up()
+        w = site.device("w")
+        for number in range(200):
+            w.create("Task", {"p": "x" * 20_000}, f"lost {number}")
+        w.synchronize_all()
+        site.shut("w")
+        shutil.rmtree(site.folder / "w")
+        assert not cut_session(site.device("r"), monkeypatch, after_messages=3)
+        site.shut("r")
+        site.restore()
+        v = site.device("v")
+        v.synchronize_all()
+        for number in range(250):
+            v.create("Task", {}, f"new {number}")
+        v.synchronize_all()
+
+        site.sync("r")
+
+        assert contents(site.device("r")) == site.truth()
 
     def test_restored_twice(self, site: Site) -> None:
         """A device that missed two restores offers again what the last one lacks."""

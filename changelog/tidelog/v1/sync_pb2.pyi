@@ -340,7 +340,9 @@ class FormerIdentity(_message.Message):
     replica_id: _builtins.str
     """The id."""
     last_seq: _builtins.int
-    """The newest `seq` committed under it."""
+    """The newest `seq` committed under it, or before the replica had taken in the
+    server's state under its new id.
+    """
     settled_seq: _builtins.int
     """The newest `seq` that was settled under it, as far as this copy knows."""
     def __init__(
