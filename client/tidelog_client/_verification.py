@@ -238,10 +238,11 @@ class _Verification:
         if not version:
             return None if is_pending else ("to be pending", "not")
         outcome = self._outcome_at(seq) or Outcome(0, "")
-        if is_pending or outcome.version != version:
+        # An outcome of the new timeline may be here before its state is.
+        is_rebasing = bool(self._meta.get(self._transaction, "next_timeline"))
+        if is_pending or (outcome.version != version and not is_rebasing):
             found = "pending" if is_pending else f"version {outcome.version}"
             return (f"to be applied at version {version}", found)
-        is_rebasing = bool(self._meta.get(self._transaction, "next_timeline"))
         if base is not None and version <= base.version and not is_rebasing:
             return (f"a version above the base's, {base.version}", f"version {version}")
         return None
