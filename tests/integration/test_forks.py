@@ -12,7 +12,7 @@ import pytest
 from tests.builders import contents, quick_folder
 
 from tidelog import FailureReason, ForeignServer, MassRemoval
-from tidelog_client import Replica, Report
+from tidelog_client import Phase, Progress, Replica, Report
 from tidelog_client._connection import Stream
 from tidelog_client._lineage import FORMER_IDENTITIES_MAX
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, verify_store
@@ -281,6 +281,33 @@ class TestCopiedReplicas:
         reasons = [FailureReason.ALREADY_EXISTS, FailureReason.DEPENDENCY_FAILED]
         assert [one.reason for one in report.failures] == reasons
         assert site.truth() == {"t1": {}, "1": {"owner": "a"}}
+
+    def test_an_edit_while_it_forks(self, site: Site) -> None:
+        """What is edited after the new id was taken, and before the server's state came, is one's own as before."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "t1")
+        site.shut("a")
+        site.copy("a", "b")
+        a = site.device("a")
+        a.create("Task", {}, "of a")
+        a.synchronize_all()
+        b = site.device("b")
+        b.create("Task", {"n": 0}, "t2")
+        edited = False
+
+        def edit(progress: Progress) -> None:
+            nonlocal edited
+            if progress.phase is Phase.DOWNLOAD and not edited:
+                edited = True
+                b.update("Task", "t1", {"n": 1})
+                b.update("Task", "t2", {"n": 2})
+
+        assert b.synchronize_all(on_progress=edit).former_replica_id
+        report = b.synchronize_all()
+
+        assert edited
+        assert not report.failures
+        assert site.truth() == {"t1": {"n": 1}, "t2": {"n": 2}, "of a": {}}
 
     def test_very_many_forks(self, site: Site) -> None:
         """However often a directory was copied, an operation that waits all the time is uploaded in the end."""
