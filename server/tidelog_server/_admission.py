@@ -113,6 +113,7 @@ class Admission:
     def session_of(self, principal: Principal) -> AbstractContextManager[None]:
         """Take the place of a session among those of its tenant and user. Raises ServerBusy."""
         tenant, limits = principal.tenant, self._limits
+        self._forget_strangers()  # before a line is chosen: one that was forgotten would count for nobody else
         lines = []
         if limits.sessions_per_tenant is not None:
             lines.append(self._own((tenant,), "sessions of a tenant", limits.sessions_per_tenant))
@@ -155,12 +156,14 @@ class Admission:
     def _own(self, key: tuple[str, ...], what: str, places: int) -> Line:
         line = self._of_some.get(key)
         if line is None:
-            if len(self._of_some) >= self._crowd:
-                # Tenants and users come and go: those of whom nobody is here or expected are forgotten.
-                self._of_some = {key: one for key, one in self._of_some.items() if not one.is_forgettable}
-                self._crowd = max(2 * len(self._of_some), LINES_KEPT_MIN)
             line = self._of_some[key] = self._line(what, places)
         return line
+
+    def _forget_strangers(self) -> None:
+        """Tenants and users come and go: of many, those of whom nobody is here or expected are forgotten."""
+        if len(self._of_some) >= self._crowd - 1:  # two may come
+            self._of_some = {key: one for key, one in self._of_some.items() if not one.is_forgettable}
+            self._crowd = max(2 * len(self._of_some), LINES_KEPT_MIN)
 
     def _line(self, what: str, places: int) -> Line:
         return Line(what, places, self._clock, self._dice)
