@@ -10,7 +10,8 @@ the sum.
   further, so that its client waits too.
 * Pages become smaller the more the sessions hold that nobody takes. So the sum comes near
   to its bound and not much above it, and a session always gets on, page by page, however
-  many others have come to a halt.
+  many others have come to a halt. A page has one object at least: where objects are larger
+  than the least page, each session holds one of them beyond the bound.
 """
 
 from __future__ import annotations
