@@ -57,8 +57,9 @@ class ServerLimits:
         sessions_per_user: The same, of one user. None: as many as of his tenant.
         uploads: Sessions that upload at once.
         idle_seconds: How long a session waits for a client that neither sends what is
-            awaited nor reads what is sent. It has to be enough for one batch or page, of up to
-            1 MiB, on the slowest connection.
+            awaited nor reads what is sent. It has to be enough for one batch or page on the
+            slowest connection: of 1 MiB, and of up to 3 MiB where objects or commit groups
+            are large. So the default takes about 3.5 kB/s, and up to 10.5.
 
     Raises:
         InvalidValue: One of them is not above zero.
@@ -113,6 +114,7 @@ class Admission:
     def session_of(self, principal: Principal) -> AbstractContextManager[None]:
         """Take the place of a session among those of its tenant and user. Raises ServerBusy."""
         tenant, limits = principal.tenant, self._limits
+        self._forget_strangers()  # before a line is chosen: one that was forgotten would count for nobody else
         lines = []
         if limits.sessions_per_tenant is not None:
             lines.append(self._own((tenant,), "sessions of a tenant", limits.sessions_per_tenant))
@@ -155,12 +157,14 @@ class Admission:
     def _own(self, key: tuple[str, ...], what: str, places: int) -> Line:
         line = self._of_some.get(key)
         if line is None:
-            if len(self._of_some) >= self._crowd:
-                # Tenants and users come and go: those of whom nobody is here or expected are forgotten.
-                self._of_some = {key: one for key, one in self._of_some.items() if not one.is_forgettable}
-                self._crowd = max(2 * len(self._of_some), LINES_KEPT_MIN)
             line = self._of_some[key] = self._line(what, places)
         return line
+
+    def _forget_strangers(self) -> None:
+        """Tenants and users come and go: of many, those of whom nobody is here or expected are forgotten."""
+        if len(self._of_some) >= self._crowd - 1:  # two may come
+            self._of_some = {key: one for key, one in self._of_some.items() if not one.is_forgettable}
+            self._crowd = max(2 * len(self._of_some), LINES_KEPT_MIN)
 
     def _line(self, what: str, places: int) -> Line:
         return Line(what, places, self._clock, self._dice)

@@ -10,7 +10,8 @@ the sum.
   further, so that its client waits too.
 * Pages become smaller the more the sessions hold that nobody takes. So the sum comes near
   to its bound and not much above it, and a session always gets on, page by page, however
-  many others have come to a halt.
+  many others have come to a halt. A page has one object at least: where objects are larger
+  than the least page, each session holds one of them beyond the bound.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import Final, Self
 
 from tidelog._limits import PAGE_BYTES_MAX
@@ -66,7 +68,8 @@ class QueueRoom:
             if turn.done() and not turn.cancelled():
                 self.give_back(size)  # the turn had come in the same instant
             else:
-                self._line.remove((turn, size))
+                with suppress(ValueError):  # it was passed over already
+                    self._line.remove((turn, size))
                 self._call_in()
             raise
 
@@ -77,10 +80,15 @@ class QueueRoom:
         self._call_in()
 
     def _call_in(self) -> None:
-        while self._line and self._has_room(self._line[0][1]):
-            turn, size = self._line.popleft()
-            self._add(size)
-            turn.set_result(None)
+        while self._line:
+            turn, size = self._line[0]
+            # Whoever waited for a turn that is over has been cancelled, and has not woken up yet.
+            if not turn.done():
+                if not self._has_room(size):
+                    return
+                self._add(size)
+                turn.set_result(None)
+            self._line.popleft()
 
     def _has_room(self, size: int) -> bool:
         # One that is too large for any room gets it alone.

@@ -554,6 +554,64 @@ class TestComingAndGoing:
             assert reader_slots(world) <= slots + _services.PAGE_THREADS
             assert world.replica().synchronize_all(timeout=WAIT_SECONDS_MAX).downloaded >= 50
 
+    def test_cut_uploads_leave_the_queue_free(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sessions that are cut while their batches wait for the writer, which goes on, keep no room in its queue."""
+        queued_max, uploaders, batches, rounds = 2, 24, 6, 5
+        monkeypatch.setattr(_services, "QueueRoom", partial(QueueRoom, queued_max))
+        with World(folder) as world:
+            for turn in range(rounds):
+                with ExitStack() as open_:
+                    found = visitors(world, uploaders, open_, uploading=True)
+                    for number, visitor in enumerate(found):
+                        for batch in range(batches):
+                            visitor.send_batch(create(turn * batches + batch + 1, f"{turn}-{number}-{batch}"))
+                    wait_until(lambda: world.server.load.waiting_batches > 0, "nobody waits")
+                wait_until(lambda: is_quiet(world), "somebody holds room")
+
+            assert world.server.load.queued_batches == 0
+            replica = world.replica()
+            replica.create("Task", {}, "t")
+            assert replica.synchronize_all(timeout=WAIT_SECONDS_MAX).applied == 1
+
+    def test_room_that_comes_free_while_the_waiting_are_cut(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A batch that leaves the queue in the instant in which all that wait are cut leaves room for the next one."""
+        queued_max, uploaders = 1, 6
+        rooms: list[QueueRoom] = []
+        cut_off: list[int] = []
+
+        class Watched(QueueRoom):
+            def __init__(self) -> None:
+                super().__init__(queued_max)
+                rooms.append(self)
+
+            def give_back(self, size: int) -> None:
+                if self.waiting == uploaders - 1:
+                    cut_off.append(self.waiting)
+                    for task in asyncio.all_tasks():
+                        if getattr(task.get_coro(), "__name__", "") == "_read_uploads":
+                            task.cancel()
+                super().give_back(size)
+
+        monkeypatch.setattr(_services, "QueueRoom", Watched)
+        with HeldHook() as hook, World(folder, hook.application) as world, ExitStack() as open_, hook:
+            found = visitors(world, uploaders, open_, uploading=True)
+            found[0].send_batch(create(1, "s", entity="Slow"))
+            assert hook.reached.wait(WAIT_SECONDS_MAX)
+            for number, visitor in enumerate(found[1:]):
+                visitor.send_batch(create(1, f"t{number}"))
+            wait_until(lambda: world.server.load.waiting_batches == uploaders - 1, "nobody waits")
+            hook.released.set()
+            assert found[0].receive().HasField("batch_results")
+            wait_until(lambda: world.server.load.queued_batches == 0, "somebody holds room")
+            assert cut_off == [uploaders - 1]
+            assert (rooms[0].bytes, rooms[0].waiting) == (0, 0)
+
+            replica = world.replica()
+            replica.create("Task", {}, "t")
+            assert replica.synchronize_all(timeout=WAIT_SECONDS_MAX).applied == 1
+
     def test_a_stop_under_load_loses_nothing(self, folder: Path) -> None:
         """A server that stops with a hundred uploads under way begins nothing more, and keeps what it acknowledged."""
         uploaders, batches = 100, 4

@@ -145,3 +145,19 @@ def test_a_limit_lets_somebody_in(name: str, value: float) -> None:
     """A limit that would let nobody in is refused by name."""
     with pytest.raises(InvalidValue, match=name):
         ServerLimits(**{name: value})  # type: ignore[arg-type]
+
+
+def test_who_comes_in_is_not_forgotten_by_that() -> None:
+    """A tenant's limit holds at the moment, too, at which its user is one too many to be remembered."""
+    door = Door(sessions_per_tenant=1, sessions_per_user=1)
+    for number in range(LINES_KEPT_MIN - 2):
+        with door.admission.session_of(Principal(f"user-{number}", "other")):
+            pass
+    assert len(door.admission._of_some) == LINES_KEPT_MIN - 1
+
+    with (
+        door.admission.session_of(Principal("ann", "acme")),
+        pytest.raises(ServerBusy, match="1 sessions of a tenant"),
+        door.admission.session_of(Principal("bob", "acme")),
+    ):
+        pass

@@ -113,6 +113,41 @@ def test_a_client_that_waits_for_the_server() -> None:
     run(scenario())
 
 
+def test_the_servers_own_time_is_not_the_clients() -> None:
+    """However long an answer took, and whenever it went out, the client has the whole limit from then on."""
+
+    async def scenario() -> None:
+        for owed_seconds in (1.0, IDLE_SECONDS - 1, IDLE_SECONDS + 1, 5 * IDLE_SECONDS / 2):
+            peer = Client().peer()
+            peer.owed = 1
+            waiting = asyncio.create_task(peer.receive())
+            await passes(owed_seconds)
+            peer.owed -= 1
+            await passes(IDLE_SECONDS - 1)
+            assert not waiting.done()
+            await passes(2)
+            with pytest.raises(SessionIdle, match="60 seconds"):
+                waiting.result()
+
+    run(scenario())
+
+
+def test_a_client_that_waits_for_one_of_two_answers() -> None:
+    """A client that has got the first of two answers still waits, and owes nothing."""
+
+    async def scenario() -> None:
+        peer = Client().peer()
+        peer.owed = 2
+        waiting = asyncio.create_task(peer.receive())
+        await passes(IDLE_SECONDS - 1)
+        peer.owed -= 1
+        await passes(2 * IDLE_SECONDS)
+        assert not waiting.done()
+        waiting.cancel()
+
+    run(scenario())
+
+
 def test_a_client_that_reads_nothing() -> None:
     """A session whose client takes nothing is over when the limit is, and not before."""
 

@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from itertools import permutations
+from typing import Any, Final
+
+import pytest
 
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog_server._room import PAGE_BYTES_LEAST, HeldPages, PageRoom, QueueRoom
+
+# Of a test that has come to a halt.
+HANG_SECONDS: Final = 30.0
 
 
 async def _begun(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -77,6 +83,49 @@ class TestQueueRoom:
             assert (room.batches, room.bytes, room.waiting) == (1, 1, 0)
 
         asyncio.run(scenario())
+
+    @pytest.mark.parametrize("steps", sorted(set(permutations(["cancel", "give back", "wake up", "wake up"]))))
+    @pytest.mark.parametrize("place", range(3))
+    def test_who_goes_away_in_any_order_takes_no_room_along(self, place: int, steps: tuple[str, ...]) -> None:
+        """Whether a wait is over before or after room comes free, or in the same instant, no room is lost by it."""
+
+        async def scenario() -> None:
+            room = QueueRoom(batches_max=1, bytes_max=100)
+            await room.take(10)
+            waiting = [await _begun(room.take(20 + number)) for number in range(3)]
+            for step in steps:
+                if step == "cancel":
+                    waiting[place].cancel()
+                elif step == "give back":
+                    room.give_back(10)
+                else:
+                    await asyncio.sleep(0)
+            for number, task in enumerate(waiting):
+                await asyncio.wait((task,))
+                if not task.cancelled():
+                    task.result()
+                    assert (room.batches, room.bytes) == (1, 20 + number)
+                    room.give_back(20 + number)
+            assert (room.batches, room.bytes, room.waiting) == (0, 0, 0)
+
+        asyncio.run(asyncio.wait_for(scenario(), HANG_SECONDS))
+
+    def test_a_crowd_that_goes_away_at_once(self) -> None:
+        """When all who wait go away and room comes free before one of them notices, the next one finds all of it."""
+
+        async def scenario() -> None:
+            room = QueueRoom(batches_max=1, bytes_max=100)
+            await room.take(1)
+            gone = [await _begun(room.take(1)) for _ in range(5)]
+            for task in gone:
+                task.cancel()
+            room.give_back(1)
+            last = asyncio.create_task(room.take(1))
+            await asyncio.wait((*gone, last))
+            assert all(task.cancelled() for task in gone)
+            assert (room.batches, room.bytes, room.waiting) == (1, 1, 0)
+
+        asyncio.run(asyncio.wait_for(scenario(), HANG_SECONDS))
 
     def test_a_large_batch_that_goes_away_frees_those_behind(self) -> None:
         """When the one at the head, for which there is no room, ends, those behind it come in at once."""
