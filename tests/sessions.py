@@ -14,7 +14,7 @@ from tidelog._values import encode
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_client import Replica, Report
 from tidelog_client._selection import select
-from tidelog_client._synchronization import Mode, PlansChanged, Synchronization
+from tidelog_client._synchronization import Mode, PlansChanged, Synchronization, TimelineChanged
 from tidelog_client._view import StateLost
 
 EPOCH = "epoch"
@@ -182,7 +182,7 @@ def synchronize(
             _attempt(begin(replica, report, mode, selected), server, on_answer)
         except StateLost:
             replica._storage.publication.start_over()
-        except PlansChanged:
+        except (PlansChanged, TimelineChanged):
             pass
         else:
             return report

@@ -367,9 +367,9 @@ class _PublishingEnd(NamedTuple):
     def unpack(cls, data: bytes) -> _PublishingEnd:
         try:
             end = cls(*msgpack.unpackb(data))
+            return end._replace(plans=Plans.decode(end.plans))  # type: ignore[arg-type]
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise damaged("what is known of an unfinished publication") from error
-        return end._replace(plans=Plans.decode(end.plans))  # type: ignore[arg-type]
 
 
 # A page that comes without a cursor ends nothing.
