@@ -15,9 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-# Where interrupts are tried: the project's own code, and what it calls of the standard library.
+import grpc
+
+# Where interrupts are tried: the project's own code, or gRPC's where it is Python, and what these call of the standard
+# library. In C, that of gRPC included, no interrupt comes; but in what it calls of Python.
 _ROOT: Final = str(Path(__file__).resolve().parents[1])
 _OWN: Final = tuple(f"{_ROOT}/{root}/" for root in ("changelog", "client", "server"))
+_GRPC: Final = tuple(f"{Path(grpc.__file__).parent}/{name}.py" for name in ("_channel", "_common"))
 _LIBRARY: Final = tuple(sys.modules[name].__file__ or "" for name in ("contextlib", "threading"))
 
 
@@ -25,19 +29,21 @@ class Interrupted(KeyboardInterrupt):
     """The interrupt that a test asked for."""
 
 
-def run_interrupted(work: Callable[[], object], at: int) -> BaseException | None:
+def run_interrupted(work: Callable[[], object], at: int, *, in_grpc: bool = False) -> BaseException | None:
     """
     Run something, interrupt it at its place number *at*, and return what came out of it.
 
     None: it ended before, without an interrupt. An exception is returned with its traceback, and with all
-    that this holds on to, as it would be while a program handles it.
+    that this holds on to, as it would be while a program handles it. Places are those of the project's own code;
+    with *in_grpc* those of what it calls of gRPC.
     """
     counted = 0
+    files = _GRPC if in_grpc else _OWN
     result: BaseException | None = None
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         nonlocal counted
-        if _may_interrupt(frame, event) and _is_own(frame):
+        if _may_interrupt(frame, event) and _is_in(files, frame):
             counted += 1
             if counted == at:
                 sys.setprofile(None)
@@ -72,10 +78,10 @@ def _ends_object(frame: FrameType | None) -> bool:
     return False
 
 
-def _is_own(frame: FrameType | None) -> bool:
+def _is_in(files: tuple[str, ...], frame: FrameType | None) -> bool:
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OWN):
+        if file.startswith(files):
             return True
         if file not in _LIBRARY:
             return False

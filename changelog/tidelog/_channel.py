@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -82,12 +84,22 @@ def open_channel(address: str, tls: ClientTls | None = None) -> grpc.Channel:
     Raises:
         InvalidValue: A file of *tls* cannot be read or is not what it should be.
     """
+    return channel_opener(address, tls)()
+
+
+def channel_opener(address: str, tls: ClientTls | None = None) -> Callable[[], grpc.Channel]:
+    """
+    Return what opens channels to "host:port". The files of *tls* are read now, and not again.
+
+    Raises:
+        InvalidValue: A file of *tls* cannot be read or is not what it should be.
+    """
     if tls is None:
-        return grpc.insecure_channel(address, options=_OPTIONS)
+        return partial(grpc.insecure_channel, address, options=_OPTIONS)
     options: tuple[tuple[str, Any], ...] = _OPTIONS
     if tls.server_name is not None:
         options = (*options, ("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.secure_channel(address, tls.credentials(), options=options)
+    return partial(grpc.secure_channel, address, tls.credentials(), options=options)
 
 
 def check_token(token: str) -> str:

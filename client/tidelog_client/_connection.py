@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import queue
+import threading
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
@@ -12,7 +14,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from tidelog._address import host_of, is_loopback
-from tidelog._channel import ClientTls, Metadata, authorization, check_token, open_channel
+from tidelog._channel import ClientTls, Metadata, authorization, channel_opener, check_token
 from tidelog._errors import (
     DownloadRefused,
     PermissionRefused,
@@ -20,6 +22,7 @@ from tidelog._errors import (
     ProtocolViolated,
     ReplicaForked,
     ReplicaRetired,
+    ResourceClosed,
     ServerUnavailable,
     SynchronizationError,
     TokenUnavailable,
@@ -28,6 +31,9 @@ from tidelog._errors import (
 from tidelog._logging import get_logger
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
+
+# How long to wait for a channel to close. It is a matter of milliseconds, or of ever.
+_CLOSE_SECONDS_MAX: Final = 5.0
 
 # What a repetition may mend. Everything else is told to the caller at once.
 _TRANSIENT: Final = frozenset(
@@ -86,6 +92,10 @@ class Connection:
     """
     A channel to "host:port". Connects when it is used, and again after an outage.
 
+    An interrupt (Ctrl-C) in the middle of gRPC may leave a lock taken, or a thread not started, that every later call
+    of the channel waits for. So a channel is not used again unless what was begun on it has come to its end, and its
+    calls are not waited for: another one is opened.
+
     Args:
         address: Where the server is.
         tls: How to speak TLS. None: not at all.
@@ -99,7 +109,11 @@ class Connection:
     def __init__(self, address: str, *, tls: ClientTls | None = None, token: TokenSource = None) -> None:
         self.address = address
         self._token = check_token(token) if token is not None and not callable(token) else token
-        self._channel = open_channel(address, tls)
+        self._open = channel_opener(address, tls)
+        self._channel: grpc.Channel | None = None
+        # Also where an interrupt was in the way of everything that would mend it.
+        self._is_in_use = False
+        self._is_closed = False
         if token is not None and tls is None and not is_loopback(host_of(address)):
             _log.warning("a token is sent without TLS: whoever is on the way can read it", address=address)
 
@@ -125,22 +139,61 @@ class Connection:
         return authorization(check_token(token))
 
     def synchronize(self, metadata: Metadata, timeout: float | None) -> Stream:
-        """Open a session's stream; *timeout* in seconds bounds all of it."""
-        return Stream(self._channel, metadata, timeout, self.address)
+        """
+        Open a session's stream; *timeout* in seconds bounds all of it. There is one at a time: cancel it in the end.
+
+        Raises:
+            ResourceClosed: The connection was closed.
+        """
+        if self._is_in_use:
+            self.abandon_channel()
+        channel = self._channel
+        if channel is None:
+            channel = self._channel = self._open()
+        if self._is_closed:
+            self.close()
+            raise ResourceClosed("the connection is closed")
+        self._is_in_use = True
+        try:
+            return Stream(self, channel, metadata, timeout)
+        except BaseException:
+            self.abandon_channel()
+            raise
+
+    def release_channel(self) -> None:
+        """Let the channel be used for the next stream."""
+        self._is_in_use = False
+
+    def abandon_channel(self, call: grpc.Call | None = None) -> None:
+        """Have the next stream get another channel. *call* of this one is ended, if it can still do that."""
+        if self._channel is not None:
+            _close_aside(self._channel, call)
+            self._channel = None
+        self._is_in_use = False
 
     def close(self) -> None:
         """Close the channel; calls under way end."""
-        self._channel.close()
+        self._is_closed = True
+        channel = self._channel
+        if channel is not None:
+            _close_aside(channel).acquire(timeout=_CLOSE_SECONDS_MAX)
 
 
 class Stream:
-    """One session's messages. Cancel it unless `receive` returned None."""
+    """One session's messages. Cancel it in the end."""
 
-    def __init__(self, channel: grpc.Channel, metadata: Metadata, timeout: float | None, address: str) -> None:
-        self._address = address
+    def __init__(
+        self, connection: Connection, channel: grpc.Channel, metadata: Metadata, timeout: float | None
+    ) -> None:
+        self._connection = connection
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SYNCHRONIZE)
-        self._call = call(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
+        self._is_receiving = False
+        try:
+            call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SYNCHRONIZE)
+            self._call = call(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
+        except BaseException:
+            self._requests.put(None)  # a thread of gRPC's may wait for it already
+            raise
 
     def send(self, messages: list[bytes | None]) -> None:
         """Send messages; None closes this side of the stream."""
@@ -155,15 +208,50 @@ class Stream:
             Transient: The stream broke; another one may do better.
             SynchronizationError: The server refuses.
         """
+        self._is_receiving = True
         try:
-            return next(self._call, None)
+            data = next(self._call, None)
         except grpc.RpcError as error:
-            raise error_of(error, self._address) from error
+            failure = error_of(error, self._connection.address)
+            self._is_receiving = False
+            raise failure from error
+        self._is_receiving = False
+        return data
 
     def cancel(self) -> None:
-        """End the call, whatever its state."""
+        """End the call, whatever its state: also after an interrupt, and then without a wait."""
         self._requests.put(None)
-        self._call.cancel()
+        if self._is_receiving:  # no longer, but it did not come back
+            self._connection.abandon_channel(self._call)
+            return
+        try:
+            self._call.cancel()
+        except BaseException:
+            self._connection.abandon_channel(self._call)
+            raise
+        self._connection.release_channel()
+
+
+def _close_aside(channel: grpc.Channel, call: grpc.Call | None = None) -> threading.Lock:
+    """
+    Close a channel in a thread that no exit waits for; return a lock that it releases then.
+
+    The thread keeps both while they do not answer: they would stop whoever lets go of them last. `threading.Thread`
+    will not do: an interrupt while it starts may leave it standing, or end as a RuntimeError.
+    """
+    closing = threading.Lock()
+    closing.acquire()
+    _thread.start_new_thread(_close, (channel, call, closing))
+    return closing
+
+
+def _close(channel: grpc.Channel, call: grpc.Call | None, closing: threading.Lock) -> None:
+    try:
+        channel.close()
+        if call is not None:
+            call.cancel()
+    finally:
+        closing.release()
 
 
 def error_of(error: grpc.RpcError, address: str) -> Transient | SynchronizationError:

@@ -1,7 +1,9 @@
 """
-Ctrl-C at any place: of a commit, of a synchronization, of opening and closing, and of the command line.
+Ctrl-C at any place of tidelog's own code in a commit, a synchronization, opening and closing, and in the command line.
 
-Every place, not only some: TIDELOG_INTERRUPT_STRIDE=1 pytest tests/integration/test_interrupts.py
+Of a synchronization also at a sample of the places of gRPC's code that is Python, of its channels.
+In gRPC one or another place may still be in the way. Every place, not only some:
+TIDELOG_INTERRUPT_STRIDE=1 pytest tests/integration/test_interrupts.py
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ pytestmark = pytest.mark.slow
 
 # A prime: over the years, and in other versions of the code, other places have their turn.
 STRIDE: Final = int(os.environ.get("TIDELOG_INTERRUPT_STRIDE", "37"))
+# In gRPC there are fewer, and what one of them breaks its neighbours often do not.
+STRIDE_IN_GRPC: Final = min(STRIDE, 7)
 PLACES_MAX: Final = 100_000
 # What does not come back in this time is taken to wait for ever.
 HANG_SECONDS: Final = 20.0
@@ -55,9 +59,9 @@ def server(folder: Path) -> Iterator[Server]:
         yield running
 
 
-def places() -> Iterator[int]:
+def places(stride: int = STRIDE) -> Iterator[int]:
     """Give the numbers of the places to be tried."""
-    return iter(range(1, PLACES_MAX, STRIDE))
+    return iter(range(1, PLACES_MAX, stride))
 
 
 def within(work: Callable[[], Any]) -> Any:
@@ -143,6 +147,38 @@ def _lead(  # noqa: PLR0917 - what is fixed, then what it is called with
         followers.extend(pool.submit(replica.create, "Note", {}, f"follower-{number}") for number in range(3))
         wait_until(lambda: len(replica._committer._waiting) == 4, "they do not come")
     write(mine)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # gRPC's own, of calls cut short
+@pytest.mark.parametrize("goes_on", [True, False], ids=["synchronize", "close"])
+def test_a_synchronization_is_interrupted_in_grpc(
+    folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch, *, goes_on: bool
+) -> None:
+    """After an interrupt in gRPC's own Python code the replica synchronizes, or is closed, and waits for nothing."""
+    # A call of gRPC's that was interrupted while it was made cannot be unmade.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    for place in places(STRIDE_IN_GRPC):
+        replica = Replica(folder / str(place), server=server.address)
+        for number in range(3):
+            replica.create("Note", {}, f"{place}-{number}")
+        synchronize = partial(replica.synchronize_all, timeout=HANG_SECONDS)
+        error = run_interrupted(synchronize, place, in_grpc=True)
+        # Python makes a RuntimeError of an interrupt while a thread waits to have its lock back.
+        interrupt = error.__context__ if isinstance(error, RuntimeError) else error
+        assert error is None or isinstance(interrupt, Interrupted), repr(error)
+        if goes_on:
+            check(replica)
+        within(replica.close)
+        with Replica(folder / str(place), server=server.address) as again:
+            check(again)
+            # The next replica is not to download ever more, at ever more places.
+            for one in [*again.query("Note"), *again.query("After")]:
+                again.delete(one.entity, one.id)
+            again.synchronize_all()
+        if error is None:
+            assert place > 2 * STRIDE_IN_GRPC, "hardly any place was tried"
+            return
 
 
 @pytest.mark.timeout(900)
