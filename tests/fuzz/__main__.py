@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the decoders.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="default: all of them")
     parser.add_argument("--seconds", type=int, default=60, help="for each target (default 60)")
+    parser.add_argument("--runs", type=int, default=-1, help="inputs for each target (default: as many as come)")
     parser.add_argument("--seed", type=int, default=0, help="default: another one each time")
     parser.add_argument("--input", type=Path, metavar="FILE", help="run this input, once")
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -66,6 +68,7 @@ def _run(name: str, target: Any, folder: Path, options: argparse.Namespace) -> b
         [
             *(sys.executable, "-m", "tests.fuzz", name, "--child", str(working), str(kept)),
             f"-max_total_time={options.seconds}",
+            f"-runs={options.runs}",
             f"-seed={options.seed}",
             f"-max_len={INPUT_BYTES_MAX}",
             f"-timeout={INPUT_SECONDS_MAX}",
@@ -77,6 +80,8 @@ def _run(name: str, target: Any, folder: Path, options: argparse.Namespace) -> b
         text=True,
         errors="replace",
         check=False,
+        # A seed repeats what is drawn only where sets have the same order.
+        env={**os.environ, "PYTHONHASHSEED": "0"},
     )
     counts = re.findall(r"number_of_executed_units: (\d+)", done.stderr)
     covered = re.findall(r"cov: (\d+)", done.stderr)
