@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
@@ -156,8 +157,10 @@ class Connection:
         self._is_in_use = True
         try:
             return Stream(self, channel, metadata, timeout)
-        except BaseException:
+        except BaseException as error:
             self.abandon_channel()
+            # The frames that an interrupt left may hold a lock of all of gRPC as long as somebody keeps the error.
+            traceback.clear_frames(error.__traceback__)
             raise
 
     def release_channel(self) -> None:

@@ -2,7 +2,7 @@
 Ctrl-C at any place of tidelog's own code in a commit, a synchronization, opening and closing, and in the command line.
 
 Of a synchronization also at a sample of the places of gRPC's code that is Python, of its channels.
-In gRPC one or another place may still be in the way. Every place, not only some:
+Every place, in gRPC too, not only some:
 TIDELOG_INTERRUPT_STRIDE=1 pytest tests/integration/test_interrupts.py
 """
 
