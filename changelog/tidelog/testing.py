@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -245,7 +246,8 @@ class _Connection:
         self.is_cut = True
         for writer in self._writers:
             if resets:
-                _socket(writer).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE)
+                with suppress(OSError):  # the other side has closed it already
+                    _socket(writer).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE)
                 writer.transport.abort()
             else:
                 writer.close()
