@@ -40,6 +40,7 @@ class FailureReason(enum.StrEnum):
     SUPERSEDED = "SUPERSEDED"
     MALFORMED = "MALFORMED"
     TOO_LARGE = "TOO_LARGE"
+    FILE_MISSING = "FILE_MISSING"
 
     @property
     def number(self) -> operation_pb2.FailureReason.ValueType:

@@ -55,3 +55,9 @@ TOKEN_BYTES_MAX: Final = 7 * 1024
 # A commit group may exceed the batch target, and a page holds at least one
 # object: both stay below this, with room for the framing.
 MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024
+
+# A part of a content in one message.
+FILE_CHUNK_BYTES: Final = 256 * 1024
+# How many contents are asked about at once.
+FILES_STAT_MAX: Final = 1_000
+FILE_NAME_BYTES_MAX: Final = 255

@@ -127,7 +127,11 @@ class _FailureReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Failure
     FAILURE_REASON_MALFORMED: _FailureReason.ValueType  # 16
     """The operation cannot be read or breaks a rule of the format."""
     FAILURE_REASON_TOO_LARGE: _FailureReason.ValueType  # 17
-    """The operation is over a limit."""
+    """The operation, or the content of a file that it refers to, is over a limit."""
+    FAILURE_REASON_FILE_MISSING: _FailureReason.ValueType  # 18
+    """The content of a file that the operation refers to was never uploaded, and
+    its author has it no more.
+    """
 
 class FailureReason(_FailureReason, metaclass=_FailureReasonEnumTypeWrapper):
     """Why an operation was refused."""
@@ -171,7 +175,11 @@ the operation was settled so long ago that nobody knows any more how.
 FAILURE_REASON_MALFORMED: FailureReason.ValueType  # 16
 """The operation cannot be read or breaks a rule of the format."""
 FAILURE_REASON_TOO_LARGE: FailureReason.ValueType  # 17
-"""The operation is over a limit."""
+"""The operation, or the content of a file that it refers to, is over a limit."""
+FAILURE_REASON_FILE_MISSING: FailureReason.ValueType  # 18
+"""The content of a file that the operation refers to was never uploaded, and
+its author has it no more.
+"""
 Global___FailureReason: _TypeAlias = FailureReason  # noqa: Y015
 
 @_typing.final

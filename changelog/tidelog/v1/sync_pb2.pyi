@@ -680,6 +680,7 @@ class OperationBatch(_message.Message):
 
     OPERATIONS_FIELD_NUMBER: _builtins.int
     FORMER_OUTCOMES_FIELD_NUMBER: _builtins.int
+    LOST_CONTENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[_operation_pb2.Operation]:
         """The operations, `seq` rising within the session. A commit group is whole."""
@@ -692,15 +693,23 @@ class OperationBatch(_message.Message):
         among them.
         """
 
+    @_builtins.property
+    def lost_contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """SHA-256 of contents that operations of the batch refer to, and that the
+        client has lost: these operations are refused if the server does not have
+        them. Others that refer to a content which is not there are not ready.
+        """
+
     def __init__(
         self,
         *,
         operations: _abc.Iterable[_operation_pb2.Operation] | None = ...,
         former_outcomes: _abc.Iterable[Global___FormerOutcome] | None = ...,
+        lost_contents: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_outcomes", b"former_outcomes", "operations", b"operations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_outcomes", b"former_outcomes", "lost_contents", b"lost_contents", "operations", b"operations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -964,6 +973,7 @@ class UploadOperationsRequest(_message.Message):
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
     MORE_FOLLOW_FIELD_NUMBER: _builtins.int
+    LOST_CONTENTS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the client speaks: 1."""
     replica_id: _builtins.str
@@ -976,6 +986,10 @@ class UploadOperationsRequest(_message.Message):
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[_operation_pb2.Operation]:
         """The operations, `seq` rising. Limits are those of a batch."""
 
+    @_builtins.property
+    def lost_contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """See `OperationBatch.lost_contents`."""
+
     def __init__(
         self,
         *,
@@ -983,10 +997,11 @@ class UploadOperationsRequest(_message.Message):
         replica_id: _builtins.str = ...,
         operations: _abc.Iterable[_operation_pb2.Operation] | None = ...,
         more_follow: _builtins.bool = ...,
+        lost_contents: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["more_follow", b"more_follow", "operations", b"operations", "protocol_version", b"protocol_version", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost_contents", b"lost_contents", "more_follow", b"more_follow", "operations", b"operations", "protocol_version", b"protocol_version", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tidelog/internal/v1/splice.proto\x12\x13tidelog.internal.v1\"\xa2\x01\n\x18SynchronizeRequestSplice\x12\x0f\n\x05start\x18\x01 \x01(\x0cH\x00\x12:\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32).tidelog.internal.v1.OperationBatchSpliceH\x00\x12\x13\n\tselection\x18\x03 \x01(\x0cH\x00\x12\x19\n\x0fupload_complete\x18\x04 \x01(\x0cH\x00\x42\t\n\x07message\"C\n\x14OperationBatchSplice\x12\x12\n\noperations\x18\x01 \x03(\x0c\x12\x17\n\x0f\x66ormer_outcomes\x18\x02 \x03(\x0c\"v\n\x1dUploadOperationsRequestSplice\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x12\n\noperations\x18\x03 \x03(\x0c\x12\x13\n\x0bmore_follow\x18\x04 \x01(\x08\"\x90\x01\n\x19SynchronizeResponseSplice\x12\x11\n\x07started\x18\x01 \x01(\x0cH\x00\x12\x17\n\rbatch_results\x18\x02 \x01(\x0cH\x00\x12\x18\n\x0eupload_settled\x18\x03 \x01(\x0cH\x00\x12\x0e\n\x04page\x18\x04 \x01(\x0cH\x00\x12\x12\n\x08\x63omplete\x18\x05 \x01(\x0cH\x00\x42\t\n\x07message\"/\n\x1f\x44ownloadSnapshotsResponseSplice\x12\x0c\n\x04page\x18\x02 \x01(\x0c\"\xca\x01\n\x06\x43ursor\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x11\n\tcommit_id\x18\x04 \x01(\x0c\x12\r\n\x05scope\x18\x05 \x01(\x0c\x12;\n\x08\x65ntities\x18\x06 \x03(\x0b\x32).tidelog.internal.v1.Cursor.EntitiesEntry\x1a/\n\rEntitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xdc\x02\n\x0bResumeToken\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x1b.tidelog.internal.v1.Cursor\x12\x10\n\x08position\x18\x02 \x01(\x03\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08timeline\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x01(\x0c\x12\x12\n\nfirst_head\x18\x06 \x01(\x03\x12@\n\x08\x65ntities\x18\x07 \x03(\x0b\x32..tidelog.internal.v1.ResumeToken.EntitiesEntry\x12\x0e\n\x06source\x18\x08 \x01(\x0c\x12\x12\n\nround_head\x18\t \x01(\x03\x12\x1b\n\x13previous_round_head\x18\n \x01(\x03\x12\x17\n\x0fround_commit_id\x18\x0b \x01(\x0c\x1a/\n\rEntitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x83\x01\n\nCheckpoint\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\t\x12,\n\x07\x63ommits\x18\x03 \x03(\x0b\x32\x1b.tidelog.internal.v1.Commit\x12\x0f\n\x07replica\x18\x04 \x01(\x0c\x12\x15\n\rsettled_count\x18\x05 \x01(\x03\",\n\x06\x43ommit\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tidelog/internal/v1/splice.proto\x12\x13tidelog.internal.v1\"\xa2\x01\n\x18SynchronizeRequestSplice\x12\x0f\n\x05start\x18\x01 \x01(\x0cH\x00\x12:\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32).tidelog.internal.v1.OperationBatchSpliceH\x00\x12\x13\n\tselection\x18\x03 \x01(\x0cH\x00\x12\x19\n\x0fupload_complete\x18\x04 \x01(\x0cH\x00\x42\t\n\x07message\"Z\n\x14OperationBatchSplice\x12\x12\n\noperations\x18\x01 \x03(\x0c\x12\x17\n\x0f\x66ormer_outcomes\x18\x02 \x03(\x0c\x12\x15\n\rlost_contents\x18\x03 \x03(\x0c\"\x8d\x01\n\x1dUploadOperationsRequestSplice\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x12\n\noperations\x18\x03 \x03(\x0c\x12\x13\n\x0bmore_follow\x18\x04 \x01(\x08\x12\x15\n\rlost_contents\x18\x05 \x03(\x0c\"\x90\x01\n\x19SynchronizeResponseSplice\x12\x11\n\x07started\x18\x01 \x01(\x0cH\x00\x12\x17\n\rbatch_results\x18\x02 \x01(\x0cH\x00\x12\x18\n\x0eupload_settled\x18\x03 \x01(\x0cH\x00\x12\x0e\n\x04page\x18\x04 \x01(\x0cH\x00\x12\x12\n\x08\x63omplete\x18\x05 \x01(\x0cH\x00\x42\t\n\x07message\"/\n\x1f\x44ownloadSnapshotsResponseSplice\x12\x0c\n\x04page\x18\x02 \x01(\x0c\"\xca\x01\n\x06\x43ursor\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x11\n\tcommit_id\x18\x04 \x01(\x0c\x12\r\n\x05scope\x18\x05 \x01(\x0c\x12;\n\x08\x65ntities\x18\x06 \x03(\x0b\x32).tidelog.internal.v1.Cursor.EntitiesEntry\x1a/\n\rEntitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xdc\x02\n\x0bResumeToken\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x1b.tidelog.internal.v1.Cursor\x12\x10\n\x08position\x18\x02 \x01(\x03\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08timeline\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x01(\x0c\x12\x12\n\nfirst_head\x18\x06 \x01(\x03\x12@\n\x08\x65ntities\x18\x07 \x03(\x0b\x32..tidelog.internal.v1.ResumeToken.EntitiesEntry\x12\x0e\n\x06source\x18\x08 \x01(\x0c\x12\x12\n\nround_head\x18\t \x01(\x03\x12\x1b\n\x13previous_round_head\x18\n \x01(\x03\x12\x17\n\x0fround_commit_id\x18\x0b \x01(\x0c\x1a/\n\rEntitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x83\x01\n\nCheckpoint\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\t\x12,\n\x07\x63ommits\x18\x03 \x03(\x0b\x32\x1b.tidelog.internal.v1.Commit\x12\x0f\n\x07replica\x18\x04 \x01(\x0c\x12\x15\n\rsettled_count\x18\x05 \x01(\x03\",\n\x06\x43ommit\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,23 +38,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SYNCHRONIZEREQUESTSPLICE']._serialized_start=58
   _globals['_SYNCHRONIZEREQUESTSPLICE']._serialized_end=220
   _globals['_OPERATIONBATCHSPLICE']._serialized_start=222
-  _globals['_OPERATIONBATCHSPLICE']._serialized_end=289
-  _globals['_UPLOADOPERATIONSREQUESTSPLICE']._serialized_start=291
-  _globals['_UPLOADOPERATIONSREQUESTSPLICE']._serialized_end=409
-  _globals['_SYNCHRONIZERESPONSESPLICE']._serialized_start=412
-  _globals['_SYNCHRONIZERESPONSESPLICE']._serialized_end=556
-  _globals['_DOWNLOADSNAPSHOTSRESPONSESPLICE']._serialized_start=558
-  _globals['_DOWNLOADSNAPSHOTSRESPONSESPLICE']._serialized_end=605
-  _globals['_CURSOR']._serialized_start=608
-  _globals['_CURSOR']._serialized_end=810
-  _globals['_CURSOR_ENTITIESENTRY']._serialized_start=763
-  _globals['_CURSOR_ENTITIESENTRY']._serialized_end=810
-  _globals['_RESUMETOKEN']._serialized_start=813
-  _globals['_RESUMETOKEN']._serialized_end=1161
-  _globals['_RESUMETOKEN_ENTITIESENTRY']._serialized_start=763
-  _globals['_RESUMETOKEN_ENTITIESENTRY']._serialized_end=810
-  _globals['_CHECKPOINT']._serialized_start=1164
-  _globals['_CHECKPOINT']._serialized_end=1295
-  _globals['_COMMIT']._serialized_start=1297
-  _globals['_COMMIT']._serialized_end=1341
+  _globals['_OPERATIONBATCHSPLICE']._serialized_end=312
+  _globals['_UPLOADOPERATIONSREQUESTSPLICE']._serialized_start=315
+  _globals['_UPLOADOPERATIONSREQUESTSPLICE']._serialized_end=456
+  _globals['_SYNCHRONIZERESPONSESPLICE']._serialized_start=459
+  _globals['_SYNCHRONIZERESPONSESPLICE']._serialized_end=603
+  _globals['_DOWNLOADSNAPSHOTSRESPONSESPLICE']._serialized_start=605
+  _globals['_DOWNLOADSNAPSHOTSRESPONSESPLICE']._serialized_end=652
+  _globals['_CURSOR']._serialized_start=655
+  _globals['_CURSOR']._serialized_end=857
+  _globals['_CURSOR_ENTITIESENTRY']._serialized_start=810
+  _globals['_CURSOR_ENTITIESENTRY']._serialized_end=857
+  _globals['_RESUMETOKEN']._serialized_start=860
+  _globals['_RESUMETOKEN']._serialized_end=1208
+  _globals['_RESUMETOKEN_ENTITIESENTRY']._serialized_start=810
+  _globals['_RESUMETOKEN_ENTITIESENTRY']._serialized_end=857
+  _globals['_CHECKPOINT']._serialized_start=1211
+  _globals['_CHECKPOINT']._serialized_end=1342
+  _globals['_COMMIT']._serialized_start=1344
+  _globals['_COMMIT']._serialized_end=1388
 # @@protoc_insertion_point(module_scope)

@@ -72,6 +72,7 @@ class OperationBatchSplice(_message.Message):
 
     OPERATIONS_FIELD_NUMBER: _builtins.int
     FORMER_OUTCOMES_FIELD_NUMBER: _builtins.int
+    LOST_CONTENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Serialized `tidelog.v1.Operation` messages."""
@@ -80,15 +81,20 @@ class OperationBatchSplice(_message.Message):
     def former_outcomes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Serialized `tidelog.v1.FormerOutcome` messages."""
 
+    @_builtins.property
+    def lost_contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """See the mirrored message."""
+
     def __init__(
         self,
         *,
         operations: _abc.Iterable[_builtins.bytes] | None = ...,
         former_outcomes: _abc.Iterable[_builtins.bytes] | None = ...,
+        lost_contents: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_outcomes", b"former_outcomes", "operations", b"operations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_outcomes", b"former_outcomes", "lost_contents", b"lost_contents", "operations", b"operations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -104,6 +110,7 @@ class UploadOperationsRequestSplice(_message.Message):
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
     MORE_FOLLOW_FIELD_NUMBER: _builtins.int
+    LOST_CONTENTS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """See the mirrored message."""
     replica_id: _builtins.str
@@ -114,6 +121,10 @@ class UploadOperationsRequestSplice(_message.Message):
     def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Serialized `tidelog.v1.Operation` messages."""
 
+    @_builtins.property
+    def lost_contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """See the mirrored message."""
+
     def __init__(
         self,
         *,
@@ -121,10 +132,11 @@ class UploadOperationsRequestSplice(_message.Message):
         replica_id: _builtins.str = ...,
         operations: _abc.Iterable[_builtins.bytes] | None = ...,
         more_follow: _builtins.bool = ...,
+        lost_contents: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["more_follow", b"more_follow", "operations", b"operations", "protocol_version", b"protocol_version", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost_contents", b"lost_contents", "more_follow", b"more_follow", "operations", b"operations", "protocol_version", b"protocol_version", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,243 @@
+"""
+Contents: a directory of the contents of files, each once, named by its SHA-256.
+
+    ab/cd/abcd...        a content that is whole, verified and on disk
+    incoming/<name>      a part of one that is on its way
+
+A content never changes, and appears by a rename: whoever sees it sees all of it. What
+a crash leaves is a part under `incoming`, or a content that nobody refers to; both
+are found by `leftovers` and `contents`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Final, NamedTuple
+from uuid import uuid4
+
+from tidelog._errors import DiskFull, StorageError
+
+SHA256_BYTES: Final = 32
+READ_BYTES: Final = 1024 * 1024
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_INCOMING: Final = "incoming"
+
+
+class Content(NamedTuple):
+    """
+    A content that is there.
+
+    Attributes:
+        sha256: Its SHA-256: 32 bytes.
+        size: Its length in bytes.
+        time: When it was last put there, in seconds since 1970, by the file system's clock.
+    """
+
+    sha256: bytes
+    size: int
+    time: float
+
+
+class ContentCorrupt(Exception):
+    """What came is not the content that it was said to be. Nothing of it is kept."""
+
+
+class ContentDirectory:
+    """
+    Contents in a directory, which is made when it is needed. Safe to use from many threads and processes.
+
+    Methods raise DiskFull, if there is no room, and StorageError, if the directory cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def size(self, sha256: bytes) -> int | None:
+        """Return the length of a content, or None if it is not there."""
+        with _storage_errors(self.path):
+            try:
+                return self._path(sha256).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def open(self, sha256: bytes) -> BinaryIO | None:
+        """Open a content to be read, or return None if it is not there. It may be deleted meanwhile."""
+        with _storage_errors(self.path):
+            try:
+                return self._path(sha256).open("rb")
+            except FileNotFoundError:
+                return None
+
+    def add(self, source: BinaryIO) -> Content:
+        """Store what a stream holds, from where it stands to its end. Returns once it is on disk."""
+        part = self.part(uuid4().hex)
+        try:
+            while chunk := source.read(READ_BYTES):
+                part.append(chunk)
+            return part.complete()
+        except BaseException:
+            part.discard()
+            raise
+
+    def part(self, name: str) -> Part:
+        """Return a part of a content that comes in pieces; *name* is that of a file."""
+        return Part(self.path / _INCOMING / name, self._adopt)
+
+    def renew(self, sha256: bytes) -> bool:
+        """Make a content as young as if it had just come; tell whether it is there."""
+        with _storage_errors(self.path):
+            try:
+                os.utime(self._path(sha256))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def delete(self, sha256: bytes) -> None:
+        """Delete a content, if it is there. Who has it open can read on."""
+        with _storage_errors(self.path):
+            self._path(sha256).unlink(missing_ok=True)
+
+    def contents(self) -> Iterator[Content]:
+        """Iterate over the contents, in no order. What comes or goes meanwhile may be missed."""
+        with _storage_errors(self.path):
+            for entry in _files(self.path, depth=2):
+                if _HEX.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):
+                        found = entry.stat()
+                        yield Content(bytes.fromhex(entry.name), found.st_size, found.st_mtime)
+
+    def delete_leftovers(self, older_than_seconds: float) -> int:
+        """Delete parts that nothing was appended to for so long; return how many."""
+        before = time.time() - older_than_seconds
+        count = 0
+        with _storage_errors(self.path):
+            for entry in _files(self.path / _INCOMING, depth=0):
+                with suppress(FileNotFoundError):
+                    if entry.stat().st_mtime < before:
+                        Path(entry.path).unlink()
+                        count += 1
+        return count
+
+    def _path(self, sha256: bytes) -> Path:
+        name = sha256.hex()
+        return self.path / name[:2] / name[2:4] / name
+
+    def _adopt(self, path: Path, content: Content) -> None:
+        """Move a file, which is on disk, to where its content belongs."""
+        target = self._path(content.sha256)
+        if self.size(content.sha256) == content.size and self.renew(content.sha256):
+            path.unlink(missing_ok=True)
+            return
+        for directory in (target.parent.parent, target.parent):
+            if not directory.exists():
+                directory.mkdir(parents=True, exist_ok=True)
+                _sync_directory(directory.parent)
+        path.replace(target)
+        _sync_directory(target.parent)
+
+
+class Part:
+    """A content on its way, which may go on after a crash. One may append at a time."""
+
+    def __init__(self, path: Path, adopt: Callable[[Path, Content], None]) -> None:
+        self._path = path
+        self._adopt = adopt
+        self._file: BinaryIO | None = None
+
+    @property
+    def size(self) -> int:
+        """How many bytes have come."""
+        if self._file is not None:
+            return self._file.tell()
+        with _storage_errors(self._path):
+            try:
+                return self._path.stat().st_size
+            except FileNotFoundError:
+                return 0
+
+    def append(self, data: bytes) -> None:
+        """Append bytes."""
+        with _storage_errors(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            view = memoryview(data)
+            while view:  # a write of a file may take less than all
+                view = view[self._file.write(view) or 0 :]
+
+    def close(self) -> None:
+        """Stop for now; what has come stays."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def complete(self, sha256: bytes | None = None, size: int | None = None) -> Content:
+        """
+        Make what has come a content. Returns once it is on disk.
+
+        Args:
+            sha256: What its hash must be. None: whatever it is.
+            size: What its length must be. None: whatever it is.
+
+        Raises:
+            ContentCorrupt: It is something else. The part is deleted.
+        """
+        self.append(b"")  # an empty content has a file too
+        self.close()
+        with _storage_errors(self._path):
+            with self._path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+                os.fsync(file.fileno())
+                found = os.fstat(file.fileno())
+            if (size is not None and found.st_size != size) or (sha256 is not None and digest != sha256):
+                self.discard()
+                raise ContentCorrupt(f"{found.st_size} bytes with the SHA-256 {digest.hex()}")
+            content = Content(digest, found.st_size, found.st_mtime)
+            self._adopt(self._path, content)
+        return content
+
+    def discard(self) -> None:
+        """Delete what has come."""
+        self.close()
+        with _storage_errors(self._path):
+            self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFull(f"no room left on the disk of {path}: make room and repeat") from error
+        raise StorageError(f"{path}: {error.strerror or error}") from error
+
+
+def _files(path: Path, *, depth: int) -> Iterator[os.DirEntry[str]]:
+    try:
+        entries = os.scandir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
+        for entry in entries:
+            if depth and entry.is_dir() and entry.name != _INCOMING:
+                yield from _files(Path(entry.path), depth=depth - 1)
+            elif not depth and entry.is_file():
+                yield entry
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""Contents: a directory of contents, each once, named by its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tidelog import DiskFull, StorageError
+from tidelog._contents import ContentCorrupt, ContentDirectory
+from tidelog._file_reference import FileReference, encoded_file_references, file_references
+from tidelog._values import encode
+
+TEXT = b"a photo, say" * 1000
+SHA256 = hashlib.sha256(TEXT).digest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(one for one in path.rglob("*") if one.is_file())
+
+
+def test_a_content_is_read_as_it_was_added(tmp_path: Path) -> None:
+    """What a stream held is there under its hash, and nothing else is."""
+    contents = ContentDirectory(tmp_path / "files")
+    added = contents.add(io.BytesIO(TEXT))
+    assert (added.sha256, added.size) == (SHA256, len(TEXT))
+    opened = contents.open(SHA256)
+    assert opened is not None
+    with opened:
+        assert opened.read() == TEXT
+    assert contents.size(SHA256) == len(TEXT)
+    assert [one[:2] for one in contents.contents()] == [(SHA256, len(TEXT))]
+    assert len(_files(tmp_path)) == 1
+
+
+def test_a_content_is_stored_once(tmp_path: Path) -> None:
+    """Adding a content again leaves one file, as young as a new one."""
+    contents = ContentDirectory(tmp_path)
+    contents.add(io.BytesIO(TEXT))
+    (file,) = _files(tmp_path)
+    os.utime(file, (1, 1))
+    contents.add(io.BytesIO(TEXT))
+    assert _files(tmp_path) == [file]
+    assert next(contents.contents()).time > time.time() - 3600
+
+
+def test_a_broken_content_is_mended_when_it_is_added_again(tmp_path: Path) -> None:
+    """A file that lost bytes is replaced by what is added."""
+    contents = ContentDirectory(tmp_path)
+    contents.add(io.BytesIO(TEXT))
+    (file,) = _files(tmp_path)
+    file.write_bytes(TEXT[:-1])
+    contents.add(io.BytesIO(TEXT))
+    assert file.read_bytes() == TEXT
+
+
+def test_a_part_goes_on_after_it_was_closed(tmp_path: Path) -> None:
+    """A content that comes in pieces, to several objects, is whole in the end."""
+    first = ContentDirectory(tmp_path).part("some")
+    first.append(TEXT[:1000])
+    assert first.size == 1000
+    first.close()
+    assert list(ContentDirectory(tmp_path).contents()) == []
+    second = ContentDirectory(tmp_path).part("some")
+    assert second.size == 1000
+    second.append(TEXT[1000:])
+    assert second.complete(SHA256, len(TEXT))[:2] == (SHA256, len(TEXT))
+    assert ContentDirectory(tmp_path).size(SHA256) == len(TEXT)
+
+
+def test_an_empty_content_is_a_content(tmp_path: Path) -> None:
+    """A part to which nothing came is the content of no bytes."""
+    contents = ContentDirectory(tmp_path)
+    empty = hashlib.sha256(b"").digest()
+    contents.part("none").complete(empty, 0)
+    assert contents.size(empty) == 0
+
+
+@pytest.mark.parametrize(("sha256", "size"), [(bytes(32), len(TEXT)), (SHA256, len(TEXT) + 1)])
+def test_what_is_something_else_leaves_nothing(tmp_path: Path, sha256: bytes, size: int) -> None:
+    """A part of another hash or length than was said is refused, and deleted."""
+    contents = ContentDirectory(tmp_path)
+    part = contents.part("some")
+    part.append(TEXT)
+    with pytest.raises(ContentCorrupt):
+        part.complete(sha256, size)
+    assert _files(tmp_path) == []
+    assert part.size == 0
+
+
+def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """An error of the stream is the caller's, and leaves no part."""
+
+    class Broken(io.BytesIO):
+        def read(self, _size: int | None = -1, /) -> bytes:
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        ContentDirectory(tmp_path).add(Broken())
+    assert _files(tmp_path) == []
+
+
+def test_leftovers_go_when_they_are_old(tmp_path: Path) -> None:
+    """Parts that nothing was appended to for long are deleted, younger ones and contents are not."""
+    contents = ContentDirectory(tmp_path)
+    contents.add(io.BytesIO(TEXT))
+    for name in ("old", "young"):
+        part = contents.part(name)
+        part.append(b"x")
+        part.close()
+    os.utime(tmp_path / "incoming" / "old", (1, 1))
+    assert contents.delete_leftovers(3600) == 1
+    assert [one.name for one in _files(tmp_path)] == [SHA256.hex(), "young"]
+
+
+def test_a_content_that_is_deleted_is_gone(tmp_path: Path) -> None:
+    """Deleting is final, and may be repeated."""
+    contents = ContentDirectory(tmp_path)
+    contents.add(io.BytesIO(TEXT))
+    contents.delete(SHA256)
+    contents.delete(SHA256)
+    assert contents.size(SHA256) is None
+    assert contents.open(SHA256) is None
+    assert not contents.renew(SHA256)
+
+
+def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    """Where a file is in the way, the error is typed and names the place."""
+    (tmp_path / "files").write_text("in the way")
+    with pytest.raises(StorageError, match="files"):
+        ContentDirectory(tmp_path / "files").add(io.BytesIO(TEXT))
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room nothing is kept, and the error says so."""
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull):
+        ContentDirectory(tmp_path).add(io.BytesIO(TEXT))
+    monkeypatch.undo()
+    assert _files(tmp_path) == []
+
+
+def test_file_references_are_told_by_their_form() -> None:
+    """A map with precisely the fields of a file reference is one; anything else is not."""
+    reference = FileReference("photo.jpg", 5, "image/jpeg", bytes(32))
+    value = reference.to_value()
+    attributes = {
+        "photo": value,
+        "short": value | {"sha256": b"1"},
+        "more": value | {"extra": 1},
+        "negative": value | {"size": -1},
+        "text": "sha256",
+        "list": [value],
+    }
+    assert dict(file_references(attributes)) == {"photo": reference}
+    assert encoded_file_references(encode(attributes)) == {"photo": reference}
+    assert encoded_file_references(encode({"text": "a"})) == {}
