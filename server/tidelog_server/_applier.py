@@ -65,6 +65,7 @@ class UnitApplier:
         self._overlay = overlay
         self._synchronization = application.synchronization
         self._outcomes = outcomes
+        author = author._replace(has_applied=outcomes.has_applied)
         self._author = author
         self._knowledge = Knowledge(overlay, rights if application.access_rules else None)
         self._time_us = time_us
@@ -179,9 +180,7 @@ class UnitApplier:
         creation = self._overlay.change(state.created)
         if creation is None:
             return False
-        if author.may_have_created(state) and (
-            author.wrote(creation) or self._outcomes.has_applied(creation.seq, state.created)
-        ):
+        if author.may_have_created(state) and author.wrote(creation):
             return True
         return author.old_bases is not None and author.sight(operation, former_version).covers(creation)
 

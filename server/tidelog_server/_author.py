@@ -8,6 +8,7 @@ from then on anew; what the author saw before cannot be told by the numbers alon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tidelog._operation import Operation
@@ -67,6 +68,10 @@ class Sight(NamedTuple):
         return bool(self.timeline) and change.former_timeline == self.timeline
 
 
+def _nothing(_seq: int, _version: int) -> bool:
+    return False
+
+
 class Author(NamedTuple):
     """
     A replica as the author of operations.
@@ -75,11 +80,14 @@ class Author(NamedTuple):
         replica: Its id in 16 bytes.
         formers: The ids that it had before.
         old_bases: Which of its operations were made on a state of an older timeline.
+        has_applied: Tells whether it was the replica's own operation at a seq that was applied at a
+            version, whichever copy of the replica brought it.
     """
 
     replica: bytes
     formers: tuple[FormerIdentity, ...] = ()
     old_bases: OldBases | None = None
+    has_applied: Callable[[int, int], bool] = _nothing
 
     def may_have_created(self, state: ObjectState) -> bool:
         """Tell whether the author, or another copy of it, created the present incarnation of an object."""
@@ -87,8 +95,11 @@ class Author(NamedTuple):
 
     def wrote(self, change: Change) -> bool:
         """Tell whether a change is the author's."""
-        return change.replica == self.replica or any(
-            change.replica == one.replica and change.seq <= one.settled_seq for one in self.formers
+        if change.replica == self.replica:
+            return True
+        return bool(self.formers) and (
+            any(change.replica == one.replica and change.seq <= one.settled_seq for one in self.formers)
+            or self.has_applied(change.seq, change.version)
         )
 
     def sight(self, operation: Operation, former_version: int = 0) -> Sight:

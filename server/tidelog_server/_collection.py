@@ -20,7 +20,8 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import OperationKind
 from tidelog.v1 import failure_pb2
-from tidelog_server._indexes import without_left
+from tidelog_server._formers import Note, read_note, without_notes
+from tidelog_server._indexes import twins_after, without_left
 from tidelog_server._records import Forgotten, ReplicaState, Settled, Writes
 from tidelog_server._store import Reader
 
@@ -108,6 +109,32 @@ def settled_before(reader: Reader, replica: bytes, before_us: int) -> list[int]:
 def without_outcomes(reader: Reader, replica: bytes, seqs: Sequence[int]) -> tuple[Writes, int]:
     """Forget what became of operations; return how many they are."""
     return _writes(reader, forgotten=Forgotten(settled=[(replica, seq) for seq in seqs])), len(seqs)
+
+
+def old_notes(reader: Reader, after: bytes, before_us: int) -> tuple[list[Note], bytes]:
+    """
+    Look at some notes of copies of replicas, and return those that may be forgotten.
+
+    Returns them with the key to go on after; empty: there are no more. While a replica may still
+    send an operation for the first time, what a copy of it settled is known.
+    """
+    entries = twins_after(after, reader.index_range, STEP_ENTRIES)
+    collected = reader.collected()
+    due = []
+    for key, value in entries:
+        note = read_note(key, value)
+        if note is None:
+            continue
+        state = reader.replica(note.replica)
+        may_come = state is not None and not state.retired and note.seq > state.watermark
+        if not may_come and _is_old(reader, note.settled, collected, before_us):
+            due.append(note)
+    return due, entries[-1][0] if entries else b""
+
+
+def without_old_notes(reader: Reader, notes: Sequence[Note]) -> tuple[Writes, int]:
+    """Forget notes of copies of replicas; return how many they are."""
+    return _writes(reader, index_entries=without_notes(reader, notes)), len(notes)
 
 
 def without_refused_creations(reader: Reader, replica: bytes, keys: Iterable[ObjectKey]) -> tuple[Writes, None]:

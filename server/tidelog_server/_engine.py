@@ -39,7 +39,11 @@ from tidelog_server._units import FormerOutcome, Member, Unit, keys_of, read_mem
 
 GIVEN_UP: Final = "the server's process ended again and again while it was applied: the server's log has the details"
 
+FRAGMENTED: Final = "the replica has left too many earlier operations behind: synchronize everything"
+
 HELD_UNITS_MAX: Final = 10_000
+# Each gap that a replica leaves in what is settled is written again with each batch.
+SETTLED_RANGES_MAX: Final = 10_000
 HELD_BYTES_MAX: Final = 16 * 1024 * 1024
 
 
@@ -172,6 +176,7 @@ class _Evaluator:
         # What every operation passes takes no detour for the sake of a few.
         self._apply = self._units.apply if trial is NO_TRIAL else self._try
         self._replica_state = known
+        self._is_fragmented = len(known.settled_ranges) >= SETTLED_RANGES_MAX
         self._last_seq = state.last_seq
         self._last_former_seq = state.last_former_seq
         self._held = list(state.held)
@@ -249,6 +254,8 @@ class _Evaluator:
             return outcomes.record_former(unit)
         if outcomes.is_parked(unit):
             return outcomes.park(unit, BEHIND_ANOTHER)
+        if self._is_fragmented and self._is_behind_gap(unit):
+            return outcomes.park(unit, FRAGMENTED)
         if len(unit) > 1 and size_bytes(unit) > GROUP_BYTES_MAX:
             message = f"a commit group of {size_bytes(unit)} bytes: the limit is {GROUP_BYTES_MAX}"
             return outcomes.refuse(unit, Refused(FailureReason.TOO_LARGE, message))
@@ -271,6 +278,12 @@ class _Evaluator:
         if self._trial.announce is not None:
             self._trial.announce(unit)
         return self._units.apply(unit)
+
+    def _is_behind_gap(self, unit: Unit) -> bool:
+        """Tell whether the operation before a unit is not settled."""
+        seq = unit[0].seq - 1
+        settled_now = (at for at, _ in reversed(self._outcomes.settled))
+        return seq > 0 and not self._replica_state.has_settled(seq) and seq not in settled_now
 
     def _is_newer(self, unit: Unit) -> bool:
         return self._application.has_schema and any(

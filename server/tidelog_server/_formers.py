@@ -9,11 +9,12 @@ these notes an operation that several copies hold is recognized, whichever sends
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgpack
 
-from tidelog._keys import POSITION_BYTES, unpack_position
+from tidelog._keys import POSITION_BYTES, pack_position, unpack_position
 from tidelog_server._author import FormerIdentity
 from tidelog_server._indexes import IndexWrites, twin_key, twins_prefix
 from tidelog_server._records import REPLICA_ID_BYTES, Settled
@@ -48,6 +49,8 @@ class Formers:
     def is_forgotten(self, seq: int) -> bool:
         """Tell whether an operation may have been settled under a former id, with no trace left of how."""
         return any(
+            seq <= _forgotten_through(self._reader, replica) for replica in (self._replica, *self._formers_of(seq))
+        ) or any(
             (state := self._reader.replica(former)) is not None
             and state.has_settled(seq)
             and not self._reader.settled(former, (seq,))
@@ -77,11 +80,46 @@ class Formers:
         return (identity.replica for identity in self._identities if 0 < seq <= identity.last_seq)
 
 
-def read_note(key: bytes, value: bytes) -> Settled | None:
-    """Return the outcome that a copy noted under a key of the table of indexes, or None if that is none."""
+class Note(NamedTuple):
+    """
+    What a copy of a replica noted of an operation.
+
+    Attributes:
+        replica: The replica in 16 bytes.
+        seq: The operation's place in its log.
+        settled: What became of it.
+    """
+
+    replica: bytes
+    seq: int
+    settled: Settled
+
+
+def read_note(key: bytes, value: bytes) -> Note | None:
+    """Return what a copy noted under a key of the table of indexes, or None if that is none."""
     try:
         one = Settled._make(msgpack.unpackb(value))
     except (ValueError, TypeError, msgpack.UnpackException):
         return None
-    seq = unpack_position(key[1 + REPLICA_ID_BYTES : -POSITION_BYTES])
-    return one if key == twin_key(key[1 : 1 + REPLICA_ID_BYTES], seq, one.nonce) else None
+    note = Note(key[1 : 1 + REPLICA_ID_BYTES], unpack_position(key[1 + REPLICA_ID_BYTES : -POSITION_BYTES]), one)
+    return note if key == twin_key(note.replica, note.seq, one.nonce) else None
+
+
+def is_note_of_forgotten(key: bytes, value: bytes) -> bool:
+    """Tell whether an entry says up to which seq the notes about a replica are forgotten."""
+    return len(key) == 1 + REPLICA_ID_BYTES and len(value) == POSITION_BYTES
+
+
+def without_notes(reader: Reader, notes: Iterable[Note]) -> IndexWrites:
+    """Return what is written to forget notes: who repeats what they were about is told that nobody knows any more."""
+    removed: IndexWrites = {}
+    through: dict[bytes, int] = {}
+    for replica, seq, settled in notes:
+        removed[twin_key(replica, seq, settled.nonce)] = None
+        through[replica] = max(seq, through.get(replica, 0), _forgotten_through(reader, replica))
+    return removed | {twins_prefix(replica): pack_position(seq) for replica, seq in through.items()}
+
+
+def _forgotten_through(reader: Reader, replica: bytes) -> int:
+    noted = reader.index(twins_prefix(replica))
+    return unpack_position(noted) if noted is not None else 0

@@ -11,6 +11,7 @@ tells what it is about:
     p  entity NUL name NUL digest id -> table version   where in `v` or `l` an object stands
     d  cause failure                 -> nothing         failures because of a failure
     t  replica seq nonce             -> outcome         what copies of a replica settled; see `_formers`
+    t  replica                       -> seq             up to which such entries are no longer kept
     s                                -> version         since when `l` has all that left a value
 
 Values are represented by a digest, because a key has a limited length: whoever looks
@@ -194,13 +195,24 @@ def complete_since(lookup: Callable[[bytes], bytes | None]) -> int:
 
 
 def twins_prefix(replica: bytes) -> bytes:
-    """Return where the keys begin under which copies of a replica note what they settled."""
+    """
+    Return where the keys begin under which copies of a replica note what they settled.
+
+    It is a key itself: the one under which is noted up to which seq that was forgotten.
+    """
     return _TWIN + replica
 
 
 def twin_key(replica: bytes, seq: int, nonce: int) -> bytes:
     """Return the key under which a copy of a replica notes what became of an operation."""
     return twins_prefix(replica) + pack_position(seq) + pack_position(nonce)
+
+
+def twins_after(
+    after: bytes, index_range: Callable[[bytes, bytes, int], list[tuple[bytes, bytes]]], limit: int
+) -> list[tuple[bytes, bytes]]:
+    """Return up to *limit* entries under such keys, of whatever replica, that come after a key."""
+    return index_range(_TWIN, after, limit)
 
 
 def left_up_to(
@@ -233,7 +245,7 @@ def without_left(entries: Iterable[tuple[bytes, bytes]], lookup: Callable[[bytes
 
 
 def is_twin(key: bytes) -> bool:
-    """Tell whether a key is one of `twin_key`."""
+    """Tell whether a key is one of `twin_key`, or its prefix."""
     return key.startswith(_TWIN)
 
 

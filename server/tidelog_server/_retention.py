@@ -108,7 +108,7 @@ class Retention:
         with self._alone:
             total = Collected()
             for tenant in self._store.tenants():
-                for step in (self._history, self._left_entries, self._replicas, self._payloads):
+                for step in (self._history, self._left_entries, self._replicas, self._notes, self._payloads):
                     for counts in step(tenant):
                         total = total.plus(counts)
                         if self._stopped.is_set():
@@ -166,6 +166,18 @@ class Retention:
                 return
             forget = partial(collection.without_outcomes, replica=replica, seqs=seqs)
             yield Collected(outcomes=self._submit(tenant, forget))
+
+    def _notes(self, tenant: str) -> Iterator[Collected]:
+        """Forget what copies of replicas noted."""
+        before_us = self._before(self._periods.history)
+        after = b""
+        more = True
+        while more:
+            with self._store.read(tenant) as reader:
+                due, after = collection.old_notes(reader, after, before_us)
+            count = self._submit(tenant, partial(collection.without_old_notes, notes=due)) if due else 0
+            more = bool(after)
+            yield Collected(outcomes=count)
 
     def _refused_creations(self, tenant: str, replica: bytes) -> Iterator[Collected]:
         """Forget what a retired replica could not create."""

@@ -29,7 +29,7 @@ from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import Attributes, decode_map, decode_trusted, equal
 from tidelog.v1 import failure_pb2
-from tidelog_server._formers import read_note
+from tidelog_server._formers import is_note_of_forgotten, read_note
 from tidelog_server._history import attributes_before, kept_changes
 from tidelog_server._indexes import (
     TABLES,
@@ -414,8 +414,8 @@ class _Verification:
         if is_twin(key):
             noted = read_note(key, value)
             if noted is None:
-                return "what a copy of a replica settled"
-            return next((finding.expected for finding in self._mark("", noted)), "")
+                return "" if is_note_of_forgotten(key, value) else "what a copy of a replica settled"
+            return next((finding.expected for finding in self._mark("", noted.settled)), "")
         pair = split_dependent(key)
         if pair is None:
             return "" if key in rebuilt(0) else "an entry of a known table"

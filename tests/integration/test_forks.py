@@ -5,18 +5,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
-from tests.builders import contents, quick_folder
+from tests.builders import collect, contents, quick_folder
 
 from tidelog import FailureReason, ForeignServer, MassRemoval
+from tidelog._keys import POSITION_BYTES
 from tidelog_client import Phase, Progress, Replica, Report
 from tidelog_client._connection import Stream
 from tidelog_client._lineage import FORMER_IDENTITIES_MAX
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, verify_store
+from tidelog_server._indexes import twins_prefix
 from tidelog_server._lmdb_store import LmdbStore
+from tidelog_server._session import server_time_us
 
 
 class Site:
@@ -243,6 +249,53 @@ class TestCopiedReplicas:
         assert report.former_replica_id
         assert not report.rejected
         assert site.truth() == {"t1": {"n": 5}, "of a": {}}
+
+    def test_an_edit_after_what_a_copy_brought(self, site: Site) -> None:
+        """What another copy uploaded of the common log is no conflict to the one that made it too."""
+        site.application.on_conflict("Task", "reject_stale")
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "x")
+        a.synchronize_all()
+        a.update("Task", "x", {"n": 1})
+        site.shut("a")
+        site.copy("a", "b")
+        site.sync("b")
+        b = site.device("b")
+        b.create("Task", {}, "another")
+        b.synchronize_all()
+        a = site.device("a")
+        a.update("Task", "x", {"n": 2})
+
+        report = a.synchronize_all()
+
+        assert report.former_replica_id
+        assert (report.applied, list(report.failures)) == (2, [])
+        assert contents(a)["x"] == {"n": 2}
+
+    def test_what_copies_brought_is_forgotten_in_the_end(self, site: Site) -> None:
+        """Notes of what copies settled go with the history; who repeats it then is told that nobody knows any more."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "x")
+        a.synchronize_all()
+        former = a.replica_id
+        a.update("Task", "x", increment={"n": 1})
+        site.shut("a")
+        site.copy("a", "b")
+        later_us = server_time_us() + 10**13
+        collect(site.store, later_us, replicas=timedelta(0))
+        assert site.sync("a").former_replica_id == former
+        assert list(verify_store(site.store.path)) == []
+
+        notes = partial(_notes_about, site.store, former)
+        assert len(notes()) == 1
+        site.device("a").create("Task", {}, "later")
+        site.sync("a")
+        collect(site.store, later_us, replicas=timedelta(0))
+
+        assert [len(value) for value in notes()] == [POSITION_BYTES]
+        assert list(verify_store(site.store.path)) == []
+        assert [one.reason for one in site.sync("b").failures] == [FailureReason.SUPERSEDED]
+        assert site.truth()["x"] == {"n": 1}
 
     def test_copies_of_a_copy(self, site: Site) -> None:
         """What two copies of a copy hold is applied once, though another operation has its place in the log."""
@@ -775,6 +828,11 @@ class TestForeignServers:
         assert b.pending_count() == 0
         assert {one.reason for one in b.failures()} == {FailureReason.OBJECT_GONE, FailureReason.ALREADY_EXISTS}
         assert not report.failures
+
+
+def _notes_about(store: LmdbStore, replica_id: str) -> list[bytes]:
+    with store.read("default") as reader:
+        return [value for _, value in reader.index_range(twins_prefix(UUID(replica_id).bytes), b"", 10)]
 
 
 class Cut(Exception):

@@ -1933,3 +1933,16 @@ class TestFencing:
         assert session.uploader.session_number == before.session_number + 1
         assert lab.replica() == before._replace(session_number=before.session_number + 1)
         assert lab.replica() == ReplicaState(2, USER.user_id, 1, 1_000_001, ((1, 1),), TIME_US)
+
+
+def test_gaps_in_what_is_settled_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that leaves too many operations behind has to fill a gap before it can make another one."""
+    monkeypatch.setattr(engine, "SETTLED_RANGES_MAX", 3)
+    lab = Lab()
+    for seq in (2, 4, 6):
+        assert said(lab.settle(create(seq, f"t{seq}"))) == ["APPLIED"]
+
+    assert said(lab.settle(create(8, "t8"), create(9, "t9"))) == ["NOT_READY", "NOT_READY"]
+    assert said(lab.settle(create(7, "t7"), create(8, "t8"))) == ["APPLIED", "APPLIED"]
+    assert said(lab.settle(create(1, "t1"), create(3, "t3"), create(10, "t10"))) == ["APPLIED", "APPLIED", "NOT_READY"]
+    assert said(lab.settle(create(10, "t10"))) == ["APPLIED"]
