@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import ssl
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +41,9 @@ _OPTIONS: Final = (
     # Two replicas of one program must not share a connection, or one's stall is the other's.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+# How long to wait for a channel to close. It is a matter of milliseconds, or of ever.
+CLOSE_SECONDS_MAX: Final = 5.0
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -100,6 +105,28 @@ def channel_opener(address: str, tls: ClientTls | None = None) -> Callable[[], g
     if tls.server_name is not None:
         options = (*options, ("grpc.ssl_target_name_override", tls.server_name))
     return partial(grpc.secure_channel, address, tls.credentials(), options=options)
+
+
+def close_aside(channel: grpc.Channel, call: grpc.Call | None = None) -> threading.Lock:
+    """
+    Close a channel in a thread that no exit waits for; return a lock that it releases then.
+
+    The thread keeps both while they do not answer: they would stop whoever lets go of them last. `threading.Thread`
+    will not do: an interrupt while it starts may leave it standing, or end as a RuntimeError.
+    """
+    closing = threading.Lock()
+    closing.acquire()
+    _thread.start_new_thread(_close, (channel, call, closing))
+    return closing
+
+
+def _close(channel: grpc.Channel, call: grpc.Call | None, closing: threading.Lock) -> None:
+    try:
+        channel.close()
+        if call is not None:
+            call.cancel()
+    finally:
+        closing.release()
 
 
 def check_token(token: str) -> str:

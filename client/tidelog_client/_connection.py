@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
 import queue
-import threading
 import traceback
 from collections.abc import Callable
 from typing import Final, TypeAlias
@@ -15,7 +13,15 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from tidelog._address import host_of, is_loopback
-from tidelog._channel import ClientTls, Metadata, authorization, channel_opener, check_token
+from tidelog._channel import (
+    CLOSE_SECONDS_MAX,
+    ClientTls,
+    Metadata,
+    authorization,
+    channel_opener,
+    check_token,
+    close_aside,
+)
 from tidelog._errors import (
     DownloadRefused,
     PermissionRefused,
@@ -32,9 +38,6 @@ from tidelog._errors import (
 from tidelog._logging import get_logger
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
-
-# How long to wait for a channel to close. It is a matter of milliseconds, or of ever.
-_CLOSE_SECONDS_MAX: Final = 5.0
 
 # What a repetition may mend. Everything else is told to the caller at once.
 _TRANSIENT: Final = frozenset(
@@ -170,7 +173,7 @@ class Connection:
     def abandon_channel(self, call: grpc.Call | None = None) -> None:
         """Have the next stream get another channel. *call* of this one is ended, if it can still do that."""
         if self._channel is not None:
-            _close_aside(self._channel, call)
+            close_aside(self._channel, call)
             self._channel = None
         self._is_in_use = False
 
@@ -179,7 +182,7 @@ class Connection:
         self._is_closed = True
         channel = self._channel
         if channel is not None:
-            _close_aside(channel).acquire(timeout=_CLOSE_SECONDS_MAX)
+            close_aside(channel).acquire(timeout=CLOSE_SECONDS_MAX)
 
 
 class Stream:
@@ -233,28 +236,6 @@ class Stream:
             self._connection.abandon_channel(self._call)
             raise
         self._connection.release_channel()
-
-
-def _close_aside(channel: grpc.Channel, call: grpc.Call | None = None) -> threading.Lock:
-    """
-    Close a channel in a thread that no exit waits for; return a lock that it releases then.
-
-    The thread keeps both while they do not answer: they would stop whoever lets go of them last. `threading.Thread`
-    will not do: an interrupt while it starts may leave it standing, or end as a RuntimeError.
-    """
-    closing = threading.Lock()
-    closing.acquire()
-    _thread.start_new_thread(_close, (channel, call, closing))
-    return closing
-
-
-def _close(channel: grpc.Channel, call: grpc.Call | None, closing: threading.Lock) -> None:
-    try:
-        channel.close()
-        if call is not None:
-            call.cancel()
-    finally:
-        closing.release()
 
 
 def error_of(error: grpc.RpcError, address: str) -> Transient | SynchronizationError:

@@ -439,8 +439,8 @@ class Synchronization:
 
     def _not_ready(self, result: operation_pb2.OperationResult) -> None:
         with self._storage.environment.read() as transaction:
-            pending = self._storage.pending_at(transaction, result.seq)
-        entity, id_ = pending.key if pending is not None else ("", "")
+            data = self._storage.log.get(transaction, result.seq)
+        entity, id_ = decode_operation(data).key if data is not None else ("", "")
         self._report.skipped.append(Skipped(entity, id_, SkipReason.NOT_READY, result.message, seq=result.seq))
 
     # --- download -------------------------------------------------------------

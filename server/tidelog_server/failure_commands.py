@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from tidelog import InvalidConstraint, InvalidValue, Operation, Schema
-from tidelog._channel import Metadata, authorization, check_token, open_channel
+from tidelog._channel import CLOSE_SECONDS_MAX, Metadata, authorization, check_token, close_aside, open_channel
 from tidelog._constraint_text import parse_value
 from tidelog._failure import FailureReason, SynchronizationFailure, moment_of, operation_as_data, operation_in_short
 from tidelog._operation import OperationKind, decode_operation
@@ -275,12 +275,14 @@ def _server(
     token = given_token(token_file)
     metadata = authorization(None if token is None else check_token(token))
     tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
-    with open_channel(server, tls_given) as channel:
-        try:
-            yield _Server(channel, metadata)
-        except grpc.RpcError as error:
-            exit_code = _EXIT_CODES.get(error.code(), ExitCode.REFUSED)
-            raise CommandFailed(f"{server}: {error.details()}", exit_code) from error
+    channel = open_channel(server, tls_given)
+    try:
+        yield _Server(channel, metadata)
+    except grpc.RpcError as error:
+        exit_code = _EXIT_CODES.get(error.code(), ExitCode.REFUSED)
+        raise CommandFailed(f"{server}: {error.details()}", exit_code) from error
+    finally:
+        close_aside(channel).acquire(timeout=CLOSE_SECONDS_MAX)
 
 
 def _calling(command: Callable[..., None]) -> Callable[..., None]:
