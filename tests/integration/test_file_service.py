@@ -120,7 +120,7 @@ class Client:
             operations=data,
             lost_contents=[lost] if lost else [],
         )
-        call = self.channel.unary_unary("/tidelog.v1.SyncService/UploadOperations")
+        call: Any = self.channel.unary_unary("/tidelog.v1.SyncService/UploadOperations")
         answered = call(request.SerializeToString(), timeout=10, metadata=self.metadata)
         response = sync_pb2.UploadOperationsResponse.FromString(cast("bytes", answered))
         return [
