@@ -23,6 +23,7 @@ import tidelog_client
 import tidelog_server
 from tidelog import SynchronizationError, TidelogError
 from tidelog import _errors as shared
+from tidelog_client import _call_errors as calls
 from tidelog_client._call_errors import Transient, error_of
 from tidelog_server import TransientError
 from tidelog_server import _errors as served
