@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from tidelog._keys import ObjectKey
     from tidelog_client._file_wishes import FileWishes
     from tidelog_client._report import OnProgress, Report
-    from tidelog_client._set_aside import SET_ASIDE_FOLDER
-    from tidelog_client._storage import Storage
+        from tidelog_client._storage import Storage
 from tidelog_client._transfer import Caller, Job
 
 # How much is uploaded before the session, in all, and how long that may take.
