@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     from tidelog._keys import ObjectKey
     from tidelog_client._file_wishes import FileWishes
     from tidelog_client._report import OnProgress, Report
-        from tidelog_client._storage import Storage
-from tidelog_client._transfer import Caller, Job
+    from tidelog_client._storage import Storage
+    from tidelog_client._transfer import Caller, Job
 
 # How much is uploaded before the session, in all, and how long that may take.
 SMALL_UPLOADS_BYTES: Final = 4 * 1024 * 1024
 SMALL_UPLOADS_SECONDS: Final = 10.0
-# How many objects are named at the most to get at one content.
-KEYS_OF_A_CONTENT_MAX: Final = 10
 # How many results of downloads are written down together.
 NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
