@@ -37,7 +37,14 @@ from tidelog._contents import READ_BYTES, SHA256_BYTES, Content, ContentDirector
 from tidelog._environment import SCAN_PAGE_KEYS, put_many, scan_keys
 from tidelog._errors import damaged
 from tidelog._file_reference import FileReference, encoded_file_references, file_references, may_refer_to_files
-from tidelog._keys import ObjectKey, entity_prefix, pack_object_key, pack_position, unpack_object_key
+from tidelog._keys import (
+    ObjectKey,
+    entity_prefix,
+    pack_object_key,
+    pack_position,
+    unpack_object_key,
+    unpack_position,
+)
 from tidelog._operation import decode_operation
 
 if TYPE_CHECKING:
@@ -252,7 +259,7 @@ class Files:
                     found = cursor.next()
             for key, packed in page:
                 needed = [Needed(sha256, size) for sha256, (_, size) in _unpacked(packed).items()]
-                yield int.from_bytes(key, "big"), needed
+                yield unpack_position(key), needed
             if len(page) < SCAN_PAGE_KEYS:
                 return
             start = page[-1][0] + b"\0"
@@ -432,6 +439,40 @@ class Files:
         sha256 = user[:SHA256_BYTES]
         if not self._is_used(transaction, sha256):
             transaction.put(sha256, b"", db=self._garbage)
+
+    # --- what a verification looks at ------------------------------------------
+
+    def referring(self, transaction: LmdbTransaction) -> Iterator[bytes]:
+        """Iterate over the keys of the objects of which is noted what they refer to."""
+        yield from scan_keys(transaction, self._files)
+
+    def references(self, transaction: LmdbTransaction, key: bytes) -> References:
+        """Return what is noted of an object."""
+        return _unpacked(transaction.get(key, b"", db=self._files))
+
+    def is_marked(self, transaction: LmdbTransaction, key: bytes) -> bool:
+        """Tell whether what is noted of an object is to be worked out again."""
+        return transaction.get(key, db=self._marks) is not None
+
+    def is_user(self, transaction: LmdbTransaction, sha256: bytes, user: bytes | int) -> bool:
+        """Tell whether an object, or an operation, is noted as one that refers to a content."""
+        entry = _used_by_operation(sha256, user) if isinstance(user, int) else sha256 + user
+        return transaction.get(entry, db=self._users) is not None
+
+    def is_missing(self, transaction: LmdbTransaction, key: bytes, sha256: bytes, size: int) -> bool:
+        """Tell whether an object is noted as one that lacks a content."""
+        return transaction.get(_missing_key(key, sha256, size), db=self._missing) is not None
+
+    def all_users(self, transaction: LmdbTransaction) -> Iterator[tuple[bytes, bytes | int]]:
+        """Iterate over (content, the key of an object or the seq of an operation that refers to it)."""
+        for entry in scan_keys(transaction, self._users):
+            sha256, user = entry[:SHA256_BYTES], entry[SHA256_BYTES:]
+            yield sha256, unpack_position(user[1:]) if user.startswith(_OPERATION) else user
+
+    def noted_uploads(self, transaction: LmdbTransaction) -> Iterator[tuple[int, References]]:
+        """Iterate over the operations of which is noted what they refer to."""
+        for key, packed in transaction.cursor(self._uploads):
+            yield unpack_position(key), _unpacked(packed)
 
 
 # The contents that an object refers to: SHA-256 to whether its view does, and the size.

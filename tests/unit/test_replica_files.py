@@ -15,7 +15,7 @@ from tests.builders import quick_folder
 from tests.files import CHUNK_BYTES, FileServer, connect, reference, sha256
 from tests.sessions import page
 
-from tidelog import FailureReason, FileUnavailable, InvalidValue, ObjectNotFound
+from tidelog import FailureReason, FileUnavailable, FindingKind, InvalidValue, ObjectNotFound
 from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, SkipReason, _file_exchange, _transfer
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused
@@ -672,3 +672,80 @@ def task(id_: str, content: bytes) -> tuple[str, str, int, dict[str, Any]]:
 def receive(replica: Replica, snapshot: tuple[str, str, int, dict[str, Any]]) -> None:
     """Take in a snapshot as a download does."""
     replica._storage.publication.merge([page(snapshot).SerializeToString()])
+
+
+class TestVerification:
+    """What a verification says of files."""
+
+    @pytest.fixture
+    def history(self, replica: Replica) -> Replica:
+        """Give a replica with files in every state: t1 here, t2 missing, t3 pending, t4 failed, t5 with another base."""
+        server = FileServer(pages=[page(task("t1", PHOTO), task("t2", LARGE), task("t5", b"base"))], refuses=[1])
+        server.put(PHOTO)
+        server.put(b"base")
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(b"failed")}, "t4")
+        replica.synchronize_all()
+        replica.create("Task", {"photo": replica.add_file(b"pending")}, "t3")
+        replica.attach("Task", "t5", "photo", b"mine")
+        assert list(replica._storage.files.look_again()) == []
+        return replica
+
+    def test_a_sound_replica_is_sound(self, history: Replica) -> None:
+        """Nothing is found where nothing is wrong, after a settlement and a removal neither."""
+        assert list(history.verify()) == []
+        server = FileServer(pages=[page(removals=[("Task", "t1", 500)])])
+        connect(history, server)
+        assert history.synchronize_all().applied == 2
+        assert list(history.verify()) == []
+
+    def test_a_server_put_back_needs_contents_again(self, history: Replica) -> None:
+        """What is to be offered again is noted with its contents, and nothing is wrong in that."""
+        connect(history, FileServer())
+        history.synchronize_all()
+        history._storage.begin_rebase(epoch="epoch", timeline="other", settled_ranges=[])
+        assert list(history.verify()) == []
+        assert [seq for seq, _ in history._storage.files.uploads(until=100)] == [1, 2, 3]
+
+    @pytest.mark.parametrize("what", ["deleted", "changed"])
+    def test_a_content_that_was_damaged_is_named(self, history: Replica, what: str) -> None:
+        """A content that is gone, or has other bytes, is named."""
+        name = sha256(PHOTO).hex()
+        path = history.path / "files" / name[:2] / name[2:4] / name
+        if what == "deleted":
+            path.unlink()
+            expected = {FindingKind.CONTENT_LOST}
+        else:
+            path.write_bytes(PHOTO[:-1] + b"x")
+            expected = {FindingKind.CONTENT_DAMAGED}
+        found = list(history.verify())
+        assert {one.kind for one in found} == expected
+        assert all(name in one.where for one in found)
+
+    @pytest.mark.parametrize("table", ["files", "file_users", "file_uploads", "file_missing"])
+    def test_a_table_that_lacks_something_is_named(self, history: Replica, table: str) -> None:
+        """Each entry of a table that is not there is noticed."""
+        environment = history._storage.environment
+        database = environment.database(table)
+        with environment.read() as transaction:
+            entries = list(transaction.cursor(database))
+        assert entries
+        for key, value in entries:
+            environment.write(lambda transaction, key=key: transaction.delete(key, db=database))
+            kinds = {one.kind for one in history.verify()}
+            assert kinds & {FindingKind.INDEX_WRONG, FindingKind.CONTENT_LOST}, key
+            environment.write(lambda transaction, key=key, value=value: transaction.put(key, value, db=database))
+        assert list(history.verify()) == []
+
+    @pytest.mark.parametrize("table", ["files", "file_users", "file_uploads"])
+    def test_a_table_that_has_too_much_is_named(self, history: Replica, table: str) -> None:
+        """An entry that nothing accounts for is noticed."""
+        environment = history._storage.environment
+        database = environment.database(table)
+        with environment.read() as transaction:
+            key, value = next(iter(transaction.cursor(database)))
+        other = {"files": b"Task\0t9", "file_users": key[:32] + b"Task\0t9", "file_uploads": b"\0" * 7 + b"\x63"}[
+            table
+        ]
+        environment.write(lambda transaction: transaction.put(other, value, db=database))
+        assert FindingKind.INDEX_WRONG in {one.kind for one in history.verify()}
