@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,12 @@ class FileVerification:
         self._counts = counts
 
     def run(
-        self, transaction: LmdbTransaction, *, to_upload: Mapping[int, bytes], failed: Mapping[int, bytes]
+        self,
+        transaction: LmdbTransaction,
+        *,
+        to_upload: Mapping[int, bytes],
+        failed: Mapping[int, bytes],
+        is_set_aside: Callable[[int], bool],
     ) -> Iterator[Finding]:
         """
         Yield what is wrong.
@@ -48,11 +53,12 @@ class FileVerification:
             transaction: What is verified.
             to_upload: The operations to be uploaded that may refer to files, by seq.
             failed: The operations that failed and may refer to files, by seq.
+            is_set_aside: Tells whether an operation failed because it cannot be read: it keeps what it referred to.
         """
         uploads, kept = _needed(to_upload), _needed(failed)
         yield from self._objects(transaction)
         yield from self._uploads(transaction, uploads)
-        yield from self._users(transaction, {**kept, **uploads})
+        yield from self._users(transaction, {**kept, **uploads}, is_set_aside)
         yield from self._contents()
 
     def _objects(self, transaction: LmdbTransaction) -> Iterator[Finding]:
@@ -90,11 +96,14 @@ class FileVerification:
                 where = f"files of operation {seq}"
                 yield Finding(FindingKind.INDEX_WRONG, where, _contents_text(expected), _contents_text(found))
 
-    def _users(self, transaction: LmdbTransaction, needed: _Needed) -> Iterator[Finding]:
+    def _users(
+        self, transaction: LmdbTransaction, needed: _Needed, is_set_aside: Callable[[int], bool]
+    ) -> Iterator[Finding]:
         files = self._files
         for sha256, user in files.all_users(transaction):
             if isinstance(user, int):
-                refers = user in needed and ((contents := needed[user]) is None or sha256 in contents)
+                contents = needed.get(user, {})
+                refers = contents is None or sha256 in contents or is_set_aside(user)
                 where = f"operation {user}"
             else:
                 refers = files.is_marked(transaction, user) or sha256 in files.references(transaction, user)

@@ -103,7 +103,9 @@ class _Verification:
             yield from self._offered_again()
             yield from self._remembered()
             yield from self._staged()
-            yield from self._files.run(transaction, to_upload=self._to_upload, failed=self._failed)
+            yield from self._files.run(
+                transaction, to_upload=self._to_upload, failed=self._failed, is_set_aside=self._was_set_aside
+            )
 
     # --- the log, and what became of it ---------------------------------------
 
@@ -254,6 +256,11 @@ class _Verification:
         if base is not None and version <= base.version and not is_rebasing:
             return (f"a version above the base's, {base.version}", f"version {version}")
         return None
+
+    def _was_set_aside(self, seq: int) -> bool:
+        """Tell whether an operation failed here because it, or one of its commit group, cannot be read."""
+        outcome = self._outcome_at(seq)
+        return outcome is not None and outcome.failure_id in self._own_failures
 
     def _note_files(self, seq: int) -> None:
         """Note an operation if it may refer to files."""

@@ -7,15 +7,18 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 from tests.builders import quick_folder
 from tests.files import CHUNK_BYTES, FileServer, connect, reference, sha256
 from tests.sessions import page
 
 from tidelog import FailureReason, FileUnavailable, FindingKind, InvalidValue, ObjectNotFound
+from tidelog._keys import pack_position
 from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, SkipReason, _file_exchange, _transfer
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused
@@ -679,7 +682,7 @@ class TestVerification:
 
     @pytest.fixture
     def history(self, replica: Replica) -> Replica:
-        """Give a replica with files in every state: t1 here, t2 missing, t3 pending, t4 failed, t5 with another base."""
+        """Give a replica with files in every state: t1 here, t2 missing, t3 pending, t4 failed, t5 changed."""
         server = FileServer(pages=[page(task("t1", PHOTO), task("t2", LARGE), task("t5", b"base"))], refuses=[1])
         server.put(PHOTO)
         server.put(b"base")
@@ -707,6 +710,23 @@ class TestVerification:
         assert list(history.verify()) == []
         assert [seq for seq, _ in history._storage.files.uploads(until=100)] == [1, 2, 3]
 
+    def test_what_is_set_aside_keeps_its_contents(self, history: Replica) -> None:
+        """An operation that cannot be read any more becomes a failure, and its content stays with it."""
+        seq = pending(history)[0]
+        log = history._storage.environment.database("log")
+
+        def damage(transaction: lmdb.Transaction[bytes]) -> None:
+            entry = transaction.get(pack_position(seq), b"", db=log)
+            transaction.put(pack_position(seq), entry[:-1] + b"?", db=log)
+
+        history._storage.environment.write(damage)
+        assert list(history.set_aside_damaged().files) == [seq]
+        assert list(history.verify()) == []
+        age(history)
+        history._storage.files.sweep()
+        history._storage.files.collect()
+        assert sha256(b"pending") in contents_of(history)
+
     @pytest.mark.parametrize("what", ["deleted", "changed"])
     def test_a_content_that_was_damaged_is_named(self, history: Replica, what: str) -> None:
         """A content that is gone, or has other bytes, is named."""
@@ -731,10 +751,10 @@ class TestVerification:
             entries = list(transaction.cursor(database))
         assert entries
         for key, value in entries:
-            environment.write(lambda transaction, key=key: transaction.delete(key, db=database))
+            environment.write(partial(lmdb.Transaction.delete, key=key, db=database))
             kinds = {one.kind for one in history.verify()}
             assert kinds & {FindingKind.INDEX_WRONG, FindingKind.CONTENT_LOST}, key
-            environment.write(lambda transaction, key=key, value=value: transaction.put(key, value, db=database))
+            environment.write(partial(lmdb.Transaction.put, key=key, value=value, db=database))
         assert list(history.verify()) == []
 
     @pytest.mark.parametrize("table", ["files", "file_users", "file_uploads"])
