@@ -26,12 +26,19 @@ from tidelog._errors import (
     Unauthenticated,
 )
 from tidelog._logging import get_logger
-from tidelog_client._connection import Connection, Stream, Transient
+from tidelog_client._call_errors import Transient
+from tidelog_client._connection import Connection, Stream
+from tidelog_client._file_exchange import FileExchange
+from tidelog_client._file_wishes import FileWishes
+from tidelog_client._files import Missing, Needed
 from tidelog_client._report import OnProgress, Report
 from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
+from tidelog_client._transfer import Downloading, Patience, Transfers
 from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
+    from tidelog._file_reference import FileReference
+    from tidelog._keys import ObjectKey
     from tidelog_client._selection import Selection
     from tidelog_client._storage import Storage
 
@@ -52,6 +59,7 @@ NEW_TIMELINES_MAX: Final = 3
 CALL_SECONDS_MAX: Final = 24 * 3600.0
 
 _NO_CONSENT: Final = Consent()
+_EVERY_FILE: Final = FileWishes({})
 _LOCK_FILE: Final = "synchronize.lock"
 _log = get_logger("tidelog.synchronizer")
 
@@ -65,10 +73,12 @@ class Synchronizer:
         connection: Connection | None,
         schema_version: int,
         downloads: Mapping[str, Download],
+        files: FileWishes = _EVERY_FILE,
     ) -> None:
         self._storage = storage
         self._schema_version = schema_version
         self._downloads = downloads
+        self._files = files
         self._connection = connection
 
     def close(self) -> None:
@@ -111,6 +121,15 @@ class Synchronizer:
         try:
             _acquire(lock)
             deadline = _Deadline(timeout)
+            progress = on_progress or _ignore
+            files = FileExchange(
+                self._storage,
+                connection,
+                wishes=self._files,
+                report=report,
+                on_progress=progress,
+                end=deadline.end,
+            )
             backoff = BACKOFF_SECONDS_FIRST
             token_refused = False
             has_new_plans = False
@@ -121,15 +140,17 @@ class Synchronizer:
                 adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
                 try:
                     report.count_published(self._storage.publication.finish())
+                    selected = selection() if selection is not None and not adopts else None
                     attempt = Synchronization(
                         self._storage,
                         Mode.ALL if adopts else mode,
                         report,
-                        on_progress or _ignore,
-                        selection=selection() if selection is not None and not adopts else None,
+                        progress,
+                        selection=selected,
                         schema_version=self._schema_version,
                         downloads=self._downloads,
                         consent=consent,
+                        files=files.prepare(None if selected is None else selected.seqs),
                     )
                     self._attempt(connection, attempt, report, deadline)
                 except StateLost as error:
@@ -183,13 +204,38 @@ class Synchronizer:
                     if retry_after is None:  # else the server knows better
                         backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
                 else:
-                    if not adopts:
+                    if adopts:
+                        continue
+                    keys = None if selected is None else selected.keys
+                    if not files.exchange(keys, is_all=mode is Mode.ALL) or deadline.remaining() <= 0:
+                        files.finish()
                         return
         finally:
             try:
                 lock.release()
             finally:
                 lock.release()  # does nothing, unless an interrupt came in the way of the first
+
+    def fetch(self, reference: FileReference, key: ObjectKey, *, timeout: float | None) -> str | None:
+        """
+        Download the content of a file of an object; return why that is not possible, or None once it is here.
+
+        Raises:
+            TokenUnavailable: The token provider failed.
+        """
+        if self._connection is None:
+            return "the replica was opened without a server"
+        end = None if timeout is None else time.monotonic() + timeout
+        content = Needed(reference.sha256, reference.size)
+        with Transfers(self._storage.files, self._connection, Patience(end), _ignore) as transfers:
+            (result,) = transfers.run([Downloading(content, [key])])
+        if result.error is None:
+            self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
+            return None
+        reason = str(result.error)
+        if not isinstance(result.error, Transient):
+            self._storage.files.note_arrived([], {content.sha256: reason})
+        return reason
 
     def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
         metadata = connection.authorization()
@@ -222,10 +268,16 @@ class Synchronizer:
 
 
 class _Deadline:
-    """The caller's deadline, or, without one, patience with a silent server."""
+    """
+    The caller's deadline, or, without one, patience with a silent server.
+
+    Attributes:
+        end: The caller's deadline, by the monotonic clock. None: there is none.
+        heard: Whether the server answered since that was last set back.
+    """
 
     def __init__(self, timeout: float | None) -> None:
-        self._end = None if timeout is None else time.monotonic() + timeout
+        self.end = None if timeout is None else time.monotonic() + timeout
         self._broken_since: float | None = None
         self._busy_since: float | None = None
         self.heard = False
@@ -251,8 +303,8 @@ class _Deadline:
     def remaining(self) -> float:
         """Return the seconds left to try in."""
         now = time.monotonic()
-        if self._end is not None:
-            return self._end - now
+        if self.end is not None:
+            return self.end - now
         until = (now if self._broken_since is None else self._broken_since) + SILENCE_SECONDS_MAX
         if self._busy_since is not None:
             until = min(until, self._busy_since + BUSY_SECONDS_MAX)
@@ -260,10 +312,10 @@ class _Deadline:
 
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""
-        return None if self._end is None else min(max(0.0, self._end - time.monotonic()), CALL_SECONDS_MAX)
+        return None if self.end is None else min(max(0.0, self.end - time.monotonic()), CALL_SECONDS_MAX)
 
 
-def _ignore(_progress: object) -> None:
+def _ignore(*_progress: object) -> None:
     pass
 
 

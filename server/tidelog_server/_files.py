@@ -25,6 +25,8 @@ from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog._values import decode_trusted
 from tidelog_server._application import Application
+from tidelog_server._collection import without_content
+from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
 from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid
 from tidelog_server._file_records import (
@@ -163,13 +165,14 @@ class Files:
             raise RequestInvalid(f"{length} bytes from {offset} on, of a file of {size} bytes")
         return self.read(principal.tenant, Wanted(sha256, size), offset, min(length or size, size - offset))
 
+    def open(self, tenant: str, wanted: Wanted) -> BinaryIO:
+        """Open a content to be read. Raises ContentLost, also later."""
+        self._check_there(tenant, wanted)
+        return open_content(partial(self.contents.read, tenant, wanted.sha256), wanted.size)
+
     def read(self, tenant: str, wanted: Wanted, offset: int, length: int) -> Generator[bytes, None, None]:
         """Yield *length* bytes of a content from *offset* on. Raises ContentLost, with the first step if it can."""
-        found = self.contents.size(tenant, wanted.sha256)
-        if found != wanted.size:
-            what = "is not there" if found is None else f"has {found} bytes instead of {wanted.size}"
-            _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
-            raise ContentLost(f"the content {wanted.sha256.hex()} {what}")
+        self._check_there(tenant, wanted)
         if not length:
             return
         pieces = self.contents.read(tenant, wanted.sha256, offset)
@@ -200,15 +203,36 @@ class Files:
         self._complete(tenant, part, wanted, "")
         return wanted
 
+    def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
+        """Delete a content that nothing has referred to since a time; return how many were."""
+        with self._alone(tenant, sha256):
+            count = self._write(tenant, partial(without_content, sha256=sha256, before_us=before_us))
+            if count:
+                self.contents.delete(tenant, sha256)
+        return count
+
+    def collect_unknown(self, tenant: str, before_us: int) -> Iterator[int]:
+        """Delete contents that are not on record since a time, one after the other; yield how many were."""
+        for content in self.contents.contents(tenant):
+            if content.time * 1_000_000 < before_us and not self._is_on_record(tenant, content.sha256):
+                with self._alone(tenant, content.sha256):
+                    if not self._is_on_record(tenant, content.sha256):
+                        self.contents.delete(tenant, content.sha256)
+                        yield 1
+
     @contextmanager
-    def alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
+    def _alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
         """Let nobody else make or collect a content meanwhile."""
         with self._being_changed.held((tenant, sha256)):
             yield
 
+    def _is_on_record(self, tenant: str, sha256: bytes) -> bool:
+        with self._store.read(tenant) as reader:
+            return content_record(sha256, reader.index) is not None
+
     def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
         """Make a part a content that operations of a user may refer to; empty: the service's own may."""
-        with self.alone(tenant, wanted.sha256):
+        with self._alone(tenant, wanted.sha256):
             self.contents.complete(tenant, part, wanted.sha256, wanted.size)
             time_us = self._clock()
             entries: IndexWrites = {content_key(wanted.sha256): pack_content(ContentRecord(wanted.size, time_us))}
@@ -242,10 +266,17 @@ class Files:
 
     def _forget_lost(self, tenant: str, lost: Wanted) -> None:
         """Take the record of a content that is not there: whoever has it may upload it once more."""
-        with self.alone(tenant, lost.sha256):
+        with self._alone(tenant, lost.sha256):
             if self.contents.size(tenant, lost.sha256) != lost.size:
                 _log.error("a content was lost", tenant=tenant, sha256=lost.sha256.hex())
                 self._write(tenant, lambda reader: (_entries(reader, {content_key(lost.sha256): None}), None))
+
+    def _check_there(self, tenant: str, wanted: Wanted) -> None:
+        found = self.contents.size(tenant, wanted.sha256)
+        if found != wanted.size:
+            what = "is not there" if found is None else f"has {found} bytes instead of {wanted.size}"
+            _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
+            raise ContentLost(f"the content {wanted.sha256.hex()} {what}")
 
     def _readable_size(self, principal: Principal, sha256: bytes, key: ObjectKey) -> int:
         with self._store.read(principal.tenant) as reader:

@@ -62,7 +62,7 @@ from tidelog._values import (
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import constraint_pb2, failure_pb2, object_pb2, schema_pb2, sync_pb2
 from tidelog_client import _publication, _storage, _view, commands
-from tidelog_client._connection import error_of
+from tidelog_client._call_errors import error_of
 from tidelog_client._plans import Plans
 from tidelog_server import Application, Credentials, JwtAuthenticator, StaticTokens, failure_commands
 from tidelog_server import _lmdb_store as store

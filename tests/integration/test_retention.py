@@ -14,7 +14,7 @@ from tidelog.v1 import sync_pb2, sync_pb2_grpc
 from tidelog_client import Phase, Progress, Replica, Report
 from tidelog_client import _publication as publication
 from tidelog_client import _synchronization as synchronization
-from tidelog_client._connection import error_of
+from tidelog_client._call_errors import error_of
 from tidelog_server import _download as download
 from tidelog_server._download import Download
 from tidelog_server._session import server_time_us

@@ -22,7 +22,7 @@ from grpc_status import rpc_status
 
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
-from tidelog_client._connection import error_of
+from tidelog_client._call_errors import error_of
 from tidelog_server import Application, Principal
 from tidelog_server._outcomes import Result
 from tidelog_server._services import ERROR_DOMAIN
