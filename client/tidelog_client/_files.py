@@ -24,7 +24,7 @@ from __future__ import annotations
 import enum
 import struct
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,12 @@ from filelock import FileLock
 from tidelog._contents import READ_BYTES, SHA256_BYTES, Content, ContentDirectory, Part
 from tidelog._environment import SCAN_PAGE_KEYS, put_many, scan_keys
 from tidelog._errors import damaged
-from tidelog._file_reference import FileReference, encoded_file_references, file_references, may_refer_to_files
+from tidelog._file_reference import (
+    FileReference,
+    encoded_file_references,
+    file_references,
+    may_refer_to_files,
+)
 from tidelog._keys import (
     ObjectKey,
     entity_prefix,
@@ -111,18 +116,21 @@ class FileMarks:
         if may_refer_to_files(record) or self._is_known(transaction, key):
             transaction.put(key, b"", db=self._marks)
 
-    def note_all(self, transaction: LmdbTransaction, records: Iterable[tuple[bytes, bytes]]) -> None:
+    def note_all(self, transaction: LmdbTransaction, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Do what `note` does for many (key, record)."""
-        marked = [
-            (key, b"") for key, record in records if may_refer_to_files(record) or self._is_known(transaction, key)
-        ]
-        put_many(transaction, self._marks, marked)
+        marked = {key for key, record in records if may_refer_to_files(record)}
+        if self._is_any_known(transaction):
+            marked.update(key for key, _ in records if self._is_known(transaction, key))
+        put_many(transaction, self._marks, [(key, b"") for key in marked])
 
     def _is_known(self, transaction: LmdbTransaction, key: bytes) -> bool:
+        return self._is_any_known(transaction) and transaction.get(key, db=self._files) is not None
+
+    def _is_any_known(self, transaction: LmdbTransaction) -> bool:
         number = transaction.id()
         if number != self._looked[0]:
             self._looked = (number, transaction.stat(self._files)["entries"] > 0)
-        return self._looked[1] and transaction.get(key, db=self._files) is not None
+        return self._looked[1]
 
 
 class Files:
@@ -217,10 +225,13 @@ class Files:
 
     # --- operations -----------------------------------------------------------
 
-    def note_operation(self, transaction: LmdbTransaction, seq: int, data: bytes) -> None:
-        """Note what an operation that is to be uploaded refers to."""
-        if not may_refer_to_files(data):
-            return
+    def note_operations(self, transaction: LmdbTransaction, operations: Iterable[tuple[int, bytes]]) -> None:
+        """Note what operations (seq, serialized) that are to be uploaded refer to."""
+        for seq, data in operations:
+            if may_refer_to_files(data):
+                self._note_operation(transaction, seq, data)
+
+    def _note_operation(self, transaction: LmdbTransaction, seq: int, data: bytes) -> None:
         needed = {one.sha256: (False, one.size) for one in set_references(data)}
         if needed:
             transaction.put(pack_position(seq), packed_references(needed), db=self._uploads)

@@ -329,9 +329,9 @@ class Storage:
             place = _PLACE.pack(group.position, group.size) if group is not None else _NO_GROUP
             pending.append((pack_position(operation.seq), place + key))
             keyed.append((key, operation.seq))
-        for operation, data in zip(operations, encoded, strict=True):
-            self.files.note_operation(transaction, operation.seq, data)
-        self.log.append(transaction, zip((one.seq for one in operations), encoded, strict=True))
+        entries = list(zip((one.seq for one in operations), encoded, strict=True))
+        self.log.append(transaction, entries)
+        self.files.note_operations(transaction, entries)
         put_many(transaction, self._pending, pending)
         self.view.write_commit(transaction, keyed, changes)
         self._meta.put(transaction, last_seq=pack_position(operations[-1].seq))
@@ -461,8 +461,7 @@ class Storage:
         def work(transaction: LmdbTransaction) -> int:
             lost = list(self._settled_outside(transaction, settled_ranges))
             self.lineage.begin_rebase(transaction, epoch=epoch, timeline=timeline, lost=lost)
-            for seq in lost:
-                self.files.note_operation(transaction, seq, self.log.get(transaction, seq) or b"")
+            self.files.note_operations(transaction, ((seq, self.log.get(transaction, seq) or b"") for seq in lost))
             self.publication.forget_states(transaction)
             return self.lineage.reoffer_count(transaction)
 

@@ -334,8 +334,8 @@ class View:
             if view is None:
                 raise StateLost(key)
             transaction.put(key, _RECORD.pack(version, 0) + view[_RECORD.size :], db=self._objects)
-            transaction.delete(key, db=self._base)
-            self._files.note(transaction, key, view)
+            if transaction.delete(key, db=self._base):
+                self._files.note(transaction, key)
             return
         base = transaction.get(key, db=self._base)
         attributes = None if base is None else decode_trusted(_unpack(base).attributes)

@@ -12,7 +12,12 @@ import pytest
 
 from tidelog import DiskFull, StorageError
 from tidelog._contents import ContentCorrupt, ContentDirectory
-from tidelog._file_reference import FileReference, encoded_file_references, file_references
+from tidelog._file_reference import (
+    FileReference,
+    encoded_file_references,
+    file_references,
+    may_refer_to_files,
+)
 from tidelog._values import encode
 
 TEXT = b"a photo, say" * 1000
@@ -163,3 +168,13 @@ def test_file_references_are_told_by_their_form() -> None:
     assert dict(file_references(attributes)) == {"photo": reference}
     assert encoded_file_references(encode(attributes)) == {"photo": reference}
     assert encoded_file_references(encode({"text": "a"})) == {}
+
+
+@pytest.mark.parametrize("header", [b"\xc4\x20", b"\xc5\x00\x20", b"\xc6\x00\x00\x00\x20"])
+def test_a_reference_is_noticed_however_it_is_packed(header: bytes) -> None:
+    """References are found in encoded attributes whatever form of a header their hash has."""
+    encoded = encode({"photo": FileReference("a", 1, "b", SHA256).to_value()})
+    packed = encoded.replace(b"\xc4\x20" + SHA256, header + SHA256)
+    assert may_refer_to_files(packed)
+    assert encoded_file_references(packed) == {"photo": FileReference("a", 1, "b", SHA256)}
+    assert not may_refer_to_files(encode({"photo": b"\xff" * 300}))
