@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from tidelog_server._errors import SessionIdle
+from tidelog_server._errors import NothingRead, SessionIdle
 
 
 class Peer:
@@ -75,12 +75,11 @@ class Peer:
             coming.cancel()
 
     async def send(self, message: bytes) -> None:
-        """Send a message. Returns once the connection has taken it. Raises SessionIdle."""
+        """Send a message. Returns once the connection has taken it. Raises NothingRead."""
         try:
             async with asyncio.timeout(self._idle_seconds):
                 await self._context.write(message)
         except TimeoutError:
-            # Of what was sent already gRPC keeps the rest, and the error behind it, for a client that reads on.
-            raise SessionIdle(f"nothing was read for {self._idle_seconds:g} seconds: begin another session") from None
+            raise NothingRead(f"nothing was read for {self._idle_seconds:g} seconds: begin another session") from None
         except grpc.aio.InternalError:
             raise asyncio.CancelledError from None  # the client is gone

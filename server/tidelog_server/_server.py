@@ -25,6 +25,7 @@ from tidelog_server._adoption import adopt_schema
 from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
 from tidelog_server._callers import Callers
+from tidelog_server._calls import note_makers
 from tidelog_server._errors import AddressUnavailable
 from tidelog_server._lmdb_backup import backup_store
 from tidelog_server._lmdb_store import LmdbStore
@@ -157,6 +158,7 @@ class Server:
             self._callers = Callers(self._authenticator)
             self._services = Services(self._application, self._store, self._callers, self._limits)
             self._loop = asyncio.new_event_loop()
+            note_makers(self._loop)
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
             asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()

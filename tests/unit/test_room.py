@@ -32,10 +32,10 @@ class TestQueueRoom:
             waiting = [await _begun(room.take(1)) for _ in range(3)]
             for number in range(3):
                 assert [task.done() for task in waiting] == [place < number for place in range(3)]
-                assert (room.batches, room.waiting) == (2, 3 - number)
+                assert (room.count, room.waiting) == (2, 3 - number)
                 room.give_back(1)
                 await asyncio.sleep(0)
-            assert (room.batches, room.waiting) == (2, 0)
+            assert (room.count, room.waiting) == (2, 0)
 
         asyncio.run(scenario())
 
@@ -50,7 +50,7 @@ class TestQueueRoom:
             assert not small.done()
             room.give_back(60)
             await asyncio.gather(large, small)
-            assert (room.batches, room.bytes) == (2, 51)
+            assert (room.count, room.bytes) == (2, 51)
 
         asyncio.run(scenario())
 
@@ -80,7 +80,7 @@ class TestQueueRoom:
             room.give_back(1)
             called.cancel()  # it was called in, and has not noticed yet
             await last
-            assert (room.batches, room.bytes, room.waiting) == (1, 1, 0)
+            assert (room.count, room.bytes, room.waiting) == (1, 1, 0)
 
         asyncio.run(scenario())
 
@@ -104,9 +104,9 @@ class TestQueueRoom:
                 await asyncio.wait((task,))
                 if not task.cancelled():
                     task.result()
-                    assert (room.batches, room.bytes) == (1, 20 + number)
+                    assert (room.count, room.bytes) == (1, 20 + number)
                     room.give_back(20 + number)
-            assert (room.batches, room.bytes, room.waiting) == (0, 0, 0)
+            assert (room.count, room.bytes, room.waiting) == (0, 0, 0)
 
         asyncio.run(asyncio.wait_for(scenario(), HANG_SECONDS))
 
@@ -123,7 +123,7 @@ class TestQueueRoom:
             last = asyncio.create_task(room.take(1))
             await asyncio.wait((*gone, last))
             assert all(task.cancelled() for task in gone)
-            assert (room.batches, room.bytes, room.waiting) == (1, 1, 0)
+            assert (room.count, room.bytes, room.waiting) == (1, 1, 0)
 
         asyncio.run(asyncio.wait_for(scenario(), HANG_SECONDS))
 
