@@ -38,14 +38,14 @@ class _Task(asyncio.Task[T]):
 
 def note_makers(loop: asyncio.AbstractEventLoop) -> None:
     """Have the tasks of a loop know who made them. Before a server starts on it."""
-    loop.set_task_factory(lambda loop, coroutine, **options: _Task(coroutine, loop=loop, **options))  # type: ignore[arg-type]
+    loop.set_task_factory(lambda loop, coroutine, **options: _Task(coroutine, loop=loop, **options))
 
 
 def let_go() -> None:
     """
     Have the call cancelled whose handler the present task runs; shortly, when this has returned.
 
-    Of the newest call, gRPC lets go when another one comes: until then its client may read on, to the end.
+    gRPC's own server keeps the first call, and the newest one until another comes: the clients of these may read on.
     """
     task = asyncio.current_task()
     maker = task.maker() if isinstance(task, _Task) and task.maker is not None else None

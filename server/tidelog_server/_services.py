@@ -9,11 +9,11 @@ writer thread, scans in a small pool; the event loop itself reads no more than a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -200,7 +200,7 @@ class Services:
     async def _synchronize(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
-        incoming = aiter(requests)
+        incoming = cast("AsyncGenerator[bytes, None]", aiter(requests))
         try:
             session = self._session(Peer(context, self._limits.idle_seconds, incoming), context)
             await _served(_streamed(session, context), context)
@@ -213,7 +213,12 @@ class Services:
             start = await _received_start(peer)
             with HeldPages(self._page_room) as held:
                 session = Session(
-                    self._application, self._store, principal, start, suspects=self._suspects, page_bytes=held.page_bytes
+                    self._application,
+                    self._store,
+                    principal,
+                    start,
+                    suspects=self._suspects,
+                    page_bytes=held.page_bytes,
                 )
                 with self._admission.upload() if start.uploading else nullcontext():
                     await self._upload_phase(peer, session)
