@@ -139,12 +139,17 @@ class HeldPages:
     """
     The pages of one session. Use it as a context manager: at the end it holds none.
 
+    Args:
+        room: Where they are held.
+        page_bytes_max: How much one may hold, if it is not a single object.
+
     Attributes:
         needed: What the next object takes, if it has to wait for room. 0: it has not.
     """
 
-    def __init__(self, room: PageRoom) -> None:
+    def __init__(self, room: PageRoom, page_bytes_max: int = PAGE_BYTES_MAX) -> None:
         self.needed = 0
+        self._page_bytes_max = page_bytes_max
         self._all = room
         self._room = room.of_newcomers
         self._held: deque[_Held] = deque()
@@ -162,10 +167,11 @@ class HeldPages:
         """Return how much the next page may hold. Used by any thread; notes what the first object of it needs."""
         room = self._room
         share = 0 if room.waiting else (room.bytes_max - room.bytes) // PAGE_COPIES // PAGE_SHARE
+        share = min(max(share, PAGE_BYTES_LEAST), PAGE_BYTES_MAX)
         granted = self._granted.page_bytes if self._granted is not None else 0
-        most = max(min(max(share, PAGE_BYTES_LEAST), PAGE_BYTES_MAX), granted)
-        self.needed = needed if needed > most else 0
-        return most
+        has_room = needed <= max(share, granted)
+        self.needed = 0 if has_room else needed
+        return max(min(share, self._page_bytes_max), granted, needed if has_room else 0)
 
     async def wait(self) -> None:
         """Wait until there is room for what is needed."""

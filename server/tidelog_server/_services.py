@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar, cast
 
@@ -56,6 +56,7 @@ from tidelog_server._session import (
     settled_messages,
     wishes_of,
 )
+from tidelog_server._slow_links import SlowLinks
 from tidelog_server._status import status_of
 from tidelog_server._store import Store
 
@@ -113,6 +114,7 @@ class Services:
         self._admission = Admission(self._limits)
         self._queue_room = QueueRoom()
         self._page_room = PageRoom()
+        self._slow_links = SlowLinks()
         self._failures = FailureService(application, store)
         self._objects = ObjectService(application, store)
         # Calls have a pool of their own: they must not wait behind the pages of a thousand sessions.
@@ -211,7 +213,7 @@ class Services:
     async def _session(self, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         async with self._admitted(context) as principal:
             start = await _received_start(peer)
-            with HeldPages(self._page_room) as held:
+            with self._pages_for(principal, start.replica_id) as held:
                 session = Session(
                     self._application,
                     self._store,
@@ -339,7 +341,7 @@ class Services:
             check_protocol_version(request.protocol_version)
             identity = self._store.identity
             projection = Projection(self._application, principal, wishes_of(request.downloads))
-            with HeldPages(self._page_room) as held:
+            with self._pages_for(principal) as held:
                 download = Download(self._store, projection, page_bytes=held.page_bytes)
                 with self._store.read(principal.tenant) as reader:
                     start = download.start_of(reader, request.cursor, request.resume_token)
@@ -363,6 +365,16 @@ class Services:
                 cursor=cursor_at(identity, download.head, projection.scope), version=download.head.version
             )
             await peer.send(sync_pb2.DownloadSnapshotsResponse(complete=complete).SerializeToString())
+
+    @contextmanager
+    def _pages_for(self, principal: Principal, replica_id: str = "") -> Iterator[HeldPages]:
+        """Hold the pages of a session. If the last one came to a halt, the link may be too slow for large pages."""
+        slow_links, room = self._slow_links, self._page_room
+        with (
+            slow_links.session(principal.tenant, principal.user_id, replica_id) as page_bytes_max,
+            HeldPages(room, page_bytes_max) as held,
+        ):
+            yield held
 
     async def _send_pages(
         self,
