@@ -12,7 +12,7 @@ know who made them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
 from typing import Any, Final, TypeVar
 from weakref import ref
 
@@ -30,7 +30,7 @@ class _Task(asyncio.Task[T]):
         maker: The task in which it was made.
     """
 
-    def __init__(self, coroutine: Coroutine[Any, Any, T], **options: Any) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, T] | Generator[Any, None, T], **options: Any) -> None:
         super().__init__(coroutine, **options)
         maker = asyncio.current_task(self.get_loop())
         self.maker = ref(maker) if maker is not None else None

@@ -3,9 +3,8 @@ Peer: the client at the other end of a session's stream, who may be slow, or hav
 
 A client that is gone is found by pings. One that is there, and neither sends what is
 awaited nor reads what is sent, would hold its session for ever: hence a limit of time.
-A message has to pass within it, a full batch or page on the slowest connection; one that
-gets that far is not concerned, however long the whole takes. What the server itself needs
-for its answers does not count.
+A message has to pass within it; a client that gets that far is not concerned, however long
+the whole takes. What the server itself needs for its answers does not count.
 """
 
 from __future__ import annotations

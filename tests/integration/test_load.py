@@ -460,6 +460,27 @@ class TestSlowSessions:
                 assert (len(contents(replica, "Note")), len(contents(replica))) == (3, len(replicas))
             wait_until(lambda: is_quiet(world), "somebody holds room")
 
+    def test_who_did_not_read_gets_small_pages(self, folder: Path) -> None:
+        """A replica whose session came to a halt gets the least pages, which pass a slow link, until one completes."""
+        with World(folder, limits=ServerLimits(idle_seconds=0.5)) as world, ExitStack() as open_:
+            fill(world, 100, 8 * 1024)
+
+            def page_bytes() -> int:
+                [visitor] = visitors(world, 1, open_)
+                visitor.send(COMPLETE)
+                messages = visitor.received()
+                assert messages[-1].HasField("complete")
+                return max(message.page.ByteSize() for message in messages)
+
+            assert page_bytes() > 2 * PAGE_BYTES_LEAST
+            [stands_still] = visitors(world, 1, open_)
+            stands_still.send(COMPLETE)
+            wait_until(lambda: world.server.load.page_bytes > 0, "nothing is sent")
+            wait_until(lambda: is_quiet(world), "the session holds its place")
+
+            assert page_bytes() <= PAGE_BYTES_LEAST + 1_000
+            assert page_bytes() > 2 * PAGE_BYTES_LEAST
+
     def test_a_call_that_nobody_reads_is_dropped(self, folder: Path) -> None:
         """Of a session that was ended because nothing was read, gRPC keeps nothing: what was to be sent is gone."""
         with World(folder, limits=ServerLimits(idle_seconds=0.1)) as world, ExitStack() as open_:
