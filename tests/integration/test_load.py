@@ -349,8 +349,8 @@ class TestSlowSessions:
         held: list[HeldPages] = []
 
         class Watched(HeldPages):
-            def __init__(self, room: PageRoom) -> None:
-                super().__init__(room)
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
                 held.append(self)
 
         monkeypatch.setattr(_services, "HeldPages", Watched)
