@@ -118,9 +118,12 @@ class Synchronization:
         downloads: Mapping[str, Download] | None = None,
         consent: Consent = _NO_CONSENT,
         files: FilePlan = NO_FILES,
+        batch_bytes: int = _limits.BATCH_BYTES_MAX,
     ) -> None:
         self._storage = storage
         self._mode = mode
+        self._batch_bytes = batch_bytes
+        self._was_answered = False
         self._report = report
         self._on_progress = on_progress
         self._selection = selection
@@ -155,6 +158,11 @@ class Synchronization:
     def uploaded(self) -> bool:
         """Whether the upload phase is over."""
         return self._stage in (_Stage.DOWNLOADING, _Stage.DONE)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether batches were sent, and not one was answered."""
+        return bool(self._in_flight) and not self._was_answered
 
     def begin(self) -> list[bytes | None]:
         """Return the first messages."""
@@ -232,6 +240,7 @@ class Synchronization:
         self._adopt(started)
         self._check_log(started.settled)
         self._limits = batch_limits(started.limits)
+        self._limits.batch_bytes = min(self._limits.batch_bytes, self._batch_bytes)
         self._check_upload(Plans(started))
         # What a download that was broken off left behind can be gone on with in mode all only.
         self._storage.publication.discard_merge()
@@ -402,6 +411,7 @@ class Synchronization:
         if not self._in_flight:
             raise ProtocolViolated("the server answered a batch that was not sent")
         seqs = self._in_flight.popleft()
+        self._was_answered = True
         if [result.seq for result in message.results] != seqs:
             raise ProtocolViolated("the server's results are not those of the batch")
         final = []

@@ -25,6 +25,7 @@ from tidelog._errors import (
     SynchronizationInProgress,
     Unauthenticated,
 )
+from tidelog._limits import BATCH_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._connection import Connection, Stream
@@ -51,6 +52,12 @@ SILENCE_SECONDS_MAX: Final = 30.0
 
 # The same for a server that answers, and does nothing but tell when to come again.
 BUSY_SECONDS_MAX: Final = 600.0
+
+# After an attempt of which not one batch was answered, a link may be too slow for batches of that size: the next one's
+# are so many times smaller, down to this. Each synchronization that completes lets them become larger again.
+BATCH_SHRINKAGE: Final = 4
+BATCH_BYTES_LEAST: Final = 4 * 1024
+BATCH_GROWTH: Final = 2
 
 # How often a server may begin a new timeline while one synchronization is under way.
 NEW_TIMELINES_MAX: Final = 3
@@ -80,6 +87,7 @@ class Synchronizer:
         self._downloads = downloads
         self._files = files
         self._connection = connection
+        self._batch_bytes = BATCH_BYTES_MAX
 
     def close(self) -> None:
         """Close the connection."""
@@ -151,6 +159,7 @@ class Synchronizer:
                         downloads=self._downloads,
                         consent=consent,
                         files=files.prepare(None if selected is None else selected.seqs),
+                        batch_bytes=self._batch_bytes,
                     )
                     self._attempt(connection, attempt, report, deadline)
                 except StateLost as error:
@@ -256,7 +265,10 @@ class Synchronizer:
                     upload_over = time.monotonic()
                     report.upload_seconds += upload_over - started
             report.download_seconds += time.monotonic() - upload_over
+            self._batch_bytes = min(self._batch_bytes * BATCH_GROWTH, BATCH_BYTES_MAX)
         except Transient:
+            if attempt.is_stuck:
+                self._batch_bytes = max(self._batch_bytes // BATCH_SHRINKAGE, BATCH_BYTES_LEAST)
             attempt.keep()
             raise
         finally:

@@ -58,9 +58,9 @@ class ServerLimits:
         sessions_per_user: The same, of one user. None: as many as of his tenant.
         uploads: Sessions that upload at once.
         idle_seconds: How long a session waits for a client that neither sends what is
-            awaited nor reads what is sent. It has to be enough for one batch or page on the
-            slowest connection: of 1 MiB, and of up to 3 MiB where objects or commit groups
-            are large. So the default takes about 3.5 kB/s, and up to 10.5.
+            awaited nor reads what is sent. On the slowest connection it has to be enough for a
+            small message, 16 KiB, or for the largest object or commit group, up to 2 MiB:
+            the default is with 7 kB/s.
         file_transfers: Contents of files that are on their way at once, up or down.
         file_bytes: How large a file may be that is uploaded, in bytes.
 

@@ -11,6 +11,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + ReplicaRetired             the replica was away for so long that it cannot upload any more
   + HistoryCollected           the change log does not reach back as far as it is needed
   + SessionIdle                the client neither sends what is awaited nor reads what is sent
+    + NothingRead              the latter
   + ServerBusy                 as many are served as may be at once: come again later
   + OperationForked            a settled position was sent with another nonce
   + ReplicaOwned               the replica id belongs to another principal
@@ -79,6 +80,10 @@ class HistoryCollected(TidelogError):
 
 class SessionIdle(TidelogError):
     """The client neither sends what is awaited nor reads what is sent, for too long."""
+
+
+class NothingRead(SessionIdle):
+    """The client does not read what is sent. So it does not read the error either."""
 
 
 class ServerBusy(TidelogError):

@@ -25,6 +25,7 @@ from tidelog_server._adoption import adopt_schema
 from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
 from tidelog_server._callers import Callers
+from tidelog_server._calls import note_makers
 from tidelog_server._content_store import (
     CONTENTS_DIRECTORY,
     CONTENTS_ELSEWHERE,
@@ -179,6 +180,7 @@ class Server:
             )
             self._services = Services(self._application, self._store, self._callers, self._limits, self._files)
             self._loop = asyncio.new_event_loop()
+            note_makers(self._loop)
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
             asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
