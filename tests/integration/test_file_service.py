@@ -391,8 +391,12 @@ class TestDownloads:
         client.create(photo=reference(PHOTO))
         (file,) = kept_files(world)
         file.write_bytes(PHOTO[:-1])
+        came: list[Any] = []
 
-        assert refused(lambda: client.download(PHOTO)) == (grpc.StatusCode.DATA_LOSS, "FILE_LOST")
+        key = sync_pb2.ObjectKey(entity="Task", id="t1")
+        request = file_pb2.DownloadFileRequest(sha256=sha256(PHOTO), object=key)
+        code = refused(lambda: came.extend(client.stub.DownloadFile(request, timeout=10)))
+        assert (code, came) == ((grpc.StatusCode.DATA_LOSS, "FILE_LOST"), [])
         client.upload(PHOTO)
         assert client.download(PHOTO) == PHOTO
 
