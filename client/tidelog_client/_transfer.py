@@ -194,8 +194,10 @@ class Transfers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._is_over = True
-        self._workers.stop()
-        self._calls.close()
+        try:
+            self._calls.close()
+        finally:
+            self._workers.stop()
         if kind is None or issubclass(kind, Exception):  # after an interrupt nothing is waited for
             self._workers.join(_END_SECONDS_MAX)
 
