@@ -306,15 +306,9 @@ class FileExchange:
         self._files.collect()
 
     def _report_held(self) -> None:
-        held = {
-            seq: self._reasons.get(one.sha256, "there was no time left to send them")
-            for seq, needed in self._needed.items()
-            if seq in self._plan.held
-            for one in needed
-            if one.sha256 in self._waiting or one.sha256 in self._ready
-        }
-        if not held:
+        if not self._plan.held:
             return
+        held = {seq: self._why_held(seq) for seq in self._plan.held}
         excluded = Plans.decode(self._storage.meta("plans")).upload_excluded if self._seqs is None else ()
         until = self._plan.until or 0
         for unit, cause in sifted(self._storage, Sieve(excluded, held), until=until, seqs=self._seqs):
@@ -330,6 +324,10 @@ class FileExchange:
                     )
                     for one in unit
                 ]
+
+    def _why_held(self, seq: int) -> str:
+        waiting = (one.sha256 for one in self._needed[seq] if one.sha256 in self._waiting)
+        return next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
 
     # --- transfers ------------------------------------------------------------
 
