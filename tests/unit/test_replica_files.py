@@ -745,8 +745,22 @@ class TestRemoval:
         value = replica.add_file(PHOTO)
         server.pages = [page(removals=[("Task", "t1", 101)])]
         replica.synchronize_all()
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
         replica.create("Task", {"photo": value}, "t2")
+        age(replica)
+        replica.synchronize_selected([("Task", "t1")])
         assert read(replica, "t2") == PHOTO
+
+    def test_what_is_attached_during_its_download_stays(self, replica: Replica) -> None:
+        """A content that a program stores while it is being downloaded is as young as any that a program stores."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.put(PHOTO)
+        server.on_download = lambda *_: replica.add_file(PHOTO)
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = [page(removals=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
 
 
 def task(id_: str, content: bytes) -> tuple[str, str, int, dict[str, Any]]:
