@@ -441,6 +441,7 @@ class TestDownloading:
         report = replica.synchronize_all()
         assert (report.skipped, report.files_downloaded) == ([], 1)
         assert replica.file_state("Task", "t1", "photo") is FileState.AVAILABLE
+        assert replica._storage.files.reason(sha256(LARGE)) is None
 
     @pytest.mark.parametrize("wrong", [LARGE[:-1] + b"x", LARGE + b"more", b"less"])
     @pytest.mark.usefixtures("impatient")
@@ -648,6 +649,17 @@ class TestRemoval:
         server.pages = [page(removals=[("Task", "t2", 102)])]
         replica.synchronize_all()
         assert contents_of(replica) == {}
+
+    def test_a_content_that_changes_hands_stays(self, replica: Replica) -> None:
+        """A content whose last object goes while another one comes that refers to it is not downloaded again."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.put(PHOTO)
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = [page(task("t2", PHOTO), removals=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
+        assert len(server.downloads) == 1
 
     def test_a_replaced_content_leaves(self, replica: Replica) -> None:
         """A content goes when its attribute is another file, or none."""
