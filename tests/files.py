@@ -109,9 +109,11 @@ class Connection:
     def __init__(self, server: FileServer) -> None:
         self.server = server
         self.channel_count = 0
+        self.token_count = 0
 
     def authorization(self) -> tuple[()]:
         """See `Connection`."""
+        self.token_count += 1
         return ()
 
     def synchronize(self, _metadata: object, _timeout: float | None) -> _Stream:

@@ -139,7 +139,7 @@ class ContentDirectory:
             for entry in _files(self.path / _INCOMING, depth=0):
                 with suppress(FileNotFoundError):
                     if entry.stat().st_mtime < before:
-                        Path(entry.path).unlink()
+                        entry.unlink()
                         count += 1
         return count
 
@@ -243,17 +243,17 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror or error}") from error
 
 
-def _files(path: Path, *, depth: int) -> Iterator[os.DirEntry[str]]:
+def _files(path: Path, *, depth: int) -> Iterator[Path]:
+    # Not `scandir`: an interrupt may leave it open.
     try:
-        entries = os.scandir(path)
+        names = os.listdir(path)  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
         return
-    with entries:
-        for entry in entries:
-            if depth and entry.is_dir() and entry.name != _INCOMING:
-                yield from _files(Path(entry.path), depth=depth - 1)
-            elif not depth and entry.is_file():
-                yield entry
+    for name in names:
+        if depth and name != _INCOMING:
+            yield from _files(path / name, depth=depth - 1)
+        elif not depth and (path / name).is_file():
+            yield path / name
 
 
 def _sync_directory(path: Path) -> None:

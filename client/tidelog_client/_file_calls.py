@@ -66,5 +66,5 @@ class FileCalls(Protocol):
         ...
 
     def close(self) -> None:
-        """End all calls, without a wait; they raise Transient."""
+        """End all calls, without a wait: they raise Transient, later ones ResourceClosed."""
         ...

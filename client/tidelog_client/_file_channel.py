@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
-from tidelog._errors import ProtocolViolated, SynchronizationError
+from tidelog._errors import ProtocolViolated, ResourceClosed, SynchronizationError
 from tidelog.v1 import file_pb2, file_pb2_grpc, sync_pb2
 from tidelog_client._call_errors import Transient, call_error
 from tidelog_client._file_calls import ContentStatus, FileRefused, Presence
@@ -116,7 +116,7 @@ class FileChannel:
     def _stub(self) -> file_pb2_grpc.FileServiceStub:
         with self._opening:
             if self._is_closed:
-                raise Transient(f"{self._address}: the channel was closed")
+                raise ResourceClosed("the connection is closed")
             if self._channel is None:
                 self._channel = self._open_channel()
             return file_pb2_grpc.FileServiceStub(self._channel)

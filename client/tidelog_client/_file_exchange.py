@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Final
 
 from tidelog._errors import SynchronizationError, Unauthenticated
@@ -21,6 +21,7 @@ from tidelog._limits import FILES_STAT_MAX
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
+from tidelog_client._file_wishes import FileMode
 from tidelog_client._files import Missing, Needed
 from tidelog_client._plans import Plans
 from tidelog_client._report import Phase, Progress, Skipped, SkipReason
@@ -115,8 +116,10 @@ class FileExchange:
         small = self._small_uploads()
         if unknown or small:
             self._begin_progress(0)
-            with self._transfers(_patience(self._end, SMALL_UPLOADS_SECONDS)) as transfers:
+            patience = Patience(self._end)
+            with self._transfers(patience) as transfers:
                 self._ask(transfers, unknown)
+                patience.limit(SMALL_UPLOADS_SECONDS)
                 small = self._small_uploads()
                 self._total_bytes = sum(one.content.size for one in small)
                 self._count_up(transfers.run(small), is_last_try=False)
@@ -221,7 +224,7 @@ class FileExchange:
             + sum(one.content.size for one in self._wanted(None if is_all else lacking))
         )
         ready_count = len(self._ready) + len(self._lost)
-        with self._transfers(_patience(self._end)) as transfers:
+        with self._transfers(Patience(self._end)) as transfers:
             self._count(transfers.run(jobs))
         return len(self._ready) + len(self._lost) > ready_count
 
@@ -230,16 +233,21 @@ class FileExchange:
 
     def _wanted(self, keys: Iterable[ObjectKey] | None) -> Iterator[Downloading]:
         """Yield what is to be downloaded, the smallest first; of some objects, or, None, of all."""
-        missing: Iterator[Missing]
+        wanted: Iterator[Missing]
         if keys is None:
-            missing = heapq.merge(*map(self._files.missing, self._files.missing_entities()))
+            wanted = heapq.merge(*map(self._wanted_of, self._files.missing_entities()))
         else:
-            missing = iter(sorted(one for key in keys for one in self._files.missing_of(key)))
-        wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
+            missing = sorted(one for key in keys for one in self._files.missing_of(key))
+            wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
         for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
             keys_of_it = [one.key for one in same]
             if sha256 not in self._tried:
                 yield Downloading(Needed(sha256, size), keys_of_it)
+
+    def _wanted_of(self, entity: str) -> Iterator[Missing]:
+        wish = self._wishes.of(entity)
+        if wish.mode is FileMode.EAGER:  # else there may be many to look at for nothing
+            yield from takewhile(lambda one: wish.wants(one.size), self._files.missing(entity))
 
     def _count(self, results: Iterable[Result]) -> None:
         """Take in how transfers ended."""
@@ -298,15 +306,9 @@ class FileExchange:
         self._files.collect()
 
     def _report_held(self) -> None:
-        held = {
-            seq: self._reasons.get(one.sha256, "there was no time left to send them")
-            for seq, needed in self._needed.items()
-            if seq in self._plan.held
-            for one in needed
-            if one.sha256 in self._waiting or one.sha256 in self._ready
-        }
-        if not held:
+        if not self._plan.held:
             return
+        held = {seq: self._why_held(seq) for seq in self._plan.held}
         excluded = Plans.decode(self._storage.meta("plans")).upload_excluded if self._seqs is None else ()
         until = self._plan.until or 0
         for unit, cause in sifted(self._storage, Sieve(excluded, held), until=until, seqs=self._seqs):
@@ -322,6 +324,10 @@ class FileExchange:
                     )
                     for one in unit
                 ]
+
+    def _why_held(self, seq: int) -> str:
+        waiting = (one.sha256 for one in self._needed[seq] if one.sha256 in self._waiting)
+        return next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
 
     # --- transfers ------------------------------------------------------------
 
@@ -339,11 +345,3 @@ class FileExchange:
             self._report.file_bytes_received += sent_bytes
         self._done_bytes += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
-
-
-def _patience(end: float | None, seconds: float | None = None) -> Patience:
-    """Return patience up to a deadline, and for so many seconds at the most."""
-    if seconds is None:
-        return Patience(end)
-    limit = time.monotonic() + seconds
-    return Patience(limit if end is None else min(end, limit))

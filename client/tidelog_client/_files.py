@@ -24,11 +24,10 @@ from __future__ import annotations
 import enum
 import struct
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, TypeVar
 from uuid import uuid4
 
 from filelock import FileLock
@@ -55,6 +54,8 @@ from tidelog._operation import decode_operation
 if TYPE_CHECKING:
     from tidelog._environment import Environment, LmdbTransaction
     from tidelog_client._view import View
+
+T = TypeVar("T")
 
 FOLDER: Final = "files"
 LOOK_STEP_OBJECTS: Final = 1_000
@@ -164,19 +165,21 @@ class Files:
         try:
             while chunk := source.read(READ_BYTES):
                 part.append(chunk)
-            with self._uncollected():
-                return part.complete()
+            return self._uncollected(part.complete)
         except BaseException:
             part.discard()
             raise
 
     def adopt(self, part: Part, sha256: bytes, size: int) -> None:
         """Make a downloaded part a content, which no program is about to refer to. Raises ContentCorrupt."""
-        with self._uncollected():
+
+        def work() -> None:
             is_new = self.contents.size(sha256) is None
             part.complete(sha256, size)
             if is_new:
                 self.contents.renew(sha256, 0.0)
+
+        self._uncollected(work)
 
     def has(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here."""
@@ -210,13 +213,16 @@ class Files:
 
         self._environment.write(work)
 
-    @contextmanager
-    def _uncollected(self) -> Iterator[None]:
-        """Keep a content from being deleted between the look at its age and the deletion, by whatever process."""
+    def _uncollected(self, work: Callable[[], T]) -> T:
+        """
+        Do something while no content is deleted, by whatever process; or delete some while nobody does that.
+
+        So no content is deleted that was made young after its age was looked at.
+        """
         lock = FileLock(self._environment.path / _LOCK_FILE, is_singleton=False)
         try:
             lock.acquire()
-            yield
+            return work()
         finally:
             try:
                 lock.release()
@@ -389,8 +395,8 @@ class Files:
                 # What was marked since may be a new user.
                 if not transaction.stat(self._garbage)["entries"] or transaction.stat(self._marks)["entries"]:
                     return count
-            with self._uncollected():
-                deleted, start = self._environment.write(partial(self._collect, start=start))
+            step = partial(self._environment.write, partial(self._collect, start=start))
+            deleted, start = self._uncollected(step)
             count += deleted
             if not start:
                 return count

@@ -44,6 +44,9 @@ SILENCE_SECONDS_MAX: Final = 30.0
 # The same where a server is there, and tells when to come again.
 BUSY_SECONDS_MAX: Final = 600.0
 
+# How long a token is used for one call after the other.
+TOKEN_SECONDS_MAX: Final = 60.0
+
 _BACKOFF_SECONDS_FIRST: Final = 0.1
 _BACKOFF_SECONDS_MAX: Final = 5.0
 _LOCK_POLL_SECONDS: Final = 0.05
@@ -116,6 +119,11 @@ class Patience:
         self._heard = time.monotonic()
         self._busy_since: float | None = None
 
+    def limit(self, seconds: float) -> None:
+        """Go on for so many seconds from now, at the most."""
+        end = time.monotonic() + seconds
+        self._end = end if self._end is None else min(end, self._end)
+
     def note_progress(self) -> None:
         """Note that something got ahead."""
         self._heard = time.monotonic()
@@ -184,6 +192,8 @@ class Transfers:
         self._caller = caller
         self._patience = patience
         self._on_moved = on_moved
+        # What says who is calling, and when it was got.
+        self._metadata: tuple[Metadata, float] | None = None
         self._calls = caller.files(patience.call_timeout())
         self._workers = caller.workers(TRANSFERS_AT_ONCE)
         # Read by workers, who end then.
@@ -194,8 +204,10 @@ class Transfers:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._is_over = True
-        self._workers.stop()
-        self._calls.close()
+        try:
+            self._calls.close()
+        finally:
+            self._workers.stop()
         if kind is None or issubclass(kind, Exception):  # after an interrupt nothing is waited for
             self._workers.join(_END_SECONDS_MAX)
 
@@ -207,7 +219,7 @@ class Transfers:
             Transient: The server did not answer.
             SynchronizationError: It refuses.
         """
-        metadata = self._caller.authorization()
+        metadata = self._authorization()
 
         def stat(_tell: Callable[[Any], None]) -> list[Any]:
             return self._calls.stat(metadata, contents)
@@ -242,7 +254,7 @@ class Transfers:
                 attempts = _next(source, retries)
                 if attempts is None:
                     break
-                work = self._work(attempts.job, self._caller.authorization(), is_first=attempts.farthest < 0)
+                work = self._work(attempts.job, self._authorization(), is_first=attempts.farthest < 0)
                 under_way[work] = attempts
                 self._workers.submit(work)
             if not under_way and not retries:
@@ -271,11 +283,18 @@ class Transfers:
             else:
                 yield result
 
+    def _authorization(self) -> Metadata:
+        """Return what says who is calling. A token provider is asked now and then, and after each failure."""
+        now = time.monotonic()
+        if self._metadata is None or now > self._metadata[1] + TOKEN_SECONDS_MAX:
+            self._metadata = (self._caller.authorization(), now)
+        return self._metadata[0]
+
     def _moved(self, attempts: _Attempts, moved: Moved) -> None:
         self._on_moved(attempts.job, moved.position - attempts.position, moved.byte_count)
         attempts.position = moved.position
         if moved.position > attempts.farthest:
-            if attempts.farthest >= 0 and moved.byte_count:
+            if attempts.farthest >= 0:
                 self._patience.note_progress()
                 attempts.backoff = _BACKOFF_SECONDS_FIRST
             attempts.farthest = moved.position
@@ -290,6 +309,7 @@ class Transfers:
         # A token may have expired meanwhile; the next attempt asks for another one.
         if isinstance(error, Transient | Unauthenticated):
             attempts.error = error
+            self._metadata = None
             return None
         self._on_moved(attempts.job, -attempts.position, 0)
         if isinstance(error, FileRefused | ContentLost | TidelogError):
@@ -353,7 +373,7 @@ class Transfers:
         if files.has(*content):
             return True
         part = files.contents.part(content.sha256.hex())
-        with _Turn(part, lambda: self._is_over):
+        with _Turn(part, lambda: self._is_over, tell):
             if files.has(*content):  # by somebody else meanwhile
                 return True
             if part.size > content.size:
@@ -400,9 +420,11 @@ class _Turn:
     if somebody waited for a file that is gone.
     """
 
-    def __init__(self, part: Part, is_over: Callable[[], bool]) -> None:
+    def __init__(self, part: Part, is_over: Callable[[], bool], tell: Callable[[Any], None]) -> None:
+        self._part = part
         self._path = Path(f"{part.path}.lock")
         self._is_over = is_over
+        self._tell = tell
         self._lock = FileLock(self._path, is_singleton=False)
 
     def __enter__(self) -> None:
@@ -414,6 +436,7 @@ class _Turn:
             except Timeout:
                 if self._is_over():
                     raise Transient("somebody else is about to download it") from None
+                self._tell(Moved(self._part.size, 0))  # by somebody else, but it gets ahead
             except OSError as error:
                 raise StorageError(f"{self._path}: {error.strerror or error}") from error
 

@@ -208,6 +208,35 @@ def test_a_content_that_the_server_lost_is_had_again(world: World) -> None:
     assert read(replica, "t1") == PHOTO
 
 
+def test_contents_leave_with_their_objects(world: World) -> None:
+    """When an object is deleted elsewhere its content leaves the device; one that another object has stays."""
+    author, replica = world.replica("author"), world.replica()
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.create("Task", {"photo": author.add_file(PHOTO), "plan": author.add_file(b"a plan")}, "t2")
+    author.synchronize_all()
+    replica.synchronize_all()
+    author.delete("Task", "t2")
+    author.synchronize_all()
+    replica.synchronize_all()
+    assert [one.sha256 for one in replica._storage.files.contents.contents()] == [_hash(PHOTO)]
+    assert read(replica, "t1") == PHOTO
+    assert list(replica.verify()) == []
+
+
+def test_the_reference_of_another_object_needs_no_content(world: World) -> None:
+    """An operation may refer to a content that is not here, if another object has it on the server."""
+    author, replica = world.replica("author"), world.replica(files={"Task": "lazy"})
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.synchronize_all()
+    replica.synchronize_all()
+    first = replica.get("Task", "t1")
+    assert first is not None
+    replica.create("Task", {"photo": first["photo"]}, "t2")
+    report = replica.synchronize_all()
+    assert (report.applied, report.rejected, report.file_bytes_sent) == (1, 0, 0)
+    assert read(replica, "t2") == PHOTO
+
+
 def test_a_lazy_file_comes_when_it_is_opened(world: World) -> None:
     """Lazy contents stay on the server until somebody opens them; two threads get one download."""
     author = world.replica("author")

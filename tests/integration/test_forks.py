@@ -16,7 +16,7 @@ from tests.builders import collect, contents, quick_folder
 
 from tidelog import FailureReason, ForeignServer, MassRemoval
 from tidelog._keys import POSITION_BYTES
-from tidelog_client import Phase, Progress, Replica, Report
+from tidelog_client import Phase, Progress, Replica, Report, _file_exchange
 from tidelog_client._connection import Stream
 from tidelog_client._lineage import FORMER_IDENTITIES_MAX
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, verify_store
@@ -408,6 +408,32 @@ class TestRestoredServers:
         assert failure.operation_bytes in recorded
         again = a.synchronize_all()
         assert (again.server_restored, again.reoffered, a.pending_count()) == (False, 0, 0)
+
+    @pytest.mark.parametrize("is_small", [True, False])
+    def test_contents_of_files_are_offered_again(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, *, is_small: bool
+    ) -> None:
+        """With the operations that a backup lacks the contents come again that they refer to, large ones too."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1000 if is_small else 1)
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.attach("Task", "t1", "photo", b"a photo")
+        a.create("Task", {"photo": a.add_file(b"bad"), "bad": True}, "refused")
+        a.synchronize_all()
+        site.shut("a")
+
+        site.restore()
+        report = site.sync("a")
+        assert report.server_restored
+        assert report.reoffered == 2
+        assert (report.files_uploaded, report.skipped) == (2, [])
+        site.sync("b")
+        with site.device("b").open_file("Task", "t1", "photo") as file:
+            assert file.read() == b"a photo"
 
     def test_others_wrote_since(self, site: Site) -> None:
         """What somebody else changed since the restore is not overwritten but becomes a failure; the rest goes."""

@@ -17,10 +17,20 @@ from tests.builders import quick_folder
 from tests.files import CHUNK_BYTES, FileServer, connect, reference, sha256
 from tests.sessions import page
 
-from tidelog import FailureReason, FileUnavailable, FindingKind, InvalidValue, ObjectNotFound
+from tidelog import (
+    DiskFull,
+    FailureReason,
+    FileUnavailable,
+    FindingKind,
+    InvalidValue,
+    ObjectNotFound,
+    Unauthenticated,
+)
+from tidelog._contents import Part
 from tidelog._keys import pack_position
 from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, SkipReason, _file_exchange, _transfer
 from tidelog_client._call_errors import Transient
+from tidelog_client._commit import Committer
 from tidelog_client._file_calls import FileRefused
 
 PHOTO = b"a photo" * 1000
@@ -431,6 +441,7 @@ class TestDownloading:
         report = replica.synchronize_all()
         assert (report.skipped, report.files_downloaded) == ([], 1)
         assert replica.file_state("Task", "t1", "photo") is FileState.AVAILABLE
+        assert replica._storage.files.reason(sha256(LARGE)) is None
 
     @pytest.mark.parametrize("wrong", [LARGE[:-1] + b"x", LARGE + b"more", b"less"])
     @pytest.mark.usefixtures("impatient")
@@ -451,6 +462,55 @@ class TestDownloading:
         while replica.synchronize_all().skipped:
             assert wrong == b"less", "only a part that is broken takes another try"
         assert read(replica) == LARGE
+
+    def test_more_than_there_should_be_is_not_taken(self, replica: Replica) -> None:
+        """A server that sends without end fills no disk: what is too much ends the download."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.gives[sha256(PHOTO)] = LARGE
+        connect(replica, server)
+        report = replica.synchronize_all()
+        assert report.file_bytes_received <= len(PHOTO)
+        assert replica.file_state("Task", "t1", "photo") is FileState.FAILED
+
+    def test_a_full_disk_costs_the_files_only(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A content for which there is no room is skipped, gives its room back, and comes when there is some."""
+        server = FileServer(pages=[page(task("t1", PHOTO), task("t2", LARGE))])
+        server.put(PHOTO)
+        server.put(LARGE)
+        connect(replica, server)
+        append = Part.append
+
+        def limited(part: Part, data: bytes) -> None:
+            if part.size + len(data) > 2 * CHUNK_BYTES:
+                raise DiskFull("no room")
+            append(part, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Part, "append", limited)
+            report = replica.synchronize_all()
+        assert [(one.id, one.message) for one in report.skipped] == [("t2", "no room")]
+        assert read(replica, "t1") == PHOTO
+        assert not [name for name in parts_of(replica) if not name.endswith(".lock")]
+        server.pages = ()
+        assert replica.synchronize_all().skipped == []
+        assert read(replica, "t2") == LARGE
+
+    def test_an_expired_token_is_asked_for_again(self, replica: Replica) -> None:
+        """A token that expires while contents travel is got anew, and the transfer goes on."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.put(LARGE)
+        connection = connect(replica, server)
+        refusals = [Unauthenticated("expired")]
+
+        def refuse(_name: bytes, position: int) -> None:
+            if refusals and position == 2 * CHUNK_BYTES:
+                raise refusals.pop()
+
+        server.on_download = refuse
+        before = connection.token_count
+        assert replica.synchronize_all().skipped == []
+        assert read(replica) == LARGE
+        assert connection.token_count - before == 3  # the session's, the first and the second download's
 
     def test_another_object_is_asked_for_what_one_does_not_give(self, replica: Replica) -> None:
         """A content that cannot be had by one object is had by another one that refers to it."""
@@ -590,6 +650,17 @@ class TestRemoval:
         replica.synchronize_all()
         assert contents_of(replica) == {}
 
+    def test_a_content_that_changes_hands_stays(self, replica: Replica) -> None:
+        """A content whose last object goes while another one comes that refers to it is not downloaded again."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.put(PHOTO)
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = [page(task("t2", PHOTO), removals=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
+        assert len(server.downloads) == 1
+
     def test_a_replaced_content_leaves(self, replica: Replica) -> None:
         """A content goes when its attribute is another file, or none."""
         server = FileServer(pages=[page(task("t1", PHOTO), task("t2", LARGE))])
@@ -654,6 +725,29 @@ class TestRemoval:
         replica.synchronize_all()
         assert contents_of(replica) == {}
 
+    def test_a_crash_before_the_commit_leaves_what_is_collected(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A program that dies between a content and the operation that refers to it leaves nothing but the content."""
+
+        def die(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with Replica(folder / "a") as replica:
+            replica.create("Task", {}, "t1")
+            with monkeypatch.context() as patch:
+                patch.setattr(Committer, "commit", die)
+                with pytest.raises(KeyboardInterrupt):
+                    replica.attach("Task", "t1", "photo", PHOTO)
+        with Replica(folder / "a") as replica:
+            assert list(replica.verify()) == []
+            assert replica.file_state("Task", "t1", "photo") is None
+            assert list(contents_of(replica)) == [sha256(PHOTO)]
+            age(replica)
+            connect(replica, FileServer())
+            replica.synchronize_all()
+            assert contents_of(replica) == {}
+
     def test_what_is_attached_again_stays(self, replica: Replica) -> None:
         """A content that a program stores again while its last user goes is as young as a new one."""
         server = FileServer(pages=[page(task("t1", PHOTO))])
@@ -663,8 +757,22 @@ class TestRemoval:
         value = replica.add_file(PHOTO)
         server.pages = [page(removals=[("Task", "t1", 101)])]
         replica.synchronize_all()
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
         replica.create("Task", {"photo": value}, "t2")
+        age(replica)
+        replica.synchronize_selected([("Task", "t1")])
         assert read(replica, "t2") == PHOTO
+
+    def test_what_is_attached_during_its_download_stays(self, replica: Replica) -> None:
+        """A content that a program stores while it is being downloaded is as young as any that a program stores."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.put(PHOTO)
+        server.on_download = lambda *_: replica.add_file(PHOTO)
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = [page(removals=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
 
 
 def task(id_: str, content: bytes) -> tuple[str, str, int, dict[str, Any]]:
