@@ -19,6 +19,7 @@ from tidelog_server._errors import (
     AuthenticationUnavailable,
     BackupDamaged,
     ChangedMeanwhile,
+    ExtraMissing,
     MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
@@ -27,6 +28,7 @@ from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_backup import Restored, backup_store, restore_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._lmdb_verification import verify_store
+from tidelog_server._object_store_contents import ObjectStoreContents
 from tidelog_server._principal import Principal
 from tidelog_server._retention import Collected
 from tidelog_server._server import Server
@@ -45,6 +47,7 @@ __all__ = [
     "ChangedMeanwhile",
     "Collected",
     "Credentials",
+    "ExtraMissing",
     "Found",
     "HookContext",
     "HookObject",
@@ -52,6 +55,7 @@ __all__ = [
     "LmdbStore",
     "Load",
     "MigrationUnfinished",
+    "ObjectStoreContents",
     "OperationRefused",
     "PeerCertificate",
     "Principal",

@@ -33,7 +33,13 @@ from tidelog_server._status import STATUS, status_of
 NOT_IN_A_SESSION = {"NOT_FOUND", "FAILURE_SETTLED", "FAILURE_STALE", "OPERATOR_REQUIRED"}
 
 # Raised in the server's own process only.
-NOT_OVER_THE_NETWORK = {"AddressUnavailable", "SchemaContradicted", "OperationRefused", "ChangedMeanwhile"}
+NOT_OVER_THE_NETWORK = {
+    "AddressUnavailable",
+    "ExtraMissing",
+    "SchemaContradicted",
+    "OperationRefused",
+    "ChangedMeanwhile",
+}
 
 # Raised where the replica itself finds out, without a word of the server's.
 FOUND_BY_THE_REPLICA = {
