@@ -34,7 +34,16 @@ from tidelog._schema import Schema
 from tidelog._values import decode_trusted, encode, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
-from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server, ServerLimits, TransientError
+from tidelog_server import (
+    Application,
+    Authenticator,
+    ContentStore,
+    LmdbStore,
+    Principal,
+    Server,
+    ServerLimits,
+    TransientError,
+)
 from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
 from tidelog_server._indexes import Written, index_writes
@@ -711,12 +720,14 @@ class World:
         *,
         authenticator: Authenticator | None = None,
         limits: ServerLimits | None = None,
+        contents: ContentStore | None = None,
     ) -> None:
         self.folder = folder
         self.store = LmdbStore(folder / "server")
         self.lab = Lab(application or Application(), self.store)
         self._authenticator = authenticator
         self._limits = limits
+        self._contents = contents
         self.server = self.made_server()
         self._open = ExitStack()
 
@@ -750,6 +761,7 @@ class World:
             listen=listen,
             authenticator=self._authenticator,
             limits=self._limits,
+            contents=self._contents,
             history_retention=timedelta.max,
             replica_retention=timedelta.max,
         )

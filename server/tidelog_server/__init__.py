@@ -13,6 +13,7 @@ from tidelog_server._authentication import (
     PeerCertificate,
     StaticTokens,
 )
+from tidelog_server._content_store import ContentStore, DirectoryContents
 from tidelog_server._errors import (
     AddressUnavailable,
     AuthenticationFailed,
@@ -46,7 +47,9 @@ __all__ = [
     "CertificateAuthenticator",
     "ChangedMeanwhile",
     "Collected",
+    "ContentStore",
     "Credentials",
+    "DirectoryContents",
     "ExtraMissing",
     "Found",
     "HookContext",

@@ -2,7 +2,7 @@
 Applying one operation: what it does to its object, and what the application's rules and hooks do besides.
 
 In order: object there -> access -> conflict -> before-hooks -> validation ->
-references resolve -> written -> after-hooks; and when all operations of a unit are
+references resolve, contents of files are there -> written -> after-hooks; and when all operations of a unit are
 applied: unique values, and references to what was deleted. What a hook or a deletion
 rule does runs through the same steps with the rights of the system, one level deeper,
 with `by_hook` set on the change.
@@ -17,6 +17,7 @@ from typing import Final
 
 from tidelog._errors import InvalidValue, ValidationFailed, quoted
 from tidelog._failure import FailureReason
+from tidelog._file_reference import may_refer_to_files
 from tidelog._keys import ObjectKey
 from tidelog._limits import OBJECT_BYTES_MAX
 from tidelog._operation import Operation, OperationKind
@@ -28,6 +29,7 @@ from tidelog_server._author import Author
 from tidelog_server._conflicts import divergence
 from tidelog_server._deadline import paused
 from tidelog_server._errors import HistoryCollected
+from tidelog_server._file_rules import FileRules
 from tidelog_server._hooks import ActionContext, HookedObject, call
 from tidelog_server._integrity import Integrity
 from tidelog_server._knowledge import Knowledge
@@ -82,6 +84,7 @@ class Action:
         rights: What the principal may do. None: everything, it is the system itself.
         time_us: The server's clock.
         references: Decides about references to objects that are not there.
+        files: Decides about references to contents of files.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Action:
         rights: Rights | None,
         time_us: int,
         references: References,
+        files: FileRules,
     ) -> None:
         self.principal = principal
         self.overlay = overlay
@@ -116,6 +120,7 @@ class Action:
         self._replica = author.replica
         self._time_us = time_us
         self._references = references
+        self._files = files
         self._failure = b""
         self._former_version = 0
         self._position = 0
@@ -202,6 +207,8 @@ class Action:
         self._check_size(key, encoded)
         if self._has_references:
             self._check_references(key, attributes, before=_NOTHING, authored=Patch(wanted))
+        if may_refer_to_files(encoded):
+            self._files.check(key, attributes, before=_NOTHING, authored=None if self.depth else wanted)
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
@@ -331,6 +338,9 @@ class Action:
         if self._has_references:
             new = {name: after[name] for name in written if name in after}
             self._check_references(key, new, before=before, authored=authored)
+        if may_refer_to_files(encoded):
+            new = {name: after[name] for name in written if name in after}
+            self._files.check(key, new, before=before, authored=None if self.depth else authored.set)
         after_encoded = encode(after)
         self._check_size(key, after_encoded)
         images = encode(

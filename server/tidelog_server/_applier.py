@@ -7,6 +7,7 @@ read, its entity takes uploads, its object is there and is the one that its auth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from tidelog._errors import LimitExceeded, ValidationFailed
@@ -19,13 +20,15 @@ from tidelog_server._action import Action, References
 from tidelog_server._application import Application
 from tidelog_server._author import Author
 from tidelog_server._conflicts import is_superseded
+from tidelog_server._file_records import file_writes
+from tidelog_server._file_rules import FileRules
 from tidelog_server._indexes import IndexWrites, index_writes
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Applied, Outcomes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
-from tidelog_server._records import ObjectState
-from tidelog_server._refusal import Refused, Waits
+from tidelog_server._records import FailureRecord, ObjectState
+from tidelog_server._refusal import NotReady, Refused, Waits
 from tidelog_server._units import Member, Unit
 
 # What a mistake in a program raises, as opposed to a failing disk or a lack of memory.
@@ -47,6 +50,7 @@ class UnitApplier:
         principal: Whose operations they are.
         rights: What the principal may do.
         time_us: The server's clock.
+        files: Decides about references to contents of files.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class UnitApplier:
         principal: Principal,
         rights: Rights,
         time_us: int,
+        files: FileRules,
     ) -> None:
         self._application = application
         self._overlay = overlay
@@ -76,6 +81,7 @@ class UnitApplier:
             rights=rights,
             time_us=time_us,
             references=references,
+            files=files,
         )
 
     def apply(self, unit: Unit, failure: bytes = b"") -> list[Applied]:
@@ -87,7 +93,7 @@ class UnitApplier:
             failure: Id of the failure that is retried; empty: none is.
 
         Raises:
-            Refused, Waits: Nothing of the unit is applied.
+            Refused, Waits, NotReady: Nothing of the unit is applied.
             TransientError: The application cannot tell now.
         """
         mark = self._overlay.mark()
@@ -96,7 +102,7 @@ class UnitApplier:
             for member in unit:
                 applied.append(self._apply(member, len(applied), failure))
             self._action.end_unit()
-        except (Refused, Waits) as verdict:
+        except (Refused, Waits, NotReady) as verdict:
             if len(applied) < len(unit):
                 verdict.position = len(applied)
             self._overlay.rollback(mark)
@@ -114,12 +120,14 @@ class UnitApplier:
             raise
         return applied
 
-    def index_writes(self) -> IndexWrites:
-        """Return what changes in the table of indexes because of what was applied."""
+    def index_writes(self, failures: Sequence[FailureRecord]) -> IndexWrites:
+        """Return what changes in the table of indexes because of what was applied, and of the failures written."""
+        files = file_writes(self._overlay, failures, self._time_us)
         indexed = self._application.indexed_entities
         if not indexed:
-            return {}
-        return index_writes(self._application.schema, self._overlay.written(indexed), self._overlay.index)
+            return files
+        written = self._overlay.written(indexed)
+        return {**index_writes(self._application.schema, written, self._overlay.index), **files}
 
     def _apply(self, member: Member, position: int, failure: bytes) -> Applied:
         operation = member.operation

@@ -22,6 +22,9 @@ from tidelog._contents import Content, ContentDirectory
 from tidelog._errors import TidelogError
 from tidelog._limits import FILE_CHUNK_BYTES
 
+# Where contents lie in the directory of an embedded store.
+CONTENTS_DIRECTORY: Final = "files"
+
 _TENANT_DIGEST_CHARS: Final = 32
 
 

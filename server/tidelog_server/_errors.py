@@ -20,6 +20,8 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + FailureSettled             the failure is no longer open
   + FailureStale               what the failure's operation writes was changed since it was refused
   + OperatorRequired           only an operator may do this
+  + FileTooLarge               a content of a size that the server does not take
+  + UploadSuperseded           another upload of the same content by the same user has begun
   + AddressUnavailable         the server cannot listen where it should
   + ExtraMissing               what is asked for needs a library that is not installed
 * StorageError
@@ -142,6 +144,14 @@ class FailureStale(TidelogError):
 
 class OperatorRequired(TidelogError):
     """Only an operator may do this."""
+
+
+class FileTooLarge(TidelogError):
+    """A content is larger than the server takes."""
+
+
+class UploadSuperseded(TidelogError):
+    """Another upload of the same content by the same user has begun: this one may append nothing more."""
 
 
 class SchemaContradicted(StorageError):

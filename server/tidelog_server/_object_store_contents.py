@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from obstore import Bytes, ObjectMeta
 
 # What of a part is in memory at the most before it becomes a piece. Each costs a request, twice.
-PIECE_BYTES: Final = 4 * 1024 * 1024
+PIECE_BYTES: Final = 2 * 1024 * 1024
 # What a reader has in memory. Each costs a request; none stays open while the reader takes its time.
 READ_BYTES: Final = 1024 * 1024
 # The upload of a content: S3 takes no smaller stretches than that, and not more of them.
 STRETCH_BYTES_MIN: Final = 5 * 1024 * 1024
 STRETCHES_MAX: Final = 10_000
 STRETCHES_AT_ONCE: Final = 3
-PIECES_READ_AHEAD: Final = 2
+PIECES_READ_AHEAD: Final = 4
 
 LISTED_AT_ONCE: Final = 1_000
 MESSAGE_CHARS_MAX: Final = 300

@@ -28,6 +28,21 @@ class Refused(Exception):
         self.position = 0
 
 
+class NotReady(Exception):
+    """
+    The operation can be applied once its replica has done something else. Until then it stays pending.
+
+    Attributes:
+        message: What, in a sentence for people.
+        position: Place in its unit of the operation that it is about.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = for_people(message)
+        super().__init__(self.message)
+        self.position = 0
+
+
 class Waits(Exception):
     """
     The operation cannot be judged yet.

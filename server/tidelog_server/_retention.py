@@ -14,6 +14,7 @@ from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog_server import _collection as collection
 from tidelog_server._failures import is_payload_due, without_payloads
+from tidelog_server._files import Files
 from tidelog_server._indexes import left_up_to
 from tidelog_server._records import ReplicaState, Writes
 from tidelog_server._store import Reader, Store
@@ -21,6 +22,7 @@ from tidelog_server._store import Reader, Store
 HISTORY_RETENTION_DEFAULT: Final = timedelta(days=90)
 REPLICA_RETENTION_DEFAULT: Final = timedelta(days=365)
 FAILURE_RETENTION_DEFAULT: Final = timedelta(days=90)
+FILE_GRACE_DEFAULT: Final = timedelta(days=1)
 COLLECT_SECONDS: Final = 3600.0
 PAGE_FAILURES: Final = 500
 
@@ -37,11 +39,13 @@ class Periods(NamedTuple):
         history: Changes, tombstones, and what became of operations.
         replicas: Replicas that upload nothing; at least as long as history.
         failures: The payloads of settled failures.
+        files: Contents of files that nothing refers to, or not yet.
     """
 
     history: timedelta = HISTORY_RETENTION_DEFAULT
     replicas: timedelta = REPLICA_RETENTION_DEFAULT
     failures: timedelta = FAILURE_RETENTION_DEFAULT
+    files: timedelta = FILE_GRACE_DEFAULT
 
     def check(self) -> None:
         """Raise InvalidValue unless the periods make sense together."""
@@ -63,6 +67,7 @@ class Collected(NamedTuple):
         outcomes: Operations of which it was known what became of them.
         replicas: Replicas that were retired.
         payloads: Failures without their payloads.
+        contents: Contents of files that nothing referred to.
     """
 
     changes: int = 0
@@ -70,6 +75,7 @@ class Collected(NamedTuple):
     outcomes: int = 0
     replicas: int = 0
     payloads: int = 0
+    contents: int = 0
 
     def plus(self, other: Collected) -> Collected:
         """Return the sum."""
@@ -84,9 +90,11 @@ class Retention:
         store: Where it is.
         periods: How long it is kept.
         clock: Returns the time in microseconds since 1970.
+        files: The contents of files. None: there are none.
     """
 
-    def __init__(self, store: Store, periods: Periods, clock: Callable[[], int]) -> None:
+    def __init__(self, store: Store, periods: Periods, clock: Callable[[], int], files: Files | None = None) -> None:
+        self._files = files
         self._store = store
         self._periods = periods
         self._clock = clock

@@ -9,7 +9,7 @@ writer thread, scans in a small pool; the event loop itself reads no more than a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
@@ -25,6 +25,7 @@ from google.rpc.status_pb2 import Status as RpcStatus
 from grpc_status import rpc_status
 
 from tidelog import _limits
+from tidelog._contents import SHA256_BYTES
 from tidelog._errors import StorageError
 from tidelog._logging import get_logger
 from tidelog.internal.v1 import splice_pb2
@@ -36,6 +37,8 @@ from tidelog_server._callers import Callers
 from tidelog_server._download import Download, cursor_at
 from tidelog_server._errors import RequestInvalid, ServerBusy, SessionIdle
 from tidelog_server._failure_service import FailureService
+from tidelog_server._file_service import FileService
+from tidelog_server._files import Files
 from tidelog_server._object_service import ObjectService
 from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._peer import Peer
@@ -84,6 +87,7 @@ class Load(NamedTuple):
         waiting_batches: Batches for which there is no room in its queue, one of a session.
         page_bytes: How large the pages are that were read for clients who have not taken them yet.
         put_off_count: How many were told to come again later, since the start.
+        file_transfers: Contents of files that are on their way.
     """
 
     sessions: int
@@ -94,13 +98,28 @@ class Load(NamedTuple):
     waiting_batches: int
     page_bytes: int
     put_off_count: int
+    file_transfers: int
 
 
 class Services:
-    """All services of one server, over one application and one store."""
+    """
+    All services of one server, over one application and one store.
+
+    Args:
+        application: The rules.
+        store: The store.
+        callers: Tell who is calling.
+        limits: How many are served at once. None: as many as `ServerLimits()` says.
+        files: The contents of files. None: there is no `FileService`.
+    """
 
     def __init__(
-        self, application: Application, store: Store, callers: Callers, limits: ServerLimits | None = None
+        self,
+        application: Application,
+        store: Store,
+        callers: Callers,
+        limits: ServerLimits | None = None,
+        files: Files | None = None,
     ) -> None:
         self._application = application
         self._store = store
@@ -112,6 +131,7 @@ class Services:
         self._page_room = PageRoom()
         self._failures = FailureService(application, store)
         self._objects = ObjectService(application, store)
+        self._files = FileService(files) if files is not None else None
         # Calls have a pool of their own: they must not wait behind the pages of a thousand sessions.
         self._page_pool = ThreadPoolExecutor(PAGE_THREADS, thread_name_prefix="tidelog-pages")
         self._call_pool = ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="tidelog-calls")
@@ -130,6 +150,7 @@ class Services:
             waiting_batches=queue_room.waiting,
             page_bytes=self._page_room.bytes,
             put_off_count=admission.put_off_count,
+            file_transfers=admission.file_transfers.taken,
         )
 
     def stop(self) -> None:
@@ -140,11 +161,14 @@ class Services:
         """Let the reads under way end."""
         for pool in (self._page_pool, self._call_pool):
             pool.shutdown(wait=True, cancel_futures=True)
+        if self._files is not None:
+            self._files.close()
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """Return the handlers to be added to a gRPC server."""
         call, session = self._admission.call, self._admission.session
         return [
+            *self._file_handlers(),
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.SyncService",
                 {
@@ -172,6 +196,20 @@ class Services:
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.SchemaService", {"GetSchema": self._unary(self._pooled(self._objects.get_schema), call)}
             ),
+        ]
+
+    def _file_handlers(self) -> list[grpc.GenericRpcHandler]:
+        if self._files is None:
+            return []
+        return [
+            grpc.method_handlers_generic_handler(
+                "tidelog.v1.FileService",
+                {
+                    "StatFiles": self._unary(self._files.stat_files, self._admission.call),
+                    "UploadFile": grpc.stream_unary_rpc_method_handler(partial(self._upload_file, self._files)),
+                    "DownloadFile": grpc.unary_stream_rpc_method_handler(partial(self._download_file, self._files)),
+                },
+            )
         ]
 
     def _pooled(self, method: Callable[[bytes, Principal], Message]) -> _Method:
@@ -203,7 +241,13 @@ class Services:
             start = await _received_start(peer)
             page_bytes = self._page_room.page_bytes
             session = Session(
-                self._application, self._store, principal, start, suspects=self._suspects, page_bytes=page_bytes
+                self._application,
+                self._store,
+                principal,
+                start,
+                suspects=self._suspects,
+                page_bytes=page_bytes,
+                file_bytes_max=self._limits.file_bytes,
             )
             with self._admission.upload() if start.uploading else nullcontext():
                 await self._upload_phase(peer, session)
@@ -253,7 +297,13 @@ class Services:
                     peer.owed += 1
                     await answers.put(
                         await self._queued(
-                            len(data), partial(session.upload, operations, request.batch.former_outcomes)
+                            len(data),
+                            partial(
+                                session.upload,
+                                operations,
+                                request.batch.former_outcomes,
+                                _checked_hashes(request.batch.lost_contents),
+                            ),
                         )
                     )
                 elif which == "selection":
@@ -299,10 +349,17 @@ class Services:
             upload = Upload(
                 self._application,
                 self._store,
-                Uploader(replica, principal, begun.session_number, leaves_earlier=request.more_follow),
+                Uploader(
+                    replica,
+                    principal,
+                    begun.session_number,
+                    leaves_earlier=request.more_follow,
+                    file_bytes_max=self._limits.file_bytes,
+                ),
                 suspects=self._suspects,
             )
-            first = await self._queued(len(data), partial(upload.submit, operations))
+            submit = partial(upload.submit, operations, lost_contents=_checked_hashes(request.lost_contents))
+            first = await self._queued(len(data), submit)
             held = upload.settle_held()  # right behind, in the same group of the writer
             results = await asyncio.wrap_future(first)
             settled = await asyncio.wrap_future(held)
@@ -374,6 +431,33 @@ class Services:
             finally:
                 coming.cancel()
 
+    # --- FileService ----------------------------------------------------------
+
+    async def _upload_file(
+        self, files: FileService, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> bytes:
+        return await _served(
+            self._file_upload(files, Peer(context, self._limits.idle_seconds, requests), context), context
+        )
+
+    async def _file_upload(
+        self, files: FileService, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> bytes:
+        with self._admission.file_transfer():
+            response = await files.upload_file(peer, await self._callers.principal_of(context))
+        return response.SerializeToString()
+
+    async def _download_file(
+        self, files: FileService, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        await _served(self._file_download(files, data, Peer(context, self._limits.idle_seconds), context), context)
+
+    async def _file_download(
+        self, files: FileService, data: bytes, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        with self._admission.file_transfer():
+            await files.download_file(data, peer, await self._callers.principal_of(context))
+
 
 # What the reader of a session hands to its writer: the results to come of a batch, an error, or the end.
 _Answer = Future[list[Result]] | Exception | None
@@ -389,6 +473,12 @@ async def _received_start(peer: Peer) -> sync_pb2.SessionStart:
         if request.WhichOneof("message") == "start":
             return parsed(sync_pb2.SessionStart, request.start)
     raise RequestInvalid("a session begins with `start`")
+
+
+def _checked_hashes(hashes: Sequence[bytes]) -> Sequence[bytes]:
+    if any(len(one) != SHA256_BYTES for one in hashes):
+        raise RequestInvalid(f"a SHA-256 has {SHA256_BYTES} bytes: among the lost contents is something else")
+    return hashes
 
 
 def _check_batch(operations: list[bytes]) -> None:

@@ -30,6 +30,8 @@ from tidelog_server._action import Action, References
 from tidelog_server._application import Application
 from tidelog_server._author import Author
 from tidelog_server._errors import ChangedMeanwhile, OperationRefused
+from tidelog_server._file_records import file_writes
+from tidelog_server._file_rules import FileRules
 from tidelog_server._indexes import index_writes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import SYSTEM_USER, Principal
@@ -435,7 +437,10 @@ class _Data:
             settled=[],
             failures=[],
             version=overlay.version,
-            index_entries=index_writes(self.schema, indexed, overlay.index),
+            index_entries={
+                **index_writes(self.schema, indexed, overlay.index),
+                **file_writes(overlay, (), self._clock()),
+            },
         )
         return writes, overlay.version
 
@@ -460,6 +465,7 @@ class _Data:
             rights=self._rights,
             time_us=self._clock(),
             references=references,
+            files=FileRules(overlay, None, user_id=None),
         )
         for position, (operation, patch) in enumerate(changes):
             key = operation.key

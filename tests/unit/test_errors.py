@@ -30,7 +30,17 @@ from tidelog_server import _errors as served
 from tidelog_server._status import STATUS, status_of
 
 # What the server says of calls that the replica never makes.
-NOT_IN_A_SESSION = {"NOT_FOUND", "FAILURE_SETTLED", "FAILURE_STALE", "OPERATOR_REQUIRED"}
+NOT_IN_A_SESSION = {
+    "NOT_FOUND",
+    "FAILURE_SETTLED",
+    "FAILURE_STALE",
+    "OPERATOR_REQUIRED",
+    "FILE_OFFSET_MISMATCH",
+    "UPLOAD_SUPERSEDED",
+    "FILE_CORRUPT",
+    "FILE_TOO_LARGE",
+    "FILE_LOST",
+}
 
 # Raised in the server's own process only.
 NOT_OVER_THE_NETWORK = {
