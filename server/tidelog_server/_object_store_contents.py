@@ -1,8 +1,8 @@
 """
 Object store contents: a content store for many servers, in S3 or whatever else speaks to `obstore`.
 
-    <tenant>/ab/abcd...               a content, named by its SHA-256
-    <tenant>/incoming/<part>/<start>  a piece of a part: some MiB of it, from that byte on
+    <tenant>/ab/abcd...                     a content, named by its SHA-256
+    <tenant>/incoming/<part>/<start>-<end>  a piece of a part: these bytes of it, some MiB
 
 Nothing can be appended to an object. So what is appended to a part becomes pieces, and
 at its end they pass through the hash into the content, whose upload is completed only
@@ -11,7 +11,8 @@ right. A part that goes on somewhere else, or after a crash, begins where its pi
 end; only what was not yet a piece, the tail, is in the memory of one server.
 
 Pieces may overlap: a server that was thought to be dead writes one more. Where they
-do, either will do, for the hash decides about all of them.
+do, either will do, for the hash decides about all of them. Since each has its end in
+its name too, a short one never replaces a longer one.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STRETCHES_AT_ONCE: Final = 3
 PIECES_READ_AHEAD: Final = 4
 
 LISTED_AT_ONCE: Final = 1_000
-MESSAGE_CHARS_MAX: Final = 300
+MESSAGE_CHARS_MAX: Final = 500
 
 # A request that is not answered ends after obstore's timeout, 30 seconds unless an option or the environment says
 # otherwise; by then no other attempt follows. One that fails at once is repeated for some seconds.
@@ -59,7 +60,7 @@ RETRIES: Final = {
 }
 
 _CONTENT: Final = re.compile(r"(?:^|/)([0-9a-f]{64})")
-_PIECE: Final = re.compile(r"(?:^|/)incoming/([^/]+)/([0-9]{20})")
+_PIECE: Final = re.compile(r"(?:^|/)incoming/([^/]+)/([0-9]{20})-[0-9]+")
 # ENOSPC, EDQUOT and EFBIG of a directory; what S3-compatible stores say.
 _FULL: Final = re.compile(r"os error (?:28|122|27)\)|status code: 507 |StorageFull|QuotaExceeded")
 # It may hold a signature.
@@ -151,7 +152,7 @@ class ObjectStoreContents:
         """Let go of a part: its tail becomes a piece. If the store fails, the part ends before it."""
         tail = self._tails.pop((tenant, part), None)
         if tail is not None and tail.data:
-            self._put(_piece_path(tenant, part, tail.start), tail.data)
+            self._put(_piece_path(tenant, part, tail), tail.data)
 
     def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
         """Make a part a content. Raises ContentCorrupt."""
@@ -276,7 +277,8 @@ class ObjectStoreContents:
             try:
                 self._store.delete(every)
             except FileNotFoundError:
-                # Some stores stop at one that is not there: then one by one.
+                # Some stores stop at one that is not there: then one by one. Others have no bucket.
+                self.check()
                 for path in every:
                     with suppress(FileNotFoundError):
                         self._store.delete(path)
@@ -355,8 +357,8 @@ def _content_path(tenant: str, sha256: bytes) -> str:
     return f"{tenant_name(tenant)}/{name[:2]}/{name}"
 
 
-def _piece_path(tenant: str, part: str, start: int) -> str:
-    return f"{tenant_name(tenant)}/incoming/{part}/{start:020}"
+def _piece_path(tenant: str, part: str, tail: _Tail) -> str:
+    return f"{tenant_name(tenant)}/incoming/{part}/{tail.start:020}-{tail.end}"
 
 
 def _said(error: BaseException) -> str:
