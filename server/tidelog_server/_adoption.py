@@ -33,6 +33,7 @@ from tidelog._values import Attributes, decode_trusted, encode, equal
 from tidelog_server._application import Application
 from tidelog_server._errors import MigrationUnfinished, SchemaContradicted
 from tidelog_server._file_records import (
+    REFERRERS,
     contents_of_failure,
     contents_of_object,
     entries_of,
@@ -162,7 +163,7 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
             _migrate(application, store, tenant, migration, time_us)
         if rebuilds:
             _rebuild_indexes(application, store, tenant)
-        if not known.files:
+        if rebuilds or not known.files:
             _note_referrers(store, tenant)
     migrated = schema.version if migrate and has_migrated else known.migrated
     _set_note(store, _Adopted(text, migrated, files=True))
@@ -186,6 +187,12 @@ def adopted_schema(note: Callable[[str], bytes]) -> Schema | None:
     if known is None or known.unfinished is not None:
         return None
     return Schema.from_json(known.schema) if known.schema else Schema(open=True)
+
+
+def has_referrers(note: Callable[[str], bytes]) -> bool:
+    """Tell whether it is on record in a store who refers to which file."""
+    noted = note(_NOTE)
+    return bool(noted) and msgspec.json.decode(noted, type=_Adopted).files
 
 
 def _summary(count: int, schema: Schema, since: int, *, migrate: bool) -> str:
@@ -358,7 +365,11 @@ def _rebuild_indexes(application: Application, store: Store, tenant: str) -> Non
 
 
 def _note_referrers(store: Store, tenant: str) -> None:
-    """Note who refers to which file: objects, and failures."""
+    """Note anew who refers to which file: objects, and failures."""
+
+    def clear(reader: Reader) -> tuple[Writes, bool]:
+        entries = reader.index_range(REFERRERS, b"", PAGE_OBJECTS_MAX)
+        return _index_only(reader, dict.fromkeys(key for key, _ in entries)), bool(entries)
 
     def objects(reader: Reader, page: _Page) -> Writes:
         index: dict[bytes, bytes | None] = {}
@@ -366,6 +377,8 @@ def _note_referrers(store: Store, tenant: str) -> None:
             index.update(entries_of(object_referrer(key), contents_of_object(state.attributes)))
         return _index_only(reader, index)
 
+    while store.submit(tenant, clear).result():
+        pass
     with store.read(tenant) as reader:
         entities = reader.entities()
     _each_page(store, tenant, entities, objects)

@@ -24,6 +24,9 @@ from tidelog._limits import FILE_CHUNK_BYTES
 
 # Where contents lie in the directory of an embedded store.
 CONTENTS_DIRECTORY: Final = "files"
+# What a server notes in its store about where they lie: elsewhere, or nothing.
+CONTENTS_NOTE: Final = "contents"
+CONTENTS_ELSEWHERE: Final = b"elsewhere"
 
 _TENANT_DIGEST_CHARS: Final = 32
 

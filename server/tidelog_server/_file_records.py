@@ -69,6 +69,11 @@ class Referral(NamedTuple):
     after: frozenset[bytes]
 
 
+def content_of(key: bytes) -> bytes:
+    """Return the content that an entry of any of the three tables is about."""
+    return key[1 : 1 + SHA256_BYTES]
+
+
 def content_key(sha256: bytes) -> bytes:
     """Return the key of a content's record."""
     return CONTENTS + sha256

@@ -25,6 +25,7 @@ from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog._values import decode_trusted
 from tidelog_server._application import Application
+from tidelog_server._collection import without_content
 from tidelog_server._content_store import ContentLost, ContentStore
 from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid
 from tidelog_server._file_records import (
@@ -200,15 +201,36 @@ class Files:
         self._complete(tenant, part, wanted, "")
         return wanted
 
+    def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
+        """Delete a content that nothing has referred to since a time; return how many were."""
+        with self._alone(tenant, sha256):
+            count = self._write(tenant, partial(without_content, sha256=sha256, before_us=before_us))
+            if count:
+                self.contents.delete(tenant, sha256)
+        return count
+
+    def collect_unknown(self, tenant: str, before_us: int) -> Iterator[int]:
+        """Delete contents that are not on record since a time, one after the other; yield how many were."""
+        for content in self.contents.contents(tenant):
+            if content.time * 1_000_000 < before_us and not self._is_on_record(tenant, content.sha256):
+                with self._alone(tenant, content.sha256):
+                    if not self._is_on_record(tenant, content.sha256):
+                        self.contents.delete(tenant, content.sha256)
+                        yield 1
+
     @contextmanager
-    def alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
+    def _alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
         """Let nobody else make or collect a content meanwhile."""
         with self._being_changed.held((tenant, sha256)):
             yield
 
+    def _is_on_record(self, tenant: str, sha256: bytes) -> bool:
+        with self._store.read(tenant) as reader:
+            return content_record(sha256, reader.index) is not None
+
     def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
         """Make a part a content that operations of a user may refer to; empty: the service's own may."""
-        with self.alone(tenant, wanted.sha256):
+        with self._alone(tenant, wanted.sha256):
             self.contents.complete(tenant, part, wanted.sha256, wanted.size)
             time_us = self._clock()
             entries: IndexWrites = {content_key(wanted.sha256): pack_content(ContentRecord(wanted.size, time_us))}
@@ -242,7 +264,7 @@ class Files:
 
     def _forget_lost(self, tenant: str, lost: Wanted) -> None:
         """Take the record of a content that is not there: whoever has it may upload it once more."""
-        with self.alone(tenant, lost.sha256):
+        with self._alone(tenant, lost.sha256):
             if self.contents.size(tenant, lost.sha256) != lost.size:
                 _log.error("a content was lost", tenant=tenant, sha256=lost.sha256.hex())
                 self._write(tenant, lambda reader: (_entries(reader, {content_key(lost.sha256): None}), None))

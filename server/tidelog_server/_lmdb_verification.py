@@ -16,8 +16,16 @@ import msgspec
 from tidelog._environment import DATA_FILE, Environment
 from tidelog._errors import StorageError, TidelogError
 from tidelog._finding import Finding, FindingKind
-from tidelog_server._adoption import adopted_schema
+from tidelog_server._adoption import adopted_schema, has_referrers
 from tidelog_server._backup_note import BACKUP_FILE, BackupNote, data_bytes, data_sha256
+from tidelog_server._content_store import (
+    CONTENTS_DIRECTORY,
+    CONTENTS_ELSEWHERE,
+    CONTENTS_NOTE,
+    ContentStore,
+    DirectoryContents,
+)
+from tidelog_server._file_verification import content_findings
 from tidelog_server._lmdb_records import LmdbRecords
 from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, noted
 from tidelog_server._verification import Counts, findings
@@ -29,7 +37,9 @@ if TYPE_CHECKING:
 _NO_SCHEMA: Final = (TidelogError, msgspec.MsgspecError)
 
 
-def verify_store(path: str | Path, *, counts: Counts | None = None) -> Iterator[Finding]:
+def verify_store(
+    path: str | Path, *, counts: Counts | None = None, contents: ContentStore | None = None
+) -> Iterator[Finding]:
     """
     Yield what is wrong in the directory of an embedded store, or in a backup of one. Nothing is written.
 
@@ -39,6 +49,8 @@ def verify_store(path: str | Path, *, counts: Counts | None = None) -> Iterator[
     Args:
         path: The directory.
         counts: Gets how many tenants, objects, changes and so on were looked at.
+        contents: Where the contents of files lie. None: in the directory; if the server keeps
+            them elsewhere, they are not looked at.
 
     Raises:
         FormatUnsupported: The directory holds something else.
@@ -65,7 +77,11 @@ def verify_store(path: str | Path, *, counts: Counts | None = None) -> Iterator[
                 with environment.read() as transaction:
                     records = LmdbRecords(transaction, databases, prefix)
                     schema = _schema(transaction, databases)
-                    for finding in chain(records.unreadable(), findings(records, schema, counts)):
+                    has_referrers = _has_referrers(transaction, databases)
+                    found = [records.unreadable(), findings(records, schema, counts, has_referrers=has_referrers)]
+                    if kept := contents or _contents(transaction, databases, path):
+                        found.append(content_findings(records, kept, name.decode(errors="replace"), counts))
+                    for finding in chain.from_iterable(found):
                         yield replace(finding, tenant=name.decode(errors="replace"))
         except StorageError as error:
             yield Finding(FindingKind.FILE_DAMAGED, str(path), "tables that can be read", str(error))
@@ -107,6 +123,20 @@ def _schema(transaction: LmdbTransaction, databases: Databases) -> Schema | None
         return _adopted(transaction, databases)
     except _NO_SCHEMA:
         return None  # named once, for all tenants
+
+
+def _has_referrers(transaction: LmdbTransaction, databases: Databases) -> bool:
+    try:
+        return has_referrers(lambda name: noted(transaction, databases, name))
+    except _NO_SCHEMA:
+        return False
+
+
+def _contents(transaction: LmdbTransaction, databases: Databases, path: Path) -> ContentStore | None:
+    """Return where contents lie, if that is in the directory."""
+    if noted(transaction, databases, CONTENTS_NOTE) == CONTENTS_ELSEWHERE:
+        return None
+    return DirectoryContents(path / CONTENTS_DIRECTORY)
 
 
 def _adopted(transaction: LmdbTransaction, databases: Databases) -> Schema | None:

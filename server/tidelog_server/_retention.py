@@ -116,7 +116,7 @@ class Retention:
         with self._alone:
             total = Collected()
             for tenant in self._store.tenants():
-                for step in (self._history, self._left_entries, self._replicas, self._payloads):
+                for step in (self._history, self._left_entries, self._replicas, self._payloads, self._contents):
                     for counts in step(tenant):
                         total = total.plus(counts)
                         if self._stopped.is_set():
@@ -200,6 +200,36 @@ class Retention:
             if due:
                 self._submit(tenant, partial(_without_payloads, due=due))
             yield Collected(payloads=len(due))
+
+    def _contents(self, tenant: str) -> Iterator[Collected]:
+        """Delete contents that nobody refers to, and what is left of uploads that nobody goes on with."""
+        if self._files is None:
+            return
+        before_us = self._before(self._periods.files)
+        yield from self._grants(tenant, before_us)
+        after = b""
+        more = True
+        while more:
+            with self._store.read(tenant) as reader:
+                unneeded, after = collection.unneeded_contents(reader, after, before_us)
+            for sha256 in unneeded:
+                yield Collected(contents=self._files.collect(tenant, sha256, before_us))
+            more = bool(after)
+            yield Collected()
+        for count in self._files.collect_unknown(tenant, before_us):
+            yield Collected(contents=count)
+        self._files.contents.delete_leftovers(tenant, self._periods.files.total_seconds())
+
+    def _grants(self, tenant: str, before_us: int) -> Iterator[Collected]:
+        after = b""
+        more = True
+        while more:
+            with self._store.read(tenant) as reader:
+                old, after = collection.old_grants(reader, after, before_us)
+            if old:
+                self._submit(tenant, partial(collection.without_grants, keys=old, before_us=before_us))
+            more = bool(after)
+            yield Collected()
 
     def _before(self, period: timedelta) -> int:
         return self._clock() - period // timedelta(microseconds=1)

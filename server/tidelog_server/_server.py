@@ -25,7 +25,13 @@ from tidelog_server._adoption import adopt_schema
 from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
 from tidelog_server._callers import Callers
-from tidelog_server._content_store import CONTENTS_DIRECTORY, ContentStore, DirectoryContents
+from tidelog_server._content_store import (
+    CONTENTS_DIRECTORY,
+    CONTENTS_ELSEWHERE,
+    CONTENTS_NOTE,
+    ContentStore,
+    DirectoryContents,
+)
 from tidelog_server._errors import AddressUnavailable
 from tidelog_server._files import Files
 from tidelog_server._lmdb_backup import backup_store
@@ -318,6 +324,10 @@ class Server:
             self._loop = self._thread = None
 
     def _contents_of(self, store: Store) -> ContentStore:
+        """Return where contents lie, and note in the store whether that is in its own directory."""
+        place = CONTENTS_ELSEWHERE if self._contents_given is not None else b""
+        if store.note(CONTENTS_NOTE) != place:
+            store.set_note(CONTENTS_NOTE, place)
         if self._contents_given is not None:
             return self._contents_given
         if not isinstance(store, LmdbStore):
