@@ -13,7 +13,7 @@ from tidelog_server._authentication import (
     PeerCertificate,
     StaticTokens,
 )
-from tidelog_server._content_store import ContentStore, DirectoryContents
+from tidelog_server._content_store import ContentLost, ContentStore, DirectoryContents
 from tidelog_server._errors import (
     AddressUnavailable,
     AuthenticationFailed,
@@ -47,6 +47,7 @@ __all__ = [
     "CertificateAuthenticator",
     "ChangedMeanwhile",
     "Collected",
+    "ContentLost",
     "ContentStore",
     "Credentials",
     "DirectoryContents",

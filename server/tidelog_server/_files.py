@@ -26,6 +26,7 @@ from tidelog._logging import get_logger
 from tidelog._values import decode_trusted
 from tidelog_server._application import Application
 from tidelog_server._collection import without_content
+from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
 from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid
 from tidelog_server._file_records import (
@@ -164,13 +165,14 @@ class Files:
             raise RequestInvalid(f"{length} bytes from {offset} on, of a file of {size} bytes")
         return self.read(principal.tenant, Wanted(sha256, size), offset, min(length or size, size - offset))
 
+    def open(self, tenant: str, wanted: Wanted) -> BinaryIO:
+        """Open a content to be read. Raises ContentLost, also later."""
+        self._check_there(tenant, wanted)
+        return open_content(partial(self.contents.read, tenant, wanted.sha256), wanted.size)
+
     def read(self, tenant: str, wanted: Wanted, offset: int, length: int) -> Generator[bytes, None, None]:
         """Yield *length* bytes of a content from *offset* on. Raises ContentLost, with the first step if it can."""
-        found = self.contents.size(tenant, wanted.sha256)
-        if found != wanted.size:
-            what = "is not there" if found is None else f"has {found} bytes instead of {wanted.size}"
-            _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
-            raise ContentLost(f"the content {wanted.sha256.hex()} {what}")
+        self._check_there(tenant, wanted)
         if not length:
             return
         pieces = self.contents.read(tenant, wanted.sha256, offset)
@@ -268,6 +270,13 @@ class Files:
             if self.contents.size(tenant, lost.sha256) != lost.size:
                 _log.error("a content was lost", tenant=tenant, sha256=lost.sha256.hex())
                 self._write(tenant, lambda reader: (_entries(reader, {content_key(lost.sha256): None}), None))
+
+    def _check_there(self, tenant: str, wanted: Wanted) -> None:
+        found = self.contents.size(tenant, wanted.sha256)
+        if found != wanted.size:
+            what = "is not there" if found is None else f"has {found} bytes instead of {wanted.size}"
+            _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
+            raise ContentLost(f"the content {wanted.sha256.hex()} {what}")
 
     def _readable_size(self, principal: Principal, sha256: bytes, key: ObjectKey) -> int:
         with self._store.read(principal.tenant) as reader:

@@ -228,7 +228,7 @@ class Server:
         check_id(name, "a tenant")
         if principal is not None and principal.tenant != name:
             raise InvalidValue(f"{principal.user_id!r} belongs to the tenant {principal.tenant!r}, not to {name!r}")
-        return Tenant(self._application, self._store, name, principal, server_time_us)
+        return Tenant(self._application, self._store, name, principal, server_time_us, self._files)
 
     def collect(self) -> Collected:
         """
