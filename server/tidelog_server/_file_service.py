@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final, TypeVar
@@ -71,7 +71,7 @@ class FileService:
             self._files.download, principal, request.sha256, key, request.offset, request.length
         )
         try:
-            while (piece := await self._pooled(next, pieces, None)) is not None:
+            while (piece := await self._pooled(_next, pieces)) is not None:
                 await peer.send(file_pb2.DownloadFileResponse(chunk=piece).SerializeToString())
         finally:
             with suppress(RuntimeError):
@@ -95,6 +95,10 @@ async def _received(peer: Peer, which: str) -> file_pb2.UploadFileRequest:
     if request.WhichOneof("message") != which:
         raise RequestInvalid(f"`{request.WhichOneof('message')}` came where `{which}` was expected")
     return request
+
+
+def _next(pieces: Iterator[bytes]) -> bytes | None:
+    return next(pieces, None)
 
 
 def _wanted(content: file_pb2.FileContent) -> Wanted:

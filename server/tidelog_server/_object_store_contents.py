@@ -135,7 +135,7 @@ class ObjectStoreContents:
     def part_size(self, tenant: str, part: str) -> int:
         """Return how many bytes of a part are kept."""
         tail = self._tails.get((tenant, part))
-        return _end(self._stretches(tenant, part)) if tail is None else tail.end
+        return _end(_stretches(self._pieces(tenant, part))) if tail is None else tail.end
 
     def append(self, tenant: str, part: str, offset: int, data: bytes) -> None:
         """Append bytes to a part: to its tail, which becomes a piece when it is long enough. Raises PartMismatch."""
@@ -157,9 +157,10 @@ class ObjectStoreContents:
     def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
         """Make a part a content. Raises ContentCorrupt."""
         tail = self._tails.pop((tenant, part), None)
-        stretches = self._stretches(tenant, part)
-        rest = bytearray() if tail is None else tail.behind(_end(stretches))
+        pieces = list(self._pieces(tenant, part))
         try:
+            stretches = _stretches(pieces)
+            rest = bytearray() if tail is None else tail.behind(_end(stretches))
             if (found := _end(stretches) + len(rest)) != size:
                 raise ContentCorrupt(f"{found} bytes instead of {size}")
             path = _content_path(tenant, sha256)
@@ -170,10 +171,10 @@ class ObjectStoreContents:
                 _verify(hashlib.sha256(rest), sha256)
                 self._put(path, rest)
         except ContentCorrupt:
-            self.discard(tenant, part)
+            self._delete(piece.path for piece in pieces)
             raise
         try:
-            self.discard(tenant, part)
+            self._delete(piece.path for piece in pieces)
         except StorageError as error:
             # The content is there, which is all that was asked for. The pieces are leftovers some day.
             _log.warning("pieces of a content that is complete were not deleted", reason=str(error))
@@ -203,17 +204,6 @@ class ObjectStoreContents:
         for part in leftovers:
             self.discard(tenant, part)
         return len(leftovers)
-
-    def _stretches(self, tenant: str, part: str) -> list[_Stretch]:
-        """Return what of the pieces makes up the part: all bytes from the first on, each once."""
-        found: list[_Stretch] = []
-        for piece in sorted(self._pieces(tenant, part), key=lambda piece: piece.start):
-            end = _end(found)
-            if piece.start > end:
-                break
-            if piece.start + piece.size > end:
-                found.append(_Stretch(piece.path, end - piece.start, piece.size, end))
-        return found
 
     def _pieces(self, tenant: str, part: str | None = None) -> Iterator[_Piece]:
         """Iterate over the pieces of a part, or of all parts of a tenant."""
@@ -275,7 +265,8 @@ class ObjectStoreContents:
         with self._storage_errors():
             every = list(paths)
             try:
-                self._store.delete(every)
+                if every:
+                    self._store.delete(every)
             except FileNotFoundError:
                 # Some stores stop at one that is not there: then one by one. Others have no bucket.
                 self.check()
@@ -337,6 +328,18 @@ class _Stretch(NamedTuple):
     first: int
     size: int
     offset: int
+
+
+def _stretches(pieces: Iterable[_Piece]) -> list[_Stretch]:
+    """Return what of the pieces makes up their part: all bytes from the first on, each once."""
+    found: list[_Stretch] = []
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        end = _end(found)
+        if piece.start > end:
+            break
+        if piece.start + piece.size > end:
+            found.append(_Stretch(piece.path, end - piece.start, piece.size, end))
+    return found
 
 
 def _end(stretches: list[_Stretch]) -> int:

@@ -51,6 +51,7 @@ from tidelog_server import (
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
 from tidelog_server._retention import (
     FAILURE_RETENTION_DEFAULT,
+    FILE_GRACE_DEFAULT,
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
 )
@@ -164,6 +165,16 @@ def serve(
         float,
         typer.Option(metavar="DAYS", min=0, help="How long the payloads of settled failures are kept."),
     ] = FAILURE_RETENTION_DEFAULT / timedelta(days=1),
+    file_grace: Annotated[
+        float,
+        typer.Option(metavar="DAYS", min=0, help="How long contents of files are kept that nothing refers to."),
+    ] = FILE_GRACE_DEFAULT / timedelta(days=1),
+    file_bytes_max: Annotated[
+        int, typer.Option(metavar="BYTES", min=1, help="How large a file may be.")
+    ] = LIMITS_DEFAULT.file_bytes,
+    file_transfers_max: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, help="Files on their way at once, up or down.")
+    ] = LIMITS_DEFAULT.file_transfers,
     sessions_max: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Sessions open at once; others are told to come again later.")
     ] = LIMITS_DEFAULT.sessions,
@@ -211,8 +222,10 @@ def serve(
         sessions_per_user=sessions_per_user_max,
         uploads=uploads_max,
         idle_seconds=session_idle_seconds,
+        file_transfers=file_transfers_max,
+        file_bytes=file_bytes_max,
     )
-    allow_open_files(limits.sessions + OTHER_FILES)
+    allow_open_files(limits.sessions + limits.file_transfers + OTHER_FILES)
 
     spare_the_collector()
     try:
@@ -230,6 +243,7 @@ def serve(
                 failure_retention=_days(failure_retention, "--failure-retention"),
                 limits=limits,
                 contents=object_store,
+                file_grace=_days(file_grace, "--file-grace"),
             ) as server,
         ):
             if served is None:

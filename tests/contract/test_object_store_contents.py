@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -189,15 +190,33 @@ class TestInS3(ContentStoreContract):
         """If a piece cannot be read, completing fails, and no upload is left; what there is of the part is kept."""
         contents = opened(bucket)
         append(contents, LARGE)
-        stretches = contents._stretches(TENANT, PART)
-        last = stretches[-1]
+        pieces = list(contents._pieces(TENANT, PART))
+        last = max(pieces)
         contents._store.delete(last.path)
-        monkeypatch.setattr(contents, "_stretches", lambda *_: stretches)
+        monkeypatch.setattr(contents, "_pieces", lambda *_: pieces)
         with pytest.raises(StorageError):
             contents.complete(TENANT, PART, sha256_of(LARGE), len(LARGE))
         assert contents.size(TENANT, sha256_of(LARGE)) is None
         assert bucket.unfinished_uploads() == []
-        assert opened(bucket).part_size(TENANT, PART) == last.offset
+        assert opened(bucket).part_size(TENANT, PART) == last.start
+
+    def test_pieces_that_cannot_be_deleted_are_leftovers(
+        self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The content is there, which is told; its pieces go in time."""
+
+        def fail(paths: object) -> None:
+            raise StorageError("not now")
+
+        contents = opened(bucket)
+        append(contents, DATA)
+        with monkeypatch.context() as broken:
+            broken.setattr(contents, "_delete", fail)
+            contents.complete(TENANT, PART, sha256_of(DATA), len(DATA))
+        assert read(contents, sha256_of(DATA)) == DATA
+        assert "not deleted" in caplog.text
+        assert contents.delete_leftovers(TENANT, older_than_seconds=-3600) == 1
+        assert len(bucket.objects()) == 1
 
     def test_leftovers_are_parts_whose_newest_piece_is_old(
         self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
@@ -208,8 +227,8 @@ class TestInS3(ContentStoreContract):
             for offset in range(0, 2 * PIECE_BYTES, FILE_CHUNK_BYTES):
                 contents.append(TENANT, part, offset, DATA[:FILE_CHUNK_BYTES])
             contents.pause(TENANT, part)
-        now = _object_store_contents.time.time()
-        monkeypatch.setattr(_object_store_contents.time, "time", lambda: now + 7200)
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 7200)
         contents.append(TENANT, "bb", contents.part_size(TENANT, "bb"), b"more")
         assert contents.delete_leftovers(TENANT, older_than_seconds=3600) == 1
         assert contents.part_size(TENANT, "aa") == 0
