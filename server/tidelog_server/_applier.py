@@ -28,7 +28,7 @@ from tidelog_server._outcomes import Applied, Outcomes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import FailureRecord, ObjectState
-from tidelog_server._refusal import NotReady, Refused, Waits
+from tidelog_server._refusal import Refused, Waits
 from tidelog_server._units import Member, Unit
 
 # What a mistake in a program raises, as opposed to a failing disk or a lack of memory.
@@ -102,7 +102,7 @@ class UnitApplier:
             for member in unit:
                 applied.append(self._apply(member, len(applied), failure))
             self._action.end_unit()
-        except (Refused, Waits, NotReady) as verdict:
+        except (Refused, Waits) as verdict:
             if len(applied) < len(unit):
                 verdict.position = len(applied)
             self._overlay.rollback(mark)

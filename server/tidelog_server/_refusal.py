@@ -34,13 +34,11 @@ class NotReady(Exception):
 
     Attributes:
         message: What, in a sentence for people.
-        position: Place in its unit of the operation that it is about.
     """
 
     def __init__(self, message: str) -> None:
         self.message = for_people(message)
         super().__init__(self.message)
-        self.position = 0
 
 
 class Waits(Exception):

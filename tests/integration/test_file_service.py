@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,13 +17,23 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from tests.builders import World, create, quick_folder, update
+from tests.integration.test_backup import script
 
 from tidelog import attribute, claim
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._values import decode_map
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import file_pb2, file_pb2_grpc, object_pb2, object_pb2_grpc, operation_pb2, sync_pb2
-from tidelog_server import Application, DirectoryContents, Principal, ServerLimits, StaticTokens
+from tidelog_server import (
+    Application,
+    Collected,
+    DirectoryContents,
+    Principal,
+    Server,
+    ServerLimits,
+    StaticTokens,
+    verify_store,
+)
 
 ANN: Final = "ann-token"
 BOB: Final = "bob-token"
@@ -391,8 +402,12 @@ class TestDownloads:
         client.create(photo=reference(PHOTO))
         (file,) = kept_files(world)
         file.write_bytes(PHOTO[:-1])
+        came: list[Any] = []
 
-        assert refused(lambda: client.download(PHOTO)) == (grpc.StatusCode.DATA_LOSS, "FILE_LOST")
+        key = sync_pb2.ObjectKey(entity="Task", id="t1")
+        request = file_pb2.DownloadFileRequest(sha256=sha256(PHOTO), object=key)
+        code = refused(lambda: came.extend(client.stub.DownloadFile(request, timeout=10)))
+        assert (code, came) == ((grpc.StatusCode.DATA_LOSS, "FILE_LOST"), [])
         client.upload(PHOTO)
         assert client.download(PHOTO) == PHOTO
 
@@ -475,6 +490,56 @@ class TestAccess:
         ann.operate(lambda seq: update(seq, "t1", {"public": 0}))
 
         assert bob.create("t2", owner="bob", photo=reference(PHOTO)) == ["APPLIED"]
+
+
+# A server that kills itself when a content is made: before that, between it and its record, or behind both.
+KILLED = """
+import os, signal, sys
+from tidelog_server import Application, Server
+from tidelog_server._files import Files
+
+folder, place = sys.argv[1:]
+complete, write = Files._complete, Files._write
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def completing(self, *args):
+    if place == "before":
+        killed()
+    Files._write = killed if place == "between" else write
+    complete(self, *args)
+    killed()
+
+Files._complete = completing
+with Server(Application(), store=folder) as server:
+    print(server.address, flush=True)
+    signal.pause()
+"""
+
+
+class TestCrashes:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["before", "between", "behind"])
+    def test_leave_garbage_at_the_most(self, folder: Path, place: str) -> None:
+        """Wherever a server is killed while it makes a content, the next one is sound, and nothing stays for good."""
+        with script(KILLED, folder / "server", place) as process:
+            assert process.stdout is not None
+            with grpc.insecure_channel(process.stdout.readline().strip()) as channel:
+                stub: Any = file_pb2_grpc.FileServiceStub(channel)
+                with pytest.raises(grpc.RpcError):
+                    stub.UploadFile(iter(messages(PHOTO)), timeout=20)
+            assert process.wait(20) == -9
+
+        with World(folder) as world:
+            client = Client(world)
+            received = len(PHOTO) if place == "before" else 0
+            assert client.stat(PHOTO) == [(PRESENT, 0) if place == "behind" else (MISSING, received)]
+            assert len(kept_files(world)) == 1
+        with Server(Application(), store=folder / "server", file_grace=timedelta(0)) as server:
+            wait_for(lambda: server.collect() == Collected())
+        assert kept_files(world) == []
+        assert list(verify_store(folder / "server")) == []
 
 
 class TestService:

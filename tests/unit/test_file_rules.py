@@ -323,9 +323,20 @@ class TestRights:
         ruled.upload(PHOTO, ANN)
         ruled.tenant().create("Task", {"owner": "ann", "public": 1, "photo": file_value(PHOTO)}, "a")
         copy = {"owner": "bob", "public": 1, "photo": file_value(PHOTO)}
-        with mock.patch.object(file_rules, "REFERRERS_MAX", 1):
-            results = upload(ruled, BOB, create(1, "b", copy), update(2, "b", {"photo": None}), create(3, "c", copy))
-        assert said(results) == ["APPLIED"] * 3
+        with mock.patch.object(file_rules, "REFERRERS_IN_ALL_MAX", 1):
+            assert said(upload(ruled, BOB, create(1, "b", copy), create(2, "c", copy))) == ["APPLIED"] * 2
+            operations = [create(3, "d", copy), update(4, "d", {"photo": None}), create(5, "e", copy)]
+            assert said(upload(ruled, BOB, *operations)) == ["APPLIED", "APPLIED", "NOT_READY"]
+
+    def test_a_right_to_what_is_lost(self, cabinet: Cabinet) -> None:
+        """Who uploaded a content that the server has lost since uploads it again before anything refers to it."""
+        cabinet.upload(PHOTO)
+        cabinet.contents.delete(TENANT, sha256(PHOTO))
+        assert not cabinet.files.stat(USER, [wanted_of(PHOTO)])[0].is_present
+
+        assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["NOT_READY"]
+        cabinet.upload(PHOTO)
+        assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
 
     def test_so_many_referrers_are_looked_at(self, ruled: Cabinet) -> None:
         """Behind more unreadable referrers than are looked at a readable one is not found: the content is uploaded."""

@@ -1,0 +1,216 @@
+"""Contents of files that nothing refers to: when they go, and that none goes which somebody is about to refer to."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, file_value, said, update, wanted
+
+from tidelog import ResourceClosed
+from tidelog_server import DirectoryContents, Principal
+from tidelog_server._content_store import PartMismatch
+from tidelog_server._files import Files
+from tidelog_server._records import Writes
+from tidelog_server._store import Reader
+
+PHOTO: Final = b"a photo, say"
+OTHER: Final = b"another one"
+HOUR: Final = timedelta(hours=1)
+DAY: Final = timedelta(days=1)
+
+
+@pytest.fixture
+def cabinet(tmp_path: Path) -> Cabinet:
+    """Give files with an application that allows everything."""
+    return Cabinet(Lab(), tmp_path / "files")
+
+
+def kept(cabinet: Cabinet) -> list[Path]:
+    """Return the files of the directory."""
+    return [one for one in cabinet.contents.path.rglob("*") if one.is_file()]
+
+
+def test_what_nothing_refers_to_goes_after_the_grace(cabinet: Cabinet) -> None:
+    """A content that was uploaded, or added by the service, and that nothing came to refer to, is kept for a while."""
+    cabinet.upload(PHOTO)
+    cabinet.tenant().add_file(OTHER, name="other")
+
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.collect() == 0
+    assert cabinet.has(PHOTO)
+    assert cabinet.has(OTHER)
+    cabinet.wait(2 * HOUR)
+    assert cabinet.collect() == 2
+    assert not cabinet.has(PHOTO)
+    assert not cabinet.has(OTHER)
+    assert cabinet.entries(b"g") == cabinet.entries(b"c") == []
+    assert kept(cabinet) == []
+
+
+def test_what_something_refers_to_stays(cabinet: Cabinet) -> None:
+    """A content stays as long as one object refers to it, and a while longer from when the last one let go."""
+    photo = cabinet.upload(PHOTO)
+    session = cabinet.lab.session()
+    session.batch(create(1, "a", {"photo": photo}), create(2, "b", {"photo": photo}))
+
+    cabinet.wait(10 * DAY)
+    session.batch(delete(3, "a"))
+    assert cabinet.collect() == 0
+    session.time_us = cabinet.time_us
+    session.batch(update(4, "b", {"photo": None}))
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.collect() == 0
+    assert cabinet.has(PHOTO)
+    cabinet.wait(2 * HOUR)
+    assert cabinet.collect() == 1
+    assert not cabinet.has(PHOTO)
+
+
+def test_a_right_ends_with_the_grace(cabinet: Cabinet) -> None:
+    """Who uploaded a content may refer to it for a while only, unless he asks for it again."""
+    ann, bob = Principal("ann"), Principal("bob")
+    photo = cabinet.upload(PHOTO, ann)
+    cabinet.upload(PHOTO, bob)
+    cabinet.lab.settle(create(1, "a", {"photo": photo}))
+
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.files.stat(bob, [wanted(PHOTO)])[0].is_present
+    cabinet.wait(2 * HOUR)
+    cabinet.collect()
+
+    assert cabinet.entries(b"g") == [b"g" + photo["sha256"] + b"bob"]
+    assert cabinet.has(PHOTO)
+
+
+def test_what_was_called_present_stays_for_the_grace(cabinet: Cabinet) -> None:
+    """Nobody who was told that a content is present finds it gone before the grace is over."""
+    cabinet.upload(PHOTO)
+    cabinet.wait(2 * DAY)
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.collect() == 0
+    assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
+
+
+def test_what_is_called_present_while_it_is_collected(tmp_path: Path) -> None:
+    """A content that goes right before it would be called present is called missing."""
+    lab = Lab()
+
+    class Collecting(DirectoryContents):
+        """Collects before it says that a content is there."""
+
+        def size(self, tenant: str, sha256: bytes) -> int | None:
+            size = super().size(tenant, sha256)
+            if racing.is_due:
+                racing.is_due = False
+                assert racing.collect() == 1
+            return size
+
+    class Racing(Cabinet):
+        is_due = False
+
+    racing = Racing(lab, tmp_path)
+    racing.contents = Collecting(tmp_path)
+    racing.files = Files(lab.application, lab.store, racing.contents, lambda: racing.time_us)
+    racing.upload(PHOTO)
+    racing.wait(2 * DAY)
+    racing.is_due = True
+
+    assert not racing.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    assert not racing.has(PHOTO)
+    assert racing.entries(b"g") == []
+
+
+def test_what_comes_to_be_referred_to_before_it_is_collected(cabinet: Cabinet) -> None:
+    """A content that was found unneeded, and that an operation refers to before it would go, stays."""
+    photo = cabinet.upload(PHOTO)
+    cabinet.wait(2 * DAY)
+    before_us = cabinet.time_us
+    assert said(cabinet.lab.settle(create(1, set={"photo": photo}))) == ["APPLIED"]
+    revoke = {b"g" + photo["sha256"] + b"ann": None}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, revoke), None)).result()
+
+    assert cabinet.files.collect(TENANT, photo["sha256"], before_us) == 0
+    assert cabinet.has(PHOTO)
+
+
+def test_an_upload_while_the_same_content_is_collected(tmp_path: Path) -> None:
+    """An upload that ends between the end of a record and that of its content leaves both."""
+    lab = Lab()
+    uploads: list[threading.Thread] = []
+
+    class Slow(DirectoryContents):
+        """Lets an upload of the content have all the time it wants before it deletes it."""
+
+        def delete(self, tenant: str, sha256: bytes) -> None:
+            uploads.append(threading.Thread(target=racing.upload, args=(PHOTO,)))
+            uploads[0].start()
+            uploads[0].join(0.3)
+            super().delete(tenant, sha256)
+
+    racing = Cabinet(lab, tmp_path)
+    racing.contents = Slow(tmp_path)
+    racing.files = Files(lab.application, lab.store, racing.contents, lambda: racing.time_us)
+    racing.upload(PHOTO)
+    racing.wait(2 * DAY)
+
+    assert racing.collect() == 1
+    uploads[0].join()
+
+    assert racing.has(PHOTO)
+    assert said(lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
+
+
+def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server left that ended before it wrote the record is missing to everybody, and goes after the grace."""
+
+    def ends(*_: Any, **__: Any) -> None:
+        raise ResourceClosed("the server ends here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cabinet.files, "_write", ends)
+        cabinet.files._known_tenants.add(TENANT)
+        with pytest.raises(ResourceClosed):
+            cabinet.upload(PHOTO)
+    assert len(kept(cabinet)) == 1
+    assert cabinet.files.stat(USER, [wanted(PHOTO)]) == [(False, False, 0)]
+    assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["NOT_READY"]
+
+    cabinet.lab.settle(create(2, "t2"))
+    of_the_directory(cabinet)
+    assert cabinet.collect() == 0
+    assert len(kept(cabinet)) == 1
+    cabinet.wait(2 * DAY)
+    assert cabinet.collect() == 1
+    assert kept(cabinet) == []
+
+
+def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
+    """A part that nobody goes on with goes after the grace, also of a tenant that has nothing else."""
+    incoming = cabinet.files.begin_upload(USER, wanted(PHOTO), 0)
+    incoming.append(PHOTO[:5])
+    incoming.leave()
+    assert cabinet.lab.store.tenants() == [TENANT]
+
+    cabinet.collect()
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].received_bytes == 5
+    cabinet.collect(timedelta(0))
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].received_bytes == 0
+    with pytest.raises(PartMismatch):
+        cabinet.files.begin_upload(USER, wanted(PHOTO), 5)
+
+
+def of_the_directory(cabinet: Cabinet) -> None:
+    """Set the clock to that of the file system, by which contents without a record are as old as they are."""
+    cabinet.time_us = int(max(one.stat().st_mtime for one in kept(cabinet)) * 1_000_000) + 1
+    assert cabinet.time_us > TIME_US
+
+
+def index_only(reader: Reader, entries: dict[bytes, None]) -> Any:
+    """Return writes of the table of indexes only."""
+    return Writes({}, [], None, [], [], reader.head().version, entries)
