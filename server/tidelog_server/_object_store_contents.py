@@ -63,8 +63,8 @@ _CONTENT: Final = re.compile(r"(?:^|/)([0-9a-f]{64})")
 _PIECE: Final = re.compile(r"(?:^|/)incoming/([^/]+)/([0-9]{20})-[0-9]+")
 # ENOSPC, EDQUOT and EFBIG of a directory; what S3-compatible stores say.
 _FULL: Final = re.compile(r"os error (?:28|122|27)\)|status code: 507 |StorageFull|QuotaExceeded")
-# It may hold a signature.
-_QUERY: Final = re.compile(r"(https?://[^\s?]+)\?\S*")
+# It may be a signature.
+_QUERY: Final = re.compile(r"(\w+://[^\s?\"]+)\?[^\s\"]*")
 
 _log = get_logger("tidelog.contents")
 
@@ -92,13 +92,16 @@ class ObjectStoreContents:
             from obstore.store import from_url  # noqa: PLC0415
         except ImportError as error:
             raise ExtraMissing("contents in an object store need the extra s3: pip install 'tidelog[s3]'") from error
-        self.url = url
+        self.url = url.partition("?")[0]  # behind it may be a signature
         self._library_errors = (BaseError, OSError)
         given: dict[str, Any] = {"retry_config": RETRIES, **options}
         try:
             self._store = from_url(url, **given)
-        except (BaseError, ValueError, TypeError, OSError) as error:
-            raise InvalidValue(f"{url}: {_said(error)}") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # Whatever it is. An option of connections that is given as one of the store makes the library panic.
+            raise InvalidValue(f"{self.url}: {_said(error)}") from error
         self._tails: dict[tuple[str, str], _Tail] = {}
 
     def check(self) -> None:

@@ -168,6 +168,7 @@ class TestInS3(ContentStoreContract):
         with pytest.raises(PartMismatch):
             contents.append(TENANT, PART, len(DATA), b"more")
 
+    @pytest.mark.slow
     def test_a_large_content_comes_back(self, bucket: Bucket) -> None:
         """One whose upload takes several requests is whole, and nothing else is left."""
         contents = opened(bucket)
@@ -186,6 +187,7 @@ class TestInS3(ContentStoreContract):
         assert bucket.objects() == []
         assert bucket.unfinished_uploads() == []
 
+    @pytest.mark.slow
     def test_a_piece_that_vanishes_leaves_no_content(self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
         """If a piece cannot be read, completing fails, and no upload is left; what there is of the part is kept."""
         contents = opened(bucket)
@@ -313,12 +315,26 @@ class TestStoresOfNoUse:
 class TestOpening:
     @pytest.mark.parametrize(
         ("url", "options"),
-        [("nonsense", {}), ("ftp://host/path", {}), ("s3://", {}), ("s3://bucket", {"nonsense": "1"})],
+        [
+            ("nonsense", {}),
+            ("ftp://host/path", {}),
+            ("s3://", {}),
+            ("s3://bucket", {"nonsense": "1"}),
+            ("s3://bucket", {"allow_http": True}),
+            ("s3://bucket", {"client_options": {"timeout": "soon"}}),
+        ],
     )
     def test_what_makes_no_sense_is_refused(self, url: str, options: dict[str, Any]) -> None:
         """A URL or an option that nobody knows is an error of whoever gave it."""
         with pytest.raises(InvalidValue):
             ObjectStoreContents(url, **options)
+
+    def test_a_signature_in_the_address_is_not_told(self) -> None:
+        """Errors name the store without it."""
+        with pytest.raises(InvalidValue) as caught:
+            ObjectStoreContents("ftp://host/path?sig=secret")
+        assert "ftp://host/path: " in str(caught.value)
+        assert "secret" not in str(caught.value)
 
     def test_without_the_library_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The error says what to install."""
