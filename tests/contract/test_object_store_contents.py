@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -24,6 +25,15 @@ from tidelog_server._content_store import PartMismatch
 PIECE_BYTES: Final = FILE_CHUNK_BYTES + 1
 # So large that its upload takes several requests.
 LARGE: Final = random.Random(23).randbytes(2 * _object_store_contents.STRETCH_BYTES_MIN + 1000)
+
+# A server that ends while it completes a content: all bytes were sent, and nobody has said that they are right.
+DYING: Final = """
+import json, os, sys
+from tidelog_server import _object_store_contents as module
+url, options, tenant, part, sha256, size = json.loads(sys.argv[1])
+module._verify = lambda *_: os._exit(9)
+module.ObjectStoreContents(url, **options).complete(tenant, part, bytes.fromhex(sha256), size)
+"""
 
 CALLS: Final[dict[str, Callable[[ObjectStoreContents], object]]] = {
     "check": lambda contents: contents.check(),
@@ -201,6 +211,23 @@ class TestInS3(ContentStoreContract):
         assert contents.size(TENANT, sha256_of(LARGE)) is None
         assert bucket.unfinished_uploads() == []
         assert opened(bucket).part_size(TENANT, PART) == last.start
+
+    @pytest.mark.slow
+    def test_a_server_that_dies_while_it_completes_leaves_no_content(self, bucket: Bucket) -> None:
+        """The part is as it was, and another server completes it."""
+        contents = opened(bucket)
+        append(contents, LARGE)
+        contents.pause(TENANT, PART)
+        sha256 = sha256_of(LARGE)
+        what = [bucket.url, bucket.options, TENANT, PART, sha256.hex(), len(LARGE)]
+        died = subprocess.run([sys.executable, "-c", DYING, json.dumps(what)], check=False, capture_output=True)
+        assert died.returncode == 9, died.stderr
+        assert bucket.unfinished_uploads() == [f"some/prefix/{_object_store_contents._content_path(TENANT, sha256)}"]
+        other = opened(bucket)
+        assert other.size(TENANT, sha256) is None
+        assert other.part_size(TENANT, PART) == len(LARGE)
+        other.complete(TENANT, PART, sha256, len(LARGE))
+        assert read(other, sha256) == LARGE
 
     def test_pieces_that_cannot_be_deleted_are_leftovers(
         self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
