@@ -20,6 +20,7 @@ from tidelog_server._errors import (
     AuthenticationUnavailable,
     BackupDamaged,
     ChangedMeanwhile,
+    ExtraMissing,
     MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
@@ -28,6 +29,7 @@ from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_backup import Restored, backup_store, restore_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._lmdb_verification import verify_store
+from tidelog_server._object_store_contents import ObjectStoreContents
 from tidelog_server._principal import Principal
 from tidelog_server._retention import Collected
 from tidelog_server._server import Server
@@ -49,6 +51,7 @@ __all__ = [
     "ContentStore",
     "Credentials",
     "DirectoryContents",
+    "ExtraMissing",
     "Found",
     "HookContext",
     "HookObject",
@@ -56,6 +59,7 @@ __all__ = [
     "LmdbStore",
     "Load",
     "MigrationUnfinished",
+    "ObjectStoreContents",
     "OperationRefused",
     "PeerCertificate",
     "Principal",

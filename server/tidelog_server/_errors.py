@@ -24,6 +24,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + FileTooLarge               a content of a size that the server does not take
   + UploadSuperseded           another upload of the same content by the same user has begun
   + AddressUnavailable         the server cannot listen where it should
+  + ExtraMissing               what is asked for needs a library that is not installed
 * StorageError
   + SchemaContradicted         what the store holds does not fit the application's schema
   + MigrationUnfinished        a migration of the store was broken off, and this would not finish it
@@ -181,6 +182,10 @@ class MigrationUnfinished(StorageError):
 
 class AddressUnavailable(TidelogError):
     """The server cannot listen at the address it was given."""
+
+
+class ExtraMissing(TidelogError):
+    """What is asked for needs a library that is not installed. The message says how to install it."""
 
 
 class BackupDamaged(StorageError):

@@ -38,6 +38,7 @@ from tidelog_server import (
     Authenticator,
     CertificateAuthenticator,
     JwtAuthenticator,
+    ObjectStoreContents,
     SchemaContradicted,
     Server,
     ServerLimits,
@@ -90,6 +91,14 @@ def serve(
         str,
         typer.Option(metavar="HOST:PORT", callback=checked_address, help="Where to listen. Port 0 takes a free one."),
     ],
+    contents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Keep the contents of files in an object store: s3://BUCKET/PREFIX, gs://... or az://... "
+            "Without it: in the directory of the data.",
+        ),
+    ] = None,
     tokens: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Who may call: a list of tokens, in TOML or JSON.")
     ] = None,
@@ -205,6 +214,7 @@ def serve(
     if authenticator is None and tls_client_ca is not None:
         authenticator = CertificateAuthenticator()
     served = _load_application(application) if application is not None else None
+    object_store = _object_store(contents) if contents is not None else None
 
     limits = ServerLimits(
         sessions=sessions_max,
@@ -232,6 +242,7 @@ def serve(
                 replica_retention=_days(replica_retention, "--replica-retention"),
                 failure_retention=_days(failure_retention, "--failure-retention"),
                 limits=limits,
+                contents=object_store,
                 file_grace=_days(file_grace, "--file-grace"),
             ) as server,
         ):
@@ -293,6 +304,13 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < count:
         _log.warning("fewer files may be open than sessions need: raise the limit", allowed=allowed, needed=count)
+
+
+def _object_store(url: str) -> ObjectStoreContents:
+    """Return the contents in an object store, which is there and may be used."""
+    contents = ObjectStoreContents(url)
+    contents.check()
+    return contents
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:

@@ -43,7 +43,13 @@ NOT_IN_A_SESSION = {
 }
 
 # Raised in the server's own process only.
-NOT_OVER_THE_NETWORK = {"AddressUnavailable", "SchemaContradicted", "OperationRefused", "ChangedMeanwhile"}
+NOT_OVER_THE_NETWORK = {
+    "AddressUnavailable",
+    "ExtraMissing",
+    "SchemaContradicted",
+    "OperationRefused",
+    "ChangedMeanwhile",
+}
 
 # Raised where the replica itself finds out, without a word of the server's.
 FOUND_BY_THE_REPLICA = {
