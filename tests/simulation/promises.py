@@ -9,7 +9,7 @@ hold at any moment, in the middle of a session and after a crash; those named
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, ParamSpec
 from uuid import UUID
@@ -83,12 +83,18 @@ class Rules(NamedTuple):
             operation on an object that was in one of these states.
         business: What the seed made of the application.
         eyes: What the author may do. None: everything.
+        is_put_back: Whether the store was put back from a backup: then base versions may be of another history.
+        may_be_superseded: Whether something may be forgotten, or be done already, that nobody can tell.
+        former_failures: Ids of failures that were recorded before the store was put back.
     """
 
     schema: Schema
     may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool]
     business: Business = Business()
     eyes: Eyes | None = None
+    is_put_back: bool = False
+    may_be_superseded: bool = False
+    former_failures: Collection[bytes] = ()
 
     def readable(self, entity: str, attributes: Attributes | None) -> Attributes | None:
         """Return what the author of an operation may read of an object."""
@@ -122,14 +128,11 @@ def check_settled_once(
 ) -> Iterator[str]:
     """Compare what the replica believes of each operation with what the server did; it may merge some entities."""
     id_ = replica.replica_id
+    yield from _settled_twice_or_never(replica, committed)
     for seq, operation in committed.operations.items():
         settled = server.settled[id_].get(seq)
         changes = server.changes_of.get((id_, seq), [])
         is_pending, outcome = seq in replica.pending, replica.outcomes.get(seq)
-        if is_pending and outcome is not None:
-            yield f"seq {seq} is pending and settled on its replica"
-        if not is_pending and outcome is None and seq in replica.log:
-            yield f"seq {seq} is neither pending nor settled on its replica"
         if settled is None:
             if not is_pending:
                 yield f"seq {seq} is not pending on its replica, and the server never settled it"
@@ -143,6 +146,68 @@ def check_settled_once(
         yield from _misapplied(operation, settled, changes, server.history, is_merged=operation.entity in merging)
     if surplus := [key for key in server.changes_of if key[0] == id_ and key[1] not in committed.operations]:
         yield f"the server applied what nobody committed: {surplus}"
+
+
+@promise("Settled once: every operation is pending or settled on its replica, and not both")
+def check_settled_on_replica(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Look at what a replica believes of each operation, whatever the server does."""
+    yield from _settled_twice_or_never(replica, committed)
+
+
+@promise("Forks and restores: whatever is copied and put back, no operation takes effect twice")
+def check_effects(
+    server: ServerRecord,
+    operations: Mapping[int, Operation],
+    marks: Mapping[tuple[str, int], Settled],
+    doubted: Collection[int],
+    merging: Collection[str] = (),
+) -> Iterator[str]:
+    """
+    Compare the changes with what is settled under all ids that copies of a replica have.
+
+    Args:
+        server: The store.
+        operations: All that anybody ever committed, by nonce.
+        marks: What was settled since the store is this one, by replica id and seq.
+        doubted: Nonces of those that were refused because it was forgotten what had become of them.
+        merging: Entities of which stale edits are merged.
+    """
+    changes: dict[int, list[Change]] = {}
+    for place, caused in server.changes_of.items():
+        if place in marks:
+            changes.setdefault(marks[place].nonce, []).extend(caused)
+        elif UUID(place[0]).int:
+            yield f"{place} has changed {[one.version for one in caused]}, and was never settled"
+    for (replica_id, seq), settled in marks.items():
+        if settled.nonce not in operations:
+            yield f"seq {seq} of replica {replica_id} is settled as an operation that nobody committed"
+        elif settled.nonce not in doubted:
+            yield from _misapplied(
+                operations[settled.nonce],
+                settled,
+                changes.get(settled.nonce, []),
+                server.history,
+                is_merged=operations[settled.nonce].entity in merging,
+            )
+
+
+@promise("Forks and restores: nothing that is kept in a log is lost, and no operation is taken for another one")
+def check_kept_when_quiet(
+    server: ServerRecord,
+    replica: ReplicaRecord,
+    committed: Committed,
+    marks: Mapping[tuple[str, int], Settled],
+) -> Iterator[str]:
+    """Look up what became of each operation in a log, under whichever id the server settled it."""
+    settled = {one.nonce: one for one in marks.values()}
+    for seq in replica.log.keys() - replica.pending.keys():
+        one = settled.get(committed.operations[seq].nonce)
+        if one is None:
+            yield f"seq {seq} is settled on its replica, and the server knows nothing of it"
+        elif one.failure_id:
+            failure = server.failures.get(str(UUID(bytes=one.failure_id)))
+            if failure is None or committed.data[seq] not in {failure.operation, *failure.group_operations}:
+                yield f"seq {seq} failed, and the server has no record of it"
 
 
 @promise("Nothing lost on refusal: the failure record, with the whole payload, is durable on the server and replica")
@@ -236,8 +301,12 @@ def check_refusals(
         failure = server.failures.get(str(UUID(bytes=settled.failure_id))) if settled.failure_id else None
         if failure is None or not settled.culprit or (replica_id, seq) not in settlements:
             continue
+        if settled.failure_id in rules.former_failures:
+            continue  # it was looked at when it was recorded first
         reason = FailureReason.of_number(failure.reason)
         operation, when = committed.operations[seq], settlements[replica_id, seq]
+        if rules.is_put_back:
+            operation = operation._replace(base_version=0)
         if reason is FailureReason.DEPENDENCY_FAILED:
             because = _is_caused(failure, committed, settlements, server, rules)
         else:
@@ -258,7 +327,10 @@ def check_change_log(server: ServerRecord) -> Iterator[str]:
         if change.version != expected:
             yield f"version {expected} is missing, {change.version} follows"
             return
-        if change.previous != (newest[key].version if key in newest else 0):
+        former = newest.get(key)
+        # Nothing is known of what stood before a tombstone that is collected.
+        is_forgotten = former is not None and not change.previous and _is_collected(former, server)
+        if change.previous != (former.version if former is not None else 0) and not is_forgotten:
             yield f"version {change.version} of {key} names {change.previous} as the change before it"
         if (change.kind is OperationKind.CREATE) is not (before is None):
             yield f"version {change.version}: {change.kind.name} of {key}, which was {before}"
@@ -272,8 +344,9 @@ def check_change_log(server: ServerRecord) -> Iterator[str]:
         yield f"the head is {server.head.version}, the change log ends at {len(history.changes)}"
     if server.head.version and server.head_commit_id != server.head.commit_id:
         yield f"the head's commit id is not that of version {server.head.version}"
-    if server.objects.keys() != newest.keys():
-        yield f"objects without changes, or changes without object: {server.objects.keys() ^ newest.keys()}"
+    absent = {key for key in newest.keys() - server.objects.keys() if not _is_collected(newest[key], server)}
+    if surplus := absent | (server.objects.keys() - newest.keys()):
+        yield f"objects without changes, or changes without object: {surplus}"
         return
     for key, state in server.objects.items():
         yield from _wrong_state(key, state, newest[key], creations[key], history)
@@ -327,8 +400,24 @@ def check_sole_writers(server: ServerRecord, committed: Mapping[str, Committed])
 
 
 @promise("View: an object is its base with every operation replayed that is pending or applied above the base")
-def check_view(history: Past, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
-    """Make the view anew from the server's history and the committed operations."""
+def check_view(
+    history: Past,
+    replica: ReplicaRecord,
+    committed: Committed,
+    *,
+    others: Collection[Past] = (),
+    knows_outcomes: bool = True,
+) -> Iterator[str]:
+    """
+    Make the view anew from the server's history and the committed operations.
+
+    Args:
+        history: The server's.
+        replica: What is on disk.
+        committed: The operations.
+        others: Histories that the server had before it was put back; what is held may be of them.
+        knows_outcomes: Whether the outcomes that the replica knows are those of *history*.
+    """
     for key in dict.fromkeys([*replica.keys, *committed.seqs_of]):
         unconfirmed = replica.unconfirmed.get(key, [])
         shown, held = replica.view.get(key), replica.held(key)
@@ -339,15 +428,13 @@ def check_view(history: Past, replica: ReplicaRecord, committed: Committed) -> I
         base: Attributes | None = None
         if held is not None:
             base = decode_map(held.attributes)
-        if held is not None and history.follows(key[0]):
-            expected = history.at(key, held.version)
-            if not same(base, expected) or history.version_at(key, held.version) != held.version:
-                yield f"{key} is held at {held.version} as {base}, the server had {expected}"
+        if held is not None and history.follows(key[0]) and not _was_ever((history, *others), key, held.version, base):
+            yield f"{key} is held at {held.version} as {base}, the server had {history.at(key, held.version)}"
         for seq, _ in unconfirmed:
             base = replayed(base, committed.operations[seq])
         if unconfirmed and not same(base, None if shown is None else decode_map(shown.attributes)):
             yield f"{key} is shown as {shown}, base and {unconfirmed} make {base}"
-        if history.follows(key[0]):
+        if history.follows(key[0]) and knows_outcomes:
             yield from _wrongly_replayed(key, held, history, replica, committed)
 
 
@@ -505,6 +592,24 @@ def check_everything(
 # --- helpers ----------------------------------------------------------------------------
 
 
+def _settled_twice_or_never(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    for seq in committed.operations:
+        is_pending, is_settled = seq in replica.pending, seq in replica.outcomes
+        if is_pending and is_settled:
+            yield f"seq {seq} is pending and settled on its replica"
+        if not is_pending and not is_settled and seq in replica.log:
+            yield f"seq {seq} is neither pending nor settled on its replica"
+
+
+def _was_ever(histories: Iterable[Past], key: Key, version: int, attributes: Attributes | None) -> bool:
+    """Tell whether an object was changed to this at a version, in one of several histories."""
+    return any(one.version_at(key, version) == version and same(attributes, one.at(key, version)) for one in histories)
+
+
+def _is_collected(newest: Change, server: ServerRecord) -> bool:
+    return newest.kind is OperationKind.DELETE and newest.version <= server.collected
+
+
 def _misapplied(
     operation: Operation, settled: Settled, changes: list[Change], history: History, *, is_merged: bool
 ) -> Iterator[str]:
@@ -618,7 +723,8 @@ def _is_justified(
             return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
         case FailureReason.OBJECT_GONE:
             # Of another incarnation than its author saw: created since, by somebody else.
-            return None in seen or (operation.base_version < server.objects[key].created)
+            known = server.objects.get(key)
+            return None in seen or (known is not None and operation.base_version < known.created)
         case FailureReason.DANGLING_REFERENCE:
             if operation.kind is not OperationKind.CREATE and None in seen:
                 return True
@@ -639,6 +745,8 @@ def _is_justified(
             return eyes is not None and not all(_may(eyes, operation, state) for state in states)
         case FailureReason.MALFORMED:
             return operation.kind is OperationKind.DELETE and bool(operation.patch)
+        case FailureReason.SUPERSEDED:
+            return rules.may_be_superseded
         case _:
             return False
 
