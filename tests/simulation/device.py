@@ -55,6 +55,7 @@ class Call:
         is_asleep: Whether it waits before its next attempt.
         selection: What the present attempt is about. Mode selected only.
         covered: The operations that the present attempt has to settle.
+        life: In which life of the server's store the present attempt began.
         report: What it returned in the end.
     """
 
@@ -66,6 +67,7 @@ class Call:
     is_asleep: bool = False
     selection: Selection | None = None
     covered: frozenset[int] = frozenset()
+    life: int = 0
     report: Report | None = None
 
 

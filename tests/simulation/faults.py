@@ -79,7 +79,7 @@ class Commit(enum.StrEnum):
     SERVICE = "the server: what the service itself writes"
     COPIES = "the server: what a copy settled, noted for the others"
     TIMELINE = "the server: a new timeline, because a replica knows more"
-    ADOPTION = "the server: what schema it is made ready for"
+    NOTE = "the server: what it keeps of itself, as the schema that it is made ready for"
     MIGRATION = "the server: a page of migrated objects"
     INDEXES = "the server: a page of indexes made anew"
     COLLECT = "the server: a part of its history is forgotten"
@@ -148,7 +148,7 @@ _SERVER_JOBS = {
     "Upload.settle_held": Commit.HELD,
     "Tenant.submit": Commit.SERVICE,
     "_Data.submit": Commit.SERVICE,
-    "LmdbStore.set_note": Commit.ADOPTION,
+    "LmdbStore.set_note": Commit.NOTE,
     "_migrate": Commit.MIGRATION,
     "_rebuild_indexes": Commit.INDEXES,
     "without_past": Commit.COLLECT,

@@ -124,9 +124,23 @@ def check_log(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
 
 @promise("Settled once: every operation is at any time exactly one of pending, applied once, failed with a record")
 def check_settled_once(
-    server: ServerRecord, replica: ReplicaRecord, committed: Committed, merging: Collection[str] = ()
+    server: ServerRecord,
+    replica: ReplicaRecord,
+    committed: Committed,
+    merging: Collection[str] = (),
+    *,
+    may_lack_trimmed: bool = False,
 ) -> Iterator[str]:
-    """Compare what the replica believes of each operation with what the server did; it may merge some entities."""
+    """
+    Compare what the replica believes of each operation with what the server did.
+
+    Args:
+        server: What the server did.
+        replica: What the replica believes.
+        committed: The operations.
+        merging: Entities of which the server merges stale edits.
+        may_lack_trimmed: Whether the store was put back: what was trimmed by then could not be offered again.
+    """
     id_ = replica.replica_id
     yield from _settled_twice_or_never(replica, committed)
     for seq, operation in committed.operations.items():
@@ -134,7 +148,7 @@ def check_settled_once(
         changes = server.changes_of.get((id_, seq), [])
         is_pending, outcome = seq in replica.pending, replica.outcomes.get(seq)
         if settled is None:
-            if not is_pending:
+            if not is_pending and not (may_lack_trimmed and seq not in replica.log):
                 yield f"seq {seq} is not pending on its replica, and the server never settled it"
             if changes:
                 yield f"seq {seq} is not settled on the server, and changed {[one.version for one in changes]}"
@@ -308,7 +322,7 @@ def check_refusals(
         if rules.is_put_back:
             operation = operation._replace(base_version=0)
         if reason is FailureReason.DEPENDENCY_FAILED:
-            because = _is_caused(failure, committed, settlements, server, rules)
+            because = _is_caused(failure, replica_id, committed, settlements, server, rules)
         else:
             because = _is_justified(reason, operation, when, server, rules)
         if not because:
@@ -567,11 +581,12 @@ def check_replica(
     *,
     seen: Past | None = None,
     merging: Collection[str] = (),
+    may_lack_trimmed: bool = False,
 ) -> None:
     """Check what holds at any moment between a server and a replica, which knows the history as *seen*."""
     seen = seen or server.history
     check_log(replica, committed)
-    check_settled_once(server, replica, committed, merging)
+    check_settled_once(server, replica, committed, merging, may_lack_trimmed=may_lack_trimmed)
     check_failures(server, replica, committed)
     check_order(server, replica.replica_id, committed)
     check_groups(server, replica.replica_id, committed)
@@ -776,8 +791,9 @@ def _after(operation: Operation, state: Attributes | None) -> Attributes | None:
     return None if state is None else patched(state, patch)
 
 
-def _is_caused(
+def _is_caused(  # noqa: PLR0917 - two failures, and where what they are about is to be looked up
     failure: failure_pb2.SynchronizationFailure,
+    replica_id: str,
     committed: Committed,
     settlements: Mapping[tuple[str, int], Settlement],
     server: ServerRecord,
@@ -786,12 +802,11 @@ def _is_caused(
     """
     Tell whether a failure that is put down to another one hangs under it rightly.
 
-    The cause is a failure of the same replica, settled no later, that kept an object from being created: one that
+    The cause is a failure of the same log, settled no later, that kept an object from being created: one that
     the operation, or a member of its commit group, is about or refers to.
     """
-    replica_id = failure.replica_id
     cause = server.failures.get(failure.cause_failure_id)
-    if cause is None or cause.replica_id != replica_id:
+    if cause is None or any(committed.operations.get(one.seq) != one for one in _operations(cause)):
         return False
     refused = _operations(cause)
     orders = [settlements[replica_id, one.seq].order for one in refused if (replica_id, one.seq) in settlements]

@@ -26,6 +26,7 @@ from tidelog_server._lmdb_store import _Job
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._records import Identity, Settled, Writes
 from tidelog_server._retention import Collected, Periods, Retention
+from tidelog_server._sealing import Sealer
 from tidelog_server._store import Reader
 
 T = TypeVar("T")
@@ -189,6 +190,7 @@ class SimulatedServer:
     def adopt(self) -> None:
         """Make the store ready for the application's schema, as a server does that starts. Raises StorageError."""
         adopt_schema(self.application, self.store, migrate=True, time_us=self._clock())
+        Sealer(self.store, "")  # makes the key
 
     def collect(self) -> Collected:
         """Forget what is due. Raises StorageError."""

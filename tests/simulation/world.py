@@ -77,7 +77,7 @@ BACKUPS_MAX: Final = 3
 # What is noted by the way of a copy or a restore takes attempts of its own.
 COPIES_ATTEMPTS_MAX: Final = 5
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
-ADOPTING: Final = (Commit.ADOPTION, Commit.MIGRATION, Commit.INDEXES)
+ADOPTING: Final = (Commit.NOTE, Commit.MIGRATION, Commit.INDEXES)
 COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_INDEX, Commit.RETIRE)
 YEAR: Final = timedelta(days=365)
 STEP_SECONDS: Final = 0.001
@@ -212,7 +212,7 @@ class World:
             lambda: self._server.has_died,
             lambda answer: self._overhear(device, answer),
         )
-        call.link = link
+        call.link, call.life = link, self._history.lives
         call.selection, self._selected = self._selected, None
         pending = [one.seq for one in device.replica._storage.pending()]
         call.covered = frozenset(pending if call.selection is None else call.selection.seqs)
@@ -441,7 +441,7 @@ class World:
             raise PromiseBroken("Nothing lost on refusal: what is reported is recorded", [device.name])
         if call.mode is Mode.ALL:
             device.see_as_wished()
-            device.life = self._history.lives
+            device.life = call.life
         if call.mode is Mode.SELECTED:
             # What holds at any moment shows best while a part of the log is settled.
             self._check_everything(device, record)
@@ -977,7 +977,14 @@ class World:
         promises.check_settled_on_replica(record, device.committed)
         if self._is_current(device) and self._knows_outcomes(device):
             told, _ = copies.as_of_one_id(server, chronicle, record.replica_id, device.committed)
-            promises.check_replica(told, record, device.committed, seen=device.seen, merging=merging)
+            promises.check_replica(
+                told,
+                record,
+                device.committed,
+                seen=device.seen,
+                merging=merging,
+                may_lack_trimmed=self._history.lives > 0,
+            )
         else:
             self._check(device)
 
