@@ -129,7 +129,7 @@ def check_settled_once(
     committed: Committed,
     merging: Collection[str] = (),
     *,
-    may_lack_trimmed: bool = False,
+    lost: Collection[int] = (),
 ) -> Iterator[str]:
     """
     Compare what the replica believes of each operation with what the server did.
@@ -139,7 +139,7 @@ def check_settled_once(
         replica: What the replica believes.
         committed: The operations.
         merging: Entities of which the server merges stale edits.
-        may_lack_trimmed: Whether the store was put back: what was trimmed by then could not be offered again.
+        lost: Seqs of what nobody has any more: trimmed here, and lost there when the store was put back.
     """
     id_ = replica.replica_id
     yield from _settled_twice_or_never(replica, committed)
@@ -148,7 +148,7 @@ def check_settled_once(
         changes = server.changes_of.get((id_, seq), [])
         is_pending, outcome = seq in replica.pending, replica.outcomes.get(seq)
         if settled is None:
-            if not is_pending and not (may_lack_trimmed and seq not in replica.log):
+            if not is_pending and seq not in lost:
                 yield f"seq {seq} is not pending on its replica, and the server never settled it"
             if changes:
                 yield f"seq {seq} is not settled on the server, and changed {[one.version for one in changes]}"
@@ -243,14 +243,18 @@ def check_failures(server: ServerRecord, replica: ReplicaRecord, committed: Comm
 
 
 @promise("In order: operations on one object are settled in log order")
-def check_order(server: ServerRecord, replica_id: str, committed: Committed) -> Iterator[str]:
-    """Look for an operation that was settled before an earlier one on its object."""
+def check_order(
+    server: ServerRecord, replica_id: str, committed: Committed, lost: Collection[int] = ()
+) -> Iterator[str]:
+    """Look for an operation that was settled before an earlier one on its object, which is not *lost*."""
     settled = server.settled[replica_id]
     for key, seqs in committed.seqs_of.items():
         unsettled: int | None = None
         newest = 0
         for seq in seqs:
             one = settled.get(seq)
+            if one is None and seq in lost:
+                continue
             if one is None:
                 unsettled = seq if unsettled is None else unsettled
                 continue
@@ -279,8 +283,9 @@ def check_groups(
     replica_id: str,
     committed: Committed,
     settlements: Mapping[tuple[str, int], Settlement] | None = None,
+    lost: Collection[int] = (),
 ) -> Iterator[str]:
-    """Compare the outcomes of each commit group's members."""
+    """Compare the outcomes of each commit group's members, unless some are *lost*."""
     settled = server.settled[replica_id]
     groups: dict[int, list[int]] = {}
     for seq, operation in committed.operations.items():
@@ -290,6 +295,8 @@ def check_groups(
         size = committed.operations[first].group
         if size is None or len(seqs) != size.size:
             yield f"the group at seq {first} is logged with {len(seqs)} members: {size}"
+        if any(seq in lost for seq in seqs):
+            continue
         outcomes = [settled.get(seq) for seq in seqs]
         kinds = {None if one is None else one.failure_id for one in outcomes}
         if len(kinds) > 1:
@@ -321,6 +328,8 @@ def check_refusals(
         operation, when = committed.operations[seq], settlements[replica_id, seq]
         if rules.is_put_back:
             operation = operation._replace(base_version=0)
+        if reason is FailureReason.DEPENDENCY_FAILED and failure.replica_id != replica_id:
+            continue  # what another copy sent along may have been the cause
         if reason is FailureReason.DEPENDENCY_FAILED:
             because = _is_caused(failure, replica_id, committed, settlements, server, rules)
         else:
@@ -581,15 +590,15 @@ def check_replica(
     *,
     seen: Past | None = None,
     merging: Collection[str] = (),
-    may_lack_trimmed: bool = False,
+    lost: Collection[int] = (),
 ) -> None:
     """Check what holds at any moment between a server and a replica, which knows the history as *seen*."""
     seen = seen or server.history
     check_log(replica, committed)
-    check_settled_once(server, replica, committed, merging, may_lack_trimmed=may_lack_trimmed)
+    check_settled_once(server, replica, committed, merging, lost=lost)
     check_failures(server, replica, committed)
-    check_order(server, replica.replica_id, committed)
-    check_groups(server, replica.replica_id, committed)
+    check_order(server, replica.replica_id, committed, lost)
+    check_groups(server, replica.replica_id, committed, lost=lost)
     check_view(seen, replica, committed)
     check_versions_shown(replica, committed)
     check_cursor(seen, replica)

@@ -94,6 +94,11 @@ class Chronicle:
     doubted: set[int] = field(default_factory=set)
     transaction_count: int = 0
 
+    @property
+    def forgotten_nonces(self) -> set[int]:
+        """The nonces of those of which the store knows no more what became of them."""
+        return {self.marks[place].nonce for place in self.forgotten}
+
     def copy(self) -> Chronicle:
         """Return what is known by now."""
         return Chronicle(
@@ -102,11 +107,12 @@ class Chronicle:
 
     def note(self, replica_id: str, settled: Iterable[tuple[int, Settled]], before: int, after: int) -> Iterator[str]:
         """Note what a transaction has settled. Yields what must not be."""
+        forgotten = self.forgotten_nonces
         for seq, one in settled:
             place = replica_id, seq
-            if place in self.forgotten and one.failure_id:
+            if one.failure_id and one.nonce in forgotten:
                 self.doubted.add(one.nonce)
-            elif place in self.settlements:
+            if place in self.settlements and place not in self.forgotten:
                 yield f"seq {seq} of replica {replica_id} was settled a second time"
             self.settlements[place] = Settlement(self.transaction_count, before, after)
             self.marks[place] = one

@@ -977,14 +977,8 @@ class World:
         promises.check_settled_on_replica(record, device.committed)
         if self._is_current(device) and self._knows_outcomes(device):
             told, _ = copies.as_of_one_id(server, chronicle, record.replica_id, device.committed)
-            promises.check_replica(
-                told,
-                record,
-                device.committed,
-                seen=device.seen,
-                merging=merging,
-                may_lack_trimmed=self._history.lives > 0,
-            )
+            lost = self._lost(device, record, told)
+            promises.check_replica(told, record, device.committed, seen=device.seen, merging=merging, lost=lost)
         else:
             self._check(device)
 
@@ -1009,7 +1003,7 @@ class World:
             record = device.record()
             promises.check_kept_when_quiet(server, record, device.committed, chronicle.marks)
             if self._knows_outcomes(device):
-                self._check_settlements(device, record.replica_id, server)
+                self._check_settlements(device, record, server)
             not_ready = self._not_ready(reports[device.name])
             if not_ready and self.settings.limits["held_units"] > len(device.committed.data):
                 raise PromiseBroken(
@@ -1017,10 +1011,16 @@ class World:
                 )
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
 
-    def _check_settlements(self, device: Device, replica_id: str, server: ServerRecord) -> None:
+    def _lost(self, device: Device, record: ReplicaRecord, server: ServerRecord) -> set[int]:
+        """Return what was trimmed on a replica, and then lost on the server when it was put back."""
+        if not self._history.lives:
+            return set()
+        return device.committed.operations.keys() - record.log.keys() - server.settled[record.replica_id].keys()
+
+    def _check_settlements(self, device: Device, record: ReplicaRecord, server: ServerRecord) -> None:
         """Check how, and for what reasons, the operations of a replica were settled."""
         business, chronicle = self.settings.business, self._server.chronicle
-        settlements = chronicle.settlements
+        settlements, replica_id = chronicle.settlements, record.replica_id
         if self.settings.has_copies:
             server, settlements = copies.as_of_one_id(server, chronicle, replica_id, device.committed)
         rules = Rules(
@@ -1032,7 +1032,8 @@ class World:
             may_be_superseded=self.settings.has_copies,
             former_failures=self._former_failures,
         )
-        promises.check_groups(server, replica_id, device.committed, settlements)
+        lost = self._lost(device, record, server)
+        promises.check_groups(server, replica_id, device.committed, settlements, lost)
         promises.check_settlement_order(replica_id, device.committed, settlements)
         promises.check_refusals(server, replica_id, device.committed, settlements, rules)
 
