@@ -96,12 +96,17 @@ class Business:
         if version > 1 and is_servers:
             declared["Node"]["mate"] = Reference("Node", on_delete="clear")
         unique: dict[str, tuple[str, ...]] = {}
+        indexes: dict[str, tuple[str, ...]] = {}
         if self.is_strict and is_servers:
             declared["Note"] = {"n": Integer(minimum=-SMALL, maximum=SMALL)}
             declared["Task"] = {"title": String(required=True)}
             unique["Note"] = ("n",)
+            indexes = {"Note": ("n",), "Task": ("title",)}
         return Schema(
-            [Entity(name, attributes, unique=unique.get(name, ())) for name, attributes in declared.items()],
+            [
+                Entity(name, attributes, unique=unique.get(name, ()), indexes=indexes.get(name, ()))
+                for name, attributes in declared.items()
+            ],
             version=version,
             open=True,
         )

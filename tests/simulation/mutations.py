@@ -17,8 +17,21 @@ from tests.simulation.world import STEPS_DEFAULT
 
 from tidelog import FailureReason, StorageError
 from tidelog._keys import pack_position
-from tidelog_client import _publication, _storage, _synchronizer, _view
-from tidelog_server import _action, _applier, _download, _engine, _hooks, _lmdb_store, _projection, _records, _session
+from tidelog_client import _lineage, _publication, _storage, _synchronization, _synchronizer, _view
+from tidelog_server import (
+    _action,
+    _applier,
+    _checkpoints,
+    _collection,
+    _download,
+    _engine,
+    _formers,
+    _hooks,
+    _lmdb_store,
+    _projection,
+    _records,
+    _session,
+)
 from tidelog_server._application import TransientError
 from tidelog_server._records import Head, ReplicaState, Writes, merged_ranges
 from tidelog_server._refusal import Refused
@@ -207,6 +220,79 @@ def _ranges_without_gaps() -> _Patch:
     return mock.patch.object(_records, "merged_ranges", closed)
 
 
+def _wait_for_what_went() -> _Patch:
+    return mock.patch.object(_action.References, "note_created")
+
+
+# --- copies, restores, and what is forgotten ----------------------------------------------
+
+
+def _no_checkpoints() -> _Patch:
+    return mock.patch.object(_checkpoints.Checkpoints, "contradicts", return_value=False)
+
+
+def _nothing_lost() -> _Patch:
+    return mock.patch.object(_storage.Storage, "_settled_outside", return_value=())
+
+
+def _execute_former_failures() -> _Patch:
+    first_try = _engine._Evaluator._first_try
+
+    def unaware(self: Any, unit: Any) -> Any:
+        return first_try(self, tuple(member._replace(former=None) for member in unit))
+
+    return mock.patch.object(_engine._Evaluator, "_first_try", unaware)
+
+
+def _overwrite_after_restore() -> _Patch:
+    return mock.patch.object(_applier.UnitApplier, "_check_not_superseded")
+
+
+def _trust_any_log() -> _Patch:
+    return mock.patch.object(_synchronization.Synchronization, "_check_log")
+
+
+def _fork_in_name_only() -> _Patch:
+    def keeping(self: Any, transaction: Any, **_options: Any) -> str:
+        return str(self._meta.get(transaction, "replica_id").decode())
+
+    return mock.patch.object(_lineage.Lineage, "fork", keeping)
+
+
+def _forget_former_ids() -> _Patch:
+    return mock.patch.object(_lineage.Lineage, "_formers", return_value=[])
+
+
+def _keep_from_copies() -> _Patch:
+    return mock.patch.object(_formers.Formers, "notes", return_value={})
+
+
+def _horizon_stays() -> _Patch:
+    start_of = _download.Download.start_of
+
+    def unaware(self: Any, reader: Any, *arguments: Any) -> Any:
+        with mock.patch.object(type(reader), "collected", return_value=0):
+            return start_of(self, reader, *arguments)
+
+    return mock.patch.object(_download.Download, "start_of", unaware)
+
+
+def _forget_too_much() -> _Patch:
+    def all_of_them(reader: Any, replica: Any, _before_us: int) -> list[int]:
+        return [seq for seq, _ in reader.first_settled(replica, _collection.STEP_ENTRIES)]
+
+    return mock.patch.object(_collection, "settled_before", all_of_them)
+
+
+def _apply_what_is_forgotten() -> _Patch:
+    settled_before = _engine._Evaluator._settled_before
+
+    def trusting(self: Any, members: Any) -> Any:
+        return settled_before(self, members)[0], set()
+
+    return mock.patch.object(_engine._Evaluator, "_settled_before", trusting)
+
+
 # --- the replica --------------------------------------------------------------------------
 
 
@@ -352,6 +438,18 @@ MUTATIONS: Final = (
     Mutation("an applied change is folded before its snapshot is there", _fold_too_early),
     Mutation("a log entry is trimmed that the view needs", _trim_what_is_needed),
     Mutation("two synchronizations run at once", _two_at_once),
+    Mutation("a reference to what came and went is waited for", _wait_for_what_went),
+    Mutation("nobody notices that the server's store was put back", _no_checkpoints),
+    Mutation("a replica offers nothing again", _nothing_lost),
+    Mutation("what had failed before a restore is executed", _execute_former_failures),
+    Mutation("what is offered again overwrites what was done since", _overwrite_after_restore),
+    Mutation("a replica does not notice that its directory is a copy", _trust_any_log),
+    Mutation("a copy keeps its id", _fork_in_name_only),
+    Mutation("a copy does not say whose it is", _forget_former_ids),
+    Mutation("what a copy settled is not noted for the others", _keep_from_copies),
+    Mutation("a cursor from before what is collected is served", _horizon_stays, {"collect": 5}),
+    Mutation("outcomes are forgotten that may be asked for", _forget_too_much, {"collect": 5}),
+    Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
 )
 
 

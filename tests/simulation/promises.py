@@ -189,13 +189,22 @@ def check_effects(
     changes: dict[int, list[Change]] = {}
     for place, caused in server.changes_of.items():
         if place in marks:
-            changes.setdefault(marks[place].nonce, []).extend(caused)
+            own = changes.setdefault(marks[place].nonce, [])
+            if any(not one.by_hook for one in own) and any(not one.by_hook for one in caused):
+                yield f"{operations.get(marks[place].nonce)} was applied under several ids"
+            own += caused
         elif UUID(place[0]).int:
             yield f"{place} has changed {[one.version for one in caused]}, and was never settled"
     for (replica_id, seq), settled in marks.items():
         if settled.nonce not in operations:
             yield f"seq {seq} of replica {replica_id} is settled as an operation that nobody committed"
-        elif settled.nonce not in doubted:
+        elif settled.nonce in doubted:
+            failure = server.failures.get(str(UUID(bytes=settled.failure_id))) if settled.failure_id else None
+            if failure is not None and not changes.get(settled.nonce):
+                continue
+            if failure is not None and failure.reason != FailureReason.SUPERSEDED.number:
+                yield f"seq {seq} of replica {replica_id} was applied once, and refused: {failure.message}"
+        else:
             yield from _misapplied(
                 operations[settled.nonce],
                 settled,
@@ -417,6 +426,17 @@ def check_sole_writers(server: ServerRecord, committed: Mapping[str, Committed])
                 yield f"{key} was written at {change.version} with another patch than the operation's"
             elif operation.decoded_patch().has_intents:
                 yield f"{key} was written at {change.version} with an intent"
+
+
+@promise("References: what an object refers to is there, if the schema says what becomes of it otherwise")
+def check_references(server: ServerRecord, schema: Schema) -> Iterator[str]:
+    """Look up what all objects refer to."""
+    objects = server.visible()
+    for key, (version, attributes) in objects.items():
+        binding = {one.attribute for one in schema.references(key[0]) if one.on_delete != "keep"}
+        for attribute, target in schema.referenced(key[0], attributes):
+            if attribute in binding and target not in objects:
+                yield f"{key} at {version} refers to {target} by {attribute!r}, which is not there"
 
 
 # --- the replica's view -----------------------------------------------------------------

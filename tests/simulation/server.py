@@ -192,6 +192,7 @@ class SimulatedServer:
         """Stop and start again. The store is not adopted yet."""
         self.lmdb.close()
         self.lmdb = self._open()
+        self._note_forgotten()  # it may have died when it had just forgotten something
 
     def adopt(self) -> None:
         """Make the store ready for the application's schema, as a server does that starts. Raises StorageError."""

@@ -437,7 +437,9 @@ class World:
                 "Settled once: a report counts what was settled",
                 [f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled"],
             )
-        if {failure.id for failure in report.failures} - record.failures.keys():
+        # What was offered again, and has become something else by another copy, is that failure no more.
+        has_changed_its_mind = report.reoffered and device.is_copied
+        if {failure.id for failure in report.failures} - record.failures.keys() and not has_changed_its_mind:
             raise PromiseBroken("Nothing lost on refusal: what is reported is recorded", [device.name])
         if call.mode is Mode.ALL:
             device.see_as_wished()
@@ -457,10 +459,13 @@ class World:
             return list(dict.fromkeys([*self._history.keys, *record.keys]))
         if call.selection is not None:
             return list(call.selection.keys)
-        seqs = call.covered - record.pending.keys()
+        refused = {seq for seq, outcome in record.outcomes.items() if outcome.failure_id}
+        seqs = call.covered - record.pending.keys() - refused
+        with self._server.lmdb.read(DEFAULT_TENANT) as reader:
+            collected = reader.collected()  # of what was changed up to there nobody knows by which operation it was
         return [
             change.key
-            for change in self._history.changes
+            for change in self._history.changes[collected:]
             if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id
         ]
 
@@ -817,7 +822,10 @@ class World:
         if not self.settings.has_copies and self._is_anything_in_doubt():
             return
         if self._random.random() < 0.3:
-            commit = self._random.choice(COLLECTING)
+            self._server_time_us += YEAR // timedelta(microseconds=1)
+            self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
+        if self._random.random() < 0.3:
+            commit = self._random.choices(COLLECTING, [1, 1, 3, 3])[0]
             self._server.disk.trap = Trap(Fault.SERVER_CRASH, self._random.choice([0, 0, 1]), commit, self._moment())
         self._read_history()
         self.coverage.faults[Fault.COLLECTED.name] += 1
@@ -990,6 +998,7 @@ class World:
             self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
         business = self.settings.business
         chronicle = self._server.chronicle
+        promises.check_references(server, business.schema(2))
         if (party := self._third_party) is not None:
             self._say(party.download(self._server))
             party.check(server)
