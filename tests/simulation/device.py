@@ -79,6 +79,7 @@ class Aside:
     model: Model
     eyes: Eyes
     wishes: Mapping[str, Download]
+    is_between_wishes: bool
     seen: SeenHistory
     committed: Committed
     life: int
@@ -105,6 +106,7 @@ class Device:
         call: The synchronization under way.
         cursor_at: Where its cursor was last seen: replica id, timeline, version.
         life: In which of the lives of the server's store it last had everything. See `History`.
+        is_between_wishes: Whether it still has what its user wanted before.
         is_copied: Whether there are, or were, other copies of its directory.
         disk: Where it writes.
         clock_jump: How far its clock is from the world's.
@@ -127,7 +129,8 @@ class Device:
         self.path = path
         self.committed = Committed()
         self.call: Call | None = None
-        self.cursor_at = ("", "", 0)
+        self.cursor_at: tuple[str, str, int] = ("", "", 0)
+        self.is_between_wishes = False
         self.life = 0
         self.is_copied = False
         self.disk = Disk(ReplicaDied, coverage, lambda work: lambda: [client_commit(work)])
@@ -180,7 +183,16 @@ class Device:
         """Copy the directory as it is just now."""
         shutil.copytree(self.path, path)
         self.is_copied = True
-        return Aside(path, self._model, self.eyes, self.wishes, self.seen, self.committed.copy(), self.life)
+        return Aside(
+            path,
+            self._model,
+            self.eyes,
+            self.wishes,
+            self.is_between_wishes,
+            self.seen,
+            self.committed.copy(),
+            self.life,
+        )
 
     def put_back(self, aside: Aside) -> None:
         """Put a copy in the place of the directory. The replica is not open meanwhile."""
@@ -188,6 +200,7 @@ class Device:
             shutil.rmtree(self.path)
         shutil.copytree(aside.path, self.path)
         self.eyes, self.wishes, self.seen = aside.eyes, aside.wishes, aside.seen
+        self.is_between_wishes = aside.is_between_wishes
         self.committed, self.life, self.is_copied = aside.committed.copy(), aside.life, True
         self.cursor_at = ("", "", 0)
 
@@ -205,6 +218,7 @@ class Device:
 
     def wish(self, wishes: Mapping[str, Download]) -> None:
         """Let the user want something else, from the next time on that the replica is opened."""
+        self.is_between_wishes = True
         before, eyes = self.seen, self.eyes.with_wishes(wishes)
         self.wishes, self.eyes = wishes, eyes
         self.seen = SeenHistory(
@@ -216,6 +230,7 @@ class Device:
 
     def see_as_wished(self) -> None:
         """Take note that everything was synchronized."""
+        self.is_between_wishes = False
         self.seen = SeenHistory(self._history, self.eyes.readable, self.eyes.shown, self.eyes.downloads)
 
     def record(self) -> ReplicaRecord:

@@ -84,7 +84,7 @@ class Rules(NamedTuple):
         business: What the seed made of the application.
         eyes: What the author may do. None: everything.
         is_put_back: Whether the store was put back from a backup: then base versions may be of another history.
-        may_be_superseded: Whether something may be forgotten, or be done already, that nobody can tell.
+        has_copies: Whether directories are copied, and what may be asked for is forgotten.
         former_failures: Ids of failures that were recorded before the store was put back.
     """
 
@@ -93,7 +93,7 @@ class Rules(NamedTuple):
     business: Business = Business()
     eyes: Eyes | None = None
     is_put_back: bool = False
-    may_be_superseded: bool = False
+    has_copies: bool = False
     former_failures: Collection[bytes] = ()
 
     def readable(self, entity: str, attributes: Attributes | None) -> Attributes | None:
@@ -337,9 +337,10 @@ def check_refusals(
         operation, when = committed.operations[seq], settlements[replica_id, seq]
         if rules.is_put_back:
             operation = operation._replace(base_version=0)
-        if reason is FailureReason.DEPENDENCY_FAILED and failure.replica_id != replica_id:
-            continue  # what another copy sent along may have been the cause
-        if reason is FailureReason.DEPENDENCY_FAILED:
+        is_dependent = reason is FailureReason.DEPENDENCY_FAILED
+        if is_dependent and rules.has_copies and _is_of_copy(failure, replica_id, server):
+            continue  # what another copy did is not in this log
+        if is_dependent:
             because = _is_caused(failure, replica_id, committed, settlements, server, rules)
         else:
             because = _is_justified(reason, operation, when, server, rules)
@@ -790,7 +791,7 @@ def _is_justified(
         case FailureReason.MALFORMED:
             return operation.kind is OperationKind.DELETE and bool(operation.patch)
         case FailureReason.SUPERSEDED:
-            return rules.may_be_superseded
+            return rules.has_copies
         case _:
             return False
 
@@ -835,7 +836,7 @@ def _is_caused(  # noqa: PLR0917 - two failures, and where what they are about i
     the operation, or a member of its commit group, is about or refers to.
     """
     cause = server.failures.get(failure.cause_failure_id)
-    if cause is None or any(committed.operations.get(one.seq) != one for one in _operations(cause)):
+    if cause is None or cause.replica_id != replica_id:
         return False
     refused = _operations(cause)
     orders = [settlements[replica_id, one.seq].order for one in refused if (replica_id, one.seq) in settlements]
@@ -851,6 +852,12 @@ def _is_caused(  # noqa: PLR0917 - two failures, and where what they are about i
     earlier = [one for one in refused if one.kind is OperationKind.CREATE and one.key in needed]
     # An object that was created after all, by a later operation of its author's, is not lacking.
     return any(not _was_created_since(one, concerned, committed, settlements, server, replica_id) for one in earlier)
+
+
+def _is_of_copy(failure: failure_pb2.SynchronizationFailure, replica_id: str, server: ServerRecord) -> bool:
+    """Tell whether a failure, or its cause, was recorded under another id than a replica has now."""
+    cause = server.failures.get(failure.cause_failure_id)
+    return failure.replica_id != replica_id or (cause is not None and cause.replica_id != replica_id)
 
 
 def _was_created_since(  # noqa: PLR0917 - two operations, and where they are to be looked up

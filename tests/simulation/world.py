@@ -451,7 +451,11 @@ class World:
         if not self._is_current(device):
             return
         seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
-        promises.check_fresh(seen, record, self._covered(call, record), since=link.settled_version)
+        covered = self._covered(call, record)
+        if call.mode is Mode.UNSYNCHRONIZED and device.is_between_wishes:
+            # What is not wanted any more is covered by the next synchronization of everything.
+            covered = [key for key in covered if not seen.was_absent(key, link.settled_version)]
+        promises.check_fresh(seen, record, covered, since=link.settled_version)
 
     def _covered(self, call: Call, record: ReplicaRecord) -> list[Key]:
         """Return the objects that the mode of a call covers."""
@@ -1038,7 +1042,7 @@ class World:
             business,
             device.eyes,
             is_put_back=self._history.lives > 0,
-            may_be_superseded=self.settings.has_copies,
+            has_copies=self.settings.has_copies,
             former_failures=self._former_failures,
         )
         lost = self._lost(device, record, server)
