@@ -8,7 +8,7 @@ simulation must find every one; which promise told, and after how many worlds, i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -38,6 +38,7 @@ from tidelog_server._refusal import Refused
 from tidelog_server._units import split_units
 
 SEEDS_MAX: Final = 400
+ONLY_RESTORES: Final = {"restore": 4, "back up": 3, "copy": 0, "put aside": 0, "put back": 0}
 
 _Patch = AbstractContextManager[Any]
 
@@ -220,10 +221,6 @@ def _ranges_without_gaps() -> _Patch:
     return mock.patch.object(_records, "merged_ranges", closed)
 
 
-def _wait_for_what_went() -> _Patch:
-    return mock.patch.object(_action.References, "note_created")
-
-
 # --- copies, restores, and what is forgotten ----------------------------------------------
 
 
@@ -248,8 +245,20 @@ def _overwrite_after_restore() -> _Patch:
     return mock.patch.object(_applier.UnitApplier, "_check_not_superseded")
 
 
-def _trust_any_log() -> _Patch:
-    return mock.patch.object(_synchronization.Synchronization, "_check_log")
+@contextmanager
+def _trust_any_log() -> Iterator[None]:
+    settled_before = _engine._Evaluator._settled_before
+
+    def trusting(self: Any, members: Any) -> Any:
+        known = self._reader.settled(self._uploader.replica, [member.seq for member in members])
+        taken = [one._replace(nonce=known[one.seq].nonce) if one.seq in known else one for one in members]
+        return settled_before(self, taken)
+
+    with (
+        mock.patch.object(_synchronization.Synchronization, "_check_log"),
+        mock.patch.object(_engine._Evaluator, "_settled_before", trusting),
+    ):
+        yield
 
 
 def _fork_in_name_only() -> _Patch:
@@ -438,12 +447,15 @@ MUTATIONS: Final = (
     Mutation("an applied change is folded before its snapshot is there", _fold_too_early),
     Mutation("a log entry is trimmed that the view needs", _trim_what_is_needed),
     Mutation("two synchronizations run at once", _two_at_once),
-    Mutation("a reference to what came and went is waited for", _wait_for_what_went),
     Mutation("nobody notices that the server's store was put back", _no_checkpoints),
     Mutation("a replica offers nothing again", _nothing_lost),
-    Mutation("what had failed before a restore is executed", _execute_former_failures),
-    Mutation("what is offered again overwrites what was done since", _overwrite_after_restore),
-    Mutation("a replica does not notice that its directory is a copy", _trust_any_log),
+    Mutation("what had failed before a restore is executed", _execute_former_failures, ONLY_RESTORES),
+    Mutation(
+        "what is offered again overwrites what was done since",
+        _overwrite_after_restore,
+        {**ONLY_RESTORES, "service": 15, "act": 3},
+    ),
+    Mutation("an operation is taken for the one that another copy has in its place", _trust_any_log),
     Mutation("a copy keeps its id", _fork_in_name_only),
     Mutation("a copy does not say whose it is", _forget_former_ids),
     Mutation("what a copy settled is not noted for the others", _keep_from_copies),

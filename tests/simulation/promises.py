@@ -214,6 +214,37 @@ def check_effects(
             )
 
 
+@promise("Forks and restores: what is offered again keeps its refusal, and overwrites nothing that was done since")
+def check_offered_again(
+    server: ServerRecord,
+    acknowledged: Mapping[int, str],
+    operations: Mapping[int, Operation],
+    marks: Mapping[tuple[str, int], Settled],
+    since: int,
+) -> Iterator[str]:
+    """
+    Look at what became of operations that replicas knew to be settled when the store was put back.
+
+    Args:
+        server: The store.
+        acknowledged: The ids of their failures, by nonce; empty if they were applied.
+        operations: All that anybody ever committed, by nonce.
+        marks: What was settled since the store is this one, by replica id and seq.
+        since: The version at which it was put back.
+    """
+    for settled in marks.values():
+        former = acknowledged.get(settled.nonce)
+        if former is None:
+            continue
+        operation = operations[settled.nonce]
+        if former and _outcome_of(settled)[1] != former:
+            yield f"{operation.kind.name} of {operation.key} was refused as {former}, and is settled as {settled}"
+        if settled.version > since:
+            for change in server.history.changes_to.get(operation.key, ()):
+                if since < change.version < settled.version and _is_overwritten(change, operation):
+                    yield f"{operation.kind.name} of {operation.key} at {settled.version} overwrites {change}"
+
+
 @promise("Forks and restores: nothing that is kept in a log is lost, and no operation is taken for another one")
 def check_kept_when_quiet(
     server: ServerRecord,
@@ -644,6 +675,13 @@ def _settled_twice_or_never(replica: ReplicaRecord, committed: Committed) -> Ite
             yield f"seq {seq} is pending and settled on its replica"
         if not is_pending and not is_settled and seq in replica.log:
             yield f"seq {seq} is neither pending nor settled on its replica"
+
+
+def _is_overwritten(change: Change, operation: Operation) -> bool:
+    """Tell whether an operation sets what the service itself set."""
+    if UUID(bytes=change.replica).int or change.kind is not OperationKind.UPDATE:
+        return False
+    return not decode_patch(change.patch).set.keys().isdisjoint(operation.decoded_patch().set)
 
 
 def _was_ever(histories: Iterable[Past], key: Key, version: int, attributes: Attributes | None) -> bool:

@@ -132,9 +132,12 @@ class World:
         self._copy_count = 0
         # What the store was before it was put back, and the failures that it had.
         self._past_lives: list[History] = []
+        self._restored_at = 0
         self._former_failures: set[bytes] = set()
         # All operations that anybody ever committed, by nonce.
         self._ledger: dict[int, bytes] = {}
+        # What devices knew to be settled when the store was put back, by nonce: the failures' ids.
+        self._acknowledged: dict[str, dict[int, str]] = {}
         self._disks: dict[Path, Disk] = {}
 
     def run(self) -> None:
@@ -593,6 +596,11 @@ class World:
         self._past_lives.append(self._history.copy())
         self._former_failures |= {one.failure_id for one in self._server.chronicle.marks.values() if one.failure_id}
         self._history.become(backup.history)
+        for device in self._devices:
+            outcomes, operations = device.record().outcomes, device.committed.operations
+            known = {operations[seq].nonce: outcome.failure_id for seq, outcome in outcomes.items()}
+            self._acknowledged.setdefault(device.name, {}).update(known)
+        self._restored_at = backup.history.version
         self._lay_traps(Commit.REBASE, self._devices)
         self._restart_server(Fault.SILENTLY_RESTORED if backup.is_raw else Fault.RESTORED, backup)
 
@@ -828,9 +836,10 @@ class World:
         if self._random.random() < 0.3:
             self._server_time_us += YEAR // timedelta(microseconds=1)
             self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
-        if self._random.random() < 0.3:
-            commit = self._random.choices(COLLECTING, [1, 1, 3, 3])[0]
-            self._server.disk.trap = Trap(Fault.SERVER_CRASH, self._random.choice([0, 0, 1]), commit, self._moment())
+        if self._random.random() < 0.5:
+            # There is seldom much to be forgotten of some.
+            commit = self._random.choices(COLLECTING, [1, 1, 8, 3])[0]
+            self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, commit, self._moment())
         self._read_history()
         self.coverage.faults[Fault.COLLECTED.name] += 1
         try:
@@ -1012,6 +1021,8 @@ class World:
             promises.check_settlement_order(party.replica_id, committed_by, settlements)
             rules = Rules(business.schema(1), may_hooks_refuse, business, party.eyes)
             promises.check_refusals(server, party.replica_id, committed_by, settlements, rules)
+        if self._history.lives:
+            self._check_offered_again(server)
         for device in self._devices:
             record = device.record()
             promises.check_kept_when_quiet(server, record, device.committed, chronicle.marks)
@@ -1023,6 +1034,16 @@ class World:
                     "No poison: nothing has to wait that is not bounded to", [f"{reports[device.name].skipped}"]
                 )
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
+
+    def _check_offered_again(self, server: ServerRecord) -> None:
+        """Check what became of what replicas knew, unless there are copies of them that knew it otherwise."""
+        operations = {nonce: decode_operation(data) for nonce, data in self._ledger.items()}
+        acknowledged: dict[int, str] = {}
+        for device in self._devices:
+            if not device.is_copied and device.name in self._acknowledged:
+                acknowledged.update(self._acknowledged[device.name])
+        marks = self._server.chronicle.marks
+        promises.check_offered_again(server, acknowledged, operations, marks, self._restored_at)
 
     def _lost(self, device: Device, record: ReplicaRecord, server: ServerRecord) -> set[int]:
         """Return what was trimmed on a replica, and then lost on the server when it was put back."""
