@@ -3,9 +3,10 @@ A world of replicas and a server, driven from one seed.
 
 Everything that can happen happens one thing at a time, and dice choose what: a local
 change, one message on one link, a fault of the network, a crash of either side before or
-after any of its commits, a full disk, a clock that jumps. The real client and server code
-runs; only the network, the disks, the clocks and the dice are made here. After each step
-what holds at any moment is checked; at the end the world heals, and all replicas must
+after any of its commits, a full disk, a clock that jumps; in some worlds a directory that
+is copied or put back, and a server's store that is restored. The real client and server
+code runs; only the network, the disks, the clocks and the dice are made here. After each
+step what holds at any moment is checked; at the end the world heals, and all replicas must
 agree with the server within a few synchronizations.
 """
 
