@@ -38,8 +38,8 @@ PROMISES = {
     "By version", "Change log", "Commit group", "Converges", "Cursor", "Cursor behind state", "Durable",
     "Forks and restores", "Fresh", "In order", "Incarnation", "No poison", "Nothing lost on refusal", "One at a time",
     "Private", "Projection", "References", "Settled marks", "Settled once", "Sole writer", "View",
-    # The product itself says so of a copy that goes on under its id.
-    "ReplicaForked",
+    # What the product itself says of an id that cannot be used any more.
+    "ReplicaForked", "ReplicaRetired",
 }  # fmt: skip
 
 
