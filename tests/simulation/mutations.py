@@ -38,6 +38,23 @@ from tidelog_server._refusal import Refused
 from tidelog_server._units import split_units
 
 SEEDS_MAX: Final = 400
+CALM: Final = dict.fromkeys(
+    (
+        "kill",
+        "trap",
+        "server trap",
+        "weather",
+        "token",
+        "clock",
+        "wishes",
+        "collect",
+        "fault",
+        "trim",
+        "restart",
+        "burst",
+    ),
+    0,
+)
 ONLY_RESTORES: Final = {"restore": 4, "back up": 3, "copy": 0, "put aside": 0, "put back": 0}
 
 _Patch = AbstractContextManager[Any]
@@ -453,7 +470,7 @@ MUTATIONS: Final = (
     Mutation(
         "what is offered again overwrites what was done since",
         _overwrite_after_restore,
-        {**ONLY_RESTORES, "service": 15, "act": 3},
+        {**ONLY_RESTORES, **CALM, "service": 10, "act": 2, "synchronize": 3},
     ),
     Mutation("an operation is taken for the one that another copy has in its place", _trust_any_log),
     Mutation("a copy keeps its id", _fork_in_name_only),
