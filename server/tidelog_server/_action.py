@@ -11,7 +11,7 @@ with `by_hook` set on the change.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -52,13 +52,30 @@ class References:
     While held operations are settled, some creations are taken for granted.
 
     Attributes:
-        assumed: How many creations of each object are taken for granted.
+        assumed: How many creations of each object are taken for granted: those that are still to come.
         used: Those objects that the references of one unit relied upon.
     """
 
     def __init__(self) -> None:
         self.assumed: Counter[ObjectKey] = Counter()
         self.used: set[ObjectKey] = set()
+        self._arrived: list[ObjectKey] = []
+
+    def begin_unit(self) -> None:
+        """Take note that the operations of another unit follow."""
+        self.used = set()
+        self._arrived = []
+
+    def note_created(self, key: ObjectKey) -> None:
+        """Take note that a creation is no longer to come: if its object is deleted now, it is gone."""
+        if self.assumed[key]:
+            self.assumed[key] -= 1
+            self._arrived.append(key)
+
+    def end_unit(self, created: Iterable[ObjectKey]) -> None:
+        """Take what a unit creates for granted no more: it has come, or will not."""
+        self.assumed.update(self._arrived)
+        self.assumed.subtract(created)
 
     def require(self, target: ObjectKey, message: str) -> None:
         """Pass, or raise Waits."""
@@ -213,6 +230,8 @@ class Action:
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
         self._write(key, OperationKind.CREATE, patch_setting(encoded), b"", state, new_state, attributes, sets_files)
+        if self._has_references and self.depth == 0:
+            self._references.note_created(key)
         self._run_after("after_commit", key, attributes)
         return version
 

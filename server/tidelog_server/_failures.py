@@ -285,10 +285,10 @@ class _Retry:
             candidate = candidates[failure_id]
             # What a unit creates itself will be there if anything of the unit is.
             references.assumed.update(key for key in candidate.creates if key not in granted)
-            references.used = set()
+            references.begin_unit()
             result = self._following(failure_id) if self._results else self._first()
             self._results.append(result)
-            references.assumed.subtract(candidate.creates)
+            references.end_unit(candidate.creates)
             if result.version:
                 for key in references.used:
                     users[key].append(candidate)

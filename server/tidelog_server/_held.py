@@ -79,19 +79,20 @@ class HeldUnits:
             if undecided and not undecided.isdisjoint(keys_of(unit)):
                 undecided.update(keys_of(unit))
                 continue
-            references.used = set()
+            references.begin_unit()
             try:
                 if self._outcomes.is_parked(unit):
                     dropped[index] = None
                 else:
                     applied[index] = self._apply(unit)
+                    references.end_unit(created_keys(unit))
                     for key in references.used:
                         users.setdefault(key, []).append(index)
                     continue
             except (Refused, Waits, NotReady) as verdict:
                 # With its traceback it would hold on to this frame, and so to itself.
                 dropped[index] = verdict.with_traceback(None)
-            references.assumed.subtract(created_keys(unit))
+            references.end_unit(created_keys(unit))
             if not isinstance(dropped[index], Refused):
                 undecided.update(keys_of(unit))
         if dropped:

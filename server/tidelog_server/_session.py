@@ -341,7 +341,7 @@ class Session:
         )
         self._start = Start()
         self._timeline = store.identity.timeline
-        self._settled_count = 0
+        self._known: ReplicaState | None = None
         self._old_bases: OldBases | None = None
         self._checkpoints = Checkpoints(store, principal.tenant, self._replica)
         # Versions of another timeline do not tell what the replica still has.
@@ -397,9 +397,8 @@ class Session:
     def checkpoint(self) -> bytes:
         """Return the checkpoint of what is settled by now."""
         with self._store.read(self._principal.tenant) as reader:
-            known = reader.replica(self._replica)
-            self._settled_count = known.settled_count if known is not None else 0
-            return self._checkpoints.at(reader.head(), self._settled_count)
+            self._known = reader.replica(self._replica)
+            return self._checkpoints.at(reader.head(), self._known)
 
     def select(self, selection: sync_pb2.Selection) -> None:
         """Add objects to be downloaded."""
@@ -440,7 +439,7 @@ class Session:
         """Return the last message, after the last page."""
         check_timeline(self._store, self._timeline)
         head: Head = self._download.head
-        checkpoint = self._checkpoints.at(head, self._settled_count)
+        checkpoint = self._checkpoints.at(head, self._known)
         complete = sync_pb2.SessionComplete(version=head.version, checkpoint=checkpoint)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
             complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
@@ -513,8 +512,8 @@ class Session:
         )
         if self._application.has_schema:
             started.schema.CopyFrom(self._application.schema.to_message())
+        self._known = known
         if known is not None:
-            self._settled_count = known.settled_count
             started.settled.newest_seq = known.newest_seq
             started.settled.newest_nonce = known.newest_nonce
             for first, last in known.settled_ranges:

@@ -550,7 +550,6 @@ class _Data:
                 if operation.kind is OperationKind.CREATE:
                     if overlay.exists(key):
                         raise ObjectExists(entity=operation.entity, id=operation.id)
-                    references.assumed[key] -= 1
                     action.create(key, patch.set, encoded_attributes(operation.patch))
                 elif not version:
                     raise ObjectNotFound(entity=operation.entity, id=operation.id)

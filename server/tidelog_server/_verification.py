@@ -519,6 +519,8 @@ class _Verification:
             mark = self._records.outcome(replica, seq) if seq and replica else None
             if mark is None and replica and self._is_forgotten(replica, seq):
                 continue
+            if mark is not None and mark.nonce == nonce and self._is_in_doubt(mark):
+                continue  # it came again when it was forgotten that it had failed so
             if seq and (mark is None or (mark.failure_id, mark.nonce) != (failure_id, nonce)):
                 yield _finding(
                     FindingKind.FAILURE_WRONG,
@@ -526,6 +528,11 @@ class _Verification:
                     f"operation {seq} of replica {record.replica_id} to be refused with it",
                     "no outcome" if mark is None else _outcome_text(mark),
                 )
+
+    def _is_in_doubt(self, mark: Settled) -> bool:
+        """Tell whether an operation was refused because it was forgotten what had become of it."""
+        record = self._failure(mark.failure_id) if mark.failure_id else None
+        return record is not None and record.reason == FailureReason.SUPERSEDED.number
 
     def _refused(self) -> Iterator[Finding]:
         for replica, key, failure_id in self._records.refused():

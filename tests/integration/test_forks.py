@@ -666,6 +666,28 @@ class TestRestoredServers:
         assert report.reoffered == 1
         assert site.truth() == {"t1": {}, "t2": {}, "t3": {}, "of b": {}}
 
+    def test_a_copy_took_the_place_of_a_lost_refusal(self, site: Site) -> None:
+        """A refusal that the server has lost is offered again too, if a copy settled something in its place."""
+        c = site.device("c")
+        c.create("Task", {}, "t1")
+        c.synchronize_all()
+        site.device("a")
+        site.shut("a")
+        site.copy("a", "b")
+        site.back_up()
+        site.device("a").create("Task", {}, "t1")
+        assert site.sync("a").rejected == 1
+        site.shut("a")
+        site.restore()
+        site.device("b").create("Task", {}, "of b")
+        site.sync("b")
+
+        report = site.sync("a")
+
+        assert report.former_replica_id
+        assert report.server_restored
+        assert report.reoffered == 1
+
     @pytest.mark.parametrize("order", ["bc", "cb"])
     @pytest.mark.parametrize("is_told", [True, False])
     def test_versions_of_two_lives(self, site: Site, order: str, is_told: bool) -> None:  # noqa: FBT001

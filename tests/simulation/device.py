@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -54,6 +55,7 @@ class Call:
         is_asleep: Whether it waits before its next attempt.
         selection: What the present attempt is about. Mode selected only.
         covered: The operations that the present attempt has to settle.
+        life: In which life of the server's store the present attempt began.
         report: What it returned in the end.
     """
 
@@ -65,7 +67,22 @@ class Call:
     is_asleep: bool = False
     selection: Selection | None = None
     covered: frozenset[int] = frozenset()
+    life: int = 0
     report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A copy of a replica's directory, and what was known of the replica when it was made."""
+
+    path: Path
+    model: Model
+    eyes: Eyes
+    wishes: Mapping[str, Download]
+    is_between_wishes: bool
+    seen: SeenHistory
+    committed: Committed
+    life: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,10 @@ class Device:
         seen: The server's history as it may know it.
         committed: The operations that it ever committed.
         call: The synchronization under way.
-        cursor_version: Where its cursor was last seen.
+        cursor_at: Where its cursor was last seen: replica id, timeline, version.
+        life: In which of the lives of the server's store it last had everything. See `History`.
+        is_between_wishes: Whether it still has what its user wanted before.
+        is_copied: Whether there are, or were, other copies of its directory.
         disk: Where it writes.
         clock_jump: How far its clock is from the world's.
         seconds: How long its process has run, as its monotonic clock says.
@@ -109,8 +129,11 @@ class Device:
         self.path = path
         self.committed = Committed()
         self.call: Call | None = None
-        self.cursor_version = 0
-        self.disk = Disk(ReplicaDied, coverage, lambda work: [client_commit(work)])
+        self.cursor_at: tuple[str, str, int] = ("", "", 0)
+        self.is_between_wishes = False
+        self.life = 0
+        self.is_copied = False
+        self.disk = Disk(ReplicaDied, coverage, lambda work: lambda: [client_commit(work)])
         self.clock_jump = timedelta(0)
         self.seconds = 0.0
         self.has_stale_token = False
@@ -156,6 +179,31 @@ class Device:
             call.fiber.resume(ReplicaDied())
         self.replica.close()
 
+    def put_aside(self, path: Path) -> Aside:
+        """Copy the directory as it is just now."""
+        shutil.copytree(self.path, path)
+        self.is_copied = True
+        return Aside(
+            path,
+            self._model,
+            self.eyes,
+            self.wishes,
+            self.is_between_wishes,
+            self.seen,
+            self.committed.copy(),
+            self.life,
+        )
+
+    def put_back(self, aside: Aside) -> None:
+        """Put a copy in the place of the directory. The replica is not open meanwhile."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        shutil.copytree(aside.path, self.path)
+        self.eyes, self.wishes, self.seen = aside.eyes, aside.wishes, aside.seen
+        self.is_between_wishes = aside.is_between_wishes
+        self.committed, self.life, self.is_copied = aside.committed.copy(), aside.life, True
+        self.cursor_at = ("", "", 0)
+
     @property
     def has_staged_pages(self) -> bool:
         """Whether it keeps pages of an interrupted download of everything."""
@@ -170,6 +218,7 @@ class Device:
 
     def wish(self, wishes: Mapping[str, Download]) -> None:
         """Let the user want something else, from the next time on that the replica is opened."""
+        self.is_between_wishes = True
         before, eyes = self.seen, self.eyes.with_wishes(wishes)
         self.wishes, self.eyes = wishes, eyes
         self.seen = SeenHistory(
@@ -181,11 +230,17 @@ class Device:
 
     def see_as_wished(self) -> None:
         """Take note that everything was synchronized."""
+        self.is_between_wishes = False
         self.seen = SeenHistory(self._history, self.eyes.readable, self.eyes.shown, self.eyes.downloads)
 
     def record(self) -> ReplicaRecord:
         """Read what is on disk."""
         return read_replica(self.replica._storage)
+
+    @property
+    def nonces(self) -> set[int]:
+        """The nonces of all operations that it ever committed."""
+        return {operation.nonce for operation in self.committed.operations.values()}
 
     def note_commits(self) -> list[Operation]:
         """Take over what is new in the log."""
@@ -200,12 +255,12 @@ class Device:
         return found
 
     def synchronization(
-        self, mode: Mode, picked: Sequence[Object | Key], timeout: float | None
+        self, mode: Mode, picked: Sequence[Object | Key], timeout: float | None, *, accepts_removal: bool = False
     ) -> Callable[[], Report]:
         """Return a call that synchronizes."""
         replica = self.replica
         if mode is Mode.ALL:
-            return lambda: replica.synchronize_all(timeout=timeout)
+            return lambda: replica.synchronize_all(timeout=timeout, accept_mass_removal=accepts_removal)
         if mode is Mode.UNSYNCHRONIZED:
             return lambda: replica.synchronize_unsynchronized(timeout=timeout)
         return lambda: replica.synchronize_selected(picked, timeout=timeout)

@@ -60,7 +60,7 @@ class Disk:
     Args:
         death: What is raised where the process dies.
         coverage: Counts what happens.
-        commits_of: Names what a write is about to commit.
+        begin: Called before a write; what it returns names what was written, once that is known.
         on_commit: Called after each commit.
     """
 
@@ -68,7 +68,7 @@ class Disk:
         self,
         death: type[BaseException],
         coverage: Coverage,
-        commits_of: Callable[[object], list[Commit]],
+        begin: Callable[[object], Callable[[], list[Commit]]],
         on_commit: Callable[[], None] | None = None,
     ) -> None:
         self.trap: Trap | None = None
@@ -76,33 +76,59 @@ class Disk:
         self.is_dead = False
         self._death = death
         self._coverage = coverage
-        self._commits_of = commits_of
+        self._begin = begin
         self._on_commit = on_commit
 
     def write(self, write: Callable[[Work[Any]], Any], work: Work[Any]) -> Any:
         """Run a write of the environment, unless something happens to it."""
         if self.is_dead:
             raise self._death  # the dead write nothing
-        commits = self._commits_of(work)
+        names = self._begin(work)
+        trap: Trap | None = None
+        is_first = True
+
+        def trapped(transaction: LmdbTransaction) -> Any:
+            nonlocal trap, is_first
+            result = work(transaction)
+            if is_first:
+                is_first = False
+                trap = self._met(names())
+                if trap is not None:
+                    self._fail(trap)
+            return result
+
+        result = write(trapped)
+        if self._on_commit is not None:
+            self._on_commit()
+        if trap is not None and trap.fault not in MAP_FULL:
+            raise self._death
+        return result
+
+    def _met(self, commits: list[Commit]) -> Trap | None:
+        """Count what is about to be committed; return what happens to it."""
         self._coverage.commits.update(one.name for one in commits)
         trap = self._sprung(commits)
         if trap is None:
-            return self._committed(write(work))
+            return None
         self._coverage.faults[trap.fault.name] += 1
+        if trap.fault not in MAP_FULL:
+            self.has_failed = True
+        if trap.fault not in MAP_FULL | FULL | FAILED:
+            self.is_dead = True
+            for commit in commits:
+                self._coverage.crashes[str(CrashPoint(commit, trap.moment))] += 1
+        return trap
+
+    def _fail(self, trap: Trap) -> None:
+        """Let a transaction fail, unless its process dies behind it."""
         if trap.fault in MAP_FULL:
-            return self._committed(write(_full_at_first(work)))
-        self.has_failed = True
+            raise lmdb.MapFullError("simulated")
         if trap.fault in FULL:
-            return write(_then(work, lmdb.Error(os.strerror(errno.ENOSPC))))
+            raise lmdb.Error(os.strerror(errno.ENOSPC))
         if trap.fault in FAILED:
-            return write(_then(work, lmdb.Error("simulated: the disk is gone")))
-        self.is_dead = True
-        for commit in commits:
-            self._coverage.crashes[str(CrashPoint(commit, trap.moment))] += 1
+            raise lmdb.Error("simulated: the disk is gone")
         if trap.moment is Moment.BEFORE:
-            return write(_then(work, self._death()))
-        self._committed(write(work))
-        raise self._death
+            raise self._death
 
     def _sprung(self, commits: list[Commit]) -> Trap | None:
         trap = self.trap
@@ -110,11 +136,6 @@ class Disk:
             return None
         self.trap = replace(trap, passed=trap.passed - 1) if trap.passed else None
         return None if trap.passed else trap
-
-    def _committed(self, result: T) -> T:
-        if self._on_commit is not None:
-            self._on_commit()
-        return result
 
 
 @contextmanager
@@ -135,25 +156,3 @@ def abandon(path: Path) -> None:
     shared = Environment._open_paths.pop(os.path.realpath(path), None)
     if shared is not None:
         shared.opened.close()
-
-
-def _then(work: Work[T], error: BaseException) -> Work[T]:
-    def fails(transaction: LmdbTransaction) -> T:
-        work(transaction)
-        raise error
-
-    return fails
-
-
-def _full_at_first(work: Work[T]) -> Work[T]:
-    runs = 0
-
-    def fills(transaction: LmdbTransaction) -> T:
-        nonlocal runs
-        runs += 1
-        result = work(transaction)
-        if runs == 1:
-            raise lmdb.MapFullError("simulated")
-        return result
-
-    return fills

@@ -275,7 +275,7 @@ class Link:
 
         What is on its way to the server does not arrive any more, unless *still_arrives*.
         """
-        self._is_server_done = not still_arrives
+        self._is_server_done |= not still_arrives
         self.to_client.append(CallFailed(code, message, reason))
 
     def echo(self, server: ServerEnd) -> Link:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from random import Random
 from typing import Final
 from unittest import mock
@@ -15,13 +16,20 @@ from tidelog import _log
 from tidelog.v1 import sync_pb2
 from tidelog_client import _publication, _storage, _synchronization, _view
 from tidelog_server import _download, _engine, _overlay, _session
+from tidelog_server._retention import Periods
 
 MIB: Final = 1024 * 1024
+COPIES_SHARE: Final = 0.25
+NEVER: Final = timedelta(days=100_000)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a seed draws once: how many replicas, and how small the limits are."""
+    """
+    What a seed draws once: how many replicas, and how small the limits are.
+
+    Where directories are copied and stores put back, replicas may be retired too: who is, goes on as a copy does.
+    """
 
     replica_count: int
     schema_versions: tuple[int, ...]
@@ -29,6 +37,8 @@ class Settings:
     replica_map_bytes: int
     is_hasty: bool
     has_third_party: bool
+    has_copies: bool
+    periods: Periods
     business: Business
     limits: dict[str, int]
 
@@ -36,13 +46,17 @@ class Settings:
     def drawn(cls, random: Random) -> Settings:
         """Draw settings: small limits reach in a few steps what takes a million objects otherwise."""
         replica_count = random.randint(1, 4)
+        has_copies = random.random() < COPIES_SHARE
+        history = random.choice([timedelta(0), timedelta(microseconds=200), timedelta(days=30)])
         return cls(
             replica_count,
             tuple(random.choices([1, 2], [4, 1])[0] for _ in range(replica_count)),
             random.choice([256 * 1024, 1024 * MIB]),
             random.choice([256 * 1024, 1024 * MIB]),
             random.random() < 0.3,
-            random.random() < 0.3,
+            random.random() < 0.3 and not has_copies,
+            has_copies,
+            Periods(history, random.choice([timedelta(days=300), NEVER]) if has_copies else NEVER),
             Business.drawn(random),
             {
                 "batch_operations": random.choice([1, 2, 5, 500]),
