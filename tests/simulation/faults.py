@@ -152,9 +152,11 @@ _SERVER_JOBS = {
     "LmdbStore.set_note": Commit.NOTE,
     "_migrate": Commit.MIGRATION,
     "_rebuild_indexes": Commit.INDEXES,
+    "_note_referrers": Commit.INDEXES,
     "without_past": Commit.COLLECT,
     "without_left_entries": Commit.COLLECT_INDEX,
     "without_outcomes": Commit.COLLECT_OUTCOMES,
+    "without_old_notes": Commit.COLLECT_OUTCOMES,
     "without_refused_creations": Commit.COLLECT_OUTCOMES,
     "retired": Commit.RETIRE,
 }
