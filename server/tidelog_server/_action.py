@@ -207,12 +207,12 @@ class Action:
         self._check_size(key, encoded)
         if self._has_references:
             self._check_references(key, attributes, before=_NOTHING, authored=Patch(wanted))
-        if may_refer_to_files(encoded):
+        if sets_files := may_refer_to_files(encoded):
             self._files.check(key, attributes, before=_NOTHING, authored=None if self.depth else wanted)
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
-        self._write(key, OperationKind.CREATE, patch_setting(encoded), b"", state, new_state, attributes)
+        self._write(key, OperationKind.CREATE, patch_setting(encoded), b"", state, new_state, attributes, sets_files)
         self._run_after("after_commit", key, attributes)
         return version
 
@@ -338,7 +338,7 @@ class Action:
         if self._has_references:
             new = {name: after[name] for name in written if name in after}
             self._check_references(key, new, before=before, authored=authored)
-        if may_refer_to_files(encoded):
+        if sets_files := may_refer_to_files(encoded):
             new = {name: after[name] for name in written if name in after}
             self._files.check(key, new, before=before, authored=None if self.depth else authored.set)
         after_encoded = encode(after)
@@ -358,7 +358,7 @@ class Action:
             and not patch.has_intents
         )
         new_state = ObjectState(version, state.created, state.creator, False, sole_writer, after_encoded)
-        self._write(key, OperationKind.UPDATE, encoded, images, state, new_state, after)
+        self._write(key, OperationKind.UPDATE, encoded, images, state, new_state, after, sets_files)
         self._run_after("after_commit", key, after)
         return version
 
@@ -553,6 +553,7 @@ class Action:
         state: ObjectState | None,
         new_state: ObjectState,
         attributes: Attributes | None,
+        sets_files: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
         by_hook = self.depth > 0
         if by_hook:
@@ -580,10 +581,10 @@ class Action:
         )
         integrity = self._integrity
         if integrity is None:
-            self.overlay.write(change, new_state, attributes)
+            self.overlay.write(change, new_state, attributes, sets_files=sets_files)
             return
         held = self.overlay.attributes(key) if state is not None and not state.deleted else None
-        self.overlay.write(change, new_state, attributes)
+        self.overlay.write(change, new_state, attributes, sets_files=sets_files)
         if attributes is None or integrity.note(key, held, attributes):
             self._touched[key] = self._position
 

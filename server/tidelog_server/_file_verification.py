@@ -9,7 +9,6 @@ record is in the content store, whole.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final, Protocol
 
@@ -24,6 +23,7 @@ from tidelog_server._file_records import (
     CONTENTS,
     GRANTS,
     REFERRERS,
+    content_of,
     content_record,
     contents_of_failure,
     contents_of_object,
@@ -48,10 +48,6 @@ class FileRecords(Protocol):
 
     def failure(self, failure_id: bytes) -> bytes | None:
         """Return one serialized record, or None."""
-        ...
-
-    def indexes(self) -> Iterable[tuple[bytes, bytes]]:
-        """Iterate over the table of indexes."""
         ...
 
     def index(self, key: bytes) -> bytes | None:
@@ -125,31 +121,23 @@ class FileVerification:
                 )
 
 
-def content_findings(
-    records: FileRecords, contents: ContentStore, tenant: str, counts: Counter[str]
-) -> Iterator[Finding]:
-    """Yield what is wrong with the contents that are on record: each is read, all of it."""
-    for key, value in records.indexes():
-        if key[:1] != CONTENTS:
-            continue
-        counts["contents"] += 1
-        sha256 = key[1:]
-        try:
-            size = unpack_content(value).size
-        except ValueError:
-            continue  # the entry is named for itself
-        where, expected = f"content {sha256.hex()}", f"{size} bytes of this hash"
-        try:
-            found, digest = _read(contents, tenant, sha256)
-        except ContentLost:
-            yield Finding(FindingKind.CONTENT_LOST, where, expected, "none")
-        except TidelogError as error:
-            yield Finding(FindingKind.CONTENT_DAMAGED, where, expected, str(error))
-        else:
-            if (found, digest) != (size, sha256):
-                yield Finding(
-                    FindingKind.CONTENT_DAMAGED, where, expected, f"{found} bytes with the hash {digest.hex()}"
-                )
+def content_finding(contents: ContentStore, tenant: str, key: bytes, value: bytes) -> Finding | None:
+    """Return what is wrong with a content that an entry of the table of indexes puts on record. All of it is read."""
+    sha256 = content_of(key)
+    try:
+        size = unpack_content(value).size
+    except ValueError:
+        return None  # the entry is named for itself
+    where, expected = f"content {sha256.hex()}", f"{size} bytes of this hash"
+    try:
+        found, digest = _read(contents, tenant, sha256)
+    except ContentLost:
+        return Finding(FindingKind.CONTENT_LOST, where, expected, "none")
+    except TidelogError as error:
+        return Finding(FindingKind.CONTENT_DAMAGED, where, expected, str(error))
+    if (found, digest) == (size, sha256):
+        return None
+    return Finding(FindingKind.CONTENT_DAMAGED, where, expected, f"{found} bytes with the hash {digest.hex()}")
 
 
 def _read(contents: ContentStore, tenant: str, sha256: bytes) -> tuple[int, bytes]:

@@ -25,14 +25,17 @@ from tidelog_server._content_store import (
     ContentStore,
     DirectoryContents,
 )
-from tidelog_server._file_verification import content_findings
+from tidelog_server._file_records import CONTENTS
+from tidelog_server._file_verification import content_finding
 from tidelog_server._lmdb_records import LmdbRecords
-from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, noted
+from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, LmdbReader, noted
 from tidelog_server._verification import Counts, findings
 
 if TYPE_CHECKING:
     from tidelog._environment import LmdbTransaction
     from tidelog._schema import Schema
+
+PAGE_CONTENTS: Final = 500
 
 _NO_SCHEMA: Final = (TidelogError, msgspec.MsgspecError)
 
@@ -79,12 +82,35 @@ def verify_store(
                     schema = _schema(transaction, databases)
                     has_referrers = _has_referrers(transaction, databases)
                     found = [records.unreadable(), findings(records, schema, counts, has_referrers=has_referrers)]
-                    if kept := contents or _contents(transaction, databases, path):
-                        found.append(content_findings(records, kept, name.decode(errors="replace"), counts))
+                    kept = contents or _contents(transaction, databases, path)
                     for finding in chain.from_iterable(found):
                         yield replace(finding, tenant=name.decode(errors="replace"))
+                for finding in _content_findings(environment, databases, name, prefix, kept, counts) if kept else ():
+                    yield replace(finding, tenant=name.decode(errors="replace"))
         except StorageError as error:
             yield Finding(FindingKind.FILE_DAMAGED, str(path), "tables that can be read", str(error))
+
+
+def _content_findings(  # noqa: PLR0917 - where the records are, and where the contents
+    environment: Environment, databases: Databases, name: bytes, prefix: bytes, contents: ContentStore, counts: Counts
+) -> Iterator[Finding]:
+    """Yield what is wrong with a tenant's contents. No transaction is open while they are read."""
+
+    def entries(after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        with environment.read() as transaction:
+            return LmdbReader(transaction, databases, prefix).index_range(CONTENTS, after, limit)
+
+    def is_on_record(key: bytes) -> bool:
+        with environment.read() as transaction:
+            return LmdbReader(transaction, databases, prefix).index(key) is not None
+
+    after = b""
+    while page := entries(after, PAGE_CONTENTS):
+        for after, value in page:
+            counts["contents"] += 1
+            finding = content_finding(contents, name.decode(errors="replace"), after, value)
+            if finding is not None and is_on_record(after):  # else it was collected meanwhile
+                yield finding
 
 
 def _tables(transaction: LmdbTransaction, databases: Databases, tenants: dict[bytes, bytes]) -> Iterator[Finding]:

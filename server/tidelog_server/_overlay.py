@@ -119,8 +119,18 @@ class Overlay:
             if self.exists(key) and (key not in stored or stored[key].deleted):
                 yield key, self.attributes(key)
 
-    def write(self, change: Change, state: ObjectState, attributes: Attributes | None) -> None:
-        """Take in a change and the state that it leads to. Its version must be the next one."""
+    def write(
+        self, change: Change, state: ObjectState, attributes: Attributes | None, *, sets_files: bool = True
+    ) -> None:
+        """
+        Take in a change and the state that it leads to.
+
+        Args:
+            change: The change. Its version must be the next one.
+            state: What the object is then.
+            attributes: Its attributes, if somebody has them decoded.
+            sets_files: Whether the change may set references to files.
+        """
         key = change.key
         before = self._states[key]
         first = key not in self._written
@@ -128,7 +138,7 @@ class Overlay:
         if first:
             self._written[key] = before
         self._states[key] = state
-        if may_refer_to_files(state.attributes) or (before is not None and may_refer_to_files(before.attributes)):
+        if sets_files or (before is not None and may_refer_to_files(before.attributes)):
             self._referrers.add(key)
         if attributes is not None:
             self._decoded[key] = attributes

@@ -20,6 +20,8 @@ from tidelog_server import Application, DirectoryContents, HookContext, HookObje
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._content_store import CONTENTS_ELSEWHERE, CONTENTS_NOTE
 from tidelog_server._file_records import ContentRecord, pack_content, pack_grant
+from tidelog_server._records import Writes
+from tidelog_server._store import Reader
 
 PHOTO: Final = b"a photo, say"
 SHA256: Final = hashlib.sha256(PHOTO).digest()
@@ -57,9 +59,9 @@ def store(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "store"))
 
 
-def content_path(store: Path) -> Path:
+def content_paths(store: Path) -> list[Path]:
     """Return where the photo lies."""
-    return next(path for path in (store / "files").rglob(SHA256.hex()) if path.is_file())
+    return [path for path in (store / "files").rglob(SHA256.hex()) if path.is_file()]
 
 
 def index_entry(prefix: bytes) -> Callable[[Tables], bytes]:
@@ -168,7 +170,7 @@ def test_damage_is_named(store: Path, name: str) -> None:
 )
 def test_contents_that_are_spoiled(store: Path, spoil: Callable[[Path], Any], expected: str) -> None:
     """A content that is gone, or is not what its name says, is named with its tenant."""
-    spoil(content_path(store))
+    spoil(*content_paths(store))
 
     (finding,) = found(store)
     assert (finding.kind, finding.tenant, finding.where) == (expected, TENANT, f"content {SHA256.hex()}")
@@ -202,3 +204,25 @@ def test_a_store_from_before(store: Path) -> None:
     opened.set_note("adoption", b"")
     opened.close()
     assert found(store) == []
+
+
+def test_contents_that_are_collected_meanwhile(store: Path) -> None:
+    """A content whose record goes before the content does, while it is verified, is not found wrong."""
+    opened = LmdbStore(store)
+
+    def forget(reader: Reader) -> tuple[Writes, None]:
+        entries = {b"c" + SHA256: None}
+        return Writes({}, [], None, [], [], reader.head().version, entries), None
+
+    class Collected(DirectoryContents):
+        """Loses a content right before it is read, its record first."""
+
+        def read(self, tenant: str, sha256: bytes, offset: int = 0) -> Any:
+            if sha256 == SHA256:
+                opened.submit(tenant, forget).result()
+                self.delete(tenant, sha256)
+            return super().read(tenant, sha256, offset)
+
+    assert list(verify_store(store, contents=Collected(store / "files"))) == []
+    assert content_paths(store) == []
+    opened.close()
