@@ -597,6 +597,7 @@ class TestDownloading:
                 read(replica, timeout=0.1)
             server.on_download = lambda *_: None
             assert read(replica) == LARGE
+            assert replica._storage.files.missing_of(("Task", "t1")) == []
 
     def test_other_modes_bring_the_contents_of_their_objects(self, replica: Replica) -> None:
         """Contents of selected objects, and of those that the operations changed, come in those modes too."""
@@ -674,7 +675,7 @@ class TestRemoval:
 
     def test_a_file_that_a_refusal_brings_back_keeps_its_content(self, replica: Replica) -> None:
         """A file that shows again because the operation which took it away was refused has its content."""
-        server = FileServer(refuses=[3])
+        server = FileServer(refuses=[3], pages=[page(confirmations=[("Task", "t1", 102)])])
         connect(replica, server)
         replica.create("Task", {}, "t1")
         with replica.transaction() as transaction:
