@@ -597,6 +597,7 @@ class TestDownloading:
                 read(replica, timeout=0.1)
             server.on_download = lambda *_: None
             assert read(replica) == LARGE
+            assert replica._storage.files.missing_of(("Task", "t1")) == []
 
     def test_other_modes_bring_the_contents_of_their_objects(self, replica: Replica) -> None:
         """Contents of selected objects, and of those that the operations changed, come in those modes too."""
@@ -660,6 +661,42 @@ class TestRemoval:
         replica.synchronize_all()
         assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
         assert len(server.downloads) == 1
+
+    def test_a_content_that_an_own_operation_replaced_leaves(self, replica: Replica) -> None:
+        """When the server confirms that a file is no more, its content goes."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.put(PHOTO)
+        connect(replica, server)
+        replica.synchronize_all()
+        replica.update("Task", "t1", {"photo": None})
+        server.pages = [page(confirmations=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert contents_of(replica) == {}
+
+    def test_a_file_that_a_refusal_brings_back_keeps_its_content(self, replica: Replica) -> None:
+        """A file that shows again because the operation which took it away was refused has its content."""
+        server = FileServer(refuses=[3], pages=[page(confirmations=[("Task", "t1", 102)])])
+        connect(replica, server)
+        replica.create("Task", {}, "t1")
+        with replica.transaction() as transaction:
+            transaction.attach("Task", "t1", "photo", PHOTO)
+            transaction.update("Task", "t1", {"photo": None})
+        age(replica)
+        replica.synchronize_all()
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
+        assert list(replica.verify()) == []
+
+    def test_snapshots_beside_pending_operations_count(self, replica: Replica) -> None:
+        """Files of snapshots are noticed where operations of their entity are pending, on them or on others."""
+        replica.create("Task", {}, "t0")
+        receive(replica, ("Task", "t1", 100, {}))
+        replica.update("Task", "t1", {"photo": None})
+        receive(replica, ("Task", "t1", 101, {"photo": reference(LARGE)}))
+        receive(replica, task("t2", PHOTO))
+        assert list(replica._storage.files.look_again()) == [("Task", "t2")]
+        assert list(replica.verify()) == []
+        with replica._storage.environment.read() as transaction:
+            assert replica._storage.files.is_user(transaction, sha256(LARGE), b"Task\0t1")
 
     def test_a_replaced_content_leaves(self, replica: Replica) -> None:
         """A content goes when its attribute is another file, or none."""
