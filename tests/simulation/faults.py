@@ -158,6 +158,7 @@ _SERVER_JOBS = {
     "without_outcomes": Commit.COLLECT_OUTCOMES,
     "without_old_notes": Commit.COLLECT_OUTCOMES,
     "without_refused_creations": Commit.COLLECT_OUTCOMES,
+    "without_old_notes": Commit.COLLECT_OUTCOMES,
     "retired": Commit.RETIRE,
 }
 

@@ -84,7 +84,7 @@ class Chronicle:
         settlements: When each operation, (replica id, seq), was settled.
         marks: What became of it.
         forgotten: Those of which the store knows no more what became of them.
-        doubted: Nonces of those that were sent again after that: then they are failures, in doubt.
+        doubted: Nonces of those that were sent again after that, and became failures since nobody knew.
         transaction_count: How many transactions there were.
     """
 
@@ -94,11 +94,6 @@ class Chronicle:
     doubted: set[int] = field(default_factory=set)
     transaction_count: int = 0
 
-    @property
-    def forgotten_nonces(self) -> set[int]:
-        """The nonces of those of which the store knows no more what became of them."""
-        return {self.marks[place].nonce for place in self.forgotten}
-
     def copy(self) -> Chronicle:
         """Return what is known by now."""
         return Chronicle(
@@ -107,10 +102,10 @@ class Chronicle:
 
     def note(self, replica_id: str, settled: Iterable[tuple[int, Settled]], before: int, after: int) -> Iterator[str]:
         """Note what a transaction has settled. Yields what must not be."""
-        forgotten = self.forgotten_nonces
+        failures = {mark.nonce: mark.failure_id for mark in self.marks.values()}
         for seq, one in settled:
             place = replica_id, seq
-            if one.failure_id and one.nonce in forgotten:
+            if one.failure_id and failures.get(one.nonce, one.failure_id) != one.failure_id:
                 self.doubted.add(one.nonce)
             if place in self.settlements and place not in self.forgotten:
                 yield f"seq {seq} of replica {replica_id} was settled a second time"
