@@ -11,7 +11,9 @@ from random import Random
 from typing import Protocol
 
 from tests.simulation.actions import User
+from tests.simulation.contents import Library
 from tests.simulation.disk import Disk, abandon
+from tests.simulation.exchange import FileLink, SimulatedCalls, Turns
 from tests.simulation.faults import Coverage, client_commit
 from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link
@@ -21,6 +23,7 @@ from tests.simulation.rights import Eyes
 
 from tidelog import Download, Operation, Schema
 from tidelog_client import Object, Replica, Report
+from tidelog_client._file_wishes import FileDownload, FileWishes
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
 
@@ -40,35 +43,58 @@ class Network(Protocol):
         """Let the world go on while the synchronizer waits."""
         ...
 
+    def connect_file(self, device: Device, turns: Turns) -> FileLink:
+        """Open a file call."""
+        ...
+
+    def pause_for_files(self, device: Device, seconds: float) -> bool:
+        """Let the world go on until a file call may, or, False, the time is over."""
+        ...
+
 
 @dataclass
 class Call:
     """
-    One call of `synchronize_...` under way, with all its attempts.
+    One call of `synchronize_...` under way, with all its attempts; or of `open_file`.
 
     Attributes:
-        mode: What it synchronizes.
+        mode: What it synchronizes. None: it opens a file.
         fiber: Where it runs.
         pending_before: How many operations were pending when it began.
         committed_before: How many had ever been committed then.
         link: The present attempt's; None between attempts.
+        last_link: The newest attempt's.
         is_asleep: Whether it waits before its next attempt.
         selection: What the present attempt is about. Mode selected only.
         covered: The operations that the present attempt has to settle.
         life: In which life of the server's store the present attempt began.
         report: What it returned in the end.
+        turns: What transfers contents.
+        file_links: The file calls under way.
+        file_seconds: How long it waits for one of them at the most. None: it does not.
+        is_time_over: Whether it has waited for so long.
+        waited_since: The newest operation when it began to wait, since the last attempt. What is committed later
+            is not of the next one.
+        opened: The content of the file that it opened.
     """
 
-    mode: Mode
+    mode: Mode | None
     pending_before: int
     committed_before: int
     fiber: Fiber = field(init=False)
     link: Link | None = None
+    last_link: Link | None = None
     is_asleep: bool = False
     selection: Selection | None = None
     covered: frozenset[int] = frozenset()
     life: int = 0
     report: Report | None = None
+    turns: Turns | None = None
+    file_links: list[FileLink] = field(default_factory=list)
+    file_seconds: float | None = None
+    is_time_over: bool = False
+    waited_since: int | None = None
+    opened: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +118,8 @@ class Model:
     schema: Schema
     log_retention: timedelta
     map_bytes: int
+    files: Mapping[str, FileDownload] = field(default_factory=dict)
+    library: Library | None = None
 
 
 class Device:
@@ -159,6 +187,7 @@ class Device:
                 durability="relaxed",
                 log_retention=model.log_retention,
                 map_bytes=model.map_bytes,
+                files=model.files,
             )
         except ReplicaDied:
             abandon(self.path)
@@ -168,7 +197,7 @@ class Device:
         if hasattr(self, "user"):
             self.user.open_again(replica)
         else:
-            self.user = User(replica, self._random, self.name)
+            self.user = User(replica, self._random, self.name, model.library)
 
     def die(self) -> None:
         """Lose all that is not on disk."""
@@ -203,6 +232,11 @@ class Device:
         self.is_between_wishes = aside.is_between_wishes
         self.committed, self.life, self.is_copied = aside.committed.copy(), aside.life, True
         self.cursor_at = ("", "", 0)
+
+    @property
+    def file_wishes(self) -> FileWishes:
+        """Which contents its user wants."""
+        return FileWishes(self._model.files)
 
     @property
     def has_staged_pages(self) -> bool:
@@ -274,6 +308,7 @@ class Connection:
     def __init__(self, device: Device, network: Network) -> None:
         self._device = device
         self._network = network
+        self._turns: Turns
 
     def authorization(self) -> None:
         """See `Connection`."""
@@ -281,6 +316,20 @@ class Connection:
     def synchronize(self, _metadata: None, _timeout: float | None) -> Link:
         """See `Connection`."""
         return self._network.connect(self._device)
+
+    def files(self, _timeout: float | None) -> SimulatedCalls:
+        """See `Caller`."""
+        self._turns = Turns(
+            lambda seconds: self._network.pause_for_files(self._device, seconds),
+            lambda: self._device.seconds,
+            lambda: ReplicaDied() if self._device.disk.is_dead else None,
+        )
+        turns = self._turns
+        return SimulatedCalls(lambda: self._network.connect_file(self._device, turns))
+
+    def workers(self, _count_max: int) -> Turns:
+        """See `Caller`."""
+        return self._turns
 
     def close(self) -> None:
         """See `Connection`."""

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from unittest import mock
 
 import lmdb
 from tests.simulation.faults import Commit, Coverage, CrashPoint, Fault, Moment
 
+from tidelog import DiskFull, StorageError, _contents
+from tidelog._contents import Content, ContentDirectory, Part, _files
 from tidelog._environment import Environment, LmdbTransaction
 
 T = TypeVar("T")
@@ -48,6 +50,18 @@ class Trap:
     moment: Moment = Moment.BEFORE
 
 
+class FilePoints(NamedTuple):
+    """What is written to contents, which are files of their own, by one of the two sides."""
+
+    part: Commit
+    content: Commit
+    deleted: Commit
+
+
+CLIENT_FILES: Final = FilePoints(Commit.PART, Commit.CONTENT, Commit.CONTENT_DELETED)
+SERVER_FILES: Final = FilePoints(Commit.SERVER_PART, Commit.SERVER_CONTENT, Commit.SERVER_CONTENT_DELETED)
+
+
 class Disk:
     """
     The disk of one process.
@@ -62,6 +76,7 @@ class Disk:
         coverage: Counts what happens.
         begin: Called before a write; what it returns names what was written, once that is known.
         on_commit: Called after each commit.
+        files: What writes to contents are called.
     """
 
     def __init__(
@@ -70,7 +85,10 @@ class Disk:
         coverage: Coverage,
         begin: Callable[[object], Callable[[], list[Commit]]],
         on_commit: Callable[[], None] | None = None,
+        *,
+        files: FilePoints = CLIENT_FILES,
     ) -> None:
+        self.files = files
         self.trap: Trap | None = None
         self.has_failed = False
         self.is_dead = False
@@ -103,6 +121,35 @@ class Disk:
         if trap is not None and trap.fault not in MAP_FULL:
             raise self._death
         return result
+
+    def require_life(self) -> None:
+        """Raise what the process died of, if it is dead."""
+        if self.is_dead:
+            raise self._death
+
+    def touch(self, commit: Commit, work: Callable[[], T], torn: Callable[[], object] | None = None) -> T:
+        """
+        Write to a file, unless something happens to it.
+
+        Args:
+            commit: What is written.
+            work: Writes it.
+            torn: Writes a part of it, as a disk does that becomes full meanwhile.
+        """
+        if self.is_dead:
+            raise self._death
+        trap = None if self.trap is not None and self.trap.fault in MAP_FULL else self._met([commit])
+        if trap is None:
+            return work()
+        if trap.fault in FULL | FAILED:
+            if torn is not None:
+                torn()
+            raise DiskFull("simulated") if trap.fault in FULL else StorageError("simulated: the disk is gone")
+        if trap.moment is Moment.AFTER:
+            work()
+        elif torn is not None:
+            torn()
+        raise self._death
 
     def _met(self, commits: list[Commit]) -> Trap | None:
         """Count what is about to be committed; return what happens to it."""
@@ -139,15 +186,67 @@ class Disk:
 
 
 @contextmanager
-def inserted(disks: dict[Path, Disk]) -> Iterator[None]:
-    """Let all writes to the directories named pass through their disks."""
+def inserted(disks: dict[Path, Disk], time: Callable[[], float]) -> Iterator[None]:
+    """
+    Let all writes to the directories named pass through their disks.
+
+    Args:
+        disks: By directory.
+        time: The clock of the file system, in seconds since 1970.
+    """
     write = Environment.write
 
     def passing(environment: Environment, work: Work[Any]) -> Any:
         disk = disks.get(environment.path)
         return write(environment, work) if disk is None else disk.write(lambda work: write(environment, work), work)
 
-    with mock.patch.object(Environment, "write", passing):
+    with mock.patch.object(Environment, "write", passing), _inserted_contents(disks, time):
+        yield
+
+
+@contextmanager
+def _inserted_contents(disks: dict[Path, Disk], time: Callable[[], float]) -> Iterator[None]:
+    append, complete, discard = Part.append, Part.complete, Part.discard
+    renew, delete, move_out = ContentDirectory.renew, ContentDirectory.delete, ContentDirectory.move_out
+
+    def disk_of(path: Path) -> Disk:
+        return next(disks[directory] for directory in path.parents if directory in disks)
+
+    def appending(part: Part, data: bytes) -> None:
+        def write(count: int) -> None:
+            append(part, data[:count])
+            os.utime(part.path, (time(), time()))
+
+        disk = disk_of(part.path)
+        if not data and not disk.is_dead:
+            write(0)
+        else:
+            disk.touch(disk.files.part, lambda: write(len(data)), lambda: write(len(data) // 2))
+
+    def completing(part: Part, sha256: bytes | None = None, size: int | None = None) -> Content:
+        disk = disk_of(part.path)
+        return disk.touch(disk.files.content, lambda: complete(part, sha256, size))
+
+    def discarding(part: Part) -> None:
+        disk_of(part.path).require_life()
+        discard(part)
+
+    def renewing(contents: ContentDirectory, sha256: bytes, at: float | None = None) -> bool:
+        return renew(contents, sha256, time() if at is None else at)
+
+    def deleting(contents: ContentDirectory, sha256: bytes) -> None:
+        disk = disk_of(contents.path)
+        disk.touch(disk.files.deleted, lambda: delete(contents, sha256))
+
+    def moving_out(contents: ContentDirectory, sha256: bytes, target: Path) -> None:
+        disk_of(contents.path).require_life()
+        move_out(contents, sha256, target)
+
+    with (
+        mock.patch.multiple(Part, append=appending, complete=completing, discard=discarding),
+        mock.patch.multiple(ContentDirectory, renew=renewing, delete=deleting, move_out=moving_out),
+        mock.patch.object(_contents, "_files", lambda path, *, depth: sorted(_files(path, depth=depth))),
+    ):
         yield
 
 

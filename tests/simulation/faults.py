@@ -52,6 +52,14 @@ class Fault(enum.StrEnum):
     RESTORED = "the server's store is restored from a backup"
     SILENTLY_RESTORED = "an old copy of the server's store is put in its place, and nobody is told"
     COLLECTED = "the server forgets history"
+    FILE_CUT = "a content's transfer is cut, and both sides see it"
+    FILE_LATE = "what was sent of a content before the cut arrives late"
+    FILE_DELAY = "a content stays under way while other things happen"
+    FILE_BLACK_HOLE = "a content's messages vanish in both directions, and nobody is told"
+    CONTENT_LOST = "a replica loses a content"
+    CONTENT_DAMAGED = "a replica's content is damaged"
+    SERVER_CONTENT_LOST = "the server loses a content"
+    SERVER_CONTENT_DAMAGED = "the server's content is damaged"
 
 
 class Commit(enum.StrEnum):
@@ -86,6 +94,23 @@ class Commit(enum.StrEnum):
     COLLECT_OUTCOMES = "the server: what became of operations is forgotten"
     COLLECT_INDEX = "the server: what objects no longer match is forgotten"
     RETIRE = "the server: a replica is retired"
+    LOOK = "a replica: what objects refer to"
+    ARRIVED = "a replica: contents that have come, or could not be had"
+    GONE = "a replica: a content of its own is not there"
+    DISCARD = "a replica: contents that nobody refers to"
+    STRAY = "a replica: contents that nobody ever referred to"
+    PART = "a replica: bytes of a content"
+    CONTENT = "a replica: a content, whole"
+    CONTENT_DELETED = "a replica: a content is deleted"
+    TENANT = "the server: a tenant that nothing was written of"
+    RECORD = "the server: a content on record"
+    GRANT = "the server: who may refer to contents"
+    FORGET_CONTENT = "the server: a content is not there"
+    COLLECT_CONTENT = "the server: a content is taken off the record"
+    COLLECT_GRANTS = "the server: who might refer to contents is forgotten"
+    SERVER_PART = "the server: bytes of a content"
+    SERVER_CONTENT = "the server: a content, whole"
+    SERVER_CONTENT_DELETED = "the server: a content is deleted"
 
 
 class Moment(enum.StrEnum):
@@ -113,7 +138,7 @@ CRASH_POINTS = tuple(CrashPoint(commit, moment) for commit, moment in product(Co
 SELDOM_REACHED = frozenset(point for point in CRASH_POINTS if point.commit is Commit.START_OVER)
 
 # Not of a record's own are the reasons of a commit group's other members.
-REASONS = tuple(one for one in FailureReason if one not in {FailureReason.GROUP_REJECTED, FailureReason.TOO_LARGE})
+REASONS = tuple(one for one in FailureReason if one is not FailureReason.GROUP_REJECTED)
 MODES = ("ALL", "UNSYNCHRONIZED", "SELECTED")
 SETTINGS = (
     *(f"on_delete {one}" for one in get_args(OnDelete)),
@@ -123,6 +148,9 @@ SETTINGS = (
     "access rules",
     "third party",
     "copies and restores",
+    "files",
+    "files lazy",
+    "files never",
 )
 
 _CLIENT_WRITES = {
@@ -142,6 +170,13 @@ _CLIENT_WRITES = {
     "Storage.begin_rebase": Commit.REBASE,
     "Storage.trim": Commit.TRIM,
 }
+_CLIENT_FILE_WRITES = {
+    "Files._look_step": Commit.LOOK,
+    "Files.note_arrived": Commit.ARRIVED,
+    "Files.note_gone": Commit.GONE,
+    "Files._collect": Commit.DISCARD,
+    "Files._note_garbage": Commit.STRAY,
+}
 _SERVER_JOBS = {
     "Session._begin": Commit.NUMBER,
     "Services._upload_operations": Commit.NUMBER,
@@ -153,17 +188,32 @@ _SERVER_JOBS = {
     "_migrate": Commit.MIGRATION,
     "_rebuild_indexes": Commit.INDEXES,
     "_note_referrers": Commit.INDEXES,
+    "_indexed": Commit.INDEXES,
     "without_past": Commit.COLLECT,
     "without_left_entries": Commit.COLLECT_INDEX,
     "without_outcomes": Commit.COLLECT_OUTCOMES,
     "without_old_notes": Commit.COLLECT_OUTCOMES,
     "without_refused_creations": Commit.COLLECT_OUTCOMES,
-    "without_old_notes": Commit.COLLECT_OUTCOMES,
     "retired": Commit.RETIRE,
+}
+_SERVER_FILE_JOBS = {
+    "Files._make_known": Commit.TENANT,
+    "Files._complete": Commit.RECORD,
+    "Files._granted": Commit.GRANT,
+    "Files._forget_lost": Commit.FORGET_CONTENT,
+    "without_content": Commit.COLLECT_CONTENT,
+    "without_grants": Commit.COLLECT_GRANTS,
 }
 
 CLIENT_COMMITS = tuple(dict.fromkeys([*_CLIENT_WRITES.values(), Commit.PUBLISHING]))
 SERVER_COMMITS = tuple(dict.fromkeys([*_SERVER_JOBS.values(), Commit.COPIES, Commit.TIMELINE]))
+CLIENT_FILE_COMMITS = (*_CLIENT_FILE_WRITES.values(), Commit.PART, Commit.CONTENT, Commit.CONTENT_DELETED)
+SERVER_FILE_COMMITS = (
+    *_SERVER_FILE_JOBS.values(),
+    Commit.SERVER_PART,
+    Commit.SERVER_CONTENT,
+    Commit.SERVER_CONTENT_DELETED,
+)
 
 
 def client_commit(work: object) -> Commit:
@@ -171,13 +221,13 @@ def client_commit(work: object) -> Commit:
     values = _captured(work).get("values")
     if isinstance(values, dict) and "publishing" in values:
         return Commit.PUBLISHING
-    return _named(work, _CLIENT_WRITES)
+    return _named(work, _CLIENT_WRITES | _CLIENT_FILE_WRITES)
 
 
 def server_commit(job: object) -> Commit:
     """Name what a server's store is about to write."""
     captured = _captured(job)
-    return _named(captured.get("evaluate", captured.get("work", job)), _SERVER_JOBS)
+    return _named(captured.get("evaluate", captured.get("work", job)), _SERVER_JOBS | _SERVER_FILE_JOBS)
 
 
 def _named(work: object, names: dict[str, Commit]) -> Commit:

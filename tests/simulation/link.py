@@ -68,12 +68,21 @@ class CallFailed(grpc.RpcError):
 class ServerEnd:
     """One session on the server."""
 
-    def __init__(self, application: Application, store: Store, principal: Principal, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        application: Application,
+        store: Store,
+        principal: Principal,
+        clock: Callable[[], int],
+        *,
+        file_bytes_max: int,
+    ) -> None:
         self.settled_version = 0  # the tenant's version when the upload was settled
         self._application = application
         self._store = store
         self._principal = principal
         self._clock = clock
+        self._file_bytes_max = file_bytes_max
         self._session: Session | None = None
         self._pages: Iterator[sync_pb2.SnapshotPage] | None = None
 
@@ -90,7 +99,14 @@ class ServerEnd:
         which = request.WhichOneof("message")
         if which == "start":
             start = sync_pb2.SessionStart.FromString(request.start)
-            self._session = Session(self._application, self._store, self._principal, start, self._clock)
+            self._session = Session(
+                self._application,
+                self._store,
+                self._principal,
+                start,
+                self._clock,
+                file_bytes_max=self._file_bytes_max,
+            )
             started = self._session.open().result(STORE_TIMEOUT_SECONDS)
             return _response(started=started.SerializeToString())
         if which == "batch":
@@ -110,7 +126,9 @@ class ServerEnd:
         """Take in a batch; what is returned waits for it and returns the answer."""
         batch = splice_pb2.SynchronizeRequestSplice.FromString(data).batch
         session = self._opened()
-        future: Future[list[Result]] = session.upload(list(batch.operations), batch.former_outcomes)
+        future: Future[list[Result]] = session.upload(
+            list(batch.operations), batch.former_outcomes, list(batch.lost_contents)
+        )
 
         def answer() -> bytes:
             settled_now = future.result(STORE_TIMEOUT_SECONDS)

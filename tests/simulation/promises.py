@@ -86,6 +86,7 @@ class Rules(NamedTuple):
         is_put_back: Whether the store was put back from a backup: then base versions may be of another history.
         has_copies: Whether directories are copied, and what may be asked for is forgotten.
         former_failures: Ids of failures that were recorded before the store was put back.
+        may_lack_contents: Tells whether an operation that refers to files may be refused for this reason.
     """
 
     schema: Schema
@@ -95,6 +96,7 @@ class Rules(NamedTuple):
     is_put_back: bool = False
     has_copies: bool = False
     former_failures: Collection[bytes] = ()
+    may_lack_contents: Callable[[FailureReason, Operation], bool] = lambda _reason, _operation: False
 
     def readable(self, entity: str, attributes: Attributes | None) -> Attributes | None:
         """Return what the author of an operation may read of an object."""
@@ -799,6 +801,8 @@ def _is_justified(
     seen = [rules.readable(key[0], state) for state in states]
     if reason in (FailureReason.HOOK_REJECTED, FailureReason.HOOK_ERROR):
         return rules.may_hooks_refuse(reason, operation, states)
+    if reason in (FailureReason.FILE_MISSING, FailureReason.TOO_LARGE):
+        return rules.may_lack_contents(reason, operation)
     if operation.group is not None:
         return True  # what its group had done before it is gone without a trace
     match reason:

@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
-from tests.simulation.disk import Disk
+from tests.simulation.disk import SERVER_FILES, Disk
+from tests.simulation.exchange import FileEnd, FilePeer
 from tests.simulation.faults import Commit, Coverage, server_commit
 from tests.simulation.link import ServerEnd
 from tests.simulation.promises import Settlement
 from tests.simulation.records import History
 
 from tidelog import StorageError
+from tidelog._contents import ContentDirectory
+from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog_server import Application, LmdbStore, Principal, backup_store, restore_store
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._attempts import Attempt, UnderWay
+from tidelog_server._content_store import CONTENTS_DIRECTORY, DirectoryContents
+from tidelog_server._files import Files
 from tidelog_server._indexes import twins_prefix
 from tidelog_server._lmdb_store import _Job
 from tidelog_server._principal import DEFAULT_TENANT
@@ -139,6 +144,7 @@ class SimulatedServer:
         application: What it serves; may be replaced before a restart.
         store: What sessions use: the real one, with a record of what goes through it.
         disk: Where the store writes.
+        files: The contents of files.
         chronicle: What was settled.
         defects: What the store's own thread saw that must not be.
 
@@ -149,6 +155,7 @@ class SimulatedServer:
         periods: How long the server remembers.
         clock: Its clock.
         map_bytes: Size of the store's map.
+        file_bytes_max: How large the content of a file may be.
     """
 
     def __init__(
@@ -160,15 +167,18 @@ class SimulatedServer:
         clock: Callable[[], int],
         *,
         map_bytes: int,
+        file_bytes_max: int = FILE_BYTES_MAX_DEFAULT,
     ) -> None:
         self.application = application
         self.chronicle = Chronicle()
-        self.disk = Disk(ServerDied, coverage, self._take_queued, self._note_settled)
+        self.disk = Disk(ServerDied, coverage, self._take_queued, self._note_settled, files=SERVER_FILES)
         self.store = SimulatedStore(self)
         self._directory = directory
         self._periods = periods
         self._clock = clock
         self._map_bytes = map_bytes
+        self._file_bytes_max = file_bytes_max
+        self.files: Files
         self.defects: list[str] = []
         self._queued: list[tuple[Commit, list[tuple[int, Writes]]]] = []
         self._committing: list[tuple[Commit, list[tuple[int, Writes]]]] = []
@@ -181,7 +191,16 @@ class SimulatedServer:
 
     def end(self, principal: Principal, clock: Callable[[], int]) -> ServerEnd:
         """Return the server's end of a new session."""
-        return ServerEnd(self.application, self.store, principal, clock)
+        return ServerEnd(self.application, self.store, principal, clock, file_bytes_max=self._file_bytes_max)
+
+    def file_end(self, principal: Principal, peer: FilePeer) -> FileEnd:
+        """Return the server's end of a new file call."""
+        return FileEnd(self.files, principal, peer)
+
+    @property
+    def contents(self) -> ContentDirectory:
+        """The contents of files, as they lie on the disk."""
+        return ContentDirectory(DirectoryContents(self._directory / CONTENTS_DIRECTORY).tenant_path(DEFAULT_TENANT))
 
     def restart(self) -> None:
         """Stop and start again. The store is not adopted yet."""
@@ -194,10 +213,10 @@ class SimulatedServer:
         adopt_schema(self.application, self.store, migrate=True, time_us=self._clock())
         Sealer(self.store, "")  # makes the key
 
-    def collect(self) -> Collected:
-        """Forget what is due. Raises StorageError."""
+    def collect(self, periods: Periods | None = None) -> Collected:
+        """Forget what is due, after its own periods or others. Raises StorageError."""
         try:
-            return Retention(self.store, self._periods, self._clock).collect()
+            return Retention(self.store, periods or self._periods, self._clock, self.files).collect()
         finally:
             if not self.has_died:
                 self._note_forgotten()
@@ -299,6 +318,8 @@ class SimulatedServer:
         self.disk.is_dead = False
         self.disk.trap = None
         self._queued = []
+        contents = DirectoryContents(self._directory / CONTENTS_DIRECTORY)
+        self.files = Files(self.application, self.store, contents, self._clock, bytes_max=self._file_bytes_max)
         return InlineStore(self._directory, map_bytes=self._map_bytes)
 
 

@@ -27,7 +27,17 @@ from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
-from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Commit, Coverage, Fault, Moment
+from tests.simulation.exchange import FileLink, Turns
+from tests.simulation.faults import (
+    CLIENT_COMMITS,
+    CLIENT_FILE_COMMITS,
+    SERVER_COMMITS,
+    SERVER_FILE_COMMITS,
+    Commit,
+    Coverage,
+    Fault,
+    Moment,
+)
 from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
@@ -35,11 +45,13 @@ from tests.simulation.promises import PromiseBroken, Rules
 from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
 from tests.simulation.rights import Eyes
 from tests.simulation.server import Backup, SimulatedServer
-from tests.simulation.settings import Settings
+from tests.simulation.settings import NEVER, Settings
 from tests.simulation.third_party import ThirdParty
+from tests.simulation.witness import Watch, Witness, content_files, destroy, needed_on_replica, needed_on_server
 
 from tidelog import (
     FailureReason,
+    FileUnavailable,
     InvalidValue,
     ObjectExists,
     ObjectNotFound,
@@ -55,8 +67,10 @@ from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _replica
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
-from tidelog_server import OperationRefused, TransientError
+from tidelog_client._verification import verify_replica
+from tidelog_server import OperationRefused, TransientError, verify_store
 from tidelog_server._principal import DEFAULT_TENANT
+from tidelog_server._retention import Periods
 from tidelog_server._tenant import Tenant
 
 STEPS_DEFAULT: Final = 100
@@ -79,11 +93,14 @@ BACKUPS_MAX: Final = 3
 COPIES_ATTEMPTS_MAX: Final = 5
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
 ADOPTING: Final = (Commit.NOTE, Commit.MIGRATION, Commit.INDEXES)
+COLLECTING_FILES: Final = (Commit.COLLECT_CONTENT, Commit.COLLECT_GRANTS, Commit.SERVER_CONTENT_DELETED)
 COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_INDEX, Commit.RETIRE)
 YEAR: Final = timedelta(days=365)
 STEP_SECONDS: Final = 0.001
 # Longer than the synchronizer goes on trying while it hears nothing.
 SILENCE_SECONDS: Final = 20.0
+# How many sessions more a synchronization takes in which contents are uploaded.
+FILE_SESSIONS_MAX: Final = 3
 STALL_STEPS_MAX: Final = 30
 
 
@@ -111,12 +128,16 @@ class World:
         self._random = Random(seed)
         self._steps = steps
         self._focus = focus or {}
-        self.settings = Settings.drawn(self._random)
+        self.settings = Settings.drawn(self._random).with_files(Random(f"{seed} files"))
         self.coverage.settings.update(self.settings.business.names())
         if self.settings.has_third_party:
             self.coverage.settings["third party"] += 1
         if self.settings.has_copies:
             self.coverage.settings["copies and restores"] += 1
+        files = self.settings.files
+        self._witness = Witness(files.bytes_max) if files is not None else None
+        if files is not None:
+            self.coverage.settings.update(files.names())
         self._directory = directory.resolve()
         self._weather = Weather()
         self._schema_version = 1
@@ -126,6 +147,8 @@ class World:
         self._acting: Device | None = None
         # Links that were left, whose messages may still arrive, and the number of the stream that each was.
         self._ghosts: list[tuple[Device, Link]] = []
+        # File calls that were left, of which something may still arrive.
+        self._file_ghosts: list[FileLink] = []
         self._selected: Selection | None = None
         self._third_party: ThirdParty | None = None
         self._asides: list[Aside] = []
@@ -157,13 +180,14 @@ class World:
                 settings.periods,
                 self._clock,
                 map_bytes=settings.server_map_bytes,
+                **({} if settings.files is None else {"file_bytes_max": settings.files.bytes_max}),
             )
             self._server.adopt()
             self._devices = [self._device(number) for number in range(settings.replica_count)]
             self._third_party = self._other_client() if settings.has_third_party else None
             self._disks |= {one.path: one.disk for one in self._devices}
             self._disks[self._directory / "server"] = self._server.disk
-            with disk.inserted(self._disks):
+            with disk.inserted(self._disks, lambda: self.time_us() / 1e6):
                 try:
                     for device in self._devices:
                         self._open(device)
@@ -177,6 +201,8 @@ class World:
                     self._server.close()
                     if self._third_party is not None:
                         self._third_party.close()
+                if self._witness is not None:
+                    self._verify(self._witness)
 
     @property
     def fingerprint(self) -> str:
@@ -216,9 +242,11 @@ class World:
             lambda: self._server.has_died,
             lambda answer: self._overhear(device, answer),
         )
-        call.link, call.life = link, self._history.lives
+        call.link = call.last_link = link
+        call.life = self._history.lives
         call.selection, self._selected = self._selected, None
-        pending = [one.seq for one in device.replica._storage.pending()]
+        until, call.waited_since = call.waited_since, None
+        pending = [one.seq for one in device.replica._storage.pending() if until is None or one.seq <= until]
         call.covered = frozenset(pending if call.selection is None else call.selection.seqs)
         self.coverage.totals["streams"] += 1
         if device.has_stale_token:
@@ -241,6 +269,32 @@ class World:
         call.link, call.is_asleep = None, True
         call.fiber.pause()
         device.seconds += seconds
+
+    def connect_file(self, device: Device, turns: Turns) -> FileLink:
+        """See `Network`."""
+        call, witness = device.call, self._witness
+        if call is None or witness is None:
+            raise AssertionError(f"{device.name} transfers a content, and nobody asked for it")
+        watch = Watch(witness, device.eyes, lambda: self._server_record().visible())
+        link = FileLink(self._server.file_end(device.eyes.principal, watch), turns.wait, lambda: self._server.has_died)
+        call.turns = turns
+        call.file_links = [one for one in call.file_links if not one.is_left] + [link]
+        self.coverage.totals["file calls"] += 1
+        return link
+
+    def pause_for_files(self, device: Device, seconds: float) -> bool:
+        """See `Network`."""
+        call = device.call
+        if call is None:
+            raise AssertionError(f"{device.name} waits for contents, and nobody asked for them")
+        call.file_seconds, call.is_time_over = seconds, False
+        if call.waited_since is None:
+            call.waited_since = len(device.committed.data)
+        call.fiber.pause()
+        call.file_seconds = None
+        if call.is_time_over:
+            device.seconds += seconds
+        return not call.is_time_over
 
     def _recorded(self, work_out: Callable[..., Selection]) -> Callable[..., Selection]:
         def recorded(*arguments: Any) -> Selection:
@@ -290,6 +344,8 @@ class World:
                 ("back up", 0.8, self._back_up),
                 ("restore", 0.8 if self._backups else 0.0, self._restore),
             ]
+        if self._witness is not None:
+            happenings += self._happenings_with_files(self._witness, device)
         weights = [weight * self._focus.get(name, 1.0) for name, weight, _ in happenings]
         random.choices(happenings, weights)[0][2]()
 
@@ -320,6 +376,8 @@ class World:
     def _call(self, device: Device) -> None:
         random = self._random
         mode = random.choices([Mode.ALL, Mode.UNSYNCHRONIZED, Mode.SELECTED], [5, 3, 3])[0]
+        if device.call is not None and device.call.mode is None:
+            return
         picked = device.user.pick_keys() if mode is Mode.SELECTED else []
         timeout = random.choice([None, None, 0.5, 60.0])
         if device.call is not None:
@@ -349,6 +407,9 @@ class World:
         def work() -> None:
             call.report = synchronize()
 
+        self._start(device, call, work)
+
+    def _start(self, device: Device, call: Call, work: Callable[[], None]) -> None:
         call.fiber = Fiber(work)
         device.call = call
         self._resume(device)
@@ -367,10 +428,11 @@ class World:
             if call.link is former:
                 call.link = None
         if call.fiber.is_done:
-            self._ended(device, call, former)
+            self._ended(device, call)
 
-    def _ended(self, device: Device, call: Call, link: Link | None) -> None:
-        error = call.fiber.error
+    def _ended(self, device: Device, call: Call) -> None:
+        error, link = call.fiber.error, call.last_link
+        self._leave_files(call)
         if isinstance(error, ReplicaDied):
             device.call = None
             self._die(device)
@@ -378,6 +440,9 @@ class World:
         device.call = None
         if error is None and call.report is not None and link is not None:
             self._complete(device, call, call.report, link)
+            return
+        if call.mode is None and (error is None or isinstance(error, FileUnavailable | ObjectNotFound | InvalidValue)):
+            self._say(f"{device.name} has opened a file: {error or call.opened}")
             return
         has_failed, device.disk.has_failed = device.disk.has_failed, False
         if isinstance(error, StorageError) and has_failed:
@@ -393,6 +458,10 @@ class World:
             call = device.call
             if call is None:
                 break
+            if call.file_seconds is not None:
+                if not self._advance_files(device, call, is_patient=moves is None):
+                    break
+                continue
             if call.is_asleep or call.link is None:
                 self._say(f"{device.name} tries again")
                 self._resume(device)
@@ -428,6 +497,8 @@ class World:
             self._resume(device)
 
     def _complete(self, device: Device, call: Call, report: Report, link: Link) -> None:
+        if call.mode is None:
+            raise AssertionError("a file was opened, and nothing synchronized")
         self._say(f"{device.name} is done: {report.applied} applied, {report.rejected} rejected")
         self._note_identity(device, report)
         self.coverage.modes[call.mode.name] += 1
@@ -573,8 +644,11 @@ class World:
         aside = self._random.choice(self._asides)
         self._say(f"{aside.path.name} is put back as {device.name}")
         self.coverage.faults[Fault.PUT_BACK.name] += 1
-        link = device.call.link if device.call is not None else None
+        call = device.call
+        link = call.link if call is not None else None
         device.die()
+        if call is not None:
+            self._leave_files(call)
         if link is not None:
             self._leave(device, link)
         device.put_back(aside)
@@ -732,6 +806,192 @@ class World:
                 return
             self._move(device, link, moves[0])
 
+    # --- files ------------------------------------------------------------------------------
+
+    def _happenings_with_files(self, witness: Witness, device: Device) -> list[tuple[str, float, Callable[[], None]]]:
+        """Return what can happen besides where there are files."""
+        transferring = [one for one in self._devices if one.call is not None and one.call.file_seconds is not None]
+        return [
+            ("open", 0.6 if device.call is None else 0.0, lambda: self._open_file(device)),
+            ("file fault", 2.5 if transferring else 0.0, lambda: self._file_fault(self._random.choice(transferring))),
+            ("late file", 3.0 if self._file_ghosts else 0.0, self._haunt_files),
+            ("lose", 0.25, lambda: self._lose(witness, device)),
+            ("collect files", 0.7, self._collect_files),
+        ]
+
+    def _open_file(self, device: Device) -> None:
+        """Let a user open a file that is not here."""
+        found = device.user.missing_file()
+        if found is None:
+            return
+        key, name, sha256 = found
+        self._say(f"{device.name} opens {name} of {key}")
+        call = Call(None, 0, 0)
+        replica = device.replica
+
+        def work() -> None:
+            with replica.open_file(*key, name, timeout=60.0) as file:
+                call.opened = file.read()
+            witness = self._witness
+            if (
+                witness is not None
+                and sha256 not in witness.lost_here
+                and not device.user.is_right(sha256, call.opened)
+            ):
+                raise PromiseBroken("Files: what is opened is what was attached", [f"{name} of {key}"])
+
+        self._start(device, call, work)
+
+    def _advance_files(self, device: Device, call: Call, *, is_patient: bool) -> bool:
+        """Let one thing happen to the contents on their way; tell whether anything did."""
+        links = [one for one in call.file_links if not one.is_left]
+        stalled = [one for one in links if one.stalled_steps] if is_patient else []
+        for link in stalled:
+            link.stalled_steps -= 1
+        possible = [(link, move) for link in links if link not in stalled for move in link.moves()]
+        if possible and not (any(one.is_dark for one in links) and self._random.random() < 0.2):
+            link, move = self._random.choice(possible)
+            try:
+                what = move()
+            except ServerGone:
+                self._restart_server(Fault.SERVER_CRASH)
+                what = "the server is gone"
+            self._say(f"{device.name}, a content: {what}")
+        elif stalled:
+            return False
+        else:
+            self._say(f"{device.name} waits {call.file_seconds} s")
+            call.is_time_over = True
+        if call.is_time_over or (call.turns is not None and call.turns.may_go_on):
+            self._resume(device)
+        return True
+
+    def _file_fault(self, device: Device) -> None:
+        call, random = device.call, self._random
+        links = [] if call is None else [one for one in call.file_links if not one.is_left]
+        if not links:
+            return
+        link = random.choice(links)
+        fault = random.choices([Fault.FILE_CUT, Fault.FILE_DELAY, Fault.FILE_BLACK_HOLE], [6, 2, 1])[0]
+        self._say(f"{fault.name} on a content of {device.name}")
+        self.coverage.faults[fault.name] += 1
+        match fault:
+            case Fault.FILE_CUT:
+                for one in links if random.random() < 0.5 else [link]:
+                    one.cut(drops_answers=random.random() < 0.5)
+                    self._leave_file(one)
+            case Fault.FILE_DELAY:
+                link.stalled_steps = random.randint(1, STALL_STEPS_MAX)
+            case _:
+                for one in links:
+                    one.is_dark = True
+                    one.to_server.clear()
+                    one.to_client.clear()
+
+    def _leave_files(self, call: Call) -> None:
+        for link in call.file_links:
+            if not link.is_over:
+                self._leave_file(link)
+        call.file_links = []
+
+    def _leave_file(self, link: FileLink) -> None:
+        """Leave a file call to its fate: what is on its way to the server may still arrive."""
+        if not link.is_spent and self._random.random() < 0.5:
+            self._file_ghosts.append(link.ghost())
+        else:
+            link.end()
+
+    def _haunt_files(self) -> None:
+        link = self._random.choice(self._file_ghosts)
+        self.coverage.faults[Fault.FILE_LATE.name] += 1
+        try:
+            self._say(f"late, a content: {link.end_late()}")
+        except ServerGone:
+            self._restart_server(Fault.SERVER_CRASH)
+            return
+        self._file_ghosts = [one for one in self._file_ghosts if not one.is_over]
+
+    def _lose(self, witness: Witness, device: Device) -> None:
+        """Destroy a content."""
+        random = self._random
+        is_here, is_damaged = random.random() < 0.5, random.random() < 0.5
+        found = content_files((device.path if is_here else self._directory / "server") / "files")
+        if not found:
+            return
+        path = random.choice(found)
+        destroy(path, is_damaged=is_damaged)
+        (witness.lost_here if is_here else witness.lost_there).add(bytes.fromhex(path.name))
+        if is_here:
+            fault = Fault.CONTENT_DAMAGED if is_damaged else Fault.CONTENT_LOST
+        else:
+            fault = Fault.SERVER_CONTENT_DAMAGED if is_damaged else Fault.SERVER_CONTENT_LOST
+        self.coverage.faults[fault.name] += 1
+        self._say(f"{fault.value}: {path.name} of {device.name}")
+
+    def _collect_files(self) -> None:
+        if self.settings.files is None:
+            return
+        if self._random.random() < 0.3:
+            self._server_time_us += YEAR // timedelta(microseconds=1)
+        if self._random.random() < 0.3:
+            commit = self._random.choice(COLLECTING_FILES)
+            self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, commit, self._moment())
+        try:
+            collected = self._server.collect(self._only_files(self.settings.files.grace))
+        except StorageError as error:
+            if self._server.has_died:
+                self._restart_server(Fault.SERVER_CRASH)
+                return
+            self._say(f"the server cannot forget: {type(error).__name__}")
+            return
+        self.coverage.totals["collected contents"] += collected.contents
+        self._say(f"the server collects {collected.contents} contents")
+
+    def _only_files(self, grace: timedelta) -> Periods:
+        return Periods(NEVER, NEVER, NEVER, grace)
+
+    def _may_lack_contents(self, reason: FailureReason, operation: Operation) -> bool:
+        """Tell whether an operation may be refused because of the contents that it refers to."""
+        if (witness := self._witness) is None:
+            return False
+        if reason is FailureReason.TOO_LARGE:
+            return witness.is_too_large(operation)
+        return witness.may_be_missing(operation)
+
+    def _check_files(self, witness: Witness) -> None:
+        """Check what holds of files when all agree, and when what nobody refers to is due to go."""
+        server = self._server_record()
+        contents = self._server.contents
+        with self._server.lmdb.read(DEFAULT_TENANT) as reader:
+            witness.check_there(server, reader, contents)
+        for device in self._devices:
+            record = device.record()
+            witness.check_had_when_quiet(device.replica, device.file_wishes, record, server, device.eyes)
+        self._server_time_us += 20 * YEAR // timedelta(microseconds=1)
+        self._server.collect(self._only_files(timedelta(0)))
+        for device in self._devices:
+            self._synchronize_to_the_end(device)
+        server = self._server_record()
+        left = [content.sha256 for content in contents.contents()]
+        witness.check_left_when_quiet("the server", left, needed_on_server(server))
+        with self._server.lmdb.read(DEFAULT_TENANT) as reader:
+            witness.check_there(server, reader, contents)
+        for device in self._devices:
+            record = device.record()
+            left = [one.sha256 for one in device.replica._storage.files.contents.contents()]
+            needed = needed_on_replica(record, device.committed.operations)
+            witness.check_left_when_quiet(device.name, left, needed)
+            witness.check_had_when_quiet(device.replica, device.file_wishes, record, server, device.eyes)
+
+    def _verify(self, witness: Witness) -> None:
+        """Verify what all directories hold when everything is closed."""
+        destroyed = {sha256.hex() for sha256 in witness.lost_here | witness.lost_there}
+        findings = list(verify_store(self._directory / "server"))
+        for device in self._devices:
+            findings += verify_replica(device.path)
+        if left := [str(one) for one in findings if not any(sha256 in str(one) for sha256 in destroyed)]:
+            raise PromiseBroken("Verification: nothing is wrong on either side", left)
+
     # --- faults of processes, disks and clocks ------------------------------------------------
 
     def _kill(self, device: Device) -> None:
@@ -741,8 +1001,11 @@ class World:
 
     def _die(self, device: Device) -> None:
         self._say(f"{device.name} dies")
-        link = device.call.link if device.call is not None else None
+        call = device.call
+        link = call.link if call is not None else None
         device.die()
+        if call is not None:
+            self._leave_files(call)
         if link is not None:
             self._leave(device, link)
         if self._random.random() < 0.1:
@@ -767,7 +1030,10 @@ class World:
             [Fault.CLIENT_CRASH, Fault.CLIENT_DISK_FULL, Fault.CLIENT_MAP_FULL, Fault.CLIENT_WRITE_FAILED],
             [6, 1, 1, 1],
         )[0]
-        commit = self._random.choices(CLIENT_COMMITS, TRAP_WEIGHTS)[0] if self._random.random() < 0.5 else None
+        commits, weights = list(CLIENT_COMMITS), TRAP_WEIGHTS
+        if self._witness is not None:
+            commits, weights = [*commits, *CLIENT_FILE_COMMITS], [*weights, *[3] * len(CLIENT_FILE_COMMITS)]
+        commit = self._random.choices(commits, weights)[0] if self._random.random() < 0.5 else None
         passed = self._random.randrange(4) if commit is None else self._random.choice([0, 0, 1])
         device.disk.trap = Trap(fault, passed, commit, self._moment())
         self._say(f"{device.name} will meet {device.disk.trap}")
@@ -777,7 +1043,8 @@ class World:
             [Fault.SERVER_CRASH, Fault.SERVER_DISK_FULL, Fault.SERVER_MAP_FULL, Fault.SERVER_WRITE_FAILED],
             [6, 1, 1, 2],
         )[0]
-        commit = self._random.choice(SERVER_COMMITS) if self._random.random() < 0.5 else None
+        commits = SERVER_COMMITS if self._witness is None else (*SERVER_COMMITS, *SERVER_FILE_COMMITS * 2)
+        commit = self._random.choice(commits) if self._random.random() < 0.5 else None
         self._server.disk.trap = Trap(fault, self._random.choice([0, 0, 1, 2]), commit, self._moment())
         self._say(f"the server will meet {self._server.disk.trap}")
 
@@ -789,9 +1056,12 @@ class World:
         if why is not Fault.SERVER_CRASH:
             self.coverage.faults[why.name] += 1
         self._ghosts = []
+        self._file_ghosts = []
         for device in self._devices:
             if device.call is not None and device.call.link is not None:
                 device.call.link.break_off(grpc.StatusCode.UNAVAILABLE, "the server is gone")
+            for link in device.call.file_links if device.call is not None else ():
+                link.vanish()
         if self._random.random() < 0.3:
             self._deploy()
         if backup is None:
@@ -927,7 +1197,7 @@ class World:
         self._say("the world heals")
         self._server.disk.trap = None
         self._weather.is_service_down = False
-        self._ghosts = []
+        self._ghosts, self._file_ghosts = [], []
         self._deploy()
         self._server.restart()
         self._adopt()
@@ -975,7 +1245,10 @@ class World:
         self._advance(device, moves=CALL_MOVES_MAX)
         if device.call is not None or call.report is None:
             raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
-        if call.report.attempts > (COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1):
+        attempts_max = COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1
+        if self._witness is not None:
+            attempts_max += FILE_SESSIONS_MAX
+        if call.report.attempts > attempts_max:
             raise PromiseBroken(
                 "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
             )
@@ -1035,6 +1308,8 @@ class World:
                     "No poison: nothing has to wait that is not bounded to", [f"{reports[device.name].skipped}"]
                 )
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
+        if self._witness is not None:
+            self._check_files(self._witness)
 
     def _check_offered_again(self, server: ServerRecord) -> None:
         """Check what became of what replicas knew, unless there are copies of them that knew it otherwise."""
@@ -1066,6 +1341,7 @@ class World:
             is_put_back=self._history.lives > 0,
             has_copies=self.settings.has_copies,
             former_failures=self._former_failures,
+            may_lack_contents=self._may_lack_contents,
         )
         lost = self._lost(device, record, server)
         promises.check_groups(server, replica_id, device.committed, settlements, lost)
@@ -1098,6 +1374,8 @@ class World:
     def _note_commits(self, device: Device) -> list[Operation]:
         found = device.note_commits()
         self._ledger.update((one.nonce, device.committed.data[one.seq]) for one in found)
+        if self._witness is not None:
+            self._witness.note_commits(device.replica._storage.files.contents, found)
         return found
 
     @property
@@ -1105,7 +1383,8 @@ class World:
         return [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
 
     def _not_ready(self, report: Report) -> set[int]:
-        return {one.seq for one in report.skipped if one.reason is SkipReason.NOT_READY and one.seq is not None}
+        reasons = {SkipReason.NOT_READY, SkipReason.FILE_NOT_UPLOADED}
+        return {one.seq for one in report.skipped if one.reason in reasons and one.seq is not None}
 
     def _read_history(self) -> None:
         with self._server.lmdb.read("default") as reader:
@@ -1127,6 +1406,8 @@ class World:
             business.schema(settings.schema_versions[number], is_servers=False),
             random.choice([timedelta(0), timedelta(days=30)]),
             settings.replica_map_bytes,
+            {} if settings.files is None else settings.files.wishes[number],
+            None if self._witness is None else self._witness.library,
         )
         return Device(
             name,
