@@ -65,6 +65,7 @@ class Call:
         link: The present attempt's; None between attempts.
         last_link: The newest attempt's.
         is_asleep: Whether it waits before its next attempt.
+        selected: What was worked out for the next attempt. Mode selected only.
         selection: What the present attempt is about. Mode selected only.
         covered: The operations that the present attempt has to settle.
         life: In which life of the server's store the present attempt began.
@@ -85,6 +86,7 @@ class Call:
     link: Link | None = None
     last_link: Link | None = None
     is_asleep: bool = False
+    selected: Selection | None = None
     selection: Selection | None = None
     covered: frozenset[int] = frozenset()
     life: int = 0
@@ -94,7 +96,7 @@ class Call:
     file_seconds: float | None = None
     is_time_over: bool = False
     waited_since: int | None = None
-    opened: bytes | None = None
+    opened: bytes = b""
 
 
 @dataclass(frozen=True)

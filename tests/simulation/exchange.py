@@ -21,7 +21,7 @@ from tests.simulation.link import CallFailed, ServerGone
 from tests.simulation.model import Key
 
 from tidelog import ResourceClosed
-from tidelog_client._call_errors import Transient, call_error
+from tidelog_client._call_errors import call_error
 from tidelog_client._file_calls import ContentStatus, FileRefused, Presence
 from tidelog_client._file_channel import _REFUSALS
 from tidelog_client._files import Needed
@@ -443,4 +443,4 @@ def _error(error: CallFailed) -> Exception:
     meaning, reason = call_error(error, "the simulated server")
     if reason in _REFUSALS:
         return FileRefused(str(meaning), is_too_large=reason == "FILE_TOO_LARGE")
-    return meaning if isinstance(meaning, Exception) else Transient(str(error))
+    return meaning

@@ -155,7 +155,7 @@ class SimulatedServer:
         periods: How long the server remembers.
         clock: Its clock.
         map_bytes: Size of the store's map.
-        file_bytes_max: How large the content of a file may be.
+        file_bytes_max: How large the content of a file may be. None: there are no files.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class SimulatedServer:
         clock: Callable[[], int],
         *,
         map_bytes: int,
-        file_bytes_max: int = FILE_BYTES_MAX_DEFAULT,
+        file_bytes_max: int | None = None,
     ) -> None:
         self.application = application
         self.chronicle = Chronicle()
@@ -177,7 +177,8 @@ class SimulatedServer:
         self._periods = periods
         self._clock = clock
         self._map_bytes = map_bytes
-        self._file_bytes_max = file_bytes_max
+        self._has_files = file_bytes_max is not None
+        self._file_bytes_max = FILE_BYTES_MAX_DEFAULT if file_bytes_max is None else file_bytes_max
         self.files: Files
         self.defects: list[str] = []
         self._queued: list[tuple[Commit, list[tuple[int, Writes]]]] = []
@@ -215,8 +216,9 @@ class SimulatedServer:
 
     def collect(self, periods: Periods | None = None) -> Collected:
         """Forget what is due, after its own periods or others. Raises StorageError."""
+        files = self.files if self._has_files else None
         try:
-            return Retention(self.store, periods or self._periods, self._clock, self.files).collect()
+            return Retention(self.store, periods or self._periods, self._clock, files).collect()
         finally:
             if not self.has_died:
                 self._note_forgotten()

@@ -149,7 +149,6 @@ class World:
         self._ghosts: list[tuple[Device, Link]] = []
         # File calls that were left, of which something may still arrive.
         self._file_ghosts: list[FileLink] = []
-        self._selected: Selection | None = None
         self._third_party: ThirdParty | None = None
         self._asides: list[Aside] = []
         self._backups: list[Backup] = []
@@ -180,7 +179,7 @@ class World:
                 settings.periods,
                 self._clock,
                 map_bytes=settings.server_map_bytes,
-                **({} if settings.files is None else {"file_bytes_max": settings.files.bytes_max}),
+                file_bytes_max=None if settings.files is None else settings.files.bytes_max,
             )
             self._server.adopt()
             self._devices = [self._device(number) for number in range(settings.replica_count)]
@@ -244,7 +243,7 @@ class World:
         )
         call.link = call.last_link = link
         call.life = self._history.lives
-        call.selection, self._selected = self._selected, None
+        call.selection, call.selected = call.selected, None
         until, call.waited_since = call.waited_since, None
         pending = [one.seq for one in device.replica._storage.pending() if until is None or one.seq <= until]
         call.covered = frozenset(pending if call.selection is None else call.selection.seqs)
@@ -298,8 +297,10 @@ class World:
 
     def _recorded(self, work_out: Callable[..., Selection]) -> Callable[..., Selection]:
         def recorded(*arguments: Any) -> Selection:
-            self._selected = work_out(*arguments)
-            return self._selected
+            selected = work_out(*arguments)
+            if self._acting is not None and self._acting.call is not None:
+                self._acting.call.selected = selected
+            return selected
 
         return recorded
 
@@ -442,7 +443,7 @@ class World:
             self._complete(device, call, call.report, link)
             return
         if call.mode is None and (error is None or isinstance(error, FileUnavailable | ObjectNotFound | InvalidValue)):
-            self._say(f"{device.name} has opened a file: {error or call.opened}")
+            self._say(f"{device.name} has opened a file: {error or len(call.opened)}")
             return
         has_failed, device.disk.has_failed = device.disk.has_failed, False
         if isinstance(error, StorageError) and has_failed:
