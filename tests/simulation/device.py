@@ -24,6 +24,7 @@ from tests.simulation.rights import Eyes
 from tidelog import Download, Operation, Schema
 from tidelog_client import Object, Replica, Report
 from tidelog_client._file_wishes import FileDownload, FileWishes
+from tidelog_client._files import Needed
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
 
@@ -234,6 +235,10 @@ class Device:
         self.is_between_wishes = aside.is_between_wishes
         self.committed, self.life, self.is_copied = aside.committed.copy(), aside.life, True
         self.cursor_at = ("", "", 0)
+
+    def needed_contents(self) -> list[tuple[int, list[Needed]]]:
+        """Return what its pending operations need, by seq."""
+        return list(self.replica._storage.files.uploads(until=len(self.committed.data)))
 
     @property
     def file_wishes(self) -> FileWishes:

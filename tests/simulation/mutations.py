@@ -17,6 +17,7 @@ from tests.simulation.world import STEPS_DEFAULT
 
 from tidelog import FailureReason, StorageError
 from tidelog._keys import pack_position
+from tidelog_client import _files as client_files
 from tidelog_client import _lineage, _publication, _storage, _synchronization, _synchronizer, _view
 from tidelog_server import (
     _action,
@@ -25,6 +26,7 @@ from tidelog_server import (
     _collection,
     _download,
     _engine,
+    _file_rules,
     _formers,
     _hooks,
     _lmdb_store,
@@ -32,7 +34,10 @@ from tidelog_server import (
     _records,
     _session,
 )
+from tidelog_server import _files as server_files
 from tidelog_server._application import TransientError
+from tidelog_server._errors import NotFound
+from tidelog_server._file_records import content_record
 from tidelog_server._records import Head, ReplicaState, Writes, merged_ranges
 from tidelog_server._refusal import Refused
 from tidelog_server._units import split_units
@@ -427,6 +432,48 @@ def _two_at_once() -> _Patch:
     return mock.patch.object(_synchronizer, "_acquire", return_value=None)
 
 
+# --- files --------------------------------------------------------------------------------
+
+
+def _refer_to_anything() -> _Patch:
+    return mock.patch.object(_file_rules.FileRules, "check")
+
+
+def _refer_to_whatever_is_there() -> _Patch:
+    return mock.patch.object(_file_rules.FileRules, "may_refer", return_value=True)
+
+
+def _collect_what_is_needed() -> _Patch:
+    def is_old(reader: Any, sha256: bytes, before_us: int) -> bool:
+        record = content_record(sha256, reader.index)
+        return record is not None and record.time_us < before_us
+
+    return mock.patch.object(_collection, "is_unneeded", is_old)
+
+
+def _read_any_file() -> _Patch:
+    def size(self: Any, principal: Any, sha256: bytes, key: Any) -> int:
+        with self._store.read(principal.tenant) as reader:
+            record = content_record(sha256, reader.index)
+        if record is None:
+            raise NotFound("no such file", reason="FILE_NOT_FOUND")
+        return record.size
+
+    return mock.patch.object(server_files.Files, "_readable_size", size)
+
+
+def _operations_before_contents() -> _Patch:
+    return mock.patch.object(client_files.Files, "_note_operation")
+
+
+def _delete_shared_contents() -> _Patch:
+    return mock.patch.object(client_files.Files, "_is_used", return_value=False)
+
+
+def _keep_unneeded_contents() -> _Patch:
+    return mock.patch.object(client_files.Files, "collect", return_value=0)
+
+
 MUTATIONS: Final = (
     Mutation("the server applies again what it has settled", _skip_the_dedupe),
     Mutation("the server loses failure records", _lose_failures),
@@ -479,6 +526,13 @@ MUTATIONS: Final = (
     Mutation("a cursor from before what is collected is served", _horizon_stays, {"collect": 5}),
     Mutation("outcomes are forgotten that may be asked for", _forget_too_much, {"collect": 5}),
     Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
+    Mutation("nobody looks whether the content is there", _refer_to_anything),
+    Mutation("whoever knows a hash may refer to the content", _refer_to_whatever_is_there),
+    Mutation("a content is collected that something refers to", _collect_what_is_needed),
+    Mutation("whoever knows a hash gets the content", _read_any_file, {"service": 5}),
+    Mutation("operations are sent, and their contents are not", _operations_before_contents),
+    Mutation("a replica deletes a content that another object still refers to", _delete_shared_contents),
+    Mutation("a replica keeps contents that nobody refers to", _keep_unneeded_contents),
 )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -25,6 +26,7 @@ import grpc
 from tests.simulation import chance, copies, disk, promises
 from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
+from tests.simulation.contents import ATTRIBUTES
 from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
 from tests.simulation.exchange import FileLink, Turns
@@ -82,6 +84,8 @@ QUIET_ROUNDS_MAX: Final = 12
 CALL_MOVES_MAX: Final = 20_000
 HASTY_MOVES: Final = 100
 BEGINNING_MOVES: Final = 2
+FILE_TRAPS_SHARE: Final = 0.4
+LOST_TRAPS_SHARE: Final = 0.5
 # A trap at a commit that comes seldom waits for it; it takes many of them to meet all.
 SELDOM: Final = frozenset(
     (Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH)
@@ -92,6 +96,7 @@ BACKUPS_MAX: Final = 3
 # What is noted by the way of a copy or a restore takes attempts of its own.
 COPIES_ATTEMPTS_MAX: Final = 5
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
+FILE_TRAP_WEIGHTS: Final = [1 if commit in {Commit.PART, Commit.LOOK} else 4 for commit in CLIENT_FILE_COMMITS]
 ADOPTING: Final = (Commit.NOTE, Commit.MIGRATION, Commit.INDEXES)
 COLLECTING_FILES: Final = (Commit.COLLECT_CONTENT, Commit.COLLECT_GRANTS, Commit.SERVER_CONTENT_DELETED)
 COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_INDEX, Commit.RETIRE)
@@ -190,6 +195,8 @@ class World:
                 try:
                     for device in self._devices:
                         self._open(device)
+                    if self._witness is not None and self._random.random() < FILE_TRAPS_SHARE:
+                        self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.TENANT, self._moment())
                     for _ in range(self._steps):
                         self._step()
                     self._heal()
@@ -555,17 +562,19 @@ class World:
         """Let the service itself change some objects."""
         random = self._random
         keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
-        tenant = Tenant(self._server.application, self._server.store, DEFAULT_TENANT, None, self._clock)
+        server = self._server
+        tenant = Tenant(server.application, server.store, DEFAULT_TENANT, None, self._clock, server.files)
         what = "the service writes"
         try:
+            files = self._services_files(tenant)
             with tenant.transaction() as transaction:
                 for key in dict.fromkeys(keys):
                     if transaction.get(*key) is None:
-                        transaction.create(key[0], {"n": random.randint(-5, 5), "title": "service"}, key[1])
+                        transaction.create(key[0], {"n": random.randint(-5, 5), "title": "service", **files}, key[1])
                     elif random.random() < 0.3:
                         transaction.delete(*key)
                     else:
-                        transaction.update(*key, {"x": random.randint(0, 3)}, increment={"n": 1})
+                        transaction.update(*key, {"x": random.randint(0, 3), **files}, increment={"n": 1})
         except (OperationRefused, ObjectExists, ObjectNotFound, InvalidValue, TransientError, StorageError) as error:
             if self._server.has_died:
                 self._restart_server(Fault.SERVER_CRASH)
@@ -816,9 +825,16 @@ class World:
             ("open", 0.6 if device.call is None else 0.0, lambda: self._open_file(device)),
             ("file fault", 2.5 if transferring else 0.0, lambda: self._file_fault(self._random.choice(transferring))),
             ("late file", 3.0 if self._file_ghosts else 0.0, self._haunt_files),
-            ("lose", 0.25, lambda: self._lose(witness, device)),
-            ("collect files", 0.7, self._collect_files),
+            ("lose", 0.4, lambda: self._lose(witness, device)),
+            ("collect files", 0.9, self._collect_files),
         ]
+
+    def _services_files(self, tenant: Tenant) -> dict[str, Any]:
+        """Return attributes that refer to a content which the service itself adds, or none."""
+        if self._witness is None or self._random.random() < 0.6:
+            return {}
+        content = self._witness.library.draw(self._random)
+        return {ATTRIBUTES[0]: tenant.add_file(BytesIO(content), name="service.txt")}
 
     def _open_file(self, device: Device) -> None:
         """Let a user open a file that is not here."""
@@ -919,7 +935,10 @@ class World:
         found = content_files((device.path if is_here else self._directory / "server") / "files")
         if not found:
             return
-        path = random.choice(found)
+        needed = {one.sha256.hex() for _, some in device.needed_contents() for one in some} if is_here else set()
+        path = random.choice([one for one in found if one.name in needed] or found)
+        if random.random() < LOST_TRAPS_SHARE:
+            self._lay_lost_trap(device, is_here=is_here)
         destroy(path, is_damaged=is_damaged)
         (witness.lost_here if is_here else witness.lost_there).add(bytes.fromhex(path.name))
         if is_here:
@@ -929,12 +948,27 @@ class World:
         self.coverage.faults[fault.name] += 1
         self._say(f"{fault.value}: {path.name} of {device.name}")
 
+    def _lay_lost_trap(self, device: Device, *, is_here: bool) -> None:
+        """Let a process die when it notices that a content is gone."""
+        if is_here:
+            device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.GONE, self._moment())
+        else:
+            self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.FORGET_CONTENT, self._moment())
+
+    def _lay_file_trap(self, device: Device) -> None:
+        fault = self._random.choices(
+            [Fault.CLIENT_CRASH, Fault.CLIENT_DISK_FULL, Fault.CLIENT_WRITE_FAILED], [6, 1, 1]
+        )
+        commit = self._random.choices(CLIENT_FILE_COMMITS, FILE_TRAP_WEIGHTS)[0]
+        device.disk.trap = Trap(fault[0], 0, commit, self._moment())
+        self._say(f"{device.name} will meet {device.disk.trap}")
+
     def _collect_files(self) -> None:
         if self.settings.files is None:
             return
         if self._random.random() < 0.3:
             self._server_time_us += YEAR // timedelta(microseconds=1)
-        if self._random.random() < 0.3:
+        if self._random.random() < 0.5:
             commit = self._random.choice(COLLECTING_FILES)
             self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, commit, self._moment())
         try:
@@ -1031,10 +1065,10 @@ class World:
             [Fault.CLIENT_CRASH, Fault.CLIENT_DISK_FULL, Fault.CLIENT_MAP_FULL, Fault.CLIENT_WRITE_FAILED],
             [6, 1, 1, 1],
         )[0]
-        commits, weights = list(CLIENT_COMMITS), TRAP_WEIGHTS
-        if self._witness is not None:
-            commits, weights = [*commits, *CLIENT_FILE_COMMITS], [*weights, *[3] * len(CLIENT_FILE_COMMITS)]
-        commit = self._random.choices(commits, weights)[0] if self._random.random() < 0.5 else None
+        if self._witness is not None and self._random.random() < FILE_TRAPS_SHARE:
+            self._lay_file_trap(device)
+            return
+        commit = self._random.choices(CLIENT_COMMITS, TRAP_WEIGHTS)[0] if self._random.random() < 0.5 else None
         passed = self._random.randrange(4) if commit is None else self._random.choice([0, 0, 1])
         device.disk.trap = Trap(fault, passed, commit, self._moment())
         self._say(f"{device.name} will meet {device.disk.trap}")
@@ -1044,8 +1078,9 @@ class World:
             [Fault.SERVER_CRASH, Fault.SERVER_DISK_FULL, Fault.SERVER_MAP_FULL, Fault.SERVER_WRITE_FAILED],
             [6, 1, 1, 2],
         )[0]
-        commits = SERVER_COMMITS if self._witness is None else (*SERVER_COMMITS, *SERVER_FILE_COMMITS * 2)
-        commit = self._random.choice(commits) if self._random.random() < 0.5 else None
+        is_about_files = self._witness is not None and self._random.random() < FILE_TRAPS_SHARE
+        commits = SERVER_FILE_COMMITS if is_about_files else SERVER_COMMITS
+        commit = self._random.choice(commits) if self._random.random() < (0.9 if is_about_files else 0.5) else None
         self._server.disk.trap = Trap(fault, self._random.choice([0, 0, 1, 2]), commit, self._moment())
         self._say(f"the server will meet {self._server.disk.trap}")
 
