@@ -368,6 +368,7 @@ class Services:
                     leaves_earlier=request.more_follow,
                     file_bytes_max=self._limits.file_bytes,
                 ),
+                server_time_us,
                 suspects=self._suspects,
             )
             submit = partial(upload.submit, operations, lost_contents=_checked_hashes(request.lost_contents))

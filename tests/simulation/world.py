@@ -931,7 +931,9 @@ class World:
     def _lose(self, witness: Witness, device: Device) -> None:
         """Destroy a content."""
         random = self._random
-        is_here, is_damaged = random.random() < 0.5, random.random() < 0.5
+        # A backup that lacks something is not restored; that is not what this is about.
+        is_here = self.settings.has_copies or random.random() < 0.5
+        is_damaged = random.random() < 0.5
         found = content_files((device.path if is_here else self._directory / "server") / "files")
         if not found:
             return
@@ -1008,7 +1010,9 @@ class World:
             self._synchronize_to_the_end(device)
         server = self._server_record()
         left = [content.sha256 for content in contents.contents()]
-        witness.check_left_when_quiet("the server", left, needed_on_server(server))
+        # What waits for something else is uploaded again.
+        waiting = {one.sha256 for device in self._devices for _, some in device.needed_contents() for one in some}
+        witness.check_left_when_quiet("the server", left, needed_on_server(server) | waiting)
         with self._server.lmdb.read(DEFAULT_TENANT) as reader:
             witness.check_there(server, reader, contents)
         for device in self._devices:
