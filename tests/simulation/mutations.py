@@ -529,7 +529,7 @@ MUTATIONS: Final = (
     Mutation("nobody looks whether the content is there", _refer_to_anything),
     Mutation("whoever knows a hash may refer to the content", _refer_to_whatever_is_there),
     Mutation("a content is collected that something refers to", _collect_what_is_needed),
-    Mutation("whoever knows a hash gets the content", _read_any_file, {"service": 5}),
+    Mutation("whoever knows a hash gets the content", _read_any_file, {"pry": 5}),
     Mutation("operations are sent, and their contents are not", _operations_before_contents),
     Mutation("a replica deletes a content that another object still refers to", _delete_shared_contents),
     Mutation("a replica keeps contents that nobody refers to", _keep_unneeded_contents),

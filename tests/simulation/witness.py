@@ -17,8 +17,9 @@ from tests.simulation.promises import promise
 from tests.simulation.records import ReplicaRecord, ServerRecord
 from tests.simulation.rights import Eyes
 
-from tidelog import Operation
+from tidelog import Operation, OperationKind
 from tidelog._contents import ContentDirectory
+from tidelog._file_reference import FileReference
 from tidelog._operation import decode_operation
 from tidelog._values import decode_map
 from tidelog.v1 import failure_pb2
@@ -69,8 +70,7 @@ class Witness:
 
     def is_too_large(self, operation: Operation) -> bool:
         """Tell whether an operation refers to a content that no server takes."""
-        files = references(operation.decoded_patch().set)
-        return any(one.size > self._bytes_max for one in files.values())
+        return any(one.size > self._bytes_max for one in _files(operation))
 
     @promise("Private: nobody is told of a content that he has not uploaded and may not read")
     def check_told(self, eyes: Eyes, ask: Ask, answer: Sequence[ContentStatus], objects: Objects) -> Iterator[str]:
@@ -200,7 +200,13 @@ def content_files(path: Path) -> list[Path]:
 
 
 def _needed(operation: Operation) -> set[bytes]:
-    return {one.sha256 for one in references(operation.decoded_patch().set).values()}
+    return {one.sha256 for one in _files(operation)}
+
+
+def _files(operation: Operation) -> Collection[FileReference]:
+    if operation.kind is OperationKind.DELETE:
+        return ()  # with a patch it is malformed
+    return references(operation.decoded_patch().set).values()
 
 
 def _readable(eyes: Eyes, key: Key, attributes: Attributes | None) -> set[bytes]:

@@ -29,7 +29,7 @@ from tests.simulation.application import ENTITIES, Weather, make_application, ma
 from tests.simulation.contents import ATTRIBUTES
 from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
-from tests.simulation.exchange import FileLink, Turns
+from tests.simulation.exchange import Ask, Fetch, FileLink, Turns
 from tests.simulation.faults import (
     CLIENT_COMMITS,
     CLIENT_FILE_COMMITS,
@@ -67,10 +67,12 @@ from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _replica
+from tidelog_client._files import Needed
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
 from tidelog_client._verification import verify_replica
 from tidelog_server import OperationRefused, TransientError, verify_store
+from tidelog_server._errors import NotFound
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._retention import Periods
 from tidelog_server._tenant import Tenant
@@ -826,6 +828,7 @@ class World:
             ("file fault", 2.5 if transferring else 0.0, lambda: self._file_fault(self._random.choice(transferring))),
             ("late file", 3.0 if self._file_ghosts else 0.0, self._haunt_files),
             ("lose", 0.4, lambda: self._lose(witness, device)),
+            ("pry", 0.5, lambda: self._pry(witness, device.eyes)),
             ("collect files", 0.9, self._collect_files),
         ]
 
@@ -949,6 +952,25 @@ class World:
             fault = Fault.SERVER_CONTENT_DAMAGED if is_damaged else Fault.SERVER_CONTENT_LOST
         self.coverage.faults[fault.name] += 1
         self._say(f"{fault.value}: {path.name} of {device.name}")
+
+    def _pry(self, witness: Witness, eyes: Eyes) -> None:
+        """Let a program ask for contents that it knows, whatever its user may read."""
+        random, keys = self._random, [*self._history.keys]
+        found = content_files(self._directory / "server" / "files")
+        if not found or not keys:
+            return
+        fetch = Fetch(bytes.fromhex(random.choice(found).name), random.choice(keys), 0)
+        ask = Ask([Needed(fetch.sha256, len(witness.library.content(fetch.sha256) or b""))])
+        watch = Watch(witness, eyes, lambda: self._server_record().visible())
+        message: Ask | Fetch = random.choice([ask, fetch])
+        try:
+            self._server.file_end(eyes.principal, watch).receive(message)
+        except NotFound:
+            self._say(f"{eyes.principal.user_id} may not have {fetch}")
+        except StorageError:
+            if not self._server.has_died:
+                return
+            self._restart_server(Fault.SERVER_CRASH)
 
     def _lay_lost_trap(self, device: Device, *, is_here: bool) -> None:
         """Let a process die when it notices that a content is gone."""
@@ -1407,7 +1429,9 @@ class World:
             promises.check_view(device.seen, record, device.committed, others=others, knows_outcomes=False)
         version = record.cursor.version if record.cursor is not None else 0
         cursor_at = record.replica_id, record.timeline, version
-        if cursor_at[:2] == device.cursor_at[:2]:
+        # A copy may have to ask for all states: then it has no cursor until it has synchronized everything.
+        is_asking_for_all = self.settings.has_copies and record.cursor is None
+        if cursor_at[:2] == device.cursor_at[:2] and not is_asking_for_all:
             promises.check_cursor_moves_forward(device.cursor_at[2], version)
         device.cursor_at = cursor_at
 
