@@ -237,7 +237,7 @@ class FileHappenings(ABC):
         # A backup that lacks something is not restored; that is not what this is about.
         is_here = self.settings.has_copies or random.random() < 0.5
         is_damaged = random.random() < 0.5
-        found = content_files((device.path if is_here else self._directory / "server") / "files")
+        found = content_files(device.replica._storage.files.contents if is_here else self._server.contents)
         if not found:
             return
         needed = {one.sha256.hex() for _, some in device.needed_contents() for one in some} if is_here else set()
@@ -256,7 +256,7 @@ class FileHappenings(ABC):
     def _pry(self, witness: Witness, eyes: Eyes) -> None:
         """Let a program ask for contents that it knows, whatever its user may read."""
         random, keys = self._random, [*self._history.keys]
-        found = content_files(self._directory / "server" / "files")
+        found = content_files(self._server.contents)
         if not found or not keys:
             return
         fetch = Fetch(bytes.fromhex(random.choice(found).name), random.choice(keys), 0)

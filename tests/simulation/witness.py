@@ -194,9 +194,9 @@ def destroy(path: Path, *, is_damaged: bool) -> None:
         path.unlink()
 
 
-def content_files(path: Path) -> list[Path]:
-    """Return the contents in a directory."""
-    return sorted(one for one in path.rglob("*") if len(one.name) == 64 and one.is_file())
+def content_files(contents: ContentDirectory) -> list[Path]:
+    """Return where contents lie."""
+    return [contents._path(one.sha256) for one in contents.contents()]
 
 
 def _needed(operation: Operation) -> set[bytes]:
