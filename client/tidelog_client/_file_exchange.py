@@ -85,6 +85,7 @@ class FileExchange:
         self._waiting: dict[bytes, Uploading] = {}
         # Why they are not there, of those that were tried.
         self._reasons: dict[bytes, str] = {}
+        # What could not be downloaded, and is not tried twice.
         self._tried: set[bytes] = set()
         self._plan = NO_FILES
         self._seqs: Sequence[int] | None = None
@@ -259,11 +260,11 @@ class FileExchange:
                     self._count_up([result], is_last_try=True)
                     continue
                 (sha256, size), keys = result.job
-                self._tried.add(sha256)
                 if result.error is None:
                     self._report.files_downloaded += not result.was_there
                     arrived += [Missing(size, sha256, key) for key in keys]
                 else:
+                    self._tried.add(sha256)
                     if not isinstance(result.error, Transient):
                         failed[sha256] = str(result.error)
                     self._report.skipped += [

@@ -253,11 +253,6 @@ class Files:
         if packed is not None and applied:
             self._release(transaction, seq, _unpacked(packed))
 
-    def release_failed(self, transaction: LmdbTransaction, seq: int, data: bytes) -> None:
-        """Note that an operation which had failed was applied after all."""
-        if may_refer_to_files(data):
-            self._release(transaction, seq, {one.sha256 for one in set_references(data)})
-
     def _release(self, transaction: LmdbTransaction, seq: int, contents: Iterable[bytes]) -> None:
         for sha256 in contents:
             self._drop_user(transaction, _used_by_operation(sha256, seq))
