@@ -169,7 +169,8 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
     _set_note(store, _Adopted(text, migrated, files=True))
     if text != known.schema and schema.version <= since:
         _log.warning("the schema is another one, but its version has not risen", version=schema.version, former=since)
-    _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
+    if known != _Adopted(text, known.migrated, files=known.files):
+        _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
 
 
 def adopted_schema(note: Callable[[str], bytes]) -> Schema | None:

@@ -23,7 +23,7 @@ from tidelog import attribute, claim
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._values import decode_map
 from tidelog.internal.v1 import splice_pb2
-from tidelog.v1 import file_pb2, file_pb2_grpc, object_pb2, object_pb2_grpc, operation_pb2, sync_pb2
+from tidelog.v1 import file_pb2, file_pb2_grpc, object_pb2, object_pb2_grpc, operation_pb2, sync_pb2, sync_pb2_grpc
 from tidelog_server import (
     Application,
     Collected,
@@ -360,6 +360,35 @@ class TestUploads:
             assert refused(sending.result) == (grpc.StatusCode.ABORTED, "SESSION_IDLE")
             wait_for(lambda: world.server.load.file_transfers == 0)
             assert client.stat(PHOTO) == [(MISSING, FILE_CHUNK_BYTES)]
+
+
+class TestSessions:
+    def test_say_what_was_lost(self, client: Client) -> None:
+        """A batch of a session names lost contents like a single call does; what it names must be hashes."""
+
+        def results(lost: bytes) -> list[int]:
+            start = sync_pb2.SessionStart(
+                protocol_version=1,
+                replica_id=f"{REPLICAS[ANN]}-0000-7000-8000-000000000000",
+                mode=sync_pb2.SYNCHRONIZE_MODE_UNSYNCHRONIZED,
+                uploading=True,
+            )
+            batch = sync_pb2.OperationBatch(
+                operations=[operation_pb2.Operation.FromString(create(1, set={"photo": reference(PHOTO)}))],
+                lost_contents=[lost],
+            )
+            requests = [
+                sync_pb2.SynchronizeRequest(start=start),
+                sync_pb2.SynchronizeRequest(batch=batch),
+                sync_pb2.SynchronizeRequest(upload_complete=sync_pb2.UploadComplete()),
+            ]
+            stub: Any = sync_pb2_grpc.SyncServiceStub(client.channel)
+            responses = list(stub.Synchronize(iter(requests), timeout=10))
+            return [one.reason for response in responses for one in response.batch_results.results]
+
+        assert refused(lambda: results(b"short")) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
+        assert results(sha256(SMALL)) == [operation_pb2.FAILURE_REASON_UNSPECIFIED]
+        assert results(sha256(PHOTO)) == [operation_pb2.FAILURE_REASON_FILE_MISSING]
 
 
 class TestDownloads:

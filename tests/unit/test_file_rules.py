@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import random
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +30,10 @@ from tests.builders import (
     update,
 )
 
-from tidelog import FailureReason, attribute, claim
+from tidelog import FailureReason, InvalidValue, ObjectNotFound, attribute, claim
+from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog.v1 import failure_pb2
-from tidelog_server import Application, HookContext, HookObject, OperationRefused, Principal, Reject
+from tidelog_server import Application, ContentLost, HookContext, HookObject, OperationRefused, Principal, Reject
 from tidelog_server import _failures as failures
 from tidelog_server import _file_rules as file_rules
 from tidelog_server._adoption import adopt_schema
@@ -487,6 +490,55 @@ class TestServices:
             assert opened.read(5) == PHOTO[2:7]
             assert opened.seek(-3, 2) == len(PHOTO) - 3
             assert opened.read() == PHOTO[-3:]
+
+    def test_a_large_file_is_read_anywhere(self, cabinet: Cabinet, tmp_path: Path) -> None:
+        """A file that comes in many pieces reads like one on the disk, from wherever somebody seeks to."""
+        data = random.Random(3).randbytes(3 * FILE_CHUNK_BYTES + 5)
+        (tmp_path / "manual.pdf").write_bytes(data)
+        tenant = cabinet.tenant()
+        manual = tenant.add_file(tmp_path / "manual.pdf")
+        tenant.create("Task", {"manual": manual}, "t1")
+
+        assert (manual["name"], manual["media_type"]) == ("manual.pdf", "application/pdf")
+        with tenant.open_file("Task", "t1", "manual") as opened:
+            assert b"".join(iter(lambda: opened.read(100_000), b"")) == data
+            for place in (FILE_CHUNK_BYTES - 3, 7, 3 * FILE_CHUNK_BYTES, len(data) + 9):
+                assert opened.seek(place) == opened.tell() == place
+                assert opened.read(FILE_CHUNK_BYTES + 11) == data[place : place + FILE_CHUNK_BYTES + 11]
+
+    def test_what_is_added(self, cabinet: Cabinet) -> None:
+        """A service adds a stream from where it stands, which stays open; what has no path needs a name."""
+        stream = io.BytesIO(b"not this" + PHOTO)
+        stream.seek(8)
+        added = cabinet.tenant().add_file(stream, name="x", media_type="image/x-own")
+
+        assert added == file_value(PHOTO, "x", media_type="image/x-own")
+        assert not stream.closed
+        assert cabinet.tenant().add_file(b"", name="nothing")["size"] == 0
+        with pytest.raises(InvalidValue):
+            cabinet.tenant().add_file(PHOTO)
+        with pytest.raises(FileNotFoundError):
+            cabinet.tenant().add_file("no-such-file")
+
+    def test_what_cannot_be_opened(self, ruled: Cabinet) -> None:
+        """Where there is no file, or none that the principal may read, that is said; so is what is lost."""
+        photo, secret = ruled.upload(PHOTO), ruled.upload(OTHER)
+        attributes = {"owner": "ann", "public": 1, "photo": photo, "secret": secret}
+        ruled.tenant().create("Task", attributes, "t1")
+        ruled.tenant().create("Task", {"owner": "ann", "photo": photo}, "t2")
+        bob = ruled.tenant(BOB)
+
+        with bob.open_file("Task", "t1", "photo") as opened:
+            assert opened.read() == PHOTO
+        for attribute_name in ("owner", "secret", "absent"):
+            with pytest.raises(InvalidValue):
+                bob.open_file("Task", "t1", attribute_name)
+        for id_ in ("t2", "t3"):
+            with pytest.raises(ObjectNotFound):
+                bob.open_file("Task", id_, "photo")
+        ruled.contents.delete(TENANT, sha256(PHOTO))
+        with pytest.raises(ContentLost):
+            bob.open_file("Task", "t1", "photo")
 
     @pytest.mark.parametrize("value", [file_value(PHOTO), file_value(OTHER, size=3)])
     def test_refer_to_what_is_there_only(self, cabinet: Cabinet, value: dict[str, Any]) -> None:
