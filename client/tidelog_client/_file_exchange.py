@@ -210,6 +210,8 @@ class FileExchange:
         Raises:
             SynchronizationError: There is no token to be had.
         """
+        if self._files.is_idle():
+            return False
         lacking = dict.fromkeys(selected or ())
         for key in self._files.look_again():
             if not is_all:
@@ -296,14 +298,17 @@ class FileExchange:
 
     def finish(self) -> None:
         """Report which operations had to stay behind, and delete contents that nobody refers to any more."""
+        if self._files.any_contents():
+            now = time.time()
+            swept = float(self._storage.meta("files_swept") or 0)
+            if not swept <= now <= swept + SWEEP_SECONDS:
+                self._files.sweep()
+                self._storage.set_meta(files_swept=str(now).encode())
+        if self._files.is_idle():
+            return
         self._report_held()
         for _ in self._files.look_again():
             pass
-        now = time.time()
-        swept = float(self._storage.meta("files_swept") or 0)
-        if not swept <= now <= swept + SWEEP_SECONDS and self._files.any_contents():
-            self._files.sweep()
-            self._storage.set_meta(files_swept=str(now).encode())
         self._files.collect()
 
     def _report_held(self) -> None:

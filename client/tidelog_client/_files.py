@@ -434,6 +434,12 @@ class Files:
         self._note_garbage(stray)
         self.contents.delete_leftovers(LEFTOVER_SECONDS)
 
+    def is_idle(self) -> bool:
+        """Tell whether nothing is to be looked at again, uploaded, downloaded or deleted: there are no files, say."""
+        tables = (self._marks, self._uploads, self._missing, self._garbage)
+        with self._environment.read() as transaction:
+            return not any(transaction.stat(table)["entries"] for table in tables)
+
     def any_contents(self) -> bool:
         """Tell whether there ever was a content."""
         return self.contents.path.exists()
