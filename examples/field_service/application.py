@@ -80,7 +80,7 @@ SCHEMA: Final = Schema(
             },
             indexes=["technician"],
         ),
-        # What is known of a photo travels today; its contents will with a later version of tidelog.
+        # What is known of a photo travels with its order's operations; its content apart from them, by `FileService`.
         Entity(
             "Photo",
             {

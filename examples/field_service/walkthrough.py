@@ -22,9 +22,11 @@ import structlog
 from application import SCHEMA, TOKENS_FILE, app
 
 from tidelog import Patch
-from tidelog.v1 import failure_pb2, failure_pb2_grpc
+from tidelog.v1 import failure_pb2, failure_pb2_grpc, file_pb2, file_pb2_grpc
 from tidelog_client import Replica, Report
 from tidelog_server import Server, StaticTokens
+
+PHOTO = b"what a camera would give"
 
 
 class Actors(NamedTuple):
@@ -55,6 +57,7 @@ def main() -> None:
             orders = plan(actors.dora)
             set_out(actors)
             work_offline(actors, orders)
+            send_photo(server.address)
             come_back(actors, orders)
             take_too_much(actors, orders)
             close_in_a_hurry(actors, orders, failures)
@@ -103,25 +106,35 @@ def work_offline(actors: Actors, orders: Orders) -> None:
     use_part(actors.ann, "ann", orders.boiler, quantity=2)
     use_part(actors.bob, "bob", orders.heating, quantity=3)
     actors.ann.update("WorkOrder", orders.boiler, {"status": "done", "hours": Decimal("1.5")})
-    contents = b"what a camera would give"
     actors.ann.create(
         "Photo",
         {
             "order": orders.boiler,
             "technician": "ann",
             "caption": "The new filter",
-            # Its contents stay on the device until tidelog carries files; this is what will tell them apart.
             "file": {
                 "name": "filter.jpg",
-                "size": len(contents),
+                "size": len(PHOTO),
                 "media_type": "image/jpeg",
-                "sha256": hashlib.sha256(contents).digest(),
+                "sha256": hashlib.sha256(PHOTO).digest(),
             },
         },
     )
     for name, replica, stock in (("ann", actors.ann, 8), ("bob", actors.bob, 7)):
         say(f"{name} has {replica.pending_count()} pending operations")
         check(shown(replica, "Part", "filter")["stock"] == stock, f"{name} counts {stock} filters")
+
+
+def send_photo(address: str) -> None:
+    """Upload what the camera gave, before the operation that refers to it."""
+    content = file_pb2.FileContent(sha256=hashlib.sha256(PHOTO).digest(), size=len(PHOTO))
+    messages = [
+        file_pb2.UploadFileRequest(start=file_pb2.UploadFileStart(content=content)),
+        file_pb2.UploadFileRequest(chunk=PHOTO),
+    ]
+    with grpc.insecure_channel(address) as channel:
+        service = file_pb2_grpc.FileServiceStub(channel)
+        service.UploadFile(iter(messages), metadata=(("authorization", "Bearer token-of-ann"),))
 
 
 def come_back(actors: Actors, orders: Orders) -> None:
@@ -133,7 +146,7 @@ def come_back(actors: Actors, orders: Orders) -> None:
     done = shown(actors.dora, "WorkOrder", orders.boiler)
     check(done["labour"] == Decimal("108.75"), f"dora sees what the labour costs: {done['labour']}")
     check("labour" not in shown(actors.ann, "WorkOrder", orders.boiler), "ann does not")
-    check(actors.dora.count("Photo") == 1, "dora knows of the photo; its contents travel in a later version")
+    check(actors.dora.count("Photo") == 1, "dora knows of the photo, whose content the server has")
     check(actors.ann.count("Photo") == 1, "and ann, whose device downloads no photos, keeps what she took")
 
 
