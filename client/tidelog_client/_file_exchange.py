@@ -85,6 +85,7 @@ class FileExchange:
         self._waiting: dict[bytes, Uploading] = {}
         # Why they are not there, of those that were tried.
         self._reasons: dict[bytes, str] = {}
+        # What could not be downloaded, and is not tried twice.
         self._tried: set[bytes] = set()
         self._plan = NO_FILES
         self._seqs: Sequence[int] | None = None
@@ -209,6 +210,8 @@ class FileExchange:
         Raises:
             SynchronizationError: There is no token to be had.
         """
+        if self._files.is_idle():
+            return False
         lacking = dict.fromkeys(selected or ())
         for key in self._files.look_again():
             if not is_all:
@@ -259,11 +262,11 @@ class FileExchange:
                     self._count_up([result], is_last_try=True)
                     continue
                 (sha256, size), keys = result.job
-                self._tried.add(sha256)
                 if result.error is None:
                     self._report.files_downloaded += not result.was_there
                     arrived += [Missing(size, sha256, key) for key in keys]
                 else:
+                    self._tried.add(sha256)
                     if not isinstance(result.error, Transient):
                         failed[sha256] = str(result.error)
                     self._report.skipped += [
@@ -295,14 +298,17 @@ class FileExchange:
 
     def finish(self) -> None:
         """Report which operations had to stay behind, and delete contents that nobody refers to any more."""
+        if self._files.any_contents():
+            now = time.time()
+            swept = float(self._storage.meta("files_swept") or 0)
+            if not swept <= now <= swept + SWEEP_SECONDS:
+                self._files.sweep()
+                self._storage.set_meta(files_swept=str(now).encode())
+        if self._files.is_idle():
+            return
         self._report_held()
         for _ in self._files.look_again():
             pass
-        now = time.time()
-        swept = float(self._storage.meta("files_swept") or 0)
-        if not swept <= now <= swept + SWEEP_SECONDS and self._files.any_contents():
-            self._files.sweep()
-            self._storage.set_meta(files_swept=str(now).encode())
         self._files.collect()
 
     def _report_held(self) -> None:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from tidelog_client._workers import Event, Work, WorkRunner
 
 TRANSFERS_AT_ONCE: Final = 4
+# Another one is begun beside the others when one got ahead after so little time. On a slow path many at once would
+# each take so long for a chunk that all pass for dead.
+QUICK_SECONDS: Final = 1.0
 # What an upload sends at a time. What a cut in the middle takes with it is sent again.
 UPLOAD_CHUNK_BYTES: Final = FILE_CHUNK_BYTES // 4
 # How many contents wait at the most to be tried again; meanwhile no others are begun.
@@ -196,6 +199,8 @@ class Transfers:
         self._metadata: tuple[Metadata, float] | None = None
         self._calls = caller.files(patience.call_timeout())
         self._workers = caller.workers(TRANSFERS_AT_ONCE)
+        self._at_once = 1
+        self._moved_at = 0.0
         # Read by workers, who end then.
         self._is_over = False
 
@@ -250,12 +255,13 @@ class Transfers:
         under_way: dict[Work, _Attempts] = {}
         numbers = itertools.count()
         while True:
-            while len(under_way) < TRANSFERS_AT_ONCE and self._patience.remaining() > 0:
+            while len(under_way) < self._at_once and self._patience.remaining() > 0:
                 attempts = _next(source, retries)
                 if attempts is None:
                     break
                 work = self._work(attempts.job, self._authorization(), is_first=attempts.farthest < 0)
                 under_way[work] = attempts
+                self._moved_at = time.monotonic()
                 self._workers.submit(work)
             if not under_way and not retries:
                 # Either all is done, or nothing more is begun.
@@ -268,7 +274,7 @@ class Transfers:
                 yield from _given_up(*under_way.values(), *(one for _, _, one in retries))
                 under_way, retries = {}, []
                 continue
-            if retries and len(under_way) < TRANSFERS_AT_ONCE:
+            if retries and len(under_way) < self._at_once:
                 timeout = min(timeout, max(0.0, retries[0][0] - time.monotonic()))
             event = self._workers.next_event(timeout)
             if event is None or event.work not in under_way:
@@ -295,15 +301,22 @@ class Transfers:
         attempts.position = moved.position
         if moved.position > attempts.farthest:
             if attempts.farthest >= 0:
-                self._patience.note_progress()
+                self._note_progress()
                 attempts.backoff = _BACKOFF_SECONDS_FIRST
             attempts.farthest = moved.position
+
+    def _note_progress(self) -> None:
+        self._patience.note_progress()
+        now = time.monotonic()
+        if now - self._moved_at < QUICK_SECONDS:
+            self._at_once = min(self._at_once + 1, TRANSFERS_AT_ONCE)
+        self._moved_at = now
 
     def _ended(self, attempts: _Attempts, event: Event) -> Result | None:
         """Return how a transfer ended; None if it is to be tried again."""
         error = event.error
         if error is None:
-            self._patience.note_progress()
+            self._note_progress()
             self._on_moved(attempts.job, attempts.job.content.size - attempts.position, 0)
             return Result(attempts.job, was_there=bool(event.value))
         # A token may have expired meanwhile; the next attempt asks for another one.
@@ -354,7 +367,10 @@ class Transfers:
         digest = hashlib.sha256()
         position = 0
         while not self._is_over:
-            chunk = file.read(UPLOAD_CHUNK_BYTES)
+            try:
+                chunk = file.read(UPLOAD_CHUNK_BYTES)
+            except OSError as error:
+                raise StorageError(f"its content cannot be read: {error}") from error
             digest.update(chunk)
             position += len(chunk)
             is_last = position >= content.size or not chunk

@@ -15,7 +15,7 @@ import lmdb
 import pytest
 from tests.builders import quick_folder
 from tests.files import CHUNK_BYTES, FileServer, connect, reference, sha256
-from tests.sessions import page
+from tests.sessions import applied, page
 
 from tidelog import (
     DiskFull,
@@ -28,6 +28,7 @@ from tidelog import (
 )
 from tidelog._contents import Part
 from tidelog._keys import pack_position
+from tidelog._operation import decode_operation
 from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, SkipReason, _file_exchange, _transfer
 from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
@@ -669,6 +670,7 @@ class TestRemoval:
         connect(replica, server)
         replica.synchronize_all()
         replica.update("Task", "t1", {"photo": None})
+        assert list(replica._storage.files.look_again()) == []
         server.pages = [page(confirmations=[("Task", "t1", 101)])]
         replica.synchronize_all()
         assert contents_of(replica) == {}
@@ -854,6 +856,12 @@ class TestVerification:
         history._storage.begin_rebase(epoch="epoch", timeline="other", settled_ranges=[])
         assert list(history.verify()) == []
         assert [seq for seq, _ in history._storage.files.uploads(until=100)] == [1, 2, 3]
+        with history._storage.environment.read() as transaction:
+            operation = decode_operation(history._storage.log.get(transaction, 1) or b"")
+        history._storage.settle([applied(operation, 500)], b"")
+        assert list(history.verify()) == []
+        with history._storage.environment.read() as transaction:
+            assert not history._storage.files.is_user(transaction, sha256(b"failed"), 1)
 
     def test_what_is_set_aside_keeps_its_contents(self, history: Replica) -> None:
         """An operation that cannot be read any more becomes a failure, and its content stays with it."""
