@@ -211,6 +211,7 @@ class Synchronizer:
                         if retry_after is None:  # else the server knows better
                             backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
                     else:
+                        report.end_session()
                         if adopts:
                             continue
                         keys = None if selected is None else selected.keys
