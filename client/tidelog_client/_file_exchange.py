@@ -3,9 +3,10 @@ The file exchange: what a synchronization does with contents, around its session
 
 Before a session the server is asked which contents it lacks that operations refer to. The
 small ones go up at once; operations that need another one stay behind. After the session
-the others go up, and what objects lack comes down. What stayed behind then goes in another
-session. So no object and no small file waits for a large one, and no operation ever refers
-to a content that the server does not have.
+the others go up, and what objects lack comes down. Meanwhile there are further sessions, for
+what stayed behind and need not any more, and for what was committed since. So no object and
+no small file waits for a large one, and no operation ever refers to a content that the
+server does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import heapq
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from tidelog._errors import SynchronizationError, Unauthenticated
 from tidelog._limits import FILES_STAT_MAX
@@ -42,6 +43,8 @@ SMALL_UPLOADS_SECONDS: Final = 10.0
 # How many results of downloads are written down together.
 NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
+# How long a session has to wait at the least that comes while contents travel.
+SESSION_SECONDS: Final = 2.0
 
 _log = get_logger("tidelog.files")
 
@@ -50,7 +53,8 @@ class FileExchange:
     """
     The contents of one synchronization.
 
-    In memory is what the pending operations with files refer to, not what is downloaded.
+    A context manager, which ends what is under way. In memory is what the pending
+    operations with files refer to, not what is downloaded.
 
     Args:
         storage: The replica's data.
@@ -85,12 +89,30 @@ class FileExchange:
         self._waiting: dict[bytes, Uploading] = {}
         # Why they are not there, of those that were tried.
         self._reasons: dict[bytes, str] = {}
+        # What could not be downloaded, and is not tried twice.
         self._tried: set[bytes] = set()
         self._plan = NO_FILES
         self._seqs: Sequence[int] | None = None
         self._needed: dict[int, list[Needed]] = {}
         self._done_bytes = 0
         self._total_bytes = 0
+        # The objects that the sessions brought, if only these matter.
+        self._lacking: dict[ObjectKey, None] = {}
+        # What is under way, from one session to the next.
+        self._jobs = _Jobs()
+        self._transfers: Transfers | None = None
+        self._results: Iterator[Result | None] = iter(())
+        # What the newest session knew of: how many contents were ready, and where the log ended.
+        self._ready_count = 0
+        self._until = 0
+        self._look_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._transfers is not None:
+            self._transfers.__exit__(kind, *rest)
 
     # --- before a session -----------------------------------------------------
 
@@ -106,24 +128,29 @@ class FileExchange:
             Unauthenticated: It does not accept the token.
         """
         with self._storage.environment.read() as transaction:
-            if not self._files.any_uploads(transaction):
-                self._plan, self._needed = NO_FILES, {}
-                return self._plan
-            until = self._storage.last_seq(transaction)
+            until = self._until = self._storage.last_seq(transaction)
+            any_uploads = self._files.any_uploads(transaction)
         self._seqs = seqs
+        if not any_uploads:
+            self._plan, self._needed = NO_FILES, {}
+            return self._plan
         self._needed = self._needed_contents(until, seqs)
         unknown = self._unknown()
         small = self._small_uploads()
         if unknown or small:
-            self._begin_progress(0)
+            if self._transfers is None:
+                self._done_bytes = 0
+            self._begin_progress(self._done_bytes)
             patience = Patience(self._end)
-            with self._transfers(patience) as transfers:
+            with Transfers(self._files, self._caller, patience, self._moved) as transfers:
                 self._ask(transfers, unknown)
                 patience.limit(SMALL_UPLOADS_SECONDS)
                 small = self._small_uploads()
-                self._total_bytes = sum(one.content.size for one in small)
-                self._count_up(transfers.run(small), is_last_try=False)
+                self._total_bytes = self._done_bytes + sum(map(_size, small))
+                for result in filter(None, transfers.run(iter(small))):
+                    self._count_up(result, is_last_try=False)
         self._plan = self._planned(until)
+        self._ready_count = len(self._ready) + len(self._lost)
         return self._plan
 
     def _needed_contents(self, until: int, seqs: Sequence[int] | None) -> dict[int, list[Needed]]:
@@ -176,6 +203,8 @@ class FileExchange:
         room_bytes = SMALL_UPLOADS_BYTES
         small = []
         for one in self._uploads():
+            if one.content.sha256 in self._jobs.under_way:
+                continue
             room_bytes -= one.content.size
             if room_bytes < 0:
                 break
@@ -200,7 +229,9 @@ class FileExchange:
 
     def exchange(self, selected: Collection[ObjectKey] | None, *, is_all: bool) -> bool:
         """
-        Upload what operations wait for, and download what objects lack; tell whether operations need not wait longer.
+        Upload what operations wait for, and download what objects lack; tell whether there is cause for a session.
+
+        It may be called again after that: what is under way goes on meanwhile.
 
         Args:
             selected: The objects that were selected. None: none were.
@@ -209,27 +240,64 @@ class FileExchange:
         Raises:
             SynchronizationError: There is no token to be had.
         """
-        lacking = dict.fromkeys(selected or ())
-        for key in self._files.look_again():
-            if not is_all:
-                lacking[key] = None
-        uploads = self._uploads()
-        if not uploads and not self._wanted_any(None if is_all else lacking):
+        if self._files.is_idle() and self._transfers is None:
             return False
-        jobs: Iterator[Job] = heapq.merge(
-            uploads, self._wanted(None if is_all else lacking), key=lambda job: job.content.size
-        )
-        self._begin_progress(
-            sum(one.content.size for one in uploads)
-            + sum(one.content.size for one in self._wanted(None if is_all else lacking))
-        )
-        ready_count = len(self._ready) + len(self._lost)
-        with self._transfers(Patience(self._end)) as transfers:
-            self._count(transfers.run(jobs))
-        return len(self._ready) + len(self._lost) > ready_count
+        for key in (*(selected or ()), *self._files.look_again()):
+            if not is_all:
+                self._lacking[key] = None
+        self._look_at = time.monotonic() + SESSION_SECONDS
+        while self._begin(None if is_all else self._lacking):
+            if self._go_on():
+                return True
+        return False
 
-    def _wanted_any(self, keys: Iterable[ObjectKey] | None) -> bool:
-        return next(self._wanted(keys), None) is not None
+    def _begin(self, keys: Collection[ObjectKey] | None) -> bool:
+        """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""
+        uploads = self._uploads()
+        self._jobs.fill(uploads, self._wanted(keys))
+        if self._transfers is None:
+            if not uploads and next(self._wanted(keys), None) is None:
+                return False
+            self._done_bytes = 0
+            self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
+            self._results = self._transfers.run(self._jobs)
+        left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
+        self._begin_progress(self._done_bytes + left_bytes - sum(self._jobs.under_way.values()))
+        return True
+
+    def _go_on(self) -> bool:
+        """Take in how transfers ended, until all have, or there is cause for a session; tell whether there is."""
+        arrived: list[Missing] = []
+        failed: dict[bytes, str] = {}
+        try:
+            for result in self._results:
+                if result is not None:
+                    del self._jobs.under_way[result.job.content.sha256]
+                    self._count(result, arrived, failed)
+                if len(arrived) + len(failed) >= NOTED_AT_ONCE:
+                    self._files.note_arrived(arrived, failed)
+                    arrived, failed = [], {}
+                if self._is_session_due():
+                    return True
+        finally:
+            self._files.note_arrived(arrived, failed)
+        transfers, self._transfers = self._transfers, None
+        if transfers is not None:
+            transfers.__exit__(None)
+        return self._is_more_ready()
+
+    def _is_session_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + SESSION_SECONDS
+        if self._is_more_ready():
+            return True
+        with self._storage.environment.read() as transaction:
+            return self._seqs is None and self._storage.last_seq(transaction) > self._until
+
+    def _is_more_ready(self) -> bool:
+        return len(self._ready) + len(self._lost) > self._ready_count
 
     def _wanted(self, keys: Iterable[ObjectKey] | None) -> Iterator[Downloading]:
         """Yield what is to be downloaded, the smallest first; of some objects, or, None, of all."""
@@ -249,60 +317,52 @@ class FileExchange:
         if wish.mode is FileMode.EAGER:  # else there may be many to look at for nothing
             yield from takewhile(lambda one: wish.wants(one.size), self._files.missing(entity))
 
-    def _count(self, results: Iterable[Result]) -> None:
-        """Take in how transfers ended."""
-        arrived: list[Missing] = []
-        failed: dict[bytes, str] = {}
-        try:
-            for result in results:
-                if isinstance(result.job, Uploading):
-                    self._count_up([result], is_last_try=True)
-                    continue
-                (sha256, size), keys = result.job
-                self._tried.add(sha256)
-                if result.error is None:
-                    self._report.files_downloaded += not result.was_there
-                    arrived += [Missing(size, sha256, key) for key in keys]
-                else:
-                    if not isinstance(result.error, Transient):
-                        failed[sha256] = str(result.error)
-                    self._report.skipped += [
-                        Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys
-                    ]
-                if len(arrived) + len(failed) >= NOTED_AT_ONCE:
-                    self._files.note_arrived(arrived, failed)
-                    arrived, failed = [], {}
-        finally:
-            self._files.note_arrived(arrived, failed)
+    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, str]) -> None:
+        """Take in how a transfer ended; what is to be noted of a download is put to the rest."""
+        if isinstance(result.job, Uploading):
+            self._count_up(result, is_last_try=True)
+            return
+        (sha256, size), keys = result.job
+        if result.error is None:
+            self._report.files_downloaded += not result.was_there
+            arrived += [Missing(size, sha256, key) for key in keys]
+            return
+        self._tried.add(sha256)
+        if not isinstance(result.error, Transient):
+            failed[sha256] = str(result.error)
+        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys]
 
-    def _count_up(self, results: Iterable[Result], *, is_last_try: bool) -> None:
-        for job, error, was_there in results:
-            sha256 = job.content.sha256
-            if error is None:
-                self._report.files_uploaded += not was_there
-            elif isinstance(error, ContentLost):
-                self._lose(sha256, str(error))
-            elif not (isinstance(error, FileRefused) and error.is_too_large):
-                if is_last_try or not isinstance(error, Transient):
-                    self._reasons[sha256] = str(error)
-                self._waiting[sha256] = Uploading(job.content)
-                continue
-            self._waiting.pop(sha256, None)
-            if sha256 not in self._lost:
-                self._ready.add(sha256)
+    def _count_up(self, result: Result, *, is_last_try: bool) -> None:
+        job, error, was_there = result
+        sha256 = job.content.sha256
+        if error is None:
+            self._report.files_uploaded += not was_there
+        elif isinstance(error, ContentLost):
+            self._lose(sha256, str(error))
+        elif not (isinstance(error, FileRefused) and error.is_too_large):
+            if is_last_try or not isinstance(error, Transient):
+                self._reasons[sha256] = str(error)
+            self._waiting[sha256] = Uploading(job.content)
+            return
+        self._waiting.pop(sha256, None)
+        if sha256 not in self._lost:
+            self._ready.add(sha256)
 
     # --- at the end -----------------------------------------------------------
 
     def finish(self) -> None:
         """Report which operations had to stay behind, and delete contents that nobody refers to any more."""
+        if self._files.any_contents():
+            now = time.time()
+            swept = float(self._storage.meta("files_swept") or 0)
+            if not swept <= now <= swept + SWEEP_SECONDS:
+                self._files.sweep()
+                self._storage.set_meta(files_swept=str(now).encode())
+        if self._files.is_idle():
+            return
         self._report_held()
         for _ in self._files.look_again():
             pass
-        now = time.time()
-        swept = float(self._storage.meta("files_swept") or 0)
-        if not swept <= now <= swept + SWEEP_SECONDS and self._files.any_contents():
-            self._files.sweep()
-            self._storage.set_meta(files_swept=str(now).encode())
         self._files.collect()
 
     def _report_held(self) -> None:
@@ -331,12 +391,9 @@ class FileExchange:
 
     # --- transfers ------------------------------------------------------------
 
-    def _transfers(self, patience: Patience) -> Transfers:
-        return Transfers(self._files, self._caller, patience, self._moved)
-
     def _begin_progress(self, total_bytes: int) -> None:
-        self._done_bytes, self._total_bytes = 0, total_bytes
-        self._on_progress(Progress(Phase.FILES, 0, total_bytes))
+        self._total_bytes = total_bytes
+        self._on_progress(Progress(Phase.FILES, self._done_bytes, total_bytes))
 
     def _moved(self, job: Job, more_bytes: int, sent_bytes: int) -> None:
         if isinstance(job, Uploading):
@@ -344,4 +401,37 @@ class FileExchange:
         else:
             self._report.file_bytes_received += sent_bytes
         self._done_bytes += more_bytes
+        if job.content.sha256 in self._jobs.under_way:
+            self._jobs.under_way[job.content.sha256] += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
+
+
+class _Jobs:
+    """
+    What is to be transferred next: the smallest content that is not under way.
+
+    Attributes:
+        under_way: The contents that were given out and have not ended, with how many bytes of each are there.
+    """
+
+    def __init__(self) -> None:
+        self.under_way: dict[bytes, int] = {}
+        self._left: Iterator[Job] = iter(())
+
+    def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
+        """Replace what is left. Both are given with the smallest first; some may be under way."""
+        self._left = heapq.merge(uploads, downloads, key=_size)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Job:
+        while True:
+            job = next(self._left)
+            if job.content.sha256 not in self.under_way:
+                self.under_way[job.content.sha256] = 0
+                return job
+
+
+def _size(job: Job) -> int:
+    return job.content.size

@@ -253,11 +253,6 @@ class Files:
         if packed is not None and applied:
             self._release(transaction, seq, _unpacked(packed))
 
-    def release_failed(self, transaction: LmdbTransaction, seq: int, data: bytes) -> None:
-        """Note that an operation which had failed was applied after all."""
-        if may_refer_to_files(data):
-            self._release(transaction, seq, {one.sha256 for one in set_references(data)})
-
     def _release(self, transaction: LmdbTransaction, seq: int, contents: Iterable[bytes]) -> None:
         for sha256 in contents:
             self._drop_user(transaction, _used_by_operation(sha256, seq))
@@ -438,6 +433,12 @@ class Files:
                 stray = []
         self._note_garbage(stray)
         self.contents.delete_leftovers(LEFTOVER_SECONDS)
+
+    def is_idle(self) -> bool:
+        """Tell whether nothing is to be looked at again, uploaded, downloaded or deleted: there are no files, say."""
+        tables = (self._marks, self._uploads, self._missing, self._garbage)
+        with self._environment.read() as transaction:
+            return not any(transaction.stat(table)["entries"] for table in tables)
 
     def any_contents(self) -> bool:
         """Tell whether there ever was a content."""

@@ -149,6 +149,7 @@ class Report:
     former_replica_id: str = ""
     server_restored: bool = False
     reoffered: int = 0
+    _held_before: int = field(default=0, repr=False, compare=False)
     files_uploaded: int = 0
     files_downloaded: int = 0
     file_bytes_sent: int = 0
@@ -157,8 +158,12 @@ class Report:
     def begin_attempt(self) -> None:
         """Count an attempt; what an earlier one said of operations left open is said anew."""
         self.attempts += 1
-        self.held = 0
+        self.held = self._held_before
         self.skipped = [one for one in self.skipped if one.reason not in _OF_AN_ATTEMPT]
+
+    def end_session(self) -> None:
+        """Note that a session came to its end: what it told stays, whatever follows."""
+        self._held_before = self.held
 
     def count_published(self, counts: PublishedCounts) -> None:
         """Add what a part of the download brought."""

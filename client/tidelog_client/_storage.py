@@ -393,8 +393,6 @@ class Storage:
         former = self.outcome(transaction, result.seq)
         if former is not None and former.failure_id not in {"", result.failure_id}:
             transaction.delete(former.failure_id.encode(), db=self._failures)
-            if not result.failure_id:
-                self.files.release_failed(transaction, result.seq, self.log.get(transaction, result.seq) or b"")
 
     def _logged_key(self, transaction: LmdbTransaction, seq: int) -> bytes:
         return pack_object_key(*decode_operation(self.log.get(transaction, seq) or b"").key)

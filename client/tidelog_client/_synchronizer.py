@@ -126,99 +126,98 @@ class Synchronizer:
             raise NotConfigured("the replica was opened without a server: pass server='host:port'")
         # A lock object of its own for each call: two of one process exclude each other too.
         lock = FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
+        deadline = _Deadline(timeout)
+        progress = on_progress or _ignore
+        files = FileExchange(
+            self._storage, connection, wishes=self._files, report=report, on_progress=progress, end=deadline.end
+        )
         try:
             _acquire(lock)
-            deadline = _Deadline(timeout)
-            progress = on_progress or _ignore
-            files = FileExchange(
-                self._storage,
-                connection,
-                wishes=self._files,
-                report=report,
-                on_progress=progress,
-                end=deadline.end,
-            )
-            backoff = BACKOFF_SECONDS_FIRST
-            token_refused = False
-            has_new_plans = False
-            timelines_left = NEW_TIMELINES_MAX
-            while True:
-                report.begin_attempt()
-                # A new timeline is adopted with all of its data, whatever was asked for.
-                adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
-                try:
-                    report.count_published(self._storage.publication.finish())
-                    selected = selection() if selection is not None and not adopts else None
-                    attempt = Synchronization(
-                        self._storage,
-                        Mode.ALL if adopts else mode,
-                        report,
-                        progress,
-                        selection=selected,
-                        schema_version=self._schema_version,
-                        downloads=self._downloads,
-                        consent=consent,
-                        files=files.prepare(None if selected is None else selected.seqs),
-                        batch_bytes=self._batch_bytes,
-                    )
-                    self._attempt(connection, attempt, report, deadline)
-                except StateLost as error:
-                    # Not seen outside; the next attempt asks for all states.
-                    if self._storage.meta("state_lost"):
-                        raise ProtocolViolated("the server confirmed a state although it was asked for all") from error
-                    _log.warning(
-                        "a confirmed state is missing: reconciling", replica_id=self._storage.lineage.replica_id
-                    )
-                    self._storage.publication.start_over()
-                except Unauthenticated:
-                    # A provider's token may have expired on its way; two in a row did not.
-                    if token_refused or not connection.may_get_another_token:
-                        raise
-                    token_refused = True
-                except (ReplicaForked, ReplicaRetired) as error:
-                    if report.former_replica_id:
-                        raise
-                    report.former_replica_id = self._storage.fork()
-                    _log.warning(
-                        "the directory is a copy, or was away for too long: it goes on under another replica id",
-                        former_replica_id=report.former_replica_id,
-                        replica_id=self._storage.lineage.replica_id,
-                        detail=str(error),
-                    )
-                except TimelineChanged as error:
-                    timelines_left -= 1
-                    if not timelines_left:
-                        raise ServerUnavailable(f"{error} again and again: synchronize later") from error
-                except PlansChanged as error:
-                    if has_new_plans:
-                        raise ServerUnavailable(f"{error} again and again: synchronize later") from error
-                    has_new_plans = True
-                except Transient as error:
-                    if deadline.heard:
-                        backoff = BACKOFF_SECONDS_FIRST
-                        token_refused = False
-                    retry_after = error.retry_after_seconds
-                    pause = max(backoff * random.uniform(0.5, 1.0), retry_after or 0.0)
-                    if retry_after is None:
-                        deadline.note_broken()
+            with files:
+                backoff = BACKOFF_SECONDS_FIRST
+                token_refused = False
+                has_new_plans = False
+                timelines_left = NEW_TIMELINES_MAX
+                while True:
+                    report.begin_attempt()
+                    # A new timeline is adopted with all of its data, whatever was asked for.
+                    adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
+                    try:
+                        report.count_published(self._storage.publication.finish())
+                        selected = selection() if selection is not None and not adopts else None
+                        attempt = Synchronization(
+                            self._storage,
+                            Mode.ALL if adopts else mode,
+                            report,
+                            progress,
+                            selection=selected,
+                            schema_version=self._schema_version,
+                            downloads=self._downloads,
+                            consent=consent,
+                            files=files.prepare(None if selected is None else selected.seqs),
+                            batch_bytes=self._batch_bytes,
+                        )
+                        self._attempt(connection, attempt, report, deadline)
+                    except StateLost as error:
+                        # Not seen outside; the next attempt asks for all states.
+                        if self._storage.meta("state_lost"):
+                            raise ProtocolViolated(
+                                "the server confirmed a state although it was asked for all"
+                            ) from error
+                        _log.warning(
+                            "a confirmed state is missing: reconciling", replica_id=self._storage.lineage.replica_id
+                        )
+                        self._storage.publication.start_over()
+                    except Unauthenticated:
+                        # A provider's token may have expired on its way; two in a row did not.
+                        if token_refused or not connection.may_get_another_token:
+                            raise
+                        token_refused = True
+                    except (ReplicaForked, ReplicaRetired) as error:
+                        if report.former_replica_id:
+                            raise
+                        report.former_replica_id = self._storage.fork()
+                        _log.warning(
+                            "the directory is a copy, or was away for too long: it goes on under another replica id",
+                            former_replica_id=report.former_replica_id,
+                            replica_id=self._storage.lineage.replica_id,
+                            detail=str(error),
+                        )
+                    except TimelineChanged as error:
+                        timelines_left -= 1
+                        if not timelines_left:
+                            raise ServerUnavailable(f"{error} again and again: synchronize later") from error
+                    except PlansChanged as error:
+                        if has_new_plans:
+                            raise ServerUnavailable(f"{error} again and again: synchronize later") from error
+                        has_new_plans = True
+                    except Transient as error:
+                        if deadline.heard:
+                            backoff = BACKOFF_SECONDS_FIRST
+                            token_refused = False
+                        retry_after = error.retry_after_seconds
+                        pause = max(backoff * random.uniform(0.5, 1.0), retry_after or 0.0)
+                        if retry_after is None:
+                            deadline.note_broken()
+                        else:
+                            deadline.note_busy(pause)
+                        if pause > deadline.remaining():
+                            raise ServerUnavailable(
+                                f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
+                                "nothing is lost, synchronize again when it is back"
+                            ) from error
+                        deadline.heard = False
+                        time.sleep(pause)
+                        if retry_after is None:  # else the server knows better
+                            backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
                     else:
-                        deadline.note_busy(pause)
-                    if pause > deadline.remaining():
-                        raise ServerUnavailable(
-                            f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
-                            "nothing is lost, synchronize again when it is back"
-                        ) from error
-                    deadline.heard = False
-                    time.sleep(pause)
-                    if retry_after is None:  # else the server knows better
-                        backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
-                else:
-                    if adopts:
-                        continue
-                    keys = None if selected is None else selected.keys
-                    if not files.exchange(keys, is_all=mode is Mode.ALL) or deadline.remaining() <= 0:
-                        files.finish()
-                        return
+                        report.end_session()
+                        if adopts:
+                            continue
+                        keys = None if selected is None else selected.keys
+                        if not files.exchange(keys, is_all=mode is Mode.ALL) or deadline.remaining() <= 0:
+                            files.finish()
+                            return
         finally:
             try:
                 lock.release()
@@ -237,7 +236,7 @@ class Synchronizer:
         end = None if timeout is None else time.monotonic() + timeout
         content = Needed(reference.sha256, reference.size)
         with Transfers(self._storage.files, self._connection, Patience(end), _ignore) as transfers:
-            (result,) = transfers.run([Downloading(content, [key])])
+            (result,) = filter(None, transfers.run(iter([Downloading(content, [key])])))
         if result.error is None:
             self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
             return None

@@ -13,7 +13,7 @@ import heapq
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Self, TypeAlias
@@ -35,12 +35,19 @@ if TYPE_CHECKING:
     from tidelog_client._workers import Event, Work, WorkRunner
 
 TRANSFERS_AT_ONCE: Final = 4
+# Another one is begun beside the others when one got ahead after so little time. On a slow path many at once would
+# each take so long for a chunk that all pass for dead.
+QUICK_SECONDS: Final = 1.0
 # What an upload sends at a time. What a cut in the middle takes with it is sent again.
 UPLOAD_CHUNK_BYTES: Final = FILE_CHUNK_BYTES // 4
 # How many contents wait at the most to be tried again; meanwhile no others are begun.
 RETRIES_MAX: Final = 1_000
 # Without progress of any transfer for so long, the rest is given up for now.
 SILENCE_SECONDS_MAX: Final = 30.0
+# How fast a server puts away a content of which it has every byte, at the least: it says nothing meanwhile.
+COMPLETED_BYTES_PER_SECOND: Final = 20_000_000
+# How often who waits for results may look after something else.
+TICK_SECONDS: Final = 1.0
 # The same where a server is there, and tells when to come again.
 BUSY_SECONDS_MAX: Final = 600.0
 
@@ -124,9 +131,14 @@ class Patience:
         end = time.monotonic() + seconds
         self._end = end if self._end is None else min(end, self._end)
 
-    def note_progress(self) -> None:
-        """Note that something got ahead."""
-        self._heard = time.monotonic()
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self._end is not None and time.monotonic() >= self._end
+
+    def note_progress(self, pause: float = 0.0) -> None:
+        """Note that something got ahead, and may be silent for so many seconds more than otherwise."""
+        self._heard = max(self._heard, time.monotonic() + pause)
         self._busy_since = None
 
     def note_busy(self, pause: float) -> None:
@@ -196,6 +208,8 @@ class Transfers:
         self._metadata: tuple[Metadata, float] | None = None
         self._calls = caller.files(patience.call_timeout())
         self._workers = caller.workers(TRANSFERS_AT_ONCE)
+        self._at_once = 1
+        self._moved_at = 0.0
         # Read by workers, who end then.
         self._is_over = False
 
@@ -236,45 +250,49 @@ class Transfers:
         found: list[Any] = event.value
         return found
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Result]:
+    def run(self, jobs: Iterator[Job]) -> Iterator[Result | None]:
         """
-        Do *jobs*, several at a time, and yield how each of them ended.
+        Do *jobs*, several at a time, and yield how each of them ended, and None now and then meanwhile.
 
-        Where patience ends, the rest is given up for now.
+        Where patience ends, the rest is given up for now. What is under way goes on while
+        nobody asks for more; *jobs* may have become more when somebody does.
 
         Raises:
             SynchronizationError: There is no token to be had.
         """
-        source = iter(jobs)
         retries: list[tuple[float, int, _Attempts]] = []
         under_way: dict[Work, _Attempts] = {}
         numbers = itertools.count()
         while True:
-            while len(under_way) < TRANSFERS_AT_ONCE and self._patience.remaining() > 0:
-                attempts = _next(source, retries)
+            while len(under_way) < self._at_once and self._patience.remaining() > 0:
+                attempts = _next(jobs, retries)
                 if attempts is None:
                     break
                 work = self._work(attempts.job, self._authorization(), is_first=attempts.farthest < 0)
                 under_way[work] = attempts
+                self._moved_at = time.monotonic()
                 self._workers.submit(work)
             if not under_way and not retries:
                 # Either all is done, or nothing more is begun.
-                if (left := next(source, None)) is None:
+                if (left := next(jobs, None)) is None:
                     return
                 yield from _given_up(_Attempts(left))
                 continue
-            timeout = self._patience.remaining()
-            if timeout <= 0:
+            timeout = min(self._patience.remaining(), TICK_SECONDS)
+            if retries and len(under_way) < self._at_once:
+                timeout = min(timeout, retries[0][0] - time.monotonic())
+            event = self._workers.next_event(max(0.0, timeout))
+            # What was said while nobody asked counts as well.
+            if self._patience.is_over or (event is None and self._patience.remaining() <= 0):
                 yield from _given_up(*under_way.values(), *(one for _, _, one in retries))
                 under_way, retries = {}, []
                 continue
-            if retries and len(under_way) < TRANSFERS_AT_ONCE:
-                timeout = min(timeout, max(0.0, retries[0][0] - time.monotonic()))
-            event = self._workers.next_event(timeout)
             if event is None or event.work not in under_way:
+                yield None
                 continue
             if not event.is_over:
                 self._moved(under_way[event.work], event.value)
+                yield None
                 continue
             attempts = under_way.pop(event.work)
             result = self._ended(attempts, event)
@@ -295,15 +313,23 @@ class Transfers:
         attempts.position = moved.position
         if moved.position > attempts.farthest:
             if attempts.farthest >= 0:
-                self._patience.note_progress()
+                is_whole = moved.position == attempts.job.content.size
+                self._note_progress(moved.position / COMPLETED_BYTES_PER_SECOND if is_whole else 0.0)
                 attempts.backoff = _BACKOFF_SECONDS_FIRST
             attempts.farthest = moved.position
+
+    def _note_progress(self, pause: float = 0.0) -> None:
+        self._patience.note_progress(pause)
+        now = time.monotonic()
+        if now - self._moved_at < QUICK_SECONDS:
+            self._at_once = min(self._at_once + 1, TRANSFERS_AT_ONCE)
+        self._moved_at = now
 
     def _ended(self, attempts: _Attempts, event: Event) -> Result | None:
         """Return how a transfer ended; None if it is to be tried again."""
         error = event.error
         if error is None:
-            self._patience.note_progress()
+            self._note_progress()
             self._on_moved(attempts.job, attempts.job.content.size - attempts.position, 0)
             return Result(attempts.job, was_there=bool(event.value))
         # A token may have expired meanwhile; the next attempt asks for another one.
@@ -354,7 +380,10 @@ class Transfers:
         digest = hashlib.sha256()
         position = 0
         while not self._is_over:
-            chunk = file.read(UPLOAD_CHUNK_BYTES)
+            try:
+                chunk = file.read(UPLOAD_CHUNK_BYTES)
+            except OSError as error:
+                raise StorageError(f"its content cannot be read: {error}") from error
             digest.update(chunk)
             position += len(chunk)
             is_last = position >= content.size or not chunk

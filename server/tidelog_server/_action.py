@@ -1,8 +1,8 @@
 """
 Applying one operation: what it does to its object, and what the application's rules and hooks do besides.
 
-In order: object there -> access -> conflict -> before-hooks -> validation ->
-references resolve, contents of files are there -> written -> after-hooks; and when all operations of a unit are
+In order: object there -> access -> contents of files are there -> conflict ->
+before-hooks -> validation -> references resolve -> written -> after-hooks; and when all operations of a unit are
 applied: unique values, and references to what was deleted. What a hook or a deletion
 rule does runs through the same steps with the rights of the system, one level deeper,
 with `by_hook` set on the change.
@@ -208,6 +208,10 @@ class Action:
             if self.depth:
                 reason = FailureReason.HOOK_ERROR
             raise Refused(reason, f"{self._name(key)} exists already")
+        sets_files = encoded is None or may_refer_to_files(encoded)
+        if sets_files and not self.depth:
+            # Before hooks see it: what they do with it must not tell anybody what is there.
+            self._files.check_authored(key, wanted, before=_NOTHING)
         if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
             attributes = self._run_before(hooks, key, attributes, state)
         if attributes is not wanted:
@@ -221,11 +225,12 @@ class Action:
                 raise self._invalid(key, attributes, error) from error
         if encoded is None:
             encoded = encode(attributes)
+            sets_files = may_refer_to_files(encoded)
         self._check_size(key, encoded)
         if self._has_references:
             self._check_references(key, attributes, before=_NOTHING, authored=Patch(wanted))
-        if sets_files := may_refer_to_files(encoded):
-            self._files.check(key, attributes, before=_NOTHING, authored=None if self.depth else wanted)
+        if sets_files:
+            self._files.check_there(key, attributes)
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
@@ -250,6 +255,8 @@ class Action:
             raise self._unfit(key, before, patch, error) from error
         except Denied as denied:
             raise self._denied(key, "changed", denied) from denied
+        if self.depth == 0 and may_refer_to_files(encoded):
+            self._files.check_authored(key, patch.set, before=before)
         if self._policies and self.depth == 0:
             merged = self._merged(key, state, before, patch, after)
             if merged is None:
@@ -358,8 +365,7 @@ class Action:
             new = {name: after[name] for name in written if name in after}
             self._check_references(key, new, before=before, authored=authored)
         if sets_files := may_refer_to_files(encoded):
-            new = {name: after[name] for name in written if name in after}
-            self._files.check(key, new, before=before, authored=None if self.depth else authored.set)
+            self._files.check_there(key, {name: after[name] for name in written if name in after})
         after_encoded = encode(after)
         self._check_size(key, after_encoded)
         images = encode(

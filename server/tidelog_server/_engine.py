@@ -11,7 +11,8 @@ becomes a failure record with the payload; what follows goes on.
 
 An operation whose reference leads to an object that has not arrived is *held*, with
 its group and with later operations on its object. When all batches have come the
-held ones are settled together (see `_held`).
+held ones are settled together (see `_held`). One that refers to the content of a file
+which is not there stays pending, like any that can be neither applied nor refused now.
 """
 
 from __future__ import annotations

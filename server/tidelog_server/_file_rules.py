@@ -9,9 +9,9 @@ nobody a content. Who may not is told what he would be told if nobody had it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 from tidelog._failure import FailureReason
 from tidelog._file_reference import FileReference, file_references
@@ -58,28 +58,29 @@ class FileRules:
         self._noted: defaultdict[bytes, set[ObjectKey]] = defaultdict(set)
         self.lost = lost
 
-    def check(
-        self, key: ObjectKey, written: Attributes, *, before: Attributes, authored: Mapping[str, Any] | None
-    ) -> None:
+    def check_authored(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> None:
         """
-        Require that an object may refer to the contents that it is to refer to.
+        Require that the user may have an object refer to contents.
 
         Args:
             key: The object.
-            written: The attributes that are written.
-            before: What the object held before.
-            authored: What the operation says. What else is written is the application's
-                doing; None: all of it is.
+            authored: The attributes that are to be written.
+            before: What it holds.
 
         Raises:
-            Refused: It may not.
-            NotReady: Its author has to upload a content before.
+            Refused: The user may not.
+            NotReady: The user has to upload a content before.
         """
-        for attribute, reference in file_references(written):
-            if authored is not None and FileReference.of(authored.get(attribute)) == reference:
-                self._check_authored(key, attribute, reference, before)
+        for attribute, reference in file_references(authored):
+            if self._user_id is None:
+                self._require(key, attribute, reference, FailureReason.FILE_MISSING, FailureReason.VALIDATION_FAILED)
             else:
-                self._check_there(key, attribute, reference, FailureReason.HOOK_ERROR, FailureReason.HOOK_ERROR)
+                self._check_reference(key, attribute, reference, before)
+
+    def check_there(self, key: ObjectKey, written: Attributes) -> None:
+        """Require that contents are there, whoever has an object refer to them. Raises Refused."""
+        for attribute, reference in file_references(written):
+            self._require(key, attribute, reference, FailureReason.HOOK_ERROR, FailureReason.HOOK_ERROR)
             self._noted[reference.sha256].add(key)
 
     def may_refer(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
@@ -93,11 +94,7 @@ class FileRules:
             for one in self._candidates(sha256)
         )
 
-    def _check_authored(self, key: ObjectKey, attribute: str, reference: FileReference, before: Attributes) -> None:
-        if self._user_id is None:
-            missing, wrong = FailureReason.FILE_MISSING, FailureReason.VALIDATION_FAILED
-            self._check_there(key, attribute, reference, missing, wrong)
-            return
+    def _check_reference(self, key: ObjectKey, attribute: str, reference: FileReference, before: Attributes) -> None:
         where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
         if reference.size > self._bytes_max:
             message = f"{where} refers to a file of {reference.size} bytes: the limit is {self._bytes_max}"
@@ -113,7 +110,7 @@ class FileRules:
         else:
             raise NotReady(f"{where} refers to the file {reference.name!r}: its content was not uploaded yet")
 
-    def _check_there(
+    def _require(
         self, key: ObjectKey, attribute: str, reference: FileReference, missing: FailureReason, wrong: FailureReason
     ) -> None:
         """Require that a content is there, whoever uploaded it."""

@@ -115,22 +115,22 @@ class Retention:
         """Forget what is due, in all tenants. Raises ResourceClosed if stopped meanwhile."""
         with self._alone:
             total = Collected()
-            for tenant in self._store.tenants():
-                for step in (
-                    self._history,
-                    self._left_entries,
-                    self._replicas,
-                    self._notes,
-                    self._payloads,
-                    self._contents,
-                ):
-                    for counts in step(tenant):
-                        total = total.plus(counts)
-                        if self._stopped.is_set():
-                            raise ResourceClosed("the server is stopping: the rest is collected later")
+            for counts in self._steps():
+                total = total.plus(counts)
+                if self._stopped.is_set():
+                    raise ResourceClosed("the server is stopping: the rest is collected later")
         if any(total):
             _log.info("collected", **total._asdict())
         return total
+
+    def _steps(self) -> Iterator[Collected]:
+        tenants = self._store.tenants()
+        for tenant in tenants:
+            for step in (self._history, self._left_entries, self._replicas, self._notes, self._payloads):
+                yield from step(tenant)
+        # Last, because what keeps contents may be out of reach when nothing else is.
+        for tenant in tenants:
+            yield from self._contents(tenant)
 
     def _history(self, tenant: str) -> Iterator[Collected]:
         before_us = self._before(self._periods.history)

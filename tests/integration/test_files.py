@@ -267,6 +267,7 @@ def test_operations_of_all_modes_carry_their_contents(world: World) -> None:
     assert read(two, "t1") == PHOTO
 
 
+@pytest.mark.timeout(60)
 def test_an_interrupt_ends_transfers(world: World, proxy: Proxy) -> None:
     """Ctrl-C in the middle of a transfer ends the synchronization at once; the next one goes on."""
     replica = world.replica(server=proxy.address)

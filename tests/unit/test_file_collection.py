@@ -10,11 +10,12 @@ from typing import Any, Final
 import pytest
 from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, file_value, said, update, wanted
 
-from tidelog import ResourceClosed
-from tidelog_server import DirectoryContents, Principal
+from tidelog import ResourceClosed, StorageError
+from tidelog_server import DirectoryContents, Principal, Tenant
 from tidelog_server._content_store import PartMismatch
 from tidelog_server._files import Files
 from tidelog_server._records import Writes
+from tidelog_server._retention import Periods, Retention
 from tidelog_server._store import Reader
 
 PHOTO: Final = b"a photo, say"
@@ -203,6 +204,30 @@ def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
     assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].received_bytes == 0
     with pytest.raises(PartMismatch):
         cabinet.files.begin_upload(USER, wanted(PHOTO), 5)
+
+
+def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
+    """Where contents cannot be reached, that is told, and everything else that is due is forgotten all the same."""
+
+    class Away(DirectoryContents):
+        """A place that cannot be reached."""
+
+        def contents(self, tenant: str) -> Any:
+            raise StorageError("the place cannot be reached")
+
+    lab = Lab()
+    lab.settle(create(1), delete(2))
+    Tenant(lab.application, lab.store, "other", None, lambda: TIME_US).create("Task", {})
+    files = Files(lab.application, lab.store, Away(tmp_path), lambda: TIME_US)
+    periods = Periods(timedelta(0), timedelta(days=1), timedelta(days=1), timedelta(days=1))
+    retention = Retention(lab.store, periods, lambda: TIME_US + 1, files)
+
+    with pytest.raises(StorageError):
+        retention.collect()
+
+    for tenant in (TENANT, "other"):
+        with lab.store.read(tenant) as reader:
+            assert reader.collected() == reader.head().version > 0
 
 
 def of_the_directory(cabinet: Cabinet) -> None:

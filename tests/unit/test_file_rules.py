@@ -188,36 +188,40 @@ class TestAvailability:
         assert said(cabinet.lab.settle(line, order, late)) == ["APPLIED"] * 3
 
     def test_one_that_was_held_waits_for_its_content_too(self, tmp_path: Path) -> None:
-        """An operation that waited for an object is judged by its content when that has come."""
-        cabinet = cabinet_of(
-            tmp_path, Application(schema=references_schema({"Line": {"order": "Order"}, "Order": {}}))
-        )
-        attributes = {"order": "o1", "photo": file_value(PHOTO)}
-        line = make_operation("create", seq=1, entity="Line", id="l1", set=attributes).encode()
-        order = make_operation("create", seq=2, entity="Order", id="o1").encode()
+        """An operation that waited for an object, or behind one that did, is judged by its content then."""
+        cabinet = cabinet_of(tmp_path, Application(schema=ORDERS))
+        photo = cabinet.upload(PHOTO)
+        operations = [
+            make_operation("create", seq=1, entity="Line", id="l1", set={"order": "o1", "photo": photo}).encode(),
+            make_operation("create", seq=2, entity="Line", id="l2", set={"order": "o1"}).encode(),
+            make_operation("update", seq=3, entity="Line", id="l2", set={"photo": file_value(OTHER)}).encode(),
+            make_operation("create", seq=4, entity="Order", id="o1").encode(),
+        ]
         session = cabinet.lab.session()
 
-        assert said(session.batch(line, order)) == ["HELD", "APPLIED"]
-        assert said(session.held()) == ["NOT_READY"]
-
-        session = cabinet.lab.session()
-        assert said(session.batch(line, order)) == ["NOT_READY", "APPLIED"]
+        assert said(session.batch(*operations)) == ["HELD", "HELD", "HELD", "APPLIED"]
+        entries: dict[bytes, bytes | None] = {b"c" + sha256(PHOTO): None}
+        cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, entries), None)).result()
+        assert said(session.held()) == ["NOT_READY", "APPLIED", "NOT_READY"]
 
     @pytest.mark.parametrize("where", ["batch", "held"])
     def test_what_its_replica_lost_is_a_failure(self, tmp_path: Path, where: str) -> None:
         """An operation whose content its replica has lost is refused, with its whole payload, and blocks nothing."""
-        cabinet = cabinet_of(
-            tmp_path, Application(schema=references_schema({"Line": {"order": "Order"}, "Order": {}}))
-        )
-        order = make_operation("create", seq=2, entity="Order", id="o1").encode()
-        attributes = {"photo": file_value(PHOTO), **({"order": "o1"} if where == "held" else {})}
-        line = make_operation("create", seq=1, entity="Line", id="l1", set=attributes).encode()
+        cabinet = cabinet_of(tmp_path, Application(schema=ORDERS))
+        reference = {"order": "o1"} if where == "held" else {}
+        operations = [
+            make_operation("create", seq=1, entity="Line", id="l1", set=reference).encode(),
+            make_operation("update", seq=2, entity="Line", id="l1", set={"photo": file_value(PHOTO)}).encode(),
+            make_operation("create", seq=3, entity="Order", id="o1").encode(),
+        ]
+        session = cabinet.lab.session()
+        first = session.batch(*operations[:2], lost=[sha256(PHOTO)])
+        assert said(first) == (["HELD"] * 2 if where == "held" else ["APPLIED", "FILE_MISSING"])
+        assert said(session.batch(operations[2])) == ["APPLIED"]
 
-        results = cabinet.lab.session().settle(line, order, lost=[sha256(PHOTO)])
-
-        assert said(results) == ["FILE_MISSING", "APPLIED"]
+        assert said(session.held()) == (["APPLIED", "FILE_MISSING"] if where == "held" else [])
         (failure,) = cabinet.lab.failures()
-        assert failure.operation == line
+        assert failure.operation == operations[1]
 
     def test_losing_what_the_server_has_is_no_harm(self, cabinet: Cabinet) -> None:
         """An operation whose content the replica lost is applied if it was uploaded before."""
@@ -387,16 +391,24 @@ class TestHooks:
         cabinet.upload(PHOTO, Principal("somebody"))
         assert said(cabinet.lab.settle(create(2))) == ["APPLIED"]
 
-    def test_take_away_a_reference(self, tmp_path: Path) -> None:
-        """What a before-commit hook takes away need not be there."""
+    def test_see_no_reference_whose_author_has_no_right(self, tmp_path: Path) -> None:
+        """What a hook makes of a reference tells nobody whether somebody has the content."""
         application = Application()
 
         @application.before_commit("Task")
-        def without(task: HookObject, context: HookContext) -> None:
-            del task["photo"]
+        def copies(task: HookObject, context: HookContext) -> None:
+            context.create("Copy", {"photo": task["photo"]})
 
         cabinet = cabinet_of(tmp_path, application)
-        assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
+        application.allow("*", "*", create=True, write="*", read=["title"])
+        cabinet.upload(PHOTO, ANN)
+        for data in (PHOTO, b"nobody's"):
+            for photo in (file_value(data), file_value(data, size=1)):
+                assert said(upload(cabinet, BOB, create(1, set={"photo": photo}))) == ["NOT_READY"]
+        assert said(upload(cabinet, ANN, create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
+        with mock.patch.object(application, "hooks", side_effect=AssertionError):
+            changed = update(2, set={"photo": file_value(OTHER)}, base_version=2)
+            assert said(upload(cabinet, ANN, changed)) == ["NOT_READY"]
 
 
 class TestFailures:
@@ -447,7 +459,8 @@ class TestFailures:
 
     def test_a_retry_gives_nobody_a_content(self, desk: Cabinet) -> None:
         """A failure that refers to a content its author has no right to is not applied by an operator who has one."""
-        (failed,) = desk.lab.settle(create(1, set={"photo": file_value(PHOTO)}))
+        operation = create(1, set={"photo": file_value(PHOTO)})
+        (failed,) = desk.lab.session().settle(operation, lost=[sha256(PHOTO)])
         desk.upload(PHOTO, OPERATOR)
 
         self.is_accepting = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import lmdb
 import pytest
 from tests.builders import quick_folder
 from tests.files import CHUNK_BYTES, FileServer, connect, reference, sha256
-from tests.sessions import page
+from tests.sessions import applied, page
 
 from tidelog import (
     DiskFull,
@@ -24,10 +24,13 @@ from tidelog import (
     FindingKind,
     InvalidValue,
     ObjectNotFound,
+    Operation,
     Unauthenticated,
 )
 from tidelog._contents import Part
 from tidelog._keys import pack_position
+from tidelog._operation import decode_operation
+from tidelog.v1 import operation_pb2
 from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, SkipReason, _file_exchange, _transfer
 from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
@@ -35,6 +38,7 @@ from tidelog_client._file_calls import FileRefused
 
 PHOTO = b"a photo" * 1000
 LARGE = os.urandom(10 * CHUNK_BYTES + 17)
+LARGER = os.urandom(20 * CHUNK_BYTES)
 
 
 @pytest.fixture
@@ -209,6 +213,40 @@ class TestUploading:
         assert server.batches == [[2, 4], [1, 3]]
         assert server.start.mode == 1
         assert (report.applied, report.skipped, pending(replica)) == (4, [], [])
+
+    def test_what_is_committed_meanwhile_does_not_wait(
+        self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While a large content goes up, what is committed, and what has its content, goes in sessions of its own."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "large")
+        replica.create("Task", {"photo": replica.add_file(LARGER)}, "larger")
+        committed, sent = threading.Event(), threading.Event()
+
+        def settle(operations: Sequence[Operation]) -> list[operation_pb2.OperationResult]:
+            results = FileServer.settle(server, operations)
+            if {1, 3, 4} <= {seq for batch in server.batches for seq in batch}:
+                sent.set()
+            return results
+
+        def on_upload(name: bytes, _position: int) -> None:
+            if name == sha256(LARGER) and not committed.is_set():
+                committed.set()
+                replica.create("Task", {"n": 1}, "none")
+                replica.create("Task", {"photo": replica.add_file(PHOTO)}, "small")
+                assert sent.wait(30)
+                assert sha256(LARGER) not in server.contents
+
+        monkeypatch.setattr(server, "settle", settle)
+        server.on_upload = on_upload
+        report = replica.synchronize_all()
+        assert sent.is_set()
+        assert server.batches[-1] == [2]
+        assert [position for name, position in server.uploads if name == sha256(LARGER)] == [0]
+        assert (report.applied, report.files_uploaded, report.skipped, pending(replica)) == (4, 3, [], [])
 
     def test_the_server_is_told_that_earlier_operations_stay_behind(self, replica: Replica, small: None) -> None:
         """A session that leaves operations with lower seqs behind says so."""
@@ -669,6 +707,7 @@ class TestRemoval:
         connect(replica, server)
         replica.synchronize_all()
         replica.update("Task", "t1", {"photo": None})
+        assert list(replica._storage.files.look_again()) == []
         server.pages = [page(confirmations=[("Task", "t1", 101)])]
         replica.synchronize_all()
         assert contents_of(replica) == {}
@@ -854,6 +893,12 @@ class TestVerification:
         history._storage.begin_rebase(epoch="epoch", timeline="other", settled_ranges=[])
         assert list(history.verify()) == []
         assert [seq for seq, _ in history._storage.files.uploads(until=100)] == [1, 2, 3]
+        with history._storage.environment.read() as transaction:
+            operation = decode_operation(history._storage.log.get(transaction, 1) or b"")
+        history._storage.settle([applied(operation, 500)], b"")
+        assert list(history.verify()) == []
+        with history._storage.environment.read() as transaction:
+            assert not history._storage.files.is_user(transaction, sha256(b"failed"), 1)
 
     def test_what_is_set_aside_keeps_its_contents(self, history: Replica) -> None:
         """An operation that cannot be read any more becomes a failure, and its content stays with it."""
