@@ -48,7 +48,7 @@ class Network(Protocol):
         """Open a file call."""
         ...
 
-    def pause_for_files(self, device: Device, seconds: float) -> bool:
+    def pause_for_files(self, device: Device, turns: Turns, seconds: float) -> bool:
         """Let the world go on until a file call may, or, False, the time is over."""
         ...
 
@@ -71,7 +71,7 @@ class Call:
         covered: The operations that the present attempt has to settle.
         life: In which life of the server's store the present attempt began.
         report: What it returned in the end.
-        turns: What transfers contents.
+        turns: What transfers contents and is waited for. None: it is not.
         file_links: The file calls under way.
         file_seconds: How long it waits for one of them at the most. None: it does not.
         is_time_over: Whether it has waited for so long.
@@ -98,6 +98,11 @@ class Call:
     is_time_over: bool = False
     waited_since: int | None = None
     opened: bytes = b""
+
+    @property
+    def is_transferring(self) -> bool:
+        """Whether contents are on their way."""
+        return any(not one.is_left for one in self.file_links)
 
 
 @dataclass(frozen=True)
@@ -326,12 +331,11 @@ class Connection:
 
     def files(self, _timeout: float | None) -> SimulatedCalls:
         """See `Caller`."""
-        self._turns = Turns(
-            lambda seconds: self._network.pause_for_files(self._device, seconds),
+        turns = self._turns = Turns(
+            lambda seconds: self._network.pause_for_files(self._device, turns, seconds),
             lambda: self._device.seconds,
             lambda: ReplicaDied() if self._device.disk.is_dead else None,
         )
-        turns = self._turns
         return SimulatedCalls(lambda: self._network.connect_file(self._device, turns))
 
     def workers(self, _count_max: int) -> Turns:

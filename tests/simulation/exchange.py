@@ -152,18 +152,17 @@ class FileLink:
         is_left: Whether the replica has turned away from it.
         is_dark: Whether messages vanish in both directions.
         stalled_steps: How long nothing moves.
+        turns: The workers, one of which makes the call.
     """
 
-    def __init__(
-        self, server: FileEnd, wait: Callable[[Callable[[], bool]], None], has_died: Callable[[], bool]
-    ) -> None:
+    def __init__(self, server: FileEnd, turns: Turns, has_died: Callable[[], bool]) -> None:
         self.to_server: deque[Message] = deque()
         self.to_client: deque[Any] = deque()
         self.is_left = False
         self.is_dark = False
         self.stalled_steps = 0
         self._server = server
-        self._wait = wait
+        self.turns = turns
         self._has_died = has_died
         self._is_server_done = False
         self._inbox: deque[Any] = deque()
@@ -172,14 +171,14 @@ class FileLink:
 
     def send(self, message: Message) -> None:
         """Send a message, once there is room for it. Raises CallFailed."""
-        self._wait(lambda: self.is_left or bool(self._inbox) or len(self.to_server) < MESSAGES_AHEAD_MAX)
+        self.turns.wait(lambda: self.is_left or bool(self._inbox) or len(self.to_server) < MESSAGES_AHEAD_MAX)
         self._check()
         if not self.is_dark:
             self.to_server.append(message)
 
     def receive(self) -> Any:
         """Wait for the next message. Raises CallFailed."""
-        self._wait(lambda: self.is_left or bool(self._inbox))
+        self.turns.wait(lambda: self.is_left or bool(self._inbox))
         self._check()
         return self._inbox.popleft()
 
@@ -236,7 +235,7 @@ class FileLink:
 
     def ghost(self) -> FileLink:
         """Return what is on its way to the server, as a call of its own; this one brings it nothing more."""
-        ghost = FileLink(self._server, self._wait, self._has_died)
+        ghost = FileLink(self._server, self.turns, self._has_died)
         ghost.to_server, ghost.is_left = self.to_server, True
         self.to_server, self._is_server_done = deque(), True
         return ghost
@@ -332,12 +331,18 @@ class Turns:
         """See `WorkRunner`."""
         end = self._monotonic() + timeout
         while not self._events:
-            ready = next((one for one in self._turns if one.may_go_on()), None)
-            if ready is not None:
-                self._go_on(ready)
-            elif (left := end - self._monotonic()) <= 0 or not self._pause(left):
+            if self.take_turn():
+                continue
+            if (left := end - self._monotonic()) <= 0 or not self._pause(left):
                 return None
         return self._events.popleft()
+
+    def take_turn(self) -> bool:
+        """Let one of them go on that can; tell whether there was one."""
+        ready = next((one for one in self._turns if one.may_go_on()), None)
+        if ready is not None:
+            self._go_on(ready)
+        return ready is not None
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Let the others go on until something is so. For workers."""

@@ -79,6 +79,9 @@ class FileHappenings(ABC):
     def _start(self, device: Device, call: Call, work: Callable[[], None]) -> None: ...
 
     @abstractmethod
+    def _take_turns(self, device: Device, turns: Turns) -> None: ...
+
+    @abstractmethod
     def _resume(self, device: Device) -> None: ...
 
     @abstractmethod
@@ -98,22 +101,21 @@ class FileHappenings(ABC):
         if call is None or witness is None:
             raise AssertionError(f"{device.name} transfers a content, and nobody asked for it")
         watch = Watch(witness, device.eyes, lambda: self._server_record().visible())
-        link = FileLink(self._server.file_end(device.eyes.principal, watch), turns.wait, lambda: self._server.has_died)
-        call.turns = turns
+        link = FileLink(self._server.file_end(device.eyes.principal, watch), turns, lambda: self._server.has_died)
         call.file_links = [one for one in call.file_links if not one.is_left] + [link]
         self.coverage.totals["file calls"] += 1
         return link
 
-    def pause_for_files(self, device: Device, seconds: float) -> bool:
+    def pause_for_files(self, device: Device, turns: Turns, seconds: float) -> bool:
         """See `Network`."""
         call = device.call
         if call is None:
             raise AssertionError(f"{device.name} waits for contents, and nobody asked for them")
-        call.file_seconds, call.is_time_over = seconds, False
+        call.file_seconds, call.is_time_over, call.turns = seconds, False, turns
         if call.waited_since is None:
             call.waited_since = len(device.committed.data)
         call.fiber.pause()
-        call.file_seconds = None
+        call.file_seconds, call.turns = None, None
         if call.is_time_over:
             device.seconds += seconds
         return not call.is_time_over
@@ -122,7 +124,7 @@ class FileHappenings(ABC):
 
     def _happenings_with_files(self, witness: Witness, device: Device) -> list[tuple[str, float, Callable[[], None]]]:
         """Return what can happen besides where there are files."""
-        transferring = [one for one in self._devices if one.call is not None and one.call.file_seconds is not None]
+        transferring = [one for one in self._devices if one.call is not None and one.call.is_transferring]
         return [
             ("open", 0.6 if device.call is None else 0.0, lambda: self._open_file(device)),
             ("file fault", 2.5 if transferring else 0.0, lambda: self._file_fault(self._random.choice(transferring))),
@@ -185,6 +187,19 @@ class FileHappenings(ABC):
         if call.is_time_over or (call.turns is not None and call.turns.may_go_on):
             self._resume(device)
         return True
+
+    def _move_beside(self, device: Device, call: Call) -> None:
+        """Let one thing happen to the contents that are on their way while a session goes on."""
+        possible = [(link, move) for link in call.file_links if not link.is_left for move in link.moves()]
+        if not possible:
+            return
+        link, move = self._random.choice(possible)
+        try:
+            self._say(f"{device.name}, a content meanwhile: {move()}")
+        except ServerGone:
+            self._restart_server(Fault.SERVER_CRASH)
+            return
+        self._take_turns(device, link.turns)
 
     def _file_fault(self, device: Device) -> None:
         call, random = device.call, self._random

@@ -64,6 +64,7 @@ class FileSettings:
                 "step": random.choice([1, 3, 1_000]),
                 "noted": random.choice([1, 3, 500]),
                 "grace_seconds": random.choice([0, 3_600]),
+                "session_seconds": random.choice([0, 2]),
             },
         )
 
@@ -82,6 +83,7 @@ class FileSettings:
                 (_transfer, "UPLOAD_CHUNK_BYTES", limits["chunk"]),
                 (_content_store, "FILE_CHUNK_BYTES", limits["chunk"]),
                 (_file_exchange, "SMALL_UPLOADS_BYTES", limits["small_uploads"]),
+                (_file_exchange, "SESSION_SECONDS", limits["session_seconds"]),
                 (_file_exchange, "NOTED_AT_ONCE", limits["noted"]),
                 (_file_exchange, "FILES_STAT_MAX", limits["step"]),
                 (_files, "LOOK_STEP_OBJECTS", limits["step"]),

@@ -27,7 +27,7 @@ from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
-from tests.simulation.exchange import FileLink
+from tests.simulation.exchange import FileLink, Turns
 from tests.simulation.faults import (
     CLIENT_COMMITS,
     SERVER_COMMITS,
@@ -95,8 +95,8 @@ COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_IND
 STEP_SECONDS: Final = 0.001
 # Longer than the synchronizer goes on trying while it hears nothing.
 SILENCE_SECONDS: Final = 20.0
-# How many sessions more a synchronization takes in which contents are uploaded.
-FILE_SESSIONS_MAX: Final = 3
+# How often a content moves on while a session does.
+BESIDE_SHARE: Final = 0.3
 
 
 class World(FileHappenings):
@@ -401,6 +401,15 @@ class World(FileHappenings):
         if call.fiber.is_done:
             self._ended(device, call)
 
+    def _take_turns(self, device: Device, turns: Turns) -> None:
+        """Let the workers of a device go on while its synchronizer waits for something else."""
+        self._acting = device
+        while turns.take_turn():
+            pass
+        self._acting = None
+        if device.disk.is_dead:
+            self._die(device)
+
     def _ended(self, device: Device, call: Call) -> None:
         error, link = call.fiber.error, call.last_link
         self._leave_files(call)
@@ -436,6 +445,9 @@ class World(FileHappenings):
             if call.is_asleep or call.link is None:
                 self._say(f"{device.name} tries again")
                 self._resume(device)
+                continue
+            if call.is_transferring and self._random.random() < BESIDE_SHARE:
+                self._move_beside(device, call)
                 continue
             link = call.link
             if link.stalled_steps and moves is None:
@@ -1026,6 +1038,8 @@ class World(FileHappenings):
         raise AssertionError(f"the third party keeps pending {list(party.pending)}")
 
     def _synchronize_to_the_end(self, device: Device) -> Report:
+        # There may be a session more for each content that is uploaded.
+        content_count = sum(len(some) for _, some in device.needed_contents()) if self._witness is not None else 0
         self._begin(device, Mode.ALL, [], None)
         call = device.call
         if call is None:
@@ -1035,7 +1049,7 @@ class World(FileHappenings):
             raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
         attempts_max = COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1
         if self._witness is not None:
-            attempts_max += FILE_SESSIONS_MAX
+            attempts_max += content_count + 1
         if call.report.attempts > attempts_max:
             raise PromiseBroken(
                 "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
