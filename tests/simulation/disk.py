@@ -228,6 +228,7 @@ def _inserted_contents(disks: dict[Path, Disk], time: Callable[[], float]) -> It
         return disk.touch(disk.files.content, lambda: complete(part, sha256, size))
 
     def discarding(part: Part) -> None:
+        part.close()  # which a process does that dies, too
         disk_of(part.path).require_life()
         discard(part)
 

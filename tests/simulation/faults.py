@@ -192,6 +192,7 @@ _SERVER_JOBS = {
     "without_past": Commit.COLLECT,
     "without_left_entries": Commit.COLLECT_INDEX,
     "without_outcomes": Commit.COLLECT_OUTCOMES,
+    "without_old_notes": Commit.COLLECT_OUTCOMES,
     "without_refused_creations": Commit.COLLECT_OUTCOMES,
     "retired": Commit.RETIRE,
 }
