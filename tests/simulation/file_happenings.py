@@ -20,6 +20,7 @@ from tests.simulation.disk import Trap
 from tests.simulation.exchange import Ask, Fetch, FileLink, Turns
 from tests.simulation.faults import CLIENT_FILE_COMMITS, Commit, Coverage, Fault, Moment
 from tests.simulation.link import ServerGone
+from tests.simulation.model import Key
 from tests.simulation.promises import PromiseBroken
 from tests.simulation.records import History, ServerRecord
 from tests.simulation.rights import Eyes
@@ -51,6 +52,7 @@ YEAR: Final = timedelta(days=365)
 # Longer than any clock has jumped.
 AGES: Final = 20 * YEAR
 STALL_STEPS_MAX: Final = 30
+CALL_MOVES_MAX: Final = 20_000
 
 
 class FileHappenings(ABC):
@@ -77,6 +79,9 @@ class FileHappenings(ABC):
 
     @abstractmethod
     def _start(self, device: Device, call: Call, work: Callable[[], None]) -> None: ...
+
+    @abstractmethod
+    def _advance(self, device: Device, *, moves: int | None = None) -> None: ...
 
     @abstractmethod
     def _take_turns(self, device: Device, turns: Turns) -> None: ...
@@ -146,7 +151,9 @@ class FileHappenings(ABC):
         found = device.user.missing_file()
         if found is None:
             return
-        key, name, sha256 = found
+        self._begin_to_open(device, *found)
+
+    def _begin_to_open(self, device: Device, key: Key, name: str, sha256: bytes) -> Call:
         self._say(f"{device.name} opens {name} of {key}")
         call = Call(None, 0, 0)
         replica = device.replica
@@ -163,6 +170,16 @@ class FileHappenings(ABC):
                 raise PromiseBroken("Files: what is opened is what was attached", [f"{name} of {key}"])
 
         self._start(device, call, work)
+        return call
+
+    def _open_to_the_end(self, witness: Witness, device: Device, server: ServerRecord) -> None:
+        """Let a user open what is not downloaded before somebody does."""
+        wishes, record = device.file_wishes, device.record()
+        for key, name, one in witness.openable(device.replica, wishes, record, server, device.eyes):
+            call = self._begin_to_open(device, key, name, one.sha256)
+            self._advance(device, moves=CALL_MOVES_MAX)
+            if call.opened != witness.library.content(one.sha256):
+                raise PromiseBroken("Files: what a replica may have can be opened", [f"{name} of {key}"])
 
     def _advance_files(self, device: Device, call: Call, *, is_patient: bool) -> bool:
         """Let one thing happen to the contents on their way; tell whether anything did."""
@@ -346,6 +363,7 @@ class FileHappenings(ABC):
         for device in self._devices:
             record = device.record()
             witness.check_had_when_quiet(device.replica, device.file_wishes, record, server, device.eyes)
+            self._open_to_the_end(witness, device, server)
         self._server_time_us += AGES // timedelta(microseconds=1)
         self._server.collect(self._only_files(timedelta(0)))
         for device in self._devices:

@@ -25,7 +25,7 @@ from tidelog._values import decode_map
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
 from tidelog_client._file_calls import ContentStatus, Presence
-from tidelog_client._file_wishes import FileWishes
+from tidelog_client._file_wishes import FileMode, FileWishes
 from tidelog_client._files import FileState
 from tidelog_server._file_records import content_record
 from tidelog_server._store import Reader
@@ -108,21 +108,36 @@ class Witness:
         self, replica: Replica, wishes: FileWishes, record: ReplicaRecord, server: ServerRecord, eyes: Eyes
     ) -> Iterator[str]:
         """Open all files of a replica that it may have from the server."""
+        for key, name, one in self._available(record, server, eyes):
+            state = replica.file_state(*key, name)
+            if state is FileState.AVAILABLE:
+                with replica.open_file(*key, name) as file:
+                    if file.read() != self.library.content(one.sha256):
+                        yield f"{name!r} of {key} is another content than {one.sha256.hex()}"
+            elif wishes.of(key[0]).wants(one.size):
+                yield f"{name!r} of {key} is {state}, {wishes.of(key[0])} is wanted: {one}"
+
+    def openable(
+        self, replica: Replica, wishes: FileWishes, record: ReplicaRecord, server: ServerRecord, eyes: Eyes
+    ) -> Iterator[tuple[Key, str, FileReference]]:
+        """Yield files that are not here, and can be opened."""
+        for key, name, one in self._available(record, server, eyes):
+            is_here = replica.file_state(*key, name) is FileState.AVAILABLE
+            if not is_here and wishes.of(key[0]).mode is not FileMode.NEVER:
+                yield key, name, one
+
+    def _available(
+        self, record: ReplicaRecord, server: ServerRecord, eyes: Eyes
+    ) -> Iterator[tuple[Key, str, FileReference]]:
+        """Yield the files of a replica that it may have from the server."""
         visible = server.visible()
         for key, shown in record.view.items():
             if not eyes.downloads(key[0]):
                 continue
             there = _readable(eyes, key, visible.get(key, (0, None))[1])
             for name, one in references(decode_map(shown.attributes)).items():
-                if one.sha256 in self.lost_there or one.sha256 in self.lost_here or one.sha256 not in there:
-                    continue
-                state = replica.file_state(*key, name)
-                if state is FileState.AVAILABLE:
-                    with replica.open_file(*key, name) as file:
-                        if file.read() != self.library.content(one.sha256):
-                            yield f"{name!r} of {key} is another content than {one.sha256.hex()}"
-                elif wishes.of(key[0]).wants(one.size):
-                    yield f"{name!r} of {key} is {state}, {wishes.of(key[0])} is wanted: {one}"
+                if one.sha256 in there - self.lost_there - self.lost_here:
+                    yield key, name, one
 
     @promise("Files: contents that nobody refers to are gone in the end, and the others are not")
     def check_left_when_quiet(self, where: str, found: Collection[bytes], needed: set[bytes]) -> Iterator[str]:

@@ -38,7 +38,7 @@ from tests.simulation.faults import (
     Moment,
 )
 from tests.simulation.fiber import Fiber
-from tests.simulation.file_happenings import FILE_TRAPS_SHARE, STALL_STEPS_MAX, YEAR, FileHappenings
+from tests.simulation.file_happenings import CALL_MOVES_MAX, FILE_TRAPS_SHARE, STALL_STEPS_MAX, YEAR, FileHappenings
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
 from tests.simulation.promises import PromiseBroken, Rules
@@ -77,7 +77,6 @@ STEPS_DEFAULT: Final = 100
 # server may need more rounds, but each of these must settle something.
 QUIET_ROUNDS: Final = 2
 QUIET_ROUNDS_MAX: Final = 12
-CALL_MOVES_MAX: Final = 20_000
 HASTY_MOVES: Final = 100
 BEGINNING_MOVES: Final = 2
 # A trap at a commit that comes seldom waits for it; it takes many of them to meet all.
