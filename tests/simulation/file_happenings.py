@@ -67,7 +67,7 @@ class FileHappenings(ABC):
     _server_time_us: int
     _history: History
     # None: there are no files in this world.
-    _witness: Witness | None
+    witness: Witness | None
     # File calls that were left, of which something may still arrive.
     _file_ghosts: list[FileLink]
 
@@ -102,7 +102,7 @@ class FileHappenings(ABC):
 
     def connect_file(self, device: Device, turns: Turns) -> FileLink:
         """See `Network`."""
-        call, witness = device.call, self._witness
+        call, witness = device.call, self.witness
         if call is None or witness is None:
             raise AssertionError(f"{device.name} transfers a content, and nobody asked for it")
         watch = Watch(witness, device.eyes, lambda: self._server_record().visible())
@@ -141,9 +141,9 @@ class FileHappenings(ABC):
 
     def _services_files(self, tenant: Tenant) -> dict[str, Any]:
         """Return attributes that refer to a content which the service itself adds, or none."""
-        if self._witness is None or self._random.random() < 0.6:
+        if self.witness is None or self._random.random() < 0.6:
             return {}
-        content = self._witness.library.draw(self._random)
+        content = self.witness.library.draw(self._random)
         return {ATTRIBUTES[0]: tenant.add_file(BytesIO(content), name="service.txt")}
 
     def _open_file(self, device: Device) -> None:
@@ -161,7 +161,7 @@ class FileHappenings(ABC):
         def work() -> None:
             with replica.open_file(*key, name, timeout=60.0) as file:
                 call.opened = file.read()
-            witness = self._witness
+            witness = self.witness
             if (
                 witness is not None
                 and sha256 not in witness.lost_here
@@ -345,7 +345,7 @@ class FileHappenings(ABC):
 
     def _may_lack_contents(self, reason: FailureReason, operation: Operation) -> bool:
         """Tell whether an operation may be refused because of the contents that it refers to."""
-        if (witness := self._witness) is None:
+        if (witness := self.witness) is None:
             return False
         if reason is FailureReason.TOO_LARGE:
             return witness.is_too_large(operation)
@@ -383,9 +383,8 @@ class FileHappenings(ABC):
 
     def _verify(self, witness: Witness) -> None:
         """Verify what all directories hold when everything is closed."""
-        destroyed = {sha256.hex() for sha256 in witness.lost_here | witness.lost_there}
         findings = list(verify_store(self._directory / "server"))
         for device in self._devices:
             findings += verify_replica(device.path)
-        if left := [str(one) for one in findings if not any(sha256 in str(one) for sha256 in destroyed)]:
+        if left := [str(one) for one in findings if not witness.explains(one)]:
             raise PromiseBroken("Verification: nothing is wrong on either side", left)

@@ -20,6 +20,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
+from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_client._call_errors import error_of
@@ -75,7 +76,7 @@ class ServerEnd:
         principal: Principal,
         clock: Callable[[], int],
         *,
-        file_bytes_max: int,
+        file_bytes_max: int = FILE_BYTES_MAX_DEFAULT,
     ) -> None:
         self.settled_version = 0  # the tenant's version when the upload was settled
         self._application = application

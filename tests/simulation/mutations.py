@@ -436,7 +436,7 @@ def _two_at_once() -> _Patch:
 
 
 def _refer_to_anything() -> _Patch:
-    return mock.patch.object(_file_rules.FileRules, "check")
+    return mock.patch.multiple(_file_rules.FileRules, check_authored=mock.DEFAULT, check_there=mock.DEFAULT)
 
 
 def _refer_to_whatever_is_there() -> _Patch:

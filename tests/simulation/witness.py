@@ -20,6 +20,7 @@ from tests.simulation.rights import Eyes
 from tidelog import Operation, OperationKind
 from tidelog._contents import ContentDirectory
 from tidelog._file_reference import FileReference
+from tidelog._finding import Finding
 from tidelog._operation import decode_operation
 from tidelog._values import decode_map
 from tidelog.v1 import failure_pb2
@@ -71,6 +72,10 @@ class Witness:
     def is_too_large(self, operation: Operation) -> bool:
         """Tell whether an operation refers to a content that no server takes."""
         return any(one.size > self._bytes_max for one in _files(operation))
+
+    def explains(self, finding: Finding) -> bool:
+        """Tell whether a verification found what the world destroyed."""
+        return any(sha256.hex() in str(finding) for sha256 in self.lost_here | self.lost_there)
 
     @promise("Private: nobody is told of a content that he has not uploaded and may not read")
     def check_told(self, eyes: Eyes, ask: Ask, answer: Sequence[ContentStatus], objects: Objects) -> Iterator[str]:

@@ -105,6 +105,7 @@ class World(FileHappenings):
     Attributes:
         events: All that happened, in words.
         coverage: The count of it.
+        witness: Who knows what became of contents. None: there are no files.
 
     Args:
         seed: Decides everything.
@@ -129,7 +130,7 @@ class World(FileHappenings):
         if self.settings.has_copies:
             self.coverage.settings["copies and restores"] += 1
         files = self.settings.files
-        self._witness = Witness(files.bytes_max) if files is not None else None
+        self.witness = Witness(files.bytes_max) if files is not None else None
         if files is not None:
             self.coverage.settings.update(files.names())
         self._directory = directory.resolve()
@@ -183,7 +184,7 @@ class World(FileHappenings):
                 try:
                     for device in self._devices:
                         self._open(device)
-                    if self._witness is not None and self._random.random() < FILE_TRAPS_SHARE:
+                    if self.witness is not None and self._random.random() < FILE_TRAPS_SHARE:
                         self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.TENANT, self._moment())
                     for _ in range(self._steps):
                         self._step()
@@ -195,8 +196,8 @@ class World(FileHappenings):
                     self._server.close()
                     if self._third_party is not None:
                         self._third_party.close()
-                if self._witness is not None:
-                    self._verify(self._witness)
+                if self.witness is not None:
+                    self._verify(self.witness)
 
     @property
     def fingerprint(self) -> str:
@@ -314,8 +315,8 @@ class World(FileHappenings):
                 ("back up", 0.8, self._back_up),
                 ("restore", 0.8 if self._backups else 0.0, self._restore),
             ]
-        if self._witness is not None:
-            happenings += self._happenings_with_files(self._witness, device)
+        if self.witness is not None:
+            happenings += self._happenings_with_files(self.witness, device)
         weights = [weight * self._focus.get(name, 1.0) for name, weight, _ in happenings]
         random.choices(happenings, weights)[0][2]()
 
@@ -828,7 +829,7 @@ class World(FileHappenings):
             [Fault.CLIENT_CRASH, Fault.CLIENT_DISK_FULL, Fault.CLIENT_MAP_FULL, Fault.CLIENT_WRITE_FAILED],
             [6, 1, 1, 1],
         )[0]
-        if self._witness is not None and self._random.random() < FILE_TRAPS_SHARE:
+        if self.witness is not None and self._random.random() < FILE_TRAPS_SHARE:
             self._lay_file_trap(device)
             return
         commit = self._random.choices(CLIENT_COMMITS, TRAP_WEIGHTS)[0] if self._random.random() < 0.5 else None
@@ -841,7 +842,7 @@ class World(FileHappenings):
             [Fault.SERVER_CRASH, Fault.SERVER_DISK_FULL, Fault.SERVER_MAP_FULL, Fault.SERVER_WRITE_FAILED],
             [6, 1, 1, 2],
         )[0]
-        is_about_files = self._witness is not None and self._random.random() < FILE_TRAPS_SHARE
+        is_about_files = self.witness is not None and self._random.random() < FILE_TRAPS_SHARE
         commits = SERVER_FILE_COMMITS if is_about_files else SERVER_COMMITS
         commit = self._random.choice(commits) if self._random.random() < (0.9 if is_about_files else 0.5) else None
         self._server.disk.trap = Trap(fault, self._random.choice([0, 0, 1, 2]), commit, self._moment())
@@ -1038,7 +1039,7 @@ class World(FileHappenings):
 
     def _synchronize_to_the_end(self, device: Device) -> Report:
         # There may be a session more for each content that is uploaded.
-        content_count = sum(len(some) for _, some in device.needed_contents()) if self._witness is not None else 0
+        content_count = sum(len(some) for _, some in device.needed_contents()) if self.witness is not None else 0
         self._begin(device, Mode.ALL, [], None)
         call = device.call
         if call is None:
@@ -1047,7 +1048,7 @@ class World(FileHappenings):
         if device.call is not None or call.report is None:
             raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
         attempts_max = COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1
-        if self._witness is not None:
+        if self.witness is not None:
             attempts_max += content_count + 1
         if call.report.attempts > attempts_max:
             raise PromiseBroken(
@@ -1058,8 +1059,8 @@ class World(FileHappenings):
     def _check_everything(self, device: Device, record: ReplicaRecord) -> None:
         """Check what must hold at any moment of the server, and of it and one replica."""
         server = self._server_record()
-        if self._witness is not None:
-            self._check_contents(self._witness, server)
+        if self.witness is not None:
+            self._check_contents(self.witness, server)
         merging = self._merging
         if not self.settings.has_copies:
             committed = {one.replica.replica_id: one.committed for one in self._devices}
@@ -1111,8 +1112,8 @@ class World(FileHappenings):
                     "No poison: nothing has to wait that is not bounded to", [f"{reports[device.name].skipped}"]
                 )
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
-        if self._witness is not None:
-            self._check_files(self._witness)
+        if self.witness is not None:
+            self._check_files(self.witness)
 
     def _check_offered_again(self, server: ServerRecord) -> None:
         """Check what became of what replicas knew, unless there are copies of them that knew it otherwise."""
@@ -1179,8 +1180,8 @@ class World(FileHappenings):
     def _note_commits(self, device: Device) -> list[Operation]:
         found = device.note_commits()
         self._ledger.update((one.nonce, device.committed.data[one.seq]) for one in found)
-        if self._witness is not None:
-            self._witness.note_commits(device.replica._storage.files.contents, found)
+        if self.witness is not None:
+            self.witness.note_commits(device.replica._storage.files.contents, found)
         return found
 
     @property
@@ -1212,7 +1213,7 @@ class World(FileHappenings):
             random.choice([timedelta(0), timedelta(days=30)]),
             settings.replica_map_bytes,
             {} if settings.files is None else settings.files.wishes[number],
-            None if self._witness is None else self._witness.library,
+            None if self.witness is None else self.witness.library,
         )
         return Device(
             name,
