@@ -236,7 +236,9 @@ class Synchronizer:
         end = None if timeout is None else time.monotonic() + timeout
         content = Needed(reference.sha256, reference.size)
         with Transfers(self._storage.files, self._connection, Patience(end), _ignore) as transfers:
-            (result,) = filter(None, transfers.run(iter([Downloading(content, [key])])))
+            result = next(filter(None, transfers.run(iter([Downloading(content, [key])]))), None)
+        if result is None:
+            return "there was no time left"
         if result.error is None:
             self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
             return None
