@@ -435,6 +435,29 @@ class TestRestoredServers:
         with site.device("b").open_file("Task", "t1", "photo") as file:
             assert file.read() == b"a photo"
 
+    @pytest.mark.parametrize("mode", ["unsynchronized", "selected"])
+    def test_other_modes_offer_contents_again(self, site: Site, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+        """Where operations offered again wait for their contents, the other modes lose sight of nothing either."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1)
+        a = site.device("a")
+        a.create("Task", {}, "other")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {"photo": a.add_file(b"a photo"), "n": 1}, "t1")
+        a.synchronize_all()
+        a.update("Task", "t1", {"n": 2})
+        site.shut("a")
+
+        site.restore()
+        a = site.device("a")
+        report = a.synchronize_selected([("Task", "t1")]) if mode == "selected" else a.synchronize_unsynchronized()
+
+        assert (report.reoffered, report.skipped, a.pending_count()) == (1, [], 0)
+        assert {one.id: one["n"] for one in a.query("Task")} == {"other": None, "t1": 2}
+        assert site.truth()["t1"]["n"] == 2
+
     def test_others_wrote_since(self, site: Site) -> None:
         """What somebody else changed since the restore is not overwritten but becomes a failure; the rest goes."""
         a, b = site.device("a"), site.device("b")
