@@ -486,11 +486,12 @@ class _Said:
 
 
 def file_references(data: bytes) -> None:
-    """Attributes refer to files, or cannot be read; what refers to one does so again once it is written anew."""
+    """Attributes that a replica takes in refer to files, or not; what does, does so again once it is written anew."""
     try:
-        found = encoded_file_references(data)
-    except StorageError:
+        check_attributes(data)
+    except InvalidValue:
         return
+    found = encoded_file_references(data)
     for attribute_name, reference in found.items():
         again = encoded_file_references(encode({attribute_name: reference.to_value()}))
         assert again == {attribute_name: reference}
