@@ -488,7 +488,7 @@ class _Said:
 def file_references(data: bytes) -> None:
     """Attributes that a replica takes in refer to files, or not; what does, does so again once it is written anew."""
     try:
-        check_attributes(data)
+        check_attributes(decode_map(data))
     except InvalidValue:
         return
     found = encoded_file_references(data)
