@@ -188,8 +188,8 @@ class Files:
             pieces.close()
         raise ContentLost(f"the content {wanted.sha256.hex()} ended early")
 
-    def add(self, tenant: str, source: BinaryIO) -> Wanted:
-        """Store what a stream holds, for the service itself. Nobody refers to it yet: it is kept for a while."""
+    def add(self, tenant: str, source: BinaryIO, user_id: str = "") -> Wanted:
+        """Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it."""
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
@@ -202,7 +202,7 @@ class Files:
             self.contents.discard(tenant, part)
             raise
         wanted = Wanted(digest.digest(), size)
-        self._complete(tenant, part, wanted, "")
+        self._complete(tenant, part, wanted, user_id)
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:

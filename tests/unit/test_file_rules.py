@@ -592,10 +592,35 @@ class TestServices:
         assert added == file_value(PHOTO, "x", media_type="image/x-own")
         assert not stream.closed
         assert cabinet.tenant().add_file(b"", name="nothing")["size"] == 0
+        for buffer in (bytearray(PHOTO), memoryview(PHOTO)):
+            assert cabinet.tenant().add_file(buffer, name="x", media_type="image/x-own") == added
         with pytest.raises(InvalidValue):
             cabinet.tenant().add_file(PHOTO)
+        odd: Any
+        for odd in ("", "a\0b", "n" * 1_025, "\ud800", 5):
+            with pytest.raises(InvalidValue):
+                cabinet.tenant().add_file(PHOTO, name=odd)
         with pytest.raises(FileNotFoundError):
             cabinet.tenant().add_file("no-such-file")
+
+    def test_a_principal_is_given_no_content_for_a_hash(self, ruled: Cabinet) -> None:
+        """What a service does as a user may refer to what that user may refer to, no more."""
+        ruled.upload(PHOTO, ANN)
+        ruled.tenant().create("Task", {"owner": "ann", "photo": file_value(PHOTO)}, "a")
+        bob = ruled.tenant(BOB)
+        for data in (PHOTO, b"nobody's ..."):
+            with pytest.raises(OperationRefused) as caught:
+                bob.create("Task", {"owner": "bob", "photo": file_value(data)}, "b")
+            assert caught.value.reason is FailureReason.FILE_MISSING
+        ruled.tenant().add_file(OTHER, name="x")
+        with pytest.raises(OperationRefused):
+            bob.create("Task", {"owner": "bob", "photo": file_value(OTHER)}, "b")
+
+        added = bob.add_file(OTHER, name="x")
+        bob.create("Task", {"owner": "bob", "photo": added}, "b")
+        assert said(upload(ruled, BOB, create(1, "c", {"owner": "bob", "photo": added}))) == ["APPLIED"]
+        ruled.tenant(ANN).update("Task", "a", {"public": 1})
+        bob.update("Task", "b", {"photo": file_value(PHOTO)})
 
     def test_what_cannot_be_opened(self, ruled: Cabinet) -> None:
         """Where there is no file, or none that the principal may read, that is said; so is what is lost."""
