@@ -191,6 +191,47 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
     assert kept(cabinet) == []
 
 
+def test_contents_that_were_away(cabinet: Cabinet) -> None:
+    """A content that was out of reach when somebody asked for it, and that is referred to, stays once it is back."""
+    photo, other = cabinet.upload(PHOTO), cabinet.upload(OTHER)
+    cabinet.lab.settle(create(1, set={"photo": photo}), create(2, set={"photo": other}))
+    away = cabinet.contents.path.rename(cabinet.contents.path.with_name("away"))
+    assert not any(one.is_present for one in cabinet.files.stat(USER, [wanted(PHOTO), wanted(OTHER)]))
+    away.rename(cabinet.contents.path)
+    (cabinet.contents.tenant_path(TENANT) / path_of(OTHER)).write_bytes(b"something else")
+
+    of_the_directory(cabinet)
+    cabinet.wait(10 * DAY)
+    assert cabinet.collect() == 0
+
+    assert cabinet.has(PHOTO)
+    assert cabinet.entries(b"c") == [b"c" + photo["sha256"]]
+    assert len(kept(cabinet)) == 2
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    cabinet.upload(OTHER)
+    assert cabinet.has(OTHER)
+
+
+def test_contents_without_a_record_after_a_restore(cabinet: Cabinet) -> None:
+    """What has come since a backup stays where it is for a while after it was put back: it may be offered again."""
+    cabinet.upload(PHOTO)
+    cabinet.lab.settle(create(1))
+    forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
+    store: Any = cabinet.lab.store
+    of_the_directory(cabinet)
+    store._identity = store.identity._replace(timeline="another")
+    cabinet.wait(10 * DAY)
+
+    assert cabinet.collect() == 0
+    cabinet.wait(29 * DAY)
+    assert cabinet.collect() == 0
+    assert len(kept(cabinet)) == 1
+    cabinet.wait(2 * DAY)
+    assert cabinet.collect() == 1
+    assert kept(cabinet) == []
+
+
 def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
     """A part that nobody goes on with goes after the grace, also of a tenant that has nothing else."""
     incoming = cabinet.files.begin_upload(USER, wanted(PHOTO), 0)
@@ -228,6 +269,12 @@ def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
     for tenant in (TENANT, "other"):
         with lab.store.read(tenant) as reader:
             assert reader.collected() == reader.head().version > 0
+
+
+def path_of(data: bytes) -> Path:
+    """Return where a content lies in the directory of its tenant."""
+    name = wanted(data).sha256.hex()
+    return Path(name[:2], name[2:4], name)
 
 
 def of_the_directory(cabinet: Cabinet) -> None:
