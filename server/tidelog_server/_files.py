@@ -52,6 +52,8 @@ TIMELINE_NOTE: Final = "timeline began"
 # How long after a timeline began contents are kept that are not on record: as long as replicas
 # offer again what a restored store has lost.
 UNKNOWN_KEPT: Final = timedelta(days=30)
+# How long nothing was appended to a part that goes while there are uploads, however short the grace is.
+PART_SECONDS_MIN: Final = 3600.0
 
 _TIME: Final = struct.Struct(">Q")
 
@@ -236,6 +238,12 @@ class Files:
                     elif is_settled and not self._is_on_record(tenant, content.sha256):
                         self.contents.delete(tenant, content.sha256)
                         yield 1
+
+    def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
+        """Delete what is left of uploads; return how many. While somebody uploads, nothing young goes."""
+        if self._parts.is_any_on_its_way(tenant):
+            older_than_seconds = max(older_than_seconds, PART_SECONDS_MIN)
+        return self.contents.delete_leftovers(tenant, older_than_seconds)
 
     def note_timeline(self) -> bool:
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -247,6 +248,44 @@ def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
         cabinet.files.begin_upload(USER, wanted(PHOTO), 5)
 
 
+def test_a_part_that_is_on_its_way(cabinet: Cabinet) -> None:
+    """However short the grace is, an upload that is under way goes on."""
+    incoming = cabinet.files.begin_upload(USER, wanted(PHOTO), 0)
+    incoming.append(PHOTO[:5])
+    cabinet.collect(timedelta(seconds=-1))
+    incoming.append(PHOTO[5:])
+    incoming.complete()
+    assert cabinet.has(PHOTO)
+
+
+def test_trouble_of_one_tenant(tmp_path: Path) -> None:
+    """What cannot be forgotten of one tenant, out of reach or damaged, keeps nothing of others and nothing else."""
+
+    class Away(DirectoryContents):
+        """A place of which a part cannot be reached."""
+
+        def contents(self, tenant: str) -> Any:
+            if tenant == TENANT:
+                raise StorageError("this part cannot be reached")
+            return super().contents(tenant)
+
+    lab = Lab()
+    cabinet = Cabinet(lab, tmp_path)
+    cabinet.contents = Away(tmp_path)
+    cabinet.files = Files(lab.application, lab.store, cabinet.contents, lambda: cabinet.time_us)
+    tenants = (TENANT, "other", "third")
+    for tenant in tenants:
+        cabinet.upload(PHOTO, Principal("ann", tenant))
+        bad = {b"g" + wanted(PHOTO).sha256 + b"ann": b"bad" if tenant == "other" else None}
+        lab.store.submit(tenant, lambda reader, bad=bad: (index_only(reader, bad), None)).result()  # type: ignore[misc]
+    cabinet.wait(2 * DAY)
+
+    with pytest.raises(StorageError, match="this part"):
+        cabinet.collect()
+
+    assert [cabinet.contents.size(tenant, wanted(PHOTO).sha256) for tenant in tenants] == [None, len(PHOTO), None]
+
+
 def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
     """Where contents cannot be reached, that is told, and everything else that is due is forgotten all the same."""
 
@@ -283,6 +322,6 @@ def of_the_directory(cabinet: Cabinet) -> None:
     assert cabinet.time_us > TIME_US
 
 
-def index_only(reader: Reader, entries: dict[bytes, None]) -> Any:
+def index_only(reader: Reader, entries: Mapping[bytes, bytes | None]) -> Any:
     """Return writes of the table of indexes only."""
-    return Writes({}, [], None, [], [], reader.head().version, entries)
+    return Writes({}, [], None, [], [], reader.head().version, dict(entries))
