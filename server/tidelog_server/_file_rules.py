@@ -106,6 +106,18 @@ class FileRules:
             self._require(key, attribute, reference, FailureReason.HOOK_ERROR, FailureReason.HOOK_ERROR)
             self._noted[reference.sha256][key] = None
 
+    def lost_in(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> list[str]:
+        """Return the attributes that refer to contents which the user's replica has lost, and which are not there."""
+        return [
+            attribute
+            for attribute, reference in file_references(authored)
+            if reference.sha256 in self.lost
+            and not (
+                content_record(reference.sha256, self._overlay.index) is not None
+                and self.may_refer(reference.sha256, key, before)
+            )
+        ]
+
     def may_refer(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
         """Tell whether the user may have an object, which held some attributes *before*, refer to a content."""
         return self.has_grant(sha256) or self.reads(sha256, key, before)
