@@ -136,6 +136,7 @@ class Cabinet:
         self.time_us = TIME_US
         self.contents = DirectoryContents(path)
         self.files = Files(lab.application, lab.store, self.contents, lambda: self.time_us)
+        self.files.note_timeline()
 
     def upload(self, data: bytes, principal: Principal | None = None) -> dict[str, Any]:
         """Upload a content, and return the value that refers to it."""

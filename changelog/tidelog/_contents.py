@@ -148,15 +148,10 @@ class ContentDirectory:
         return self.path / name[:2] / name[2:4] / name
 
     def _adopt(self, path: Path, content: Content) -> None:
-        """Move a file, which is on disk, to where its content belongs."""
+        """Move a file that is on disk to its place, instead of what is there: it may be damaged."""
         target = self._path(content.sha256)
-        if self.size(content.sha256) == content.size and self.renew(content.sha256):
-            path.unlink(missing_ok=True)
-            return
-        for directory in (target.parent.parent, target.parent):
-            if not directory.exists():
-                directory.mkdir(parents=True, exist_ok=True)
-                _sync_directory(directory.parent)
+        _make_durably(target.parent)
+        os.utime(path)  # it is young, however long ago its last byte came
         path.replace(target)
         _sync_directory(target.parent)
 
@@ -189,7 +184,7 @@ class Part:
         """Append bytes."""
         with _storage_errors(self.path):
             if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _make_durably(self.path.parent)
                 self._file = self.path.open("ab", buffering=0)
             view = memoryview(data)
             while view:  # a write of a file may take less than all
@@ -254,6 +249,14 @@ def _files(path: Path, *, depth: int) -> Iterator[Path]:
             yield from _files(path / name, depth=depth - 1)
         elif not depth and (path / name).is_file():
             yield path / name
+
+
+def _make_durably(path: Path) -> None:
+    """Make a directory, and those above it that are missing, so that they outlast a loss of power."""
+    if not path.exists():
+        _make_durably(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

@@ -27,6 +27,7 @@ from tidelog._errors import (
     ObjectNotFound,
     ResourceClosed,
 )
+from tidelog._file_reference import may_refer_to_files
 from tidelog._keys import pack_object_key
 from tidelog._limits import (
     GROUP_BYTES_MAX,
@@ -200,6 +201,8 @@ class _Builder:
             key = pack_object_key(intent.entity, intent.id)
             before, now = self._view(key)
             after = _after(intent, now, self._schema)
+            if may_refer_to_files(intent.encoded):
+                self._storage.files.check_references(intent.patch.set)
             self._views[key] = (before, after)
             base_version = intent.base_version
             if base_version is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Final, Self
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
 # How much is uploaded before the session, in all, and how long that may take.
 SMALL_UPLOADS_BYTES: Final = 4 * 1024 * 1024
 SMALL_UPLOADS_SECONDS: Final = 10.0
+# How much of the caller's time, and how long they may stand still.
+SMALL_UPLOADS_SHARE: Final = 0.25
+SMALL_SILENCE_SECONDS: Final = 3.0
+# How many objects whose contents could not be had are tried again where not all are.
+FAILED_OBJECTS_MAX: Final = 1_000
 # How many results of downloads are written down together.
 NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
@@ -84,13 +90,14 @@ class FileExchange:
         self._end = end
         # Contents by what is known of them: whether operations that refer to them can go as they are, whether
         # nobody has them any more, and, of those to be uploaded, how far the server has them.
-        self._ready: set[bytes] = set()
-        self._lost: set[bytes] = set()
-        self._waiting: dict[bytes, Uploading] = {}
+        self._ready: set[Needed] = set()
+        self._lost: set[Needed] = set()
+        self._waiting: dict[Needed, Uploading] = {}
         # Why they are not there, of those that were tried.
-        self._reasons: dict[bytes, str] = {}
+        self._reasons: dict[Needed, str] = {}
         # What could not be downloaded, and is not tried twice.
-        self._tried: set[bytes] = set()
+        self._tried: set[Needed] = set()
+        self._is_given_up = False
         self._plan = NO_FILES
         self._seqs: Sequence[int] | None = None
         self._needed: dict[int, list[Needed]] = {}
@@ -123,9 +130,10 @@ class FileExchange:
         Args:
             seqs: The operations to be uploaded. None: all that are pending.
 
+        A session is worth more than all files: whatever fails here is done after it.
+
         Raises:
-            Transient: The server could not be asked.
-            Unauthenticated: It does not accept the token.
+            Unauthenticated: The server does not accept the token.
         """
         with self._storage.environment.read() as transaction:
             until = self._until = self._storage.last_seq(transaction)
@@ -141,10 +149,10 @@ class FileExchange:
             if self._transfers is None:
                 self._done_bytes = 0
             self._begin_progress(self._done_bytes)
-            patience = Patience(self._end)
+            patience = Patience(self._end, SMALL_SILENCE_SECONDS)
+            patience.limit(min(SMALL_UPLOADS_SECONDS, patience.time_left() * SMALL_UPLOADS_SHARE))
             with Transfers(self._files, self._caller, patience, self._moved) as transfers:
                 self._ask(transfers, unknown)
-                patience.limit(SMALL_UPLOADS_SECONDS)
                 small = self._small_uploads()
                 self._total_bytes = self._done_bytes + sum(map(_size, small))
                 for result in filter(None, transfers.run(iter(small))):
@@ -170,40 +178,45 @@ class FileExchange:
     def _unknown(self) -> list[Needed]:
         known = (self._ready, self._lost, self._waiting)
         contents = dict.fromkeys(one for needed in self._needed.values() for one in needed)
-        return [one for one in contents if not any(one.sha256 in where for where in known)]
+        return [one for one in contents if not any(one in where for where in known)]
 
     def _ask(self, transfers: Transfers, contents: Sequence[Needed]) -> None:
-        """Find out how contents stand. Those of which the server says nothing wait, with the reason."""
+        """Find out how contents stand. Those of which the server says nothing wait."""
         for first in range(0, len(contents), FILES_STAT_MAX):
             asked = contents[first : first + FILES_STAT_MAX]
             try:
                 statuses = transfers.ask(asked)
             except Unauthenticated:
                 raise
+            except Transient:
+                # Each is asked about again before it is sent.
+                self._waiting |= {one: Uploading(one) for one in contents[first:]}
+                return
             except SynchronizationError as error:
-                for one in asked:
-                    self._waiting[one.sha256] = Uploading(one)
-                    self._reasons[one.sha256] = str(error)
+                self._waiting |= {one: Uploading(one) for one in asked}
+                self._reasons |= dict.fromkeys(asked, str(error))
                 continue
             for one, status in zip(asked, statuses, strict=True):
                 if status.presence is not Presence.MISSING:
-                    self._ready.add(one.sha256)
+                    self._ready.add(one)
                 elif self._files.has(*one):
-                    self._waiting[one.sha256] = Uploading(one, status.received_bytes)
+                    self._waiting[one] = Uploading(one, status.received_bytes)
+                elif self._files.has_other_size(*one):
+                    self._lost.add(one)  # there is no such content
                 else:
-                    self._lose(one.sha256, "it is not here any more")
+                    self._lose(one, "it is not here any more")
 
-    def _lose(self, sha256: bytes, why: str) -> None:
-        _log.warning("the content of a file cannot be uploaded", sha256=sha256.hex(), detail=why)
-        self._files.note_gone(sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
-        self._lost.add(sha256)
+    def _lose(self, content: Needed, why: str) -> None:
+        _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
+        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+        self._lost.add(content)
 
     def _small_uploads(self) -> list[Uploading]:
         """Return what is uploaded before the session: the smallest contents, as far as there is room."""
         room_bytes = SMALL_UPLOADS_BYTES
         small = []
         for one in self._uploads():
-            if one.content.sha256 in self._jobs.under_way:
+            if one.content in self._jobs.under_way:
                 continue
             room_bytes -= one.content.size
             if room_bytes < 0:
@@ -213,15 +226,15 @@ class FileExchange:
 
     def _uploads(self) -> list[Uploading]:
         """Return what is to be uploaded and was not tried in vain, the smallest first."""
-        untried = (one for sha256, one in self._waiting.items() if sha256 not in self._reasons)
+        untried = (one for content, one in self._waiting.items() if content not in self._reasons)
         return sorted(untried, key=lambda one: one.content.size)
 
     def _planned(self, until: int) -> FilePlan:
-        held = {seq for seq, needed in self._needed.items() if any(one.sha256 in self._waiting for one in needed)}
+        held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
         lost = {
             seq: found
             for seq, needed in self._needed.items()
-            if (found := [one.sha256 for one in needed if one.sha256 in self._lost])
+            if (found := [one.sha256 for one in needed if one in self._lost])
         }
         return FilePlan(until, held, lost)
 
@@ -242,7 +255,8 @@ class FileExchange:
         """
         if self._files.is_idle() and self._transfers is None:
             return False
-        for key in (*(selected or ()), *self._files.look_again()):
+        failed = () if is_all or selected is not None else self._files.failed_objects(FAILED_OBJECTS_MAX)
+        for key in (*(selected or ()), *failed, *self._files.look_again()):
             if not is_all:
                 self._lacking[key] = None
         self._look_at = time.monotonic() + SESSION_SECONDS
@@ -256,7 +270,7 @@ class FileExchange:
         uploads = self._uploads()
         self._jobs.fill(uploads, self._wanted(keys))
         if self._transfers is None:
-            if not uploads and next(self._wanted(keys), None) is None:
+            if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
                 return False
             self._done_bytes = 0
             self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
@@ -272,7 +286,7 @@ class FileExchange:
         try:
             for result in self._results:
                 if result is not None:
-                    del self._jobs.under_way[result.job.content.sha256]
+                    del self._jobs.under_way[result.job.content]
                     self._count(result, arrived, failed)
                 if len(arrived) + len(failed) >= NOTED_AT_ONCE:
                     self._files.note_arrived(arrived, failed)
@@ -284,7 +298,24 @@ class FileExchange:
         transfers, self._transfers = self._transfers, None
         if transfers is not None:
             transfers.__exit__(None)
+            if transfers.is_given_up:
+                self._give_up()
         return self._is_more_ready()
+
+    def _give_up(self) -> None:
+        """Report what was not even begun."""
+        self._is_given_up = True
+        left: Counter[str] = Counter()
+        for job in self._jobs:
+            if isinstance(job, Downloading):
+                left.update(entity for entity, _ in job.keys)
+        self._jobs.under_way.clear()
+        self._report.skipped += [
+            Skipped(
+                entity, "", SkipReason.FILE_NOT_DOWNLOADED, f"files for which no time was left: {count}", count=count
+            )
+            for entity, count in left.items()
+        ]
 
     def _is_session_due(self) -> bool:
         now = time.monotonic()
@@ -309,8 +340,8 @@ class FileExchange:
             wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
         for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
             keys_of_it = [one.key for one in same]
-            if sha256 not in self._tried:
-                yield Downloading(Needed(sha256, size), keys_of_it)
+            if (content := Needed(sha256, size)) not in self._tried:
+                yield Downloading(content, keys_of_it)
 
     def _wanted_of(self, entity: str) -> Iterator[Missing]:
         wish = self._wishes.of(entity)
@@ -327,26 +358,25 @@ class FileExchange:
             self._report.files_downloaded += not result.was_there
             arrived += [Missing(size, sha256, key) for key in keys]
             return
-        self._tried.add(sha256)
+        self._tried.add(result.job.content)
         if not isinstance(result.error, Transient):
             failed[sha256] = str(result.error)
         self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys]
 
     def _count_up(self, result: Result, *, is_last_try: bool) -> None:
-        job, error, was_there = result
-        sha256 = job.content.sha256
+        (content, _), error, was_there = result
         if error is None:
             self._report.files_uploaded += not was_there
         elif isinstance(error, ContentLost):
-            self._lose(sha256, str(error))
+            self._lose(content, str(error))
         elif not (isinstance(error, FileRefused) and error.is_too_large):
             if is_last_try or not isinstance(error, Transient):
-                self._reasons[sha256] = str(error)
-            self._waiting[sha256] = Uploading(job.content)
+                self._reasons[content] = str(error)
+            self._waiting[content] = Uploading(content)
             return
-        self._waiting.pop(sha256, None)
-        if sha256 not in self._lost:
-            self._ready.add(sha256)
+        self._waiting.pop(content, None)
+        if content not in self._lost:
+            self._ready.add(content)
 
     # --- at the end -----------------------------------------------------------
 
@@ -386,7 +416,7 @@ class FileExchange:
                 ]
 
     def _why_held(self, seq: int) -> str:
-        waiting = (one.sha256 for one in self._needed[seq] if one.sha256 in self._waiting)
+        waiting = (one for one in self._needed[seq] if one in self._waiting)
         return next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
 
     # --- transfers ------------------------------------------------------------
@@ -401,8 +431,8 @@ class FileExchange:
         else:
             self._report.file_bytes_received += sent_bytes
         self._done_bytes += more_bytes
-        if job.content.sha256 in self._jobs.under_way:
-            self._jobs.under_way[job.content.sha256] += more_bytes
+        if job.content in self._jobs.under_way:
+            self._jobs.under_way[job.content] += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
 
 
@@ -415,7 +445,7 @@ class _Jobs:
     """
 
     def __init__(self) -> None:
-        self.under_way: dict[bytes, int] = {}
+        self.under_way: dict[Needed, int] = {}
         self._left: Iterator[Job] = iter(())
 
     def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
@@ -428,8 +458,8 @@ class _Jobs:
     def __next__(self) -> Job:
         while True:
             job = next(self._left)
-            if job.content.sha256 not in self.under_way:
-                self.under_way[job.content.sha256] = 0
+            if job.content not in self.under_way:
+                self.under_way[job.content] = 0
                 return job
 
 

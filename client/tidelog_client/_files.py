@@ -22,19 +22,20 @@ there from outside: a program may be about to refer to it.
 from __future__ import annotations
 
 import enum
+import hashlib
 import struct
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 from filelock import FileLock
 
 from tidelog._contents import READ_BYTES, SHA256_BYTES, Content, ContentDirectory, Part
 from tidelog._environment import SCAN_PAGE_KEYS, put_many, scan_keys
-from tidelog._errors import damaged
+from tidelog._errors import InvalidValue, damaged
 from tidelog._file_reference import (
     FileReference,
     encoded_file_references,
@@ -52,6 +53,8 @@ from tidelog._keys import (
 from tidelog._operation import decode_operation
 
 if TYPE_CHECKING:
+    from io import BufferedReader
+
     from tidelog._environment import Environment, LmdbTransaction
     from tidelog_client._view import View
 
@@ -184,6 +187,25 @@ class Files:
     def has(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here."""
         return self.contents.size(sha256) == size
+
+    def has_other_size(self, sha256: bytes, size: int) -> bool:
+        """Tell whether a content is here, undamaged, and of another size: then there is none of this one."""
+        if self.contents.size(sha256) in {None, size}:
+            return False
+        file = self.contents.open(sha256)
+        if file is None:
+            return False
+        with file:
+            return hashlib.file_digest(cast("BufferedReader", file), "sha256").digest() == sha256
+
+    def check_references(self, attributes: Mapping[str, Any]) -> None:
+        """Raise InvalidValue if an attribute refers to a content that is here, and says another size of it."""
+        for attribute, reference in file_references(attributes):
+            if self.has_other_size(reference.sha256, reference.size):
+                raise InvalidValue(
+                    f"attribute {attribute!r} says that the file {reference.name!r} has {reference.size} bytes: "
+                    f"it has {self.contents.size(reference.sha256)}"
+                )
 
     def open(self, reference: FileReference) -> BinaryIO | None:
         """Open the content of a file, or return None if it is not here."""
@@ -352,6 +374,18 @@ class Files:
                 for sha256, (shown, size) in known.items()
                 if shown and transaction.get(_missing_key(packed, sha256, size), db=self._missing) is not None
             ]
+
+    def failed_objects(self, count_max: int) -> list[ObjectKey]:
+        """Return some of the objects that refer to contents which could not be had."""
+        found: list[ObjectKey] = []
+        with self._environment.read() as transaction:
+            for sha256 in transaction.cursor(self._states).iternext(keys=True, values=False):
+                for user in scan_keys(transaction, self._users, sha256):
+                    if len(found) >= count_max:
+                        return found
+                    if not user[SHA256_BYTES:].startswith(_OPERATION):
+                        found.append(unpack_object_key(user[SHA256_BYTES:]))
+        return found
 
     def missing_entities(self) -> list[str]:
         """Return the entities that have objects which lack a content."""

@@ -182,7 +182,8 @@ class Synchronization:
             cursor=storage.meta("cursor"),
             uploading=self._upload.operation_count + self._reoffer_count > 0,
             leaves_earlier_operations=self._upload.leaves_earlier,
-            accepts_confirmations=storage.publication.has_own_states(),
+            # What is offered again is in no state of the replica's own yet.
+            accepts_confirmations=storage.publication.has_own_states() and not self._reoffer_count,
             downloads=[download.to_message(entity) for entity, download in self._downloads.items()],
             bound_tenant=storage.meta("tenant").decode(),
             bound_user_id=storage.meta("user_id").decode(),

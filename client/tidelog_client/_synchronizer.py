@@ -137,11 +137,14 @@ class Synchronizer:
                 backoff = BACKOFF_SECONDS_FIRST
                 token_refused = False
                 has_new_plans = False
+                has_adopted = False
                 timelines_left = NEW_TIMELINES_MAX
                 while True:
                     report.begin_attempt()
                     # A new timeline is adopted with all of its data, whatever was asked for.
-                    adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
+                    adopts = mode is not Mode.ALL and (
+                        self._storage.lineage.is_rebasing or (not has_adopted and self._storage.has_reoffers())
+                    )
                     try:
                         report.count_published(self._storage.publication.finish())
                         selected = selection() if selection is not None and not adopts else None
@@ -213,6 +216,8 @@ class Synchronizer:
                     else:
                         report.end_session()
                         if adopts:
+                            # What is offered again may wait for its contents.
+                            has_adopted = not files.exchange(None, is_all=True)
                             continue
                         keys = None if selected is None else selected.keys
                         if not files.exchange(keys, is_all=mode is Mode.ALL) or deadline.remaining() <= 0:
@@ -236,7 +241,9 @@ class Synchronizer:
         end = None if timeout is None else time.monotonic() + timeout
         content = Needed(reference.sha256, reference.size)
         with Transfers(self._storage.files, self._connection, Patience(end), _ignore) as transfers:
-            (result,) = filter(None, transfers.run(iter([Downloading(content, [key])])))
+            result = next(filter(None, transfers.run(iter([Downloading(content, [key])]))), None)
+        if result is None:
+            return "there was no time left"
         if result.error is None:
             self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
             return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from tidelog._contents import ContentCorrupt
 from tidelog._errors import DiskFull, StorageError, TidelogError, Unauthenticated
 from tidelog._limits import FILE_CHUNK_BYTES
+from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
 
@@ -53,6 +55,8 @@ BUSY_SECONDS_MAX: Final = 600.0
 
 # How long a token is used for one call after the other.
 TOKEN_SECONDS_MAX: Final = 60.0
+
+_log = get_logger("tidelog.transfers")
 
 _BACKOFF_SECONDS_FIRST: Final = 0.1
 _BACKOFF_SECONDS_MAX: Final = 5.0
@@ -125,6 +129,10 @@ class Patience:
         self._silence_seconds = silence_seconds
         self._heard = time.monotonic()
         self._busy_since: float | None = None
+
+    def time_left(self) -> float:
+        """Return the seconds to the deadline; infinite if there is none."""
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
 
     def limit(self, seconds: float) -> None:
         """Go on for so many seconds from now, at the most."""
@@ -212,6 +220,7 @@ class Transfers:
         self._moved_at = 0.0
         # Read by workers, who end then.
         self._is_over = False
+        self.is_given_up = False
 
     def __enter__(self) -> Self:
         return self
@@ -254,7 +263,7 @@ class Transfers:
         """
         Do *jobs*, several at a time, and yield how each of them ended, and None now and then meanwhile.
 
-        Where patience ends, the rest is given up for now. What is under way goes on while
+        Where patience ends, what was begun is given up for now, and `is_given_up`. What is under way goes on while
         nobody asks for more; *jobs* may have become more when somebody does.
 
         Raises:
@@ -274,10 +283,8 @@ class Transfers:
                 self._workers.submit(work)
             if not under_way and not retries:
                 # Either all is done, or nothing more is begun.
-                if (left := next(jobs, None)) is None:
-                    return
-                yield from _given_up(_Attempts(left))
-                continue
+                self.is_given_up = self._patience.remaining() <= 0
+                return
             timeout = min(self._patience.remaining(), TICK_SECONDS)
             if retries and len(under_way) < self._at_once:
                 timeout = min(timeout, retries[0][0] - time.monotonic())
@@ -338,9 +345,11 @@ class Transfers:
             self._metadata = None
             return None
         self._on_moved(attempts.job, -attempts.position, 0)
-        if isinstance(error, FileRefused | ContentLost | TidelogError):
-            return Result(attempts.job, error)
-        raise error
+        if not isinstance(error, Exception):
+            raise error
+        if not isinstance(error, FileRefused | ContentLost | TidelogError):
+            _log.error("a transfer failed", sha256=attempts.job.content.sha256.hex(), exc_info=error)
+        return Result(attempts.job, error)
 
     def _retry_at(self, attempts: _Attempts) -> float:
         pause = attempts.backoff * random.uniform(0.5, 1.0)

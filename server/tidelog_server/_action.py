@@ -170,6 +170,7 @@ class Action:
         self._failure = failure
         self._former_version = former_version
         self._position = position
+        self._files.begin(operation.patch)
         if self._rights is not None:
             self._own_keys.add(operation.key)
 

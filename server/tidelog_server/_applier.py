@@ -74,6 +74,7 @@ class UnitApplier:
         self._author = author
         self._knowledge = Knowledge(overlay, rights if application.access_rules else None)
         self._time_us = time_us
+        self._files = files
         self._action = Action(
             application,
             overlay,
@@ -142,6 +143,8 @@ class UnitApplier:
         if member.former is not None:
             former_version = member.former.version
             self._check_not_superseded(operation, member.patch, former_version)
+            member = self._without_lost(member, operation)
+            operation = member.operation or operation
         author = self._author
         if author.old_bases is not None:
             base_version = author.sight(operation, former_version).base_version
@@ -179,6 +182,24 @@ class UnitApplier:
             else:
                 version = action.update(key, member.patch, operation.patch)
         return (version, action.changed_own_object)
+
+    def _without_lost(self, member: Member, operation: Operation) -> Member:
+        """
+        Return what is offered again without the files whose contents nobody has any more.
+
+        It was applied once, and the rest of it is not to be lost with them.
+        """
+        if not self._files.lost:
+            return member
+        key = operation.key
+        before = self._overlay.attributes(key) if self._overlay.exists(key) else {}
+        lost = self._files.lost_in(key, member.patch.set, before=before)
+        if not lost:
+            return member
+        patch = member.patch._replace(
+            set={name: value for name, value in member.patch.set.items() if name not in lost}
+        )
+        return member._replace(patch=patch, operation=operation._replace(patch=patch.encode()), renamed=True)
 
     def _has_seen(self, state: ObjectState, operation: Operation, former_version: int) -> bool:
         """Tell whether the author knows an incarnation that began above the operation's base version."""

@@ -168,12 +168,12 @@ def unneeded_contents(reader: Reader, after: bytes, before_us: int) -> tuple[lis
 def is_unneeded(reader: Reader, sha256: bytes, before_us: int) -> bool:
     """Tell whether a content is on record since before a time, and nothing refers to it or is about to."""
     record = content_record(sha256, reader.index)
-    return (
-        record is not None
-        and record.time_us < before_us
-        and not reader.index_range(referrers_prefix(sha256), b"", 1)
-        and not reader.index_range(grants_prefix(sha256), b"", 1)
-    )
+    return record is not None and record.time_us < before_us and not is_referred_to(reader, sha256)
+
+
+def is_referred_to(reader: Reader, sha256: bytes) -> bool:
+    """Tell whether anything refers to a content, or is about to."""
+    return any(reader.index_range(prefix(sha256), b"", 1) for prefix in (referrers_prefix, grants_prefix))
 
 
 def without_content(reader: Reader, sha256: bytes, before_us: int) -> tuple[Writes | None, int]:

@@ -23,9 +23,9 @@ from tidelog_server._file_records import content_record, grant_key, objects_pref
 from tidelog_server._overlay import Overlay
 from tidelog_server._refusal import NotReady, Refused
 
-# Objects that are looked at to find one that somebody may read: for one content, and in all.
-REFERRERS_MAX: Final = 1_000
-REFERRERS_IN_ALL_MAX: Final = 10_000
+# Objects that are looked at to find one that somebody may read, for each content: so few that the time it takes
+# tells next to nothing of whether there are any, and never as many for one content because of another.
+REFERRERS_MAX: Final = 32
 
 
 class FileRules:
@@ -38,6 +38,7 @@ class FileRules:
         user_id: The user. None: the service itself, which may refer to all that is there.
         bytes_max: How large a content may be.
         lost: Contents that the user's replica says it has lost.
+        vouching: Other users whose uploads count as the user's.
     """
 
     def __init__(
@@ -48,15 +49,23 @@ class FileRules:
         user_id: str | None,
         bytes_max: int = FILE_BYTES_MAX_DEFAULT,
         lost: Collection[bytes] = (),
+        vouching: Collection[str] = (),
     ) -> None:
         self._overlay = overlay
         self._rights = rights
         self._user_id = user_id
+        self._users = () if user_id is None else (user_id, *vouching)
         self._bytes_max = bytes_max
-        self._looked_at_count = 0
-        # Objects that may have come to refer to a content since the overlay was made.
-        self._noted: defaultdict[bytes, set[ObjectKey]] = defaultdict(set)
+        # Objects that may have come to refer to a content since the overlay was made, in their order.
+        self._noted: defaultdict[bytes, dict[ObjectKey, None]] = defaultdict(dict)
+        self._said = b""
+        self._judged: set[bytes] = set()
         self.lost = lost
+
+    def begin(self, said: bytes) -> None:
+        """Take note of what the author of the operation that follows says: its patch, encoded."""
+        self._said = said
+        self._judged = set()
 
     def check_authored(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> None:
         """
@@ -75,18 +84,52 @@ class FileRules:
             if self._user_id is None:
                 self._require(key, attribute, reference, FailureReason.FILE_MISSING, FailureReason.VALIDATION_FAILED)
             else:
-                self._check_reference(key, attribute, reference, before)
+                where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
+                # Asked of a content that is not there too: the time it takes should not tell.
+                self._check_reference(where, reference, self.may_refer(reference.sha256, key, before))
+                self._judged.add(reference.sha256)
 
     def check_there(self, key: ObjectKey, written: Attributes) -> None:
-        """Require that contents are there, whoever has an object refer to them. Raises Refused."""
+        """
+        Require that contents are there, whoever has an object refer to them.
+
+        A hash that the author named in any way is the author's, whatever hooks made of it.
+
+        Raises:
+            Refused: One is not there, or the author may not refer to it.
+            NotReady: The author has to upload it before.
+        """
         for attribute, reference in file_references(written):
+            if self._user_id is not None and reference.sha256 in self._said and reference.sha256 not in self._judged:
+                # Which object hooks write is not for everybody to know.
+                self._check_reference("what hooks write", reference, self.may_refer(reference.sha256))
             self._require(key, attribute, reference, FailureReason.HOOK_ERROR, FailureReason.HOOK_ERROR)
-            self._noted[reference.sha256].add(key)
+            self._noted[reference.sha256][key] = None
+
+    def lost_in(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> list[str]:
+        """Return the attributes that refer to contents which the user's replica has lost, and which are not there."""
+        return [
+            attribute
+            for attribute, reference in file_references(authored)
+            if reference.sha256 in self.lost
+            and not (
+                content_record(reference.sha256, self._overlay.index) is not None
+                and self.may_refer(reference.sha256, key, before)
+            )
+        ]
 
     def may_refer(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
         """Tell whether the user may have an object, which held some attributes *before*, refer to a content."""
-        if self._user_id is None or self._overlay.index(grant_key(sha256, self._user_id)) is not None:
-            return True
+        return self.has_grant(sha256) or self.reads(sha256, key, before)
+
+    def has_grant(self, sha256: bytes) -> bool:
+        """Tell whether the user, or who vouches for him, uploaded a content or was told that it is there."""
+        return self._user_id is None or any(
+            self._overlay.index(grant_key(sha256, user_id)) is not None for user_id in self._users
+        )
+
+    def reads(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
+        """Tell whether the user may read a content by some object: as it was *before*, or as it is."""
         if key is not None and before and self._refers(key, before, sha256):
             return True
         return any(
@@ -94,16 +137,15 @@ class FileRules:
             for one in self._candidates(sha256)
         )
 
-    def _check_reference(self, key: ObjectKey, attribute: str, reference: FileReference, before: Attributes) -> None:
-        where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
-        if reference.size > self._bytes_max:
-            message = f"{where} refers to a file of {reference.size} bytes: the limit is {self._bytes_max}"
-            raise Refused(FailureReason.TOO_LARGE, message)
+    def _check_reference(self, where: str, reference: FileReference, may_refer: bool) -> None:  # noqa: FBT001
         record = content_record(reference.sha256, self._overlay.index)
-        if record is not None and self.may_refer(reference.sha256, key, before):
+        if record is not None and may_refer:
             if record.size != reference.size:
                 message = f"{where} says that its file has {reference.size} bytes: it has {record.size}"
                 raise Refused(FailureReason.VALIDATION_FAILED, message)
+        elif reference.size > self._bytes_max:
+            message = f"{where} refers to a file of {reference.size} bytes: the limit is {self._bytes_max}"
+            raise Refused(FailureReason.TOO_LARGE, message)
         elif reference.sha256 in self.lost:
             message = f"{where} refers to the file {reference.name!r}, whose content was lost before it was uploaded"
             raise Refused(FailureReason.FILE_MISSING, message)
@@ -127,10 +169,8 @@ class FileRules:
         return readable is not None and any(one.sha256 == sha256 for _, one in file_references(readable))
 
     def _candidates(self, sha256: bytes) -> Iterator[ObjectKey]:
-        """Yield objects that may refer to a content, as many as may be looked at."""
-        yield from tuple(self._noted.get(sha256, ()))
-        for entry in islice(self._overlay.index_entries(objects_prefix(sha256)), REFERRERS_MAX):
-            if self._looked_at_count >= REFERRERS_IN_ALL_MAX:
-                return
-            self._looked_at_count += 1
+        """Yield objects that may refer to a content, as many as may be looked at, the newest of this batch first."""
+        yield from islice(reversed(self._noted.get(sha256, {})), REFERRERS_MAX)
+        entries = self._overlay.index_entries(objects_prefix(sha256), REFERRERS_MAX)
+        for entry in islice(entries, REFERRERS_MAX):
             yield referring_object(entry)

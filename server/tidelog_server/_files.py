@@ -10,14 +10,16 @@ each other, content by content, within this process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+import struct
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, Final, NamedTuple, TypeVar
 from uuid import uuid4
 
-from tidelog._contents import SHA256_BYTES
+from tidelog._contents import SHA256_BYTES, Content
 from tidelog._errors import InvalidValue
 from tidelog._file_reference import file_references
 from tidelog._keys import ObjectKey
@@ -25,7 +27,7 @@ from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog._values import decode_trusted
 from tidelog_server._application import Application
-from tidelog_server._collection import without_content
+from tidelog_server._collection import is_referred_to, without_content
 from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
 from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid
@@ -44,6 +46,16 @@ from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader, Store
+
+# What a server notes in its store about when its timeline began.
+TIMELINE_NOTE: Final = "timeline began"
+# How long after a timeline began contents are kept that are not on record: as long as replicas
+# offer again what a restored store has lost.
+UNKNOWN_KEPT: Final = timedelta(days=30)
+# How long nothing was appended to a part that goes while there are uploads, however short the grace is.
+PART_SECONDS_MIN: Final = 3600.0
+
+_TIME: Final = struct.Struct(">Q")
 
 T = TypeVar("T")
 
@@ -120,19 +132,21 @@ class Files:
     def stat(self, principal: Principal, wanted: Sequence[Wanted]) -> list[Standing]:
         """Tell how contents stand. Operations of the user may refer to those that are present, from now on."""
         tenant = principal.tenant
-        entitled = self._entitled(principal, wanted)
+        asked = dict.fromkeys(wanted)  # once each, however often
+        entitled = self._entitled(principal, asked)
         there = {one for one in entitled if self.contents.size(tenant, one.sha256) == one.size}
         for one in entitled - there:
             self._forget_lost(tenant, one)
         present = self._granted(principal, there) if there else there
-        return [
-            Standing(is_present=True)
+        standings = {
+            one: Standing(is_present=True)
             if one in present
             else Standing(is_too_large=True)
             if one.size > self._bytes_max
             else Standing(received_bytes=self.contents.part_size(tenant, part_name(principal.user_id, one.sha256)))
-            for one in wanted
-        ]
+            for one in asked
+        }
+        return [standings[one] for one in wanted]
 
     def begin_upload(self, principal: Principal, wanted: Wanted, offset: int) -> Incoming:
         """
@@ -186,8 +200,8 @@ class Files:
             pieces.close()
         raise ContentLost(f"the content {wanted.sha256.hex()} ended early")
 
-    def add(self, tenant: str, source: BinaryIO) -> Wanted:
-        """Store what a stream holds, for the service itself. Nobody refers to it yet: it is kept for a while."""
+    def add(self, tenant: str, source: BinaryIO, user_id: str = "") -> Wanted:
+        """Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it."""
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
@@ -200,7 +214,7 @@ class Files:
             self.contents.discard(tenant, part)
             raise
         wanted = Wanted(digest.digest(), size)
-        self._complete(tenant, part, wanted, "")
+        self._complete(tenant, part, wanted, user_id)
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
@@ -212,13 +226,42 @@ class Files:
         return count
 
     def collect_unknown(self, tenant: str, before_us: int) -> Iterator[int]:
-        """Delete contents that are not on record since a time, one after the other; yield how many were."""
+        """
+        Delete contents that are not on record since a time, one after the other; yield how many were.
+
+        What somebody refers to comes back on record, if it is whole: its place was out of reach for a while.
+        """
+        is_settled = self.note_timeline()
         for content in self.contents.contents(tenant):
             if content.time * 1_000_000 < before_us and not self._is_on_record(tenant, content.sha256):
                 with self._alone(tenant, content.sha256):
-                    if not self._is_on_record(tenant, content.sha256):
+                    if self._is_needed(tenant, content.sha256):
+                        self._record_again(tenant, content)
+                    elif is_settled and not self._is_on_record(tenant, content.sha256):
                         self.contents.delete(tenant, content.sha256)
                         yield 1
+
+    def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
+        """Delete what is left of uploads; return how many. While somebody uploads, nothing young goes."""
+        if self._parts.is_any_on_its_way(tenant):
+            older_than_seconds = max(older_than_seconds, PART_SECONDS_MIN)
+        return self.contents.delete_leftovers(tenant, older_than_seconds)
+
+    def note_timeline(self) -> bool:
+        """
+        Note when the store's timeline began, unless that is known; tell whether it is a while ago.
+
+        After a restore the store does not know what has come since the backup, and may come to know it
+        once more: from those who offer it again. Till then contents without a record are kept.
+        """
+        timeline, now_us = self._store.identity.timeline.encode(), self._clock()
+        known = self._store.note(TIMELINE_NOTE)
+        if known[_TIME.size :] == timeline:
+            (began_us,) = _TIME.unpack_from(known)
+        else:
+            began_us = now_us if known or self._store.tenants() else 0
+            self._store.set_note(TIMELINE_NOTE, _TIME.pack(began_us) + timeline)
+        return not began_us or now_us - began_us > UNKNOWN_KEPT // timedelta(microseconds=1)
 
     @contextmanager
     def _alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
@@ -230,6 +273,21 @@ class Files:
         with self._store.read(tenant) as reader:
             return content_record(sha256, reader.index) is not None
 
+    def _is_needed(self, tenant: str, sha256: bytes) -> bool:
+        """Tell whether anything refers to a content, or is about to."""
+        with self._store.read(tenant) as reader:
+            return is_referred_to(reader, sha256)
+
+    def _record_again(self, tenant: str, content: Content) -> None:
+        """Put a content on record that lost its record, unless what is there is something else."""
+        digest = hashlib.sha256()
+        for piece in self.contents.read(tenant, content.sha256):
+            digest.update(piece)
+        if digest.digest() == content.sha256:
+            record = pack_content(ContentRecord(content.size, self._clock()))
+            self._write(tenant, lambda reader: (_entries(reader, {content_key(content.sha256): record}), None))
+            _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
+
     def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
         """Make a part a content that operations of a user may refer to; empty: the service's own may."""
         with self._alone(tenant, wanted.sha256):
@@ -240,7 +298,7 @@ class Files:
                 entries[grant_key(wanted.sha256, user_id)] = pack_grant(time_us)
             self._write(tenant, lambda reader: (_entries(reader, entries), None))
 
-    def _entitled(self, principal: Principal, wanted: Sequence[Wanted]) -> set[Wanted]:
+    def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> set[Wanted]:
         """Return those of the contents which are on record, and which the user may refer to."""
         rights = self._application.rights(principal) if self._application.access_rules else None
         with self._store.read(principal.tenant) as reader:
@@ -248,10 +306,10 @@ class Files:
             return {
                 one
                 for one in wanted
-                if one.size <= self._bytes_max
+                # The first is asked of what is not there too: the time it takes should not tell.
+                if rules.may_refer(one.sha256)
                 and (record := content_record(one.sha256, reader.index)) is not None
                 and record.size == one.size
-                and rules.may_refer(one.sha256)
             }
 
     def _granted(self, principal: Principal, there: set[Wanted]) -> set[Wanted]:

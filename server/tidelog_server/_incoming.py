@@ -62,6 +62,10 @@ class Parts:
         self.locks: KeyedLocks[tuple[str, str]] = KeyedLocks()
         self.turns: dict[tuple[str, str], Incoming] = {}
 
+    def is_any_on_its_way(self, tenant: str) -> bool:
+        """Tell whether anybody uploads to a tenant."""
+        return any(owner == tenant for owner, _ in list(self.turns))
+
     def begin(self, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None]) -> Incoming:
         """
         Begin to append to a part, or go on with it. Whoever had it before may append nothing more.

@@ -25,7 +25,7 @@ from tidelog_server._content_store import (
     ContentStore,
     DirectoryContents,
 )
-from tidelog_server._file_records import CONTENTS
+from tidelog_server._file_records import CONTENTS, content_of, referrers_prefix
 from tidelog_server._file_verification import content_finding
 from tidelog_server._lmdb_records import LmdbRecords
 from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, LmdbReader, noted
@@ -100,16 +100,21 @@ def _content_findings(  # noqa: PLR0917 - where the records are, and where the c
         with environment.read() as transaction:
             return LmdbReader(transaction, databases, prefix).index_range(CONTENTS, after, limit)
 
-    def is_on_record(key: bytes) -> bool:
+    def is_wrong(finding: Finding, key: bytes) -> bool:
+        """Tell whether a content should be there: it may have been collected, now or while a backup was made."""
         with environment.read() as transaction:
-            return LmdbReader(transaction, databases, prefix).index(key) is not None
+            reader = LmdbReader(transaction, databases, prefix)
+            if reader.index(key) is None:
+                return False
+            is_lost = finding.kind is FindingKind.CONTENT_LOST
+            return not is_lost or bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
 
     after = b""
     while page := entries(after, PAGE_CONTENTS):
         for after, value in page:
             counts["contents"] += 1
             finding = content_finding(contents, name.decode(errors="replace"), after, value)
-            if finding is not None and is_on_record(after):  # else it was collected meanwhile
+            if finding is not None and is_wrong(finding, after):
                 yield finding
 
 

@@ -87,10 +87,10 @@ class Overlay:
         """Return a value of the table of indexes, as it is without this batch."""
         return self._reader.index(key)
 
-    def index_entries(self, prefix: bytes) -> Iterator[bytes]:
+    def index_entries(self, prefix: bytes, page_entries: int = _SCAN_PAGE_OBJECTS) -> Iterator[bytes]:
         """Yield the keys of the table of indexes that start with *prefix*, as they are without this batch."""
         after = b""
-        while page := self._reader.index_range(prefix, after, _SCAN_PAGE_OBJECTS):
+        while page := self._reader.index_range(prefix, after, page_entries):
             for after, _value in page:
                 yield after
 

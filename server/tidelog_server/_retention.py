@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from typing import Final, NamedTuple, TypeVar
 
-from tidelog._errors import InvalidValue, ResourceClosed, TidelogError
+from tidelog._errors import InvalidValue, ResourceClosed
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog_server import _collection as collection
@@ -112,25 +113,39 @@ class Retention:
         self._thread.join()
 
     def collect(self) -> Collected:
-        """Forget what is due, in all tenants. Raises ResourceClosed if stopped meanwhile."""
+        """
+        Forget what is due, in all tenants. What cannot be forgotten keeps nothing else from going.
+
+        Raises:
+            ResourceClosed: Stopped meanwhile.
+            Exception: Why something could not be forgotten, once all else was: it is out of reach, or damaged.
+        """
+        failures: list[Exception] = []
         with self._alone:
             total = Collected()
-            for counts in self._steps():
-                total = total.plus(counts)
-                if self._stopped.is_set():
-                    raise ResourceClosed("the server is stopping: the rest is collected later")
+            for tenant, step in self._steps():
+                try:
+                    for counts in step(tenant):
+                        total = total.plus(counts)
+                        if self._stopped.is_set():
+                            raise ResourceClosed("the server is stopping: the rest is collected later")
+                except ResourceClosed:
+                    raise
+                except Exception as error:  # noqa: BLE001 - damaged data may raise anything
+                    _log.warning("something could not be forgotten", tenant=tenant, detail=str(error))
+                    failures.append(error)
         if any(total):
             _log.info("collected", **total._asdict())
+        if failures:
+            raise failures[0]
         return total
 
-    def _steps(self) -> Iterator[Collected]:
+    def _steps(self) -> Iterator[tuple[str, Callable[[str], Iterator[Collected]]]]:
         tenants = self._store.tenants()
-        for tenant in tenants:
-            for step in (self._history, self._left_entries, self._replicas, self._notes, self._payloads):
-                yield from step(tenant)
+        steps = (self._history, self._left_entries, self._replicas, self._notes, self._payloads)
+        yield from product(tenants, steps)
         # Last, because what keeps contents may be out of reach when nothing else is.
-        for tenant in tenants:
-            yield from self._contents(tenant)
+        yield from product(tenants, (self._grants, self._contents, self._unknown_contents))
 
     def _history(self, tenant: str) -> Iterator[Collected]:
         before_us = self._before(self._periods.history)
@@ -221,11 +236,10 @@ class Retention:
             yield Collected(payloads=len(due))
 
     def _contents(self, tenant: str) -> Iterator[Collected]:
-        """Delete contents that nobody refers to, and what is left of uploads that nobody goes on with."""
+        """Delete contents that nobody refers to."""
         if self._files is None:
             return
         before_us = self._before(self._periods.files)
-        yield from self._grants(tenant, before_us)
         after = b""
         more = True
         while more:
@@ -235,11 +249,17 @@ class Retention:
                 yield Collected(contents=self._files.collect(tenant, sha256, before_us))
             more = bool(after)
             yield Collected()
-        for count in self._files.collect_unknown(tenant, before_us):
-            yield Collected(contents=count)
-        self._files.contents.delete_leftovers(tenant, self._periods.files.total_seconds())
 
-    def _grants(self, tenant: str, before_us: int) -> Iterator[Collected]:
+    def _unknown_contents(self, tenant: str) -> Iterator[Collected]:
+        """Delete contents that are not on record, and what is left of uploads that nobody goes on with."""
+        if self._files is None:
+            return
+        for count in self._files.collect_unknown(tenant, self._before(self._periods.files)):
+            yield Collected(contents=count)
+        self._files.delete_leftovers(tenant, self._periods.files.total_seconds())
+
+    def _grants(self, tenant: str) -> Iterator[Collected]:
+        before_us = self._before(self._periods.files)
         after = b""
         more = True
         while more:
@@ -263,9 +283,9 @@ class Retention:
                 self.collect()
             except ResourceClosed:
                 return
-            except TidelogError as error:
-                # The next time will do; a full disk is told to those who write.
-                _log.warning("nothing could be forgotten", detail=str(error))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next time will do
+                # A full disk is told to those who write.
+                _log.warning("not everything could be forgotten", detail=str(error))
             if self._stopped.wait(COLLECT_SECONDS):
                 return
 

@@ -178,6 +178,7 @@ class Server:
                 server_time_us,
                 bytes_max=self._limits.file_bytes,
             )
+            self._files.note_timeline()
             self._services = Services(self._application, self._store, self._callers, self._limits, self._files)
             self._loop = asyncio.new_event_loop()
             note_makers(self._loop)
@@ -328,7 +329,13 @@ class Server:
     def _contents_of(self, store: Store) -> ContentStore:
         """Return where contents lie, and note in the store whether that is in its own directory."""
         place = CONTENTS_ELSEWHERE if self._contents_given is not None else b""
-        if store.note(CONTENTS_NOTE) != place:
+        if (noted := store.note(CONTENTS_NOTE)) != place:
+            if store.tenants():
+                _log.warning(
+                    "contents of files lie in another place than before: those that were not moved there are missing",
+                    before=noted.decode() or CONTENTS_DIRECTORY,
+                    now=place.decode() or CONTENTS_DIRECTORY,
+                )
             store.set_note(CONTENTS_NOTE, place)
         if self._contents_given is not None:
             return self._contents_given

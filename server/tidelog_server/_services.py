@@ -490,7 +490,8 @@ class Services:
     async def _download_file(
         self, files: FileService, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
-        await _served(self._file_download(files, data, Peer(context, self._limits.idle_seconds), context), context)
+        download = self._file_download(files, data, Peer(context, self._limits.idle_seconds), context)
+        await _served(_streamed(download, context), context)
 
     async def _file_download(
         self, files: FileService, data: bytes, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]

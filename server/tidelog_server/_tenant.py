@@ -49,14 +49,16 @@ from tidelog_server._indexes import index_writes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import SYSTEM_USER, Principal
 from tidelog_server._projection import Sight, matching
-from tidelog_server._records import NO_REPLICA, Writes
-from tidelog_server._refusal import Refused, Waits
+from tidelog_server._records import MAX_POSITION, NO_REPLICA, Writes
+from tidelog_server._refusal import NotReady, Refused, Waits
 from tidelog_server._store import Reader, Store
 
 # A transaction of the service is held in memory, and applied while nobody else's operations are.
 TRANSACTION_OPERATIONS_MAX: Final = 10_000
 TRANSACTION_BYTES_MAX: Final = 16 * 1024 * 1024
 TRANSACTION_READS_MAX: Final = 10_000
+
+FILE_NAME_BYTES_MAX: Final = 1_024
 
 
 class Found(NamedTuple):
@@ -156,12 +158,17 @@ class Tenant:
             transaction.delete(entity, id)
 
     def add_file(
-        self, source: str | Path | bytes | BinaryIO, *, name: str | None = None, media_type: str | None = None
+        self,
+        source: str | Path | bytes | bytearray | memoryview | BinaryIO,
+        *,
+        name: str | None = None,
+        media_type: str | None = None,
     ) -> dict[str, Any]:
         """
         Store the content of a file, and return the value for an attribute that is to refer to it.
 
-        It is on disk then. Unless something refers to it within the server's `file_grace`, it is collected.
+        It is on disk then. Unless something refers to it within the server's `file_grace`, it is collected. With a
+        principal it is added as an upload of that user, whose operations may refer to it.
 
         Args:
             source: Its path, its bytes, or a stream that is read to its end.
@@ -169,7 +176,7 @@ class Tenant:
             media_type: What it holds. None: what its name says, or "application/octet-stream".
 
         Raises:
-            InvalidValue: There is no name.
+            InvalidValue: There is no name, or one that no file can have.
             OSError: The file cannot be read.
             DiskFull: There is no room for it.
             StorageError: It cannot be stored.
@@ -178,10 +185,10 @@ class Tenant:
             if not isinstance(source, str | Path):
                 raise InvalidValue("a file that has no path needs a name")
             name = Path(source).name
+        _check_file_name(name)
         media_type = media_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
-        check(name, "the name of a file")
         with _opened(source) as stream:
-            added = self._files.add(self.name, stream)
+            added = self._files.add(self.name, stream, self._data.adds_files_for)
         return FileReference(name, added.size, media_type, added.sha256).to_value()
 
     def open_file(self, entity: str, id: str, attribute: str) -> BinaryIO:  # noqa: A002
@@ -426,6 +433,8 @@ class _Data:
         self._rights = application.rights(principal) if principal is not None else None
         self._readable = self._rights or Rights((), self._principal)
         self._clock = clock
+        # Who may refer to the contents that are added. Empty: the service itself.
+        self.adds_files_for = principal.user_id if principal is not None else ""
 
     def found(self, key: ObjectKey) -> Found | None:
         """Return an object as the principal sees it, or None."""
@@ -525,6 +534,12 @@ class _Data:
             return 0
         return state.version
 
+    def _file_rules(self, overlay: Overlay) -> FileRules:
+        if self._rights is None:
+            return FileRules(overlay, None, user_id=None)
+        rights = self._rights if self._application.access_rules else None
+        return FileRules(overlay, rights, user_id=self._principal.user_id, bytes_max=MAX_POSITION)
+
     def _apply(self, overlay: Overlay, changes: Sequence[_Change]) -> None:
         references = References()
         # Whatever is created further on is there at the end, or nothing is.
@@ -539,7 +554,7 @@ class _Data:
             rights=self._rights,
             time_us=self._clock(),
             references=references,
-            files=FileRules(overlay, None, user_id=None),
+            files=self._file_rules(overlay),
         )
         for position, (operation, patch) in enumerate(changes):
             key = operation.key
@@ -561,6 +576,8 @@ class _Data:
                 raise _refused(operation, refusal.reason, refusal.message, refusal.code) from refusal
             except Waits as wait:
                 raise _refused(operation, FailureReason.DANGLING_REFERENCE, wait.message) from wait
+            except NotReady as verdict:
+                raise _refused(operation, FailureReason.FILE_MISSING, verdict.message) from verdict
         try:
             action.end_unit()
         except Refused as refusal:
@@ -569,15 +586,22 @@ class _Data:
 
 
 @contextmanager
-def _opened(source: str | Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
+def _opened(source: str | Path | bytes | bytearray | memoryview | BinaryIO) -> Iterator[BinaryIO]:
     """Give a stream of what a file holds. One that was given stays open."""
-    if isinstance(source, bytes):
+    if isinstance(source, bytes | bytearray | memoryview):
         yield io.BytesIO(source)
     elif isinstance(source, str | Path):
         with Path(source).open("rb") as opened:
             yield opened
     else:
         yield source
+
+
+def _check_file_name(name: object) -> None:
+    """Raise InvalidValue if no file can have a name."""
+    check(name, "the name of a file")
+    if type(name) is not str or not name or "\0" in name or len(name.encode()) > FILE_NAME_BYTES_MAX:
+        raise InvalidValue(f"the name of a file has 1 to {FILE_NAME_BYTES_MAX} bytes, and no NUL")
 
 
 def _refused(operation: Operation, reason: FailureReason, message: str, code: str = "") -> OperationRefused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -20,14 +21,17 @@ from tests.simulation.processes import wait_until
 from tidelog import FormatUnsupported, StorageError
 from tidelog_client import Replica
 from tidelog_server import (
+    Application,
     BackupDamaged,
     DirectoryContents,
     LmdbStore,
     Tenant,
+    _lmdb_backup,
     backup_store,
     restore_store,
     verify_store,
 )
+from tidelog_server._content_backup import copy_contents
 from tidelog_server._files import Files
 from tidelog_server._records import Change
 
@@ -181,6 +185,25 @@ class TestContents:
         kept.delete(TENANT, hashlib.sha256(PHOTO).digest())
 
         assert contents(folder / "backup") == [PHOTO]
+
+    def test_that_are_collected_meanwhile(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A content that nothing refers to, and that goes between the copies of data and contents, does no harm."""
+        opened = LmdbStore(store)
+        files = Files(Application(), opened, DirectoryContents(store / "files"), lambda: TIME_US)
+        unneeded = files.add(TENANT, io.BytesIO(b"nobody needs this"))
+
+        def collecting(source: Path, target: Path) -> int:
+            assert files.collect(TENANT, unneeded.sha256, TIME_US + 1) == 1
+            return copy_contents(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_lmdb_backup, "copy_contents", collecting)
+            backup_store(store, folder / "backup")
+        opened.close()
+        restore_store(folder / "backup", folder / "restored")
+
+        assert contents(folder / "restored") == [PHOTO]
+        assert list(verify_store(folder / "restored")) == []
 
     def test_that_were_lost(self, store: Path, folder: Path) -> None:
         """A backup that lacks a content, or has another one in its place, is refused."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import threading
@@ -360,6 +361,26 @@ class TestUploads:
             assert refused(sending.result) == (grpc.StatusCode.ABORTED, "SESSION_IDLE")
             wait_for(lambda: world.server.load.file_transfers == 0)
             assert client.stat(PHOTO) == [(MISSING, FILE_CHUNK_BYTES)]
+
+    def test_that_nobody_reads(self, folder: Path) -> None:
+        """Of a download that was ended because nothing was read, gRPC keeps nothing: what was to be sent is gone."""
+        large = bytes(8_000_000)
+        with World(folder, limits=ServerLimits(idle_seconds=0.1)) as world:
+            client = Client(world)
+            client.upload(large)
+            client.create(photo=reference(large))
+            key = sync_pb2.ObjectKey(entity="Task", id="t1")
+            call = client.stub.DownloadFile(file_pb2.DownloadFileRequest(sha256=sha256(large), object=key))
+            wait_for(lambda: world.server.load.file_transfers == 1)
+            wait_for(lambda: world.server.load.file_transfers == 0)
+            client.stat(large)  # gRPC itself keeps the newest call until another comes
+
+            assert world.server._loop is not None
+            loop = world.server._loop
+            wait_for(lambda: not any("DownloadFile" in task.get_name() for task in asyncio.all_tasks(loop)))
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
 
 
 class TestSessions:

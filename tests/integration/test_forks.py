@@ -435,6 +435,60 @@ class TestRestoredServers:
         with site.device("b").open_file("Task", "t1", "photo") as file:
             assert file.read() == b"a photo"
 
+    def test_contents_that_nobody_has_any_more(self, site: Site) -> None:
+        """What is offered again is applied without the files whose contents went with the server and the device."""
+        a = site.device("a")
+        a.create("Task", {}, "other")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {"title": "important", "photo": a.add_file(b"first")}, "t1")
+        a.attach("Task", "t1", "scan", b"a scan")
+        a.synchronize_all()
+        a.attach("Task", "t1", "photo", b"retaken")
+        a.update("Task", "t1", {"title": "very important"}, unset=["scan"])
+        a.synchronize_all()
+        for content in list(a._storage.files.contents.contents()):
+            a._storage.files.contents.renew(content.sha256, 1.0)
+        a.synchronize_all()
+        site.shut("a")
+
+        site.restore()
+        report = site.sync("a")
+
+        assert (report.server_restored, report.reoffered, list(report.failures)) == (True, 4, [])
+        site.sync("b")
+        task = site.device("b").get("Task", "t1")
+        assert task is not None
+        assert task["title"] == "very important"
+        with site.device("b").open_file("Task", "t1", "photo") as file:
+            assert file.read() == b"retaken"
+        assert contents(site.device("a"))["t1"].keys() == {"title", "photo"}
+
+    @pytest.mark.parametrize("mode", ["unsynchronized", "selected"])
+    def test_other_modes_offer_contents_again(self, site: Site, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+        """Where operations offered again wait for their contents, the other modes lose sight of nothing either."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1)
+        a = site.device("a")
+        a.create("Task", {}, "other")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {"photo": a.add_file(b"a photo"), "n": 1}, "t1")
+        a.synchronize_all()
+        a.update("Task", "t1", {"n": 2})
+        site.shut("a")
+
+        site.restore()
+        a = site.device("a")
+        report = a.synchronize_selected([("Task", "t1")]) if mode == "selected" else a.synchronize_unsynchronized()
+
+        assert (report.reoffered, report.skipped, a.pending_count()) == (1, [], 0)
+        assert {one.id: one["n"] for one in a.query("Task")} == {"other": None, "t1": 2}
+        assert site.truth()["t1"]["n"] == 2
+
     def test_others_wrote_since(self, site: Site) -> None:
         """What somebody else changed since the restore is not overwritten but becomes a failure; the rest goes."""
         a, b = site.device("a"), site.device("b")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tidelog import DiskFull, StorageError
+from tidelog import DiskFull, StorageError, _contents
 from tidelog._contents import ContentCorrupt, ContentDirectory
 from tidelog._file_reference import (
     FileReference,
@@ -53,14 +53,26 @@ def test_a_content_is_stored_once(tmp_path: Path) -> None:
     assert next(contents.contents()).time > time.time() - 3600
 
 
-def test_a_broken_content_is_mended_when_it_is_added_again(tmp_path: Path) -> None:
-    """A file that lost bytes is replaced by what is added."""
+@pytest.mark.parametrize("broken", [TEXT[:-1], TEXT[:-1] + b"?"], ids=["shorter", "as long"])
+def test_a_broken_content_is_mended_when_it_is_added_again(tmp_path: Path, broken: bytes) -> None:
+    """A file that lost bytes, or has others, is replaced by what is added."""
     contents = ContentDirectory(tmp_path)
     contents.add(io.BytesIO(TEXT))
     (file,) = _files(tmp_path)
-    file.write_bytes(TEXT[:-1])
+    file.write_bytes(broken)
     contents.add(io.BytesIO(TEXT))
     assert file.read_bytes() == TEXT
+
+
+def test_directories_that_are_made_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each directory that a new one is made in is forced to disk, up to one that was there."""
+    forced: list[str] = []
+    monkeypatch.setattr(_contents, "_sync_directory", lambda path: forced.append(str(path.relative_to(tmp_path))))
+    name = SHA256.hex()
+    ContentDirectory(tmp_path / "files" / "tenant").add(io.BytesIO(TEXT))
+
+    tenant = "files/tenant"
+    assert {".", "files", tenant, f"{tenant}/{name[:2]}", f"{tenant}/{name[:2]}/{name[2:4]}"} == set(forced)
 
 
 def test_a_part_goes_on_after_it_was_closed(tmp_path: Path) -> None:

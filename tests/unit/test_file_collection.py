@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -191,6 +192,47 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
     assert kept(cabinet) == []
 
 
+def test_contents_that_were_away(cabinet: Cabinet) -> None:
+    """A content that was out of reach when somebody asked for it, and that is referred to, stays once it is back."""
+    photo, other = cabinet.upload(PHOTO), cabinet.upload(OTHER)
+    cabinet.lab.settle(create(1, set={"photo": photo}), create(2, set={"photo": other}))
+    away = cabinet.contents.path.rename(cabinet.contents.path.with_name("away"))
+    assert not any(one.is_present for one in cabinet.files.stat(USER, [wanted(PHOTO), wanted(OTHER)]))
+    away.rename(cabinet.contents.path)
+    (cabinet.contents.tenant_path(TENANT) / path_of(OTHER)).write_bytes(b"something else")
+
+    of_the_directory(cabinet)
+    cabinet.wait(10 * DAY)
+    assert cabinet.collect() == 0
+
+    assert cabinet.has(PHOTO)
+    assert cabinet.entries(b"c") == [b"c" + photo["sha256"]]
+    assert len(kept(cabinet)) == 2
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    cabinet.upload(OTHER)
+    assert cabinet.has(OTHER)
+
+
+def test_contents_without_a_record_after_a_restore(cabinet: Cabinet) -> None:
+    """What has come since a backup stays where it is for a while after it was put back: it may be offered again."""
+    cabinet.upload(PHOTO)
+    cabinet.lab.settle(create(1))
+    forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
+    store: Any = cabinet.lab.store
+    of_the_directory(cabinet)
+    store._identity = store.identity._replace(timeline="another")
+    cabinet.wait(10 * DAY)
+
+    assert cabinet.collect() == 0
+    cabinet.wait(29 * DAY)
+    assert cabinet.collect() == 0
+    assert len(kept(cabinet)) == 1
+    cabinet.wait(2 * DAY)
+    assert cabinet.collect() == 1
+    assert kept(cabinet) == []
+
+
 def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
     """A part that nobody goes on with goes after the grace, also of a tenant that has nothing else."""
     incoming = cabinet.files.begin_upload(USER, wanted(PHOTO), 0)
@@ -204,6 +246,44 @@ def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
     assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].received_bytes == 0
     with pytest.raises(PartMismatch):
         cabinet.files.begin_upload(USER, wanted(PHOTO), 5)
+
+
+def test_a_part_that_is_on_its_way(cabinet: Cabinet) -> None:
+    """However short the grace is, an upload that is under way goes on."""
+    incoming = cabinet.files.begin_upload(USER, wanted(PHOTO), 0)
+    incoming.append(PHOTO[:5])
+    cabinet.collect(timedelta(seconds=-1))
+    incoming.append(PHOTO[5:])
+    incoming.complete()
+    assert cabinet.has(PHOTO)
+
+
+def test_trouble_of_one_tenant(tmp_path: Path) -> None:
+    """What cannot be forgotten of one tenant, out of reach or damaged, keeps nothing of others and nothing else."""
+
+    class Away(DirectoryContents):
+        """A place of which a part cannot be reached."""
+
+        def contents(self, tenant: str) -> Any:
+            if tenant == TENANT:
+                raise StorageError("this part cannot be reached")
+            return super().contents(tenant)
+
+    lab = Lab()
+    cabinet = Cabinet(lab, tmp_path)
+    cabinet.contents = Away(tmp_path)
+    cabinet.files = Files(lab.application, lab.store, cabinet.contents, lambda: cabinet.time_us)
+    tenants = (TENANT, "other", "third")
+    for tenant in tenants:
+        cabinet.upload(PHOTO, Principal("ann", tenant))
+        bad = {b"g" + wanted(PHOTO).sha256 + b"ann": b"bad" if tenant == "other" else None}
+        lab.store.submit(tenant, lambda reader, bad=bad: (index_only(reader, bad), None)).result()  # type: ignore[misc]
+    cabinet.wait(2 * DAY)
+
+    with pytest.raises(StorageError, match="this part"):
+        cabinet.collect()
+
+    assert [cabinet.contents.size(tenant, wanted(PHOTO).sha256) for tenant in tenants] == [None, len(PHOTO), None]
 
 
 def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
@@ -230,12 +310,18 @@ def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
             assert reader.collected() == reader.head().version > 0
 
 
+def path_of(data: bytes) -> Path:
+    """Return where a content lies in the directory of its tenant."""
+    name = wanted(data).sha256.hex()
+    return Path(name[:2], name[2:4], name)
+
+
 def of_the_directory(cabinet: Cabinet) -> None:
     """Set the clock to that of the file system, by which contents without a record are as old as they are."""
     cabinet.time_us = int(max(one.stat().st_mtime for one in kept(cabinet)) * 1_000_000) + 1
     assert cabinet.time_us > TIME_US
 
 
-def index_only(reader: Reader, entries: dict[bytes, None]) -> Any:
+def index_only(reader: Reader, entries: Mapping[bytes, bytes | None]) -> Any:
     """Return writes of the table of indexes only."""
-    return Writes({}, [], None, [], [], reader.head().version, entries)
+    return Writes({}, [], None, [], [], reader.head().version, dict(entries))

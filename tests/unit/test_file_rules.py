@@ -39,8 +39,9 @@ from tidelog_server import _file_rules as file_rules
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._author import OldBases
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch
-from tidelog_server._files import Wanted
+from tidelog_server._files import Files, Wanted
 from tidelog_server._outcomes import Result, Uploader
+from tidelog_server._overlay import Overlay
 from tidelog_server._records import MAX_POSITION, Writes
 from tidelog_server._session import begin_upload
 from tidelog_server._store import Reader
@@ -239,13 +240,16 @@ class TestAvailability:
         assert results[0].message == "Task 't1': attribute 'photo' says that its file has 5 bytes: it has 12"
 
     def test_a_file_that_is_too_large_is_refused(self, cabinet: Cabinet) -> None:
-        """A reference to more bytes than the server takes is refused, also if the content were there."""
-        cabinet.upload(PHOTO)
+        """A reference to more bytes than the server takes is refused, unless the content is there already."""
         begun = cabinet.lab.session().uploader
         uploader = Uploader(begun.replica, USER, begun.session_number, leaves_earlier=False, file_bytes_max=11)
         session = Session(cabinet.lab.store, cabinet.lab.application, uploader)
 
         assert said(session.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["TOO_LARGE"]
+        photo = cabinet.upload(PHOTO)
+        assert said(session.settle(create(2, set={"photo": photo}))) == ["APPLIED"]
+        small = Files(cabinet.lab.application, cabinet.lab.store, cabinet.contents, lambda: TIME_US, bytes_max=11)
+        assert [one.is_present for one in small.stat(USER, [wanted_of(PHOTO), wanted_of(OTHER)])] == [True, False]
 
     def test_what_was_settled_is_not_looked_at_again(self, cabinet: Cabinet) -> None:
         """A repetition gets its former outcome although the content is gone since."""
@@ -330,10 +334,15 @@ class TestRights:
         ruled.upload(PHOTO, ANN)
         ruled.tenant().create("Task", {"owner": "ann", "public": 1, "photo": file_value(PHOTO)}, "a")
         copy = {"owner": "bob", "public": 1, "photo": file_value(PHOTO)}
-        with mock.patch.object(file_rules, "REFERRERS_IN_ALL_MAX", 1):
-            assert said(upload(ruled, BOB, create(1, "b", copy), create(2, "c", copy))) == ["APPLIED"] * 2
-            operations = [create(3, "d", copy), update(4, "d", {"photo": None}), create(5, "e", copy)]
-            assert said(upload(ruled, BOB, *operations)) == ["APPLIED", "APPLIED", "NOT_READY"]
+        ruled.tenant().create("Task", {"owner": "ann", "photo": file_value(PHOTO)}, "0")
+        assert said(upload(ruled, BOB, create(1, "b", copy))) == ["APPLIED"]
+        with mock.patch.object(file_rules, "REFERRERS_MAX", 1):
+            assert said(upload(ruled, BOB, create(2, "c", copy))) == ["NOT_READY"]
+            named = update(2, "b", {"other": file_value(PHOTO)}, base_version=3)
+            assert said(upload(ruled, BOB, named, create(3, "c", copy))) == ["APPLIED"] * 2
+            named = update(4, "b", {"third": file_value(PHOTO)}, base_version=4)
+            gone = update(5, "b", unset=["photo", "other", "third"], base_version=4)
+            assert said(upload(ruled, BOB, named, gone, create(6, "d", copy))) == ["APPLIED", "APPLIED", "NOT_READY"]
 
     def test_a_right_to_what_is_lost(self, cabinet: Cabinet) -> None:
         """Who uploaded a content that the server has lost since uploads it again before anything refers to it."""
@@ -353,12 +362,26 @@ class TestRights:
         ruled.tenant().create("Task", {"owner": "ann", "public": 1, "photo": file_value(PHOTO)}, "b")
         operation = create(1, "c", {"owner": "bob", "photo": file_value(PHOTO)})
 
-        for limit in ("REFERRERS_MAX", "REFERRERS_IN_ALL_MAX"):
-            with mock.patch.object(file_rules, limit, 3):
-                assert said(upload(ruled, BOB, operation)) == ["NOT_READY"]
-                assert not ruled.files.stat(BOB, [wanted_of(PHOTO)])[0].is_present
+        with mock.patch.object(file_rules, "REFERRERS_MAX", 3):
+            assert said(upload(ruled, BOB, operation)) == ["NOT_READY"]
+            assert not ruled.files.stat(BOB, [wanted_of(PHOTO)])[0].is_present
         with mock.patch.object(file_rules, "REFERRERS_MAX", 4):
             assert said(upload(ruled, BOB, operation)) == ["APPLIED"]
+
+    def test_what_is_asked_besides_does_not_tell(self, ruled: Cabinet) -> None:
+        """However often, and about whatever else, somebody asks: what he is told of a content is the same."""
+        ruled.upload(PHOTO, ANN)
+        ruled.upload(OTHER, ANN)
+        for number in range(3):
+            ruled.tenant().create("Task", {"owner": "ann", "photo": file_value(PHOTO)}, f"a{number}")
+        ruled.tenant().create("Task", {"owner": "ann", "public": 1, "photo": file_value(OTHER)}, "b")
+        looked_at: list[int] = []
+        for data in (PHOTO, b"nobody's ..."):
+            with mock.patch.object(Overlay, "exists", autospec=True, side_effect=Overlay.exists) as exists:
+                standings = ruled.files.stat(BOB, [*[wanted_of(data)] * 5_000, wanted_of(OTHER)])
+            assert [one.is_present for one in standings] == [False] * 5_000 + [True]
+            looked_at.append(exists.call_count)
+        assert looked_at == [3 + 1, 0]  # each object once; of what he was told is there none
 
     def test_access_is_asked_before_contents(self, ruled: Cabinet) -> None:
         """Who may not write the object is refused for that, content or not."""
@@ -409,6 +432,47 @@ class TestHooks:
         with mock.patch.object(application, "hooks", side_effect=AssertionError):
             changed = update(2, set={"photo": file_value(OTHER)}, base_version=2)
             assert said(upload(cabinet, ANN, changed)) == ["NOT_READY"]
+
+    @pytest.mark.parametrize("where", ["own object", "another object"])
+    @pytest.mark.parametrize("form", ["list", "map"])
+    def test_make_nothing_theirs_that_the_author_named(self, tmp_path: Path, form: str, where: str) -> None:
+        """A hash that an operation names in whatever form stays its author's when a hook makes a reference of it."""
+        application = Application()
+
+        @application.before_commit("Task")
+        def unpacks(task: HookObject, context: HookContext) -> None:
+            found = task["packed"]
+            photo = found[0] if form == "list" else {name: found[name] for name in found if name != "more"}
+            if where == "own object":
+                task["photo"] = photo
+            else:
+                context.create("Copy", {"photo": photo}, "secret-id")
+
+        cabinet = cabinet_of(tmp_path, application)
+        application.allow("*", "*", create=True, write="*", read=["title"])
+        cabinet.upload(PHOTO, ANN)
+
+        def packed(data: bytes) -> dict[str, Any]:
+            return {"packed": [file_value(data)] if form == "list" else {**file_value(data), "more": 1}}
+
+        for data in (PHOTO, b"nobody's ..."):
+            (result,) = upload(cabinet, BOB, create(1, set=packed(data)))
+            assert said([result]) == ["NOT_READY"]
+            assert "secret-id" not in result.message
+        assert said(upload(cabinet, ANN, create(1, set=packed(PHOTO)))) == ["APPLIED"]
+
+    def test_move_what_the_author_may_refer_to(self, ruled: Cabinet) -> None:
+        """What the author may refer to because the object did already, a hook may write elsewhere."""
+        ruled.upload(PHOTO, ANN)
+        ruled.tenant().create("Task", {"owner": "bob", "public": 1, "photo": file_value(PHOTO)}, "a")
+
+        @ruled.lab.application.before_commit("Task")
+        def copies(task: HookObject, context: HookContext) -> None:
+            task["copy"] = task["other"]
+
+        with mock.patch.object(file_rules, "REFERRERS_MAX", 0):
+            named = update(1, "a", {"other": file_value(PHOTO)}, base_version=1)
+            assert said(upload(ruled, BOB, named)) == ["APPLIED"]
 
 
 class TestFailures:
@@ -528,10 +592,35 @@ class TestServices:
         assert added == file_value(PHOTO, "x", media_type="image/x-own")
         assert not stream.closed
         assert cabinet.tenant().add_file(b"", name="nothing")["size"] == 0
+        for buffer in (bytearray(PHOTO), memoryview(PHOTO)):
+            assert cabinet.tenant().add_file(buffer, name="x", media_type="image/x-own") == added
         with pytest.raises(InvalidValue):
             cabinet.tenant().add_file(PHOTO)
+        odd: Any
+        for odd in ("", "a\0b", "n" * 1_025, "\ud800", 5):
+            with pytest.raises(InvalidValue):
+                cabinet.tenant().add_file(PHOTO, name=odd)
         with pytest.raises(FileNotFoundError):
             cabinet.tenant().add_file("no-such-file")
+
+    def test_a_principal_is_given_no_content_for_a_hash(self, ruled: Cabinet) -> None:
+        """What a service does as a user may refer to what that user may refer to, no more."""
+        ruled.upload(PHOTO, ANN)
+        ruled.tenant().create("Task", {"owner": "ann", "photo": file_value(PHOTO)}, "a")
+        bob = ruled.tenant(BOB)
+        for data in (PHOTO, b"nobody's ..."):
+            with pytest.raises(OperationRefused) as caught:
+                bob.create("Task", {"owner": "bob", "photo": file_value(data)}, "b")
+            assert caught.value.reason is FailureReason.FILE_MISSING
+        ruled.tenant().add_file(OTHER, name="x")
+        with pytest.raises(OperationRefused):
+            bob.create("Task", {"owner": "bob", "photo": file_value(OTHER)}, "b")
+
+        added = bob.add_file(OTHER, name="x")
+        bob.create("Task", {"owner": "bob", "photo": added}, "b")
+        assert said(upload(ruled, BOB, create(1, "c", {"owner": "bob", "photo": added}))) == ["APPLIED"]
+        ruled.tenant(ANN).update("Task", "a", {"public": 1})
+        bob.update("Task", "b", {"photo": file_value(PHOTO)})
 
     def test_what_cannot_be_opened(self, ruled: Cabinet) -> None:
         """Where there is no file, or none that the principal may read, that is said; so is what is lost."""

@@ -14,7 +14,7 @@ from typing import Any
 import lmdb
 import pytest
 from tests.builders import quick_folder
-from tests.files import CHUNK_BYTES, FileServer, connect, reference, sha256
+from tests.files import CHUNK_BYTES, Calls, FileServer, connect, reference, sha256
 from tests.sessions import applied, page
 
 from tidelog import (
@@ -340,6 +340,86 @@ class TestUploading:
         assert [one.reason for one in report.failures] == [FailureReason.FILE_MISSING]
         assert server.contents == {}
         assert (replica.path / "set-aside" / f"content-{name}").read_bytes() == damaged
+
+    def test_a_wrong_size_is_refused_at_once(self, replica: Replica) -> None:
+        """What says another size of a content that is here is no value; the content, and who refers to it, stays."""
+        server = FileServer()
+        connect(replica, server)
+        value = replica.add_file(PHOTO)
+        replica.create("Task", {"photo": value}, "t1")
+        with pytest.raises(InvalidValue, match="7000"):
+            replica.create("Task", {"photo": value | {"size": 5}}, "t2")
+        assert (replica.synchronize_all().applied, server.lost_contents) == (1, [])
+        assert sha256(PHOTO) in server.contents
+
+    def test_a_wrong_size_costs_nobody_else(self, replica: Replica) -> None:
+        """An operation that says another size of a content than it has is sent as lost; the content stays."""
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": reference(PHOTO) | {"size": 5}}, "wrong")
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        replica.synchronize_all()
+        assert server.lost_contents == [sha256(PHOTO)]
+        assert server.contents[sha256(PHOTO)] == PHOTO
+        assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
+
+    def test_a_content_that_cannot_be_read_holds_up_nothing_else(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An error of the disk, or the program, while a content is sent is reported, and everything else goes on."""
+        server = FileServer()
+        connect(replica, server)
+
+        class Broken(io.BytesIO):
+            def read(self, _size: int | None = -1, /) -> bytes:
+                raise OSError(5, "Input/output error")
+
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        replica.create("Task", {"n": 1}, "t2")
+        contents = replica._storage.files.contents
+        monkeypatch.setattr(contents, "open", lambda _sha256: Broken())
+        report = replica.synchronize_all()
+        assert (report.applied, [one.seq for one in report.skipped], pending(replica)) == (1, [1], [1])
+        monkeypatch.setattr(contents, "open", lambda _sha256: 1 / 0)
+        assert [one.seq for one in replica.synchronize_all().skipped] == [1]
+        monkeypatch.undo()
+        assert replica.synchronize_all().applied == 1
+
+    def test_a_server_that_cannot_say_how_contents_stand_holds_up_nothing_else(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While the server's contents are out of reach, objects are exchanged; what refers to contents waits."""
+        monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.2)
+        monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (0.2,))
+        server = FileServer()
+        connection = connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        replica.create("Task", {"n": 1}, "t2")
+
+        class Unreachable(Calls):
+            def stat(self, *_: object) -> list[Any]:
+                raise Transient("out of reach")
+
+        monkeypatch.setattr(connection, "files", lambda _timeout: Unreachable(server))
+        report = replica.synchronize_all()
+        assert (report.applied, pending(replica)) == (1, [1])
+        assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, 1)]
+        monkeypatch.undo()
+        assert replica.synchronize_all().applied == 1
+
+    def test_what_was_not_begun_is_reported_by_entity(self, replica: Replica, impatient: None) -> None:
+        """Where patience ends, files that were not begun are counted, not named one by one."""
+        texts = [str(number).encode() for number in range(20)]
+        server = FileServer(pages=[page(*(task(text.decode(), text) for text in texts))])
+        for text in texts:
+            server.put(text)
+        connect(replica, server)
+        released = threading.Event()
+        server.on_download = lambda *_: released.wait(30)
+        report = replica.synchronize_all()
+        released.set()
+        assert sum(one.count for one in report.skipped) == 20
+        assert len(report.skipped) <= _transfer.TRANSFERS_AT_ONCE + 1
 
     def test_a_content_that_is_too_large_is_a_failure(self, replica: Replica) -> None:
         """An operation whose content the server takes at no time is sent as it is, and refused."""
