@@ -27,8 +27,9 @@ from tidelog_server._file_records import (
     content_of,
     content_record,
     failures_prefix,
+    grantee,
     grants_prefix,
-    referrers_prefix,
+    objects_prefix,
     unpack_grant,
 )
 from tidelog_server._formers import Note, read_note, without_notes
@@ -173,7 +174,8 @@ def is_unneeded(reader: Reader, sha256: bytes, before_us: int) -> bool:
 
 def is_referred_to(reader: Reader, sha256: bytes) -> bool:
     """Tell whether anything refers to a content, or is about to."""
-    return any(reader.index_range(prefix(sha256), b"", 1) for prefix in (referrers_prefix, grants_prefix))
+    # A failure keeps the grant of its author.
+    return any(reader.index_range(prefix(sha256), b"", 1) for prefix in (objects_prefix, grants_prefix))
 
 
 def without_content(reader: Reader, sha256: bytes, before_us: int) -> tuple[Writes | None, int]:
@@ -187,7 +189,7 @@ def old_grants(reader: Reader, after: bytes, before_us: int) -> tuple[list[bytes
     """
     Look at some grants, and return the keys of those that were given before a time.
 
-    A failure may be retried at any time: as long as it refers to a content all may that might before.
+    A failure may be retried at any time: as long as it refers to a content its author may, if he might before.
 
     Returns them with the key to go on after; empty: there are no more.
     """
@@ -207,8 +209,20 @@ def _is_old_grant(reader: Reader, key: bytes, before_us: int) -> bool:
     return (
         given is not None
         and unpack_grant(given) < before_us
-        and not reader.index_range(failures_prefix(content_of(key)), b"", 1)
+        and not _has_failure(reader, content_of(key), grantee(key))
     )
+
+
+def _has_failure(reader: Reader, sha256: bytes, user_id: str) -> bool:
+    """Tell whether a failure of a user's operation refers to a content."""
+    prefix = failures_prefix(sha256)
+    after = b""
+    while page := reader.index_range(prefix, after, STEP_ENTRIES):
+        for after, _ in page:
+            data = reader.failure(after[len(prefix) :])
+            if data is not None and failure_pb2.SynchronizationFailure.FromString(data).user_id == user_id:
+                return True
+    return False
 
 
 def _is_old(reader: Reader, settled: Settled, collected: int, before_us: int) -> bool:

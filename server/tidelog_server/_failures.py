@@ -29,7 +29,7 @@ from tidelog_server._applier import UnitApplier
 from tidelog_server._author import Author
 from tidelog_server._conflicts import collision
 from tidelog_server._errors import FailureSettled, FailureStale, HistoryCollected, NotFound, RequestInvalid
-from tidelog_server._file_records import failure_referral, referral_writes
+from tidelog_server._file_records import SERVICE, failure_referral, referral_writes
 from tidelog_server._file_rules import FileRules
 from tidelog_server._history import changes_since
 from tidelog_server._indexes import IndexWrites, dependents_prefix
@@ -221,12 +221,14 @@ class _Retry:
             principal=author,
             rights=application.rights(author),
             time_us=time_us,
-            # What the author uploaded, the author may refer to, whoever retries.
+            # What the author uploaded, the author may refer to, whoever retries; and what the operator has put
+            # in its place. What an operator may merely read is for nobody else.
             files=FileRules(
                 overlay,
                 application.rights(author) if application.access_rules else None,
                 user_id=record.user_id,
                 bytes_max=MAX_POSITION,
+                vouching=(operator.user_id, SERVICE),
             ),
         )
         self._results: list[RetryOutcome] = []

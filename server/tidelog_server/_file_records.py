@@ -2,12 +2,13 @@
 File records: what the table of indexes says of contents, and of who refers to them. No I/O.
 
     c sha256                -> size time    a content is in the content store, all of it
-    g sha256 user           -> time         operations of this user may refer to it
+    g sha256 user           -> time upload  operations of this user may refer to it
     f sha256 kind referrer  -> nothing      who refers to it
 
 The time of a content is when it came, or when the last one stopped referring to it:
 from then on it is kept for a while. A referrer is an object, by its key, or a failure
-that is open, by its id: what it holds may have to be applied one day.
+that is open, by its id: what it holds may have to be applied one day. So as long as it
+is open its author's grant stays, and with a grant its content; that of nobody else.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ CONTENTS: Final = b"c"
 GRANTS: Final = b"g"
 REFERRERS: Final = b"f"
 
+# Who has the grant of a content that the service itself added. No user has this id.
+SERVICE: Final = "\0"
+
 _OBJECT: Final = b"o"
 _FAILURE: Final = b"x"
 
 _CONTENT: Final = struct.Struct(">QQ")
 _TIME: Final = struct.Struct(">Q")
+_UPLOAD: Final = b"u"
 
 Lookup = Callable[[bytes], bytes | None]
 
@@ -104,21 +109,31 @@ def grants_prefix(sha256: bytes) -> bytes:
 
 
 def grant_key(sha256: bytes, user_id: str) -> bytes:
-    """Return the key under which a user may refer to a content."""
+    """Return the key under which a user, or the service, may refer to a content."""
     return GRANTS + sha256 + user_id.encode()
 
 
-def pack_grant(time_us: int) -> bytes:
-    """Return the value of a grant."""
-    return _TIME.pack(time_us)
+def grantee(key: bytes) -> str:
+    """Return the user of a grant's key, or `SERVICE`."""
+    return key[len(GRANTS) + SHA256_BYTES :].decode()
+
+
+def pack_grant(time_us: int, *, is_upload: bool = False) -> bytes:
+    """Return the value of a grant; *is_upload*: the user uploaded the content, else was told that it is there."""
+    return _TIME.pack(time_us) + (_UPLOAD if is_upload else b"")
 
 
 def unpack_grant(value: bytes) -> int:
     """Return when a grant was given. Raises ValueError if it is none."""
     try:
-        return int(_TIME.unpack(value)[0])
+        return int(_TIME.unpack(value[: _TIME.size] if is_upload_grant(value) else value)[0])
     except struct.error as error:
         raise ValueError(str(error)) from error
+
+
+def is_upload_grant(value: bytes | None) -> bool:
+    """Tell whether there is a grant, and it was given for an upload."""
+    return value is not None and value[_TIME.size :] == _UPLOAD
 
 
 def referrers_prefix(sha256: bytes) -> bytes:

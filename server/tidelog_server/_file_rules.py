@@ -19,7 +19,7 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog._values import Attributes
 from tidelog_server._access import Rights
-from tidelog_server._file_records import content_record, grant_key, objects_prefix, referring_object
+from tidelog_server._file_records import content_record, grant_key, is_upload_grant, objects_prefix, referring_object
 from tidelog_server._overlay import Overlay
 from tidelog_server._refusal import NotReady, Refused
 
@@ -54,7 +54,7 @@ class FileRules:
         self._overlay = overlay
         self._rights = rights
         self._user_id = user_id
-        self._users = () if user_id is None else (user_id, *vouching)
+        self._vouching = vouching
         self._bytes_max = bytes_max
         # Objects that may have come to refer to a content since the overlay was made, in their order.
         self._noted: defaultdict[bytes, dict[ObjectKey, None]] = defaultdict(dict)
@@ -120,13 +120,16 @@ class FileRules:
 
     def may_refer(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
         """Tell whether the user may have an object, which held some attributes *before*, refer to a content."""
-        return self.has_grant(sha256) or self.reads(sha256, key, before)
-
-    def has_grant(self, sha256: bytes) -> bool:
-        """Tell whether the user, or who vouches for him, uploaded a content or was told that it is there."""
-        return self._user_id is None or any(
-            self._overlay.index(grant_key(sha256, user_id)) is not None for user_id in self._users
+        return (
+            self._user_id is None
+            or self._overlay.index(grant_key(sha256, self._user_id)) is not None
+            or any(self.has_uploaded(sha256, user_id) for user_id in self._vouching)
+            or self.reads(sha256, key, before)
         )
+
+    def has_uploaded(self, sha256: bytes, user_id: str) -> bool:
+        """Tell whether a user uploaded a content not long ago."""
+        return is_upload_grant(self._overlay.index(grant_key(sha256, user_id)))
 
     def reads(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
         """Tell whether the user may read a content by some object: as it was *before*, or as it is."""

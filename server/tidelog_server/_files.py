@@ -32,10 +32,12 @@ from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
 from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid
 from tidelog_server._file_records import (
+    SERVICE,
     ContentRecord,
     content_key,
     content_record,
     grant_key,
+    is_upload_grant,
     pack_content,
     pack_grant,
 )
@@ -200,7 +202,7 @@ class Files:
             pieces.close()
         raise ContentLost(f"the content {wanted.sha256.hex()} ended early")
 
-    def add(self, tenant: str, source: BinaryIO, user_id: str = "") -> Wanted:
+    def add(self, tenant: str, source: BinaryIO, user_id: str = SERVICE) -> Wanted:
         """Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it."""
         part = f"own{uuid4().hex}"
         size = 0
@@ -289,17 +291,22 @@ class Files:
             _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
 
     def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
-        """Make a part a content that operations of a user may refer to; empty: the service's own may."""
+        """Make a part a content that operations of a user may refer to."""
         with self._alone(tenant, wanted.sha256):
             self.contents.complete(tenant, part, wanted.sha256, wanted.size)
             time_us = self._clock()
-            entries: IndexWrites = {content_key(wanted.sha256): pack_content(ContentRecord(wanted.size, time_us))}
-            if user_id:
-                entries[grant_key(wanted.sha256, user_id)] = pack_grant(time_us)
+            entries: IndexWrites = {
+                content_key(wanted.sha256): pack_content(ContentRecord(wanted.size, time_us)),
+                grant_key(wanted.sha256, user_id): pack_grant(time_us, is_upload=True),
+            }
             self._write(tenant, lambda reader: (_entries(reader, entries), None))
 
     def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> set[Wanted]:
-        """Return those of the contents which are on record, and which the user may refer to."""
+        """
+        Return those of the contents on record which the user has uploaded, or may read by some object now.
+
+        What he was told before is no reason: who asks every day would never lose what he may not read any more.
+        """
         rights = self._application.rights(principal) if self._application.access_rules else None
         with self._store.read(principal.tenant) as reader:
             rules = FileRules(Overlay(reader), rights, user_id=principal.user_id)
@@ -307,7 +314,7 @@ class Files:
                 one
                 for one in wanted
                 # The first is asked of what is not there too: the time it takes should not tell.
-                if rules.may_refer(one.sha256)
+                if (rules.has_uploaded(one.sha256, principal.user_id) or rules.reads(one.sha256))
                 and (record := content_record(one.sha256, reader.index)) is not None
                 and record.size == one.size
             }
@@ -317,8 +324,12 @@ class Files:
 
         def job(reader: Reader) -> tuple[Writes, set[Wanted]]:
             kept = {one for one in there if content_record(one.sha256, reader.index) is not None}
-            granted = pack_grant(self._clock())
-            return _entries(reader, {grant_key(one.sha256, principal.user_id): granted for one in kept}), kept
+            keys = [grant_key(one.sha256, principal.user_id) for one in kept]
+            time_us = self._clock()
+            entries: IndexWrites = {
+                key: pack_grant(time_us, is_upload=is_upload_grant(reader.index(key))) for key in keys
+            }
+            return _entries(reader, entries), kept
 
         return self._write(principal.tenant, job)
 

@@ -42,7 +42,7 @@ from tidelog_server._action import Action, References
 from tidelog_server._application import Application
 from tidelog_server._author import Author
 from tidelog_server._errors import ChangedMeanwhile, OperationRefused
-from tidelog_server._file_records import file_writes
+from tidelog_server._file_records import SERVICE, file_writes
 from tidelog_server._file_rules import FileRules
 from tidelog_server._files import Files, Wanted
 from tidelog_server._indexes import index_writes
@@ -433,8 +433,8 @@ class _Data:
         self._rights = application.rights(principal) if principal is not None else None
         self._readable = self._rights or Rights((), self._principal)
         self._clock = clock
-        # Who may refer to the contents that are added. Empty: the service itself.
-        self.adds_files_for = principal.user_id if principal is not None else ""
+        # Who may refer to the contents that are added.
+        self.adds_files_for = principal.user_id if principal is not None else SERVICE
 
     def found(self, key: ObjectKey) -> Found | None:
         """Return an object as the principal sees it, or None."""

@@ -94,6 +94,10 @@ def test_what_was_called_present_stays_for_the_grace(cabinet: Cabinet) -> None:
     cabinet.wait(2 * DAY)
     assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
 
+    for _ in range(3):
+        cabinet.wait(DAY - HOUR)
+        assert cabinet.collect() == 0
+        assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
     cabinet.wait(DAY - HOUR)
     assert cabinet.collect() == 0
     assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]

@@ -368,6 +368,27 @@ class TestRights:
         with mock.patch.object(file_rules, "REFERRERS_MAX", 4):
             assert said(upload(ruled, BOB, operation)) == ["APPLIED"]
 
+    def test_asking_keeps_no_right(self, ruled: Cabinet) -> None:
+        """Who could read a content once, and may not any more, loses the right to it, however often he asks."""
+        ruled.upload(PHOTO, ANN)
+        ruled.tenant().create("Task", {"owner": "ann", "public": 1, "photo": file_value(PHOTO)}, "a")
+        assert ruled.files.stat(BOB, [wanted_of(PHOTO)])[0].is_present
+        ruled.tenant().update("Task", "a", {"public": 0})
+        copy = {"owner": "bob", "photo": file_value(PHOTO)}
+
+        assert not ruled.files.stat(BOB, [wanted_of(PHOTO)])[0].is_present
+        named = [create(1, "b", copy), delete(2, "b")]
+        assert said(upload(ruled, BOB, *named)) == ["APPLIED"] * 2  # he was told that he may, today
+        for _ in range(3):
+            ruled.wait(timedelta(hours=13))
+            assert not ruled.files.stat(BOB, [wanted_of(PHOTO)])[0].is_present
+            assert ruled.files.stat(ANN, [wanted_of(PHOTO)])[0].is_present
+            ruled.collect()
+        assert said(upload(ruled, BOB, create(3, "c", copy))) == ["NOT_READY"]
+        assert ruled.entries(b"g") == [b"g" + sha256(PHOTO) + b"ann"]
+        ruled.tenant().update("Task", "a", {"public": 1})
+        assert ruled.files.stat(BOB, [wanted_of(PHOTO)])[0].is_present
+
     def test_what_is_asked_besides_does_not_tell(self, ruled: Cabinet) -> None:
         """However often, and about whatever else, somebody asks: what he is told of a content is the same."""
         ruled.upload(PHOTO, ANN)
@@ -381,7 +402,7 @@ class TestRights:
                 standings = ruled.files.stat(BOB, [*[wanted_of(data)] * 5_000, wanted_of(OTHER)])
             assert [one.is_present for one in standings] == [False] * 5_000 + [True]
             looked_at.append(exists.call_count)
-        assert looked_at == [3 + 1, 0]  # each object once; of what he was told is there none
+        assert looked_at == [3 + 1, 1]  # each object once
 
     def test_access_is_asked_before_contents(self, ruled: Cabinet) -> None:
         """Who may not write the object is refused for that, content or not."""
@@ -522,13 +543,45 @@ class TestFailures:
         assert retry(desk, failed)[0].version == 1
 
     def test_a_retry_gives_nobody_a_content(self, desk: Cabinet) -> None:
-        """A failure that refers to a content its author has no right to is not applied by an operator who has one."""
+        """A failure that refers to a content its author has no right to is not applied by who merely reads it."""
         operation = create(1, set={"photo": file_value(PHOTO)})
         (failed,) = desk.lab.session().settle(operation, lost=[sha256(PHOTO)])
-        desk.upload(PHOTO, OPERATOR)
+        desk.upload(PHOTO, BOB)
+        self.is_accepting = True
+        desk.tenant().create("Task", {"photo": file_value(PHOTO)}, "of bob")
+        assert desk.files.stat(OPERATOR, [wanted_of(PHOTO)])[0].is_present
 
+        assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
+
+    @pytest.mark.parametrize("who", ["operator", "service"])
+    def test_a_retry_with_what_was_put_there(self, desk: Cabinet, who: str) -> None:
+        """A failure whose content its author has lost is retried with what the operator, or the service, adds."""
+        operation = create(1, set={"photo": file_value(PHOTO)})
+        (failed,) = desk.lab.session().settle(operation, lost=[sha256(PHOTO)])
         self.is_accepting = True
         assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
+
+        desk.tenant(OPERATOR if who == "operator" else None).add_file(PHOTO, name="photo.jpg")
+        assert retry(desk, failed)[0].version == 1
+
+    def test_a_failure_keeps_what_its_author_may_have(self, desk: Cabinet) -> None:
+        """A failure keeps no content that its author has no right to, nor anybody else's right to it."""
+        desk.upload(PHOTO, BOB)
+        self.is_accepting = True
+        assert said(desk.lab.session().settle(create(1, set={"photo": file_value(PHOTO)}), lost=[sha256(PHOTO)])) == [
+            "FILE_MISSING"
+        ]
+        assert len(desk.entries(b"f")) == 1
+        desk.wait(WEEK)
+        assert desk.collect() == 1
+        assert desk.entries(b"g") == []
+
+        self.is_accepting = False
+        desk.upload(PHOTO, BOB)
+        assert said(desk.lab.settle(create(2, "t2", {"photo": desk.upload(PHOTO)}))) == ["HOOK_REJECTED"]
+        desk.wait(WEEK)
+        assert desk.collect() == 0
+        assert desk.entries(b"g") == [b"g" + sha256(PHOTO) + USER.user_id.encode()]
 
     @pytest.mark.parametrize("how", ["dismiss", "retry"])
     def test_a_settled_failure_lets_its_content_go(self, desk: Cabinet, how: str) -> None:
