@@ -35,6 +35,7 @@ from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, Sk
 from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
 from tidelog_client._file_calls import FileRefused
+from tidelog_client._files import Needed
 
 PHOTO = b"a photo" * 1000
 LARGE = os.urandom(10 * CHUNK_BYTES + 17)
@@ -397,8 +398,8 @@ class TestUploading:
         replica.create("Task", {"n": 1}, "t2")
 
         class Unreachable(Calls):
-            def stat(self, *_: object) -> list[Any]:
-                raise Transient("out of reach")
+            def stat(self, _metadata: object, contents: Sequence[Needed]) -> list[Any]:
+                raise Transient(f"{len(contents)} contents are out of reach")
 
         monkeypatch.setattr(connection, "files", lambda _timeout: Unreachable(server))
         report = replica.synchronize_all()
