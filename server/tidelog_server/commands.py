@@ -175,6 +175,9 @@ def serve(
     file_transfers_max: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Files on their way at once, up or down.")
     ] = LIMITS_DEFAULT.file_transfers,
+    file_transfers_per_user_max: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="The same, of one user. Without it: no other limit.")
+    ] = LIMITS_DEFAULT.file_transfers_per_user,
     sessions_max: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Sessions open at once; others are told to come again later.")
     ] = LIMITS_DEFAULT.sessions,
@@ -223,6 +226,7 @@ def serve(
         uploads=uploads_max,
         idle_seconds=session_idle_seconds,
         file_transfers=file_transfers_max,
+        file_transfers_per_user=file_transfers_per_user_max,
         file_bytes=file_bytes_max,
     )
     allow_open_files(limits.sessions + limits.file_transfers + OTHER_FILES)
