@@ -16,9 +16,11 @@ import signal
 import socket
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -29,6 +31,7 @@ try:
 except ImportError:  # not on this system
     resource = None  # type: ignore[assignment]
 
+from tidelog._finding import Finding
 from tidelog._logging import get_logger
 from tidelog.cli import CommandFailed, ExitCode, checked_address, printable
 from tidelog.verify_command import add_verifier
@@ -73,7 +76,7 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
     failure_commands.register(app)
     backup_commands.register(app)
-    add_verifier(app, "data", verify_store)
+    add_verifier(app, "data", verify_store, with_contents=lambda url: partial(_verify_with_contents, url))
 
 
 def serve(
@@ -308,6 +311,10 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < count:
         _log.warning("fewer files may be open than sessions need: raise the limit", allowed=allowed, needed=count)
+
+
+def _verify_with_contents(url: str, path: Path, *, counts: Counter[str]) -> Iterator[Finding]:
+    return verify_store(path, counts=counts, contents=_object_store(url))
 
 
 def _object_store(url: str) -> ObjectStoreContents:
