@@ -62,6 +62,7 @@ class ServerLimits:
             small message, 16 KiB, or for the largest object or commit group, up to 2 MiB:
             the default is with 7 kB/s.
         file_transfers: Contents of files that are on their way at once, up or down.
+        file_transfers_per_user: The same, of one user. None: as many as of all.
         file_bytes: How large a file may be that is uploaded, in bytes.
 
     Raises:
@@ -74,6 +75,7 @@ class ServerLimits:
     uploads: int = 200
     idle_seconds: float = 300.0
     file_transfers: int = 200
+    file_transfers_per_user: int | None = None
     file_bytes: int = FILE_BYTES_MAX_DEFAULT
 
     def __post_init__(self) -> None:
@@ -139,6 +141,14 @@ class Admission:
     def file_transfer(self) -> AbstractContextManager[None]:
         """Take a place for the transfer of a content. Raises ServerBusy."""
         return self._place(self.file_transfers)
+
+    def file_transfer_of(self, principal: Principal) -> AbstractContextManager[None]:
+        """Take the place of such a transfer among those of its user. Raises ServerBusy."""
+        self._forget_strangers()
+        limit = self._limits.file_transfers_per_user
+        if limit is None:
+            return self._place()
+        return self._place(self._own((principal.tenant, principal.user_id, "files"), "transfers of a user", limit))
 
     @contextmanager
     def _place(self, *lines: Line) -> Iterator[None]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, BinaryIO
 
 from tidelog._limits import FILE_CHUNK_BYTES
+from tidelog_server._content_store import ContentLost
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -20,7 +21,7 @@ def open_content(read: Callable[[int], Pieces], size: int) -> BinaryIO:
 
     Args:
         read: Returns the content from an offset on, in pieces.
-        size: Its length in bytes.
+        size: Its length in bytes. Reading raises ContentLost where it ends before that.
     """
     return io.BufferedReader(_ContentReader(read, size), FILE_CHUNK_BYTES)
 
@@ -48,6 +49,8 @@ class _ContentReader(io.RawIOBase):
             if self._pieces is None:
                 self._pieces = self._read(self._position)
             self._rest = next(self._pieces, b"")
+            if not self._rest:
+                raise ContentLost(f"the content ended after {self._position} of {self._size} bytes")
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._rest))
         view[:count] = self._rest[:count]

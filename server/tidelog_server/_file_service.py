@@ -18,8 +18,10 @@ from tidelog_server._peer import Peer
 from tidelog_server._principal import Principal
 from tidelog_server._requests import parsed
 
-# They wait for disks, or for an object store.
+# They wait for disks, or for an object store. Questions do not wait behind chunks, nor chunks behind
+# contents that are being made of what came, which takes the longer the larger they are.
 FILE_THREADS: Final = 8
+STAT_THREADS: Final = 2
 
 T = TypeVar("T")
 
@@ -30,10 +32,13 @@ class FileService:
     def __init__(self, files: Files) -> None:
         self._files = files
         self._pool = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="tidelog-files")
+        self._completing = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="tidelog-files-completed")
+        self._asking = ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="tidelog-files-asked")
 
     def close(self) -> None:
         """Let what is under way end."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._completing, self._asking):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     async def stat_files(self, data: bytes, principal: Principal) -> file_pb2.StatFilesResponse:
         """Tell how contents stand."""
@@ -41,7 +46,7 @@ class FileService:
         if not 1 <= len(request.contents) <= FILES_STAT_MAX:
             raise RequestInvalid(f"{len(request.contents)} contents: 1 to {FILES_STAT_MAX} are asked about at once")
         wanted = [_wanted(content) for content in request.contents]
-        standings = await self._pooled(self._files.stat, principal, wanted)
+        standings = await _run(self._asking, self._files.stat, principal, wanted)
         return file_pb2.StatFilesResponse(statuses=map(_status, standings))
 
     async def upload_file(self, peer: Peer, principal: Principal) -> file_pb2.UploadFileResponse:
@@ -54,7 +59,7 @@ class FileService:
             while not incoming.is_whole:
                 chunk = (await _received(peer, "chunk")).chunk
                 await self._pooled(incoming.append, chunk)
-            await self._pooled(incoming.complete)
+            await _run(self._completing, incoming.complete)
         finally:
             # Behind what may still be under way of it, should the client be gone.
             begun.add_done_callback(self._leave)
@@ -80,10 +85,14 @@ class FileService:
     def _leave(self, begun: Future[Incoming]) -> None:
         if not begun.cancelled() and begun.exception() is None:
             with suppress(RuntimeError):  # the server stops
-                self._pool.submit(begun.result().leave)
+                self._completing.submit(begun.result().leave)
 
     async def _pooled(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        return await _run(self._pool, function, *arguments)
+
+
+async def _run(pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 
 async def _received(peer: Peer, which: str) -> file_pb2.UploadFileRequest:

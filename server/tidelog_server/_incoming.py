@@ -18,9 +18,12 @@ from typing import Final, Generic, TypeVar
 from tidelog._contents import ContentCorrupt
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog_server._content_store import ContentStore, PartMismatch
-from tidelog_server._errors import RequestInvalid, UploadSuperseded
+from tidelog_server._errors import RequestInvalid, ServerBusy, UploadSuperseded
 
 K = TypeVar("K", bound=Hashable)
+
+# When to come again whose content is being stored.
+STORING_SECONDS: Final = 1.0
 
 _PART_CHARS: Final = 40
 
@@ -61,6 +64,8 @@ class Parts:
         self.contents = contents
         self.locks: KeyedLocks[tuple[str, str]] = KeyedLocks()
         self.turns: dict[tuple[str, str], Incoming] = {}
+        self.completing: set[tuple[str, str]] = set()
+        self.guard = threading.Lock()
 
     def is_any_on_its_way(self, tenant: str) -> bool:
         """Tell whether anybody uploads to a tenant."""
@@ -79,9 +84,15 @@ class Parts:
 
         Raises:
             PartMismatch: It has not so many bytes.
+            ServerBusy: All of it has come, and a content is being made of it, which may take a while.
         """
         incoming = Incoming(self, tenant, part, offset, size, complete)
-        self.turns[tenant, part] = incoming  # from now on the former one stops
+        with self.guard:
+            if (tenant, part) in self.completing:
+                raise ServerBusy(
+                    "all of the file has come, and is being stored: come again", retry_after_seconds=STORING_SECONDS
+                )
+            self.turns[tenant, part] = incoming  # from now on the former one stops
         try:
             with self.locks.held((tenant, part)):
                 self.contents.pause(tenant, part)
@@ -144,7 +155,14 @@ class Incoming:
             UploadSuperseded: Another upload of it has begun.
         """
         with self._turn():
-            self._complete()
+            key = (self._tenant, self._part)
+            with self._parts.guard:
+                self._check_current()
+                self._parts.completing.add(key)
+            try:
+                self._complete()
+            finally:
+                self._parts.completing.discard(key)
 
     def leave(self) -> None:
         """Append nothing more for now. What came stays."""
@@ -156,9 +174,12 @@ class Incoming:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         with self._parts.locks.held((self._tenant, self._part)):
-            if not self._is_current:
-                raise UploadSuperseded("another upload of the same file has begun")
+            self._check_current()
             yield
+
+    def _check_current(self) -> None:
+        if not self._is_current:
+            raise UploadSuperseded("another upload of the same file has begun")
 
     @property
     def _is_current(self) -> bool:

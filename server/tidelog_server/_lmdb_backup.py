@@ -145,7 +145,7 @@ def restore_store(
             identity, versions = _checked_copy(unfinished)
             with closing(LmdbStore(unfinished)) as store:
                 timeline = store.begin_timeline().timeline
-            copy_contents(backup, unfinished)
+            copy_contents(backup, unfinished, share=False)
             _sync_files(unfinished)
             _move_contents(unfinished, path)
             # Data without the mark of their format are no store: it is one from the last step on.

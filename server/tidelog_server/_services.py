@@ -483,8 +483,8 @@ class Services:
     async def _file_upload(
         self, files: FileService, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> bytes:
-        with self._admission.file_transfer():
-            response = await files.upload_file(peer, await self._callers.principal_of(context))
+        async with self._admitted_transfer(context) as principal:
+            response = await files.upload_file(peer, principal)
         return response.SerializeToString()
 
     async def _download_file(
@@ -496,8 +496,16 @@ class Services:
     async def _file_download(
         self, files: FileService, data: bytes, peer: Peer, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
+        async with self._admitted_transfer(context) as principal:
+            await files.download_file(data, peer, principal)
+
+    @asynccontextmanager
+    async def _admitted_transfer(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[Principal]:
+        """Let a transfer in, and find out whose it is."""
         with self._admission.file_transfer():
-            await files.download_file(data, peer, await self._callers.principal_of(context))
+            principal = await self._callers.principal_of(context)
+            with self._admission.file_transfer_of(principal):
+                yield principal
 
 
 # What the reader of a session hands to its writer: the results to come of a batch, an error, or the end.

@@ -16,9 +16,11 @@ import signal
 import socket
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -29,6 +31,7 @@ try:
 except ImportError:  # not on this system
     resource = None  # type: ignore[assignment]
 
+from tidelog._finding import Finding
 from tidelog._logging import get_logger
 from tidelog.cli import CommandFailed, ExitCode, checked_address, printable
 from tidelog.verify_command import add_verifier
@@ -73,7 +76,7 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
     failure_commands.register(app)
     backup_commands.register(app)
-    add_verifier(app, "data", verify_store)
+    add_verifier(app, "data", verify_store, with_contents=lambda url: partial(_verify_with_contents, url))
 
 
 def serve(
@@ -175,6 +178,9 @@ def serve(
     file_transfers_max: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Files on their way at once, up or down.")
     ] = LIMITS_DEFAULT.file_transfers,
+    file_transfers_per_user_max: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="The same, of one user. Without it: no other limit.")
+    ] = LIMITS_DEFAULT.file_transfers_per_user,
     sessions_max: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Sessions open at once; others are told to come again later.")
     ] = LIMITS_DEFAULT.sessions,
@@ -223,6 +229,7 @@ def serve(
         uploads=uploads_max,
         idle_seconds=session_idle_seconds,
         file_transfers=file_transfers_max,
+        file_transfers_per_user=file_transfers_per_user_max,
         file_bytes=file_bytes_max,
     )
     allow_open_files(limits.sessions + limits.file_transfers + OTHER_FILES)
@@ -304,6 +311,10 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < count:
         _log.warning("fewer files may be open than sessions need: raise the limit", allowed=allowed, needed=count)
+
+
+def _verify_with_contents(url: str, path: Path, *, counts: Counter[str]) -> Iterator[Finding]:
+    return verify_store(path, counts=counts, contents=_object_store(url))
 
 
 def _object_store(url: str) -> ObjectStoreContents:

@@ -154,7 +154,7 @@ def contents(path: Path) -> list[bytes]:
 
 class TestContents:
     def test_go_along(self, store: Path, folder: Path) -> None:
-        """A backup holds the contents of files, shared with the store where that is possible, but no parts."""
+        """A backup has the contents of files, shared with the store, but no parts; what is restored has its own."""
         DirectoryContents(store / "files").append(TENANT, "apart", 0, b"half of one")
 
         backup_store(store, folder / "backup")
@@ -164,6 +164,8 @@ class TestContents:
             assert contents(copy) == [PHOTO]
             assert list(verify_store(copy)) == []
             assert DirectoryContents(copy / "files").part_size(TENANT, "apart") == 0
+            (file,) = (one for one in (copy / "files").rglob("*") if one.is_file())
+            assert file.stat().st_nlink == (2 if copy.name == "backup" else 1)
 
     def test_where_files_cannot_share(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """On a file system that cannot give a file two names contents are copied."""

@@ -35,6 +35,7 @@ from tidelog_server import (
     StaticTokens,
     verify_store,
 )
+from tidelog_server._file_service import FILE_THREADS
 
 ANN: Final = "ann-token"
 BOB: Final = "bob-token"
@@ -333,9 +334,10 @@ class TestUploads:
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
         assert kept_files(world) == []
 
-    def test_too_many_at_once(self, folder: Path) -> None:
+    @pytest.mark.parametrize("limits", [{"file_transfers": 1}, {"file_transfers_per_user": 1}], ids=["all", "user"])
+    def test_too_many_at_once(self, folder: Path, limits: dict[str, int]) -> None:
         """Who finds no place is told when to come again, and comes in once one is free."""
-        with World(folder, limits=ServerLimits(file_transfers=1)) as world:
+        with World(folder, limits=ServerLimits(**limits)) as world:
             client = Client(world)
             sending = Sending(client, messages(PHOTO, until=FILE_CHUNK_BYTES))
             wait_for(lambda: world.server.load.file_transfers == 1)
@@ -351,6 +353,38 @@ class TestUploads:
             sending.result()
             wait_for(lambda: world.server.load.file_transfers == 0)
             client.upload(SMALL)
+
+    def test_that_are_being_stored(self, folder: Path) -> None:
+        """While contents are made of what came, however long that takes, everything else about files goes on."""
+        stored = threading.Event()
+
+        class Slow(DirectoryContents):
+            """Takes its time for a large content."""
+
+            def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
+                assert size < FILE_CHUNK_BYTES or stored.wait(30)
+                super().complete(tenant, part, sha256, size)
+
+        large = [bytes([number]) * FILE_CHUNK_BYTES for number in range(FILE_THREADS)]
+        with World(folder, contents=Slow(folder / "slow")) as world:
+            client = Client(world)
+            client.upload(SMALL)
+            client.create(photo=reference(SMALL))
+            sending = [Sending(client, messages(data)) for data in large]
+            try:
+                for one in sending:
+                    one.go_on([])
+                wait_for(lambda: client.stat(*large) == [(MISSING, FILE_CHUNK_BYTES)] * FILE_THREADS)
+                wait_for(lambda: len(world.server._files._parts.completing) == FILE_THREADS)
+                again = refused(lambda: client.upload(large[0], FILE_CHUNK_BYTES))
+                assert again == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY")
+                cut(client, messages(PHOTO, until=FILE_CHUNK_BYTES))
+                assert client.download(SMALL) == SMALL
+            finally:
+                stored.set()
+            for one in sending:
+                one.result()
+            assert client.stat(*large) == [(PRESENT, 0)] * FILE_THREADS
 
     def test_that_stand_still(self, folder: Path) -> None:
         """A client that sends nothing for too long loses its place, and keeps what it has sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Final, cast
 import grpc
 import pytest
 from tests.builders import World, quick_folder
-from tests.integration.test_cli import fail, serving
+from tests.integration.test_cli import fail, run, serving, succeed
 from tests.integration.test_file_service import (
     MISSING,
     PHOTO,
@@ -186,6 +187,14 @@ class TestCommand:
 
         assert len(bucket.objects()) == 1
         assert not (folder / "data" / "files").exists()
+
+        succeed("verify", "--data", "data", "--contents", bucket.url, cwd=folder)
+        contents = ObjectStoreContents(bucket.url, **bucket.options)
+        contents.delete("default", hashlib.sha256(PHOTO).digest())
+        succeed("verify", "--data", "data", cwd=folder)
+        found = run("verify", "--data", "data", "--contents", bucket.url, cwd=folder)
+        assert found.returncode == ExitCode.STORAGE
+        assert "content_lost" in found.stdout
 
     @pytest.mark.parametrize(
         ("url", "code", "message"),
