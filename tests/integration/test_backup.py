@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from tidelog_server import (
 from tidelog_server._content_backup import copy_contents
 from tidelog_server._files import Files
 from tidelog_server._records import Change
+from tidelog_server._retention import Periods, Retention
 
 pytestmark = pytest.mark.slow
 
@@ -195,7 +197,9 @@ class TestContents:
         unneeded = files.add(TENANT, io.BytesIO(b"nobody needs this"))
 
         def collecting(source: Path, target: Path) -> int:
-            assert files.collect(TENANT, unneeded.sha256, TIME_US + 1) == 1
+            never = timedelta.max
+            Retention(opened, Periods(never, never, never, timedelta(0)), lambda: TIME_US + 1, files).collect()
+            assert files.contents.size(TENANT, unneeded.sha256) is None
             return copy_contents(source, target)
 
         with monkeypatch.context() as patched:
