@@ -8,12 +8,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 from rich.console import Console
 
 from benchmarks import machine, tables
+from benchmarks.files import measure_file
 from benchmarks.load import measure_pings, measure_situations, measure_storm
 from benchmarks.measurements import Pair, measure
 from benchmarks.narrow import measure_narrow
@@ -147,6 +148,21 @@ def run_resume(
     if measured.states[0] != measured.states[1]:
         _progress.print("the replicas do not show the same")
         raise typer.Exit(1)
+
+
+@app.command("file")
+def run_file(
+    way: Annotated[Literal["up", "down"], typer.Option(help="Which way it goes.")] = "up",
+    megabytes: Annotated[int, typer.Option(min=1, help="How large it is.")] = 200,
+    kbit: Annotated[int, typer.Option(min=100, help="How many kbit the path takes in a second.")] = 1_000,
+    cuts: Annotated[int, typer.Option(min=0, help="How often the path is cut.")] = 5,
+    folder: Folder = None,
+) -> None:
+    """Measure what a large file costs on a slow path that is cut, and how long small objects take beside it."""
+    console = Console(width=TABLE_WIDTH)
+    tables.show_machine(console, machine.describe(folder or Path(tempfile.gettempdir())))
+    size = megabytes * 1_000_000
+    tables.show_file(console, measure_file(way, size, bytes_per_second=kbit * 125, cuts=cuts, folder=folder))
 
 
 def _sizes(text: str) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.children import Usage
+from benchmarks.files import Travelled
 from benchmarks.load import Situation, Storm
 from benchmarks.narrow import Narrow
 from benchmarks.resume import Resumed
@@ -100,6 +102,24 @@ def show_resumed(console: Console, measured: Resumed) -> None:
         resumed,
     )
     _print(console, f"an initial download of {measured.objects:,} objects", table)
+
+
+def show_file(console: Console, measured: Travelled) -> None:
+    """Print what a large file cost on its way."""
+    table = _table(
+        "way", "cuts", "bytes on the path", "ratio", "time", "own memory", "objects beside it", "their wait"
+    )
+    table.add_row(
+        measured.way,
+        str(measured.cuts),
+        f"{measured.path_bytes:,}",
+        f"{measured.path_bytes / measured.size:.4f}",
+        f"{measured.seconds:.0f} s",
+        f"{measured.own_bytes / 1e6:.1f} MB",
+        str(len(measured.waits)),
+        f"{median(measured.waits):.1f} s, {max(measured.waits):.1f} at the most",
+    )
+    _print(console, f"a file of {measured.size:,} bytes", table)
 
 
 def _print(console: Console, title: str, table: Table) -> None:

@@ -6,6 +6,7 @@ Everything has a default that fits most tests; a test names what it is about.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import secrets
@@ -34,9 +35,22 @@ from tidelog._schema import Schema
 from tidelog._values import decode_trusted, encode, equal
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
-from tidelog_server import Application, Authenticator, LmdbStore, Principal, Server, ServerLimits, TransientError
+from tidelog_server import (
+    Application,
+    Authenticator,
+    ContentStore,
+    DirectoryContents,
+    LmdbStore,
+    Principal,
+    Server,
+    ServerLimits,
+    Tenant,
+    TransientError,
+)
 from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
+from tidelog_server._file_records import content_record
+from tidelog_server._files import Files, Wanted
 from tidelog_server._indexes import Written, index_writes
 from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import ANONYMOUS
@@ -92,6 +106,79 @@ def references_schema(references: Mapping[str, Mapping[str, str | list[str]]], v
         version=version,
         open=True,
     )
+
+
+# --- files ----------------------------------------------------------------------
+
+
+def file_value(data: bytes, name: str = "photo.jpg", **others: Any) -> dict[str, Any]:
+    """Return the value of an attribute that refers to a content."""
+    return {
+        "name": name,
+        "size": len(data),
+        "media_type": "image/jpeg",
+        "sha256": hashlib.sha256(data).digest(),
+        **others,
+    }
+
+
+class Cabinet:
+    """
+    The files of a lab, in a directory, with a clock of their own.
+
+    Attributes:
+        files: They.
+        time_us: What the clock shows.
+    """
+
+    def __init__(self, lab: Lab, path: Path) -> None:
+        self.lab = lab
+        self.time_us = TIME_US
+        self.contents = DirectoryContents(path)
+        self.files = Files(lab.application, lab.store, self.contents, lambda: self.time_us)
+        self.files.note_timeline()
+
+    def upload(self, data: bytes, principal: Principal | None = None) -> dict[str, Any]:
+        """Upload a content, and return the value that refers to it."""
+        incoming = self.files.begin_upload(principal or USER, wanted(data), 0)
+        if data:
+            incoming.append(data)
+        incoming.complete()
+        incoming.leave()
+        return file_value(data)
+
+    def has(self, data: bytes) -> bool:
+        """Tell whether a content is there; fail if the store of contents and the record differ."""
+        sha256 = hashlib.sha256(data).digest()
+        with self.lab.store.read(TENANT) as reader:
+            record = content_record(sha256, reader.index)
+        size = self.contents.size(TENANT, sha256)
+        assert (None if record is None else record.size) == size
+        return record is not None
+
+    def tenant(self, principal: Principal | None = None) -> Tenant:
+        """Return the tenant's data, for a service."""
+        return Tenant(self.lab.application, self.lab.store, TENANT, principal, lambda: self.time_us, self.files)
+
+    def entries(self, prefix: bytes) -> list[bytes]:
+        """Return the keys of the table of indexes that start with a prefix."""
+        with self.lab.store.read(TENANT) as reader:
+            return [key for key, _ in reader.index_range(prefix, b"", 1_000)]
+
+    def collect(self, grace: timedelta = timedelta(days=1)) -> int:
+        """Collect what nothing refers to; return how many contents went."""
+        never = timedelta(days=100_000)
+        retention = Retention(self.lab.store, Periods(never, never, never, grace), lambda: self.time_us, self.files)
+        return retention.collect().contents
+
+    def wait(self, period: timedelta) -> None:
+        """Let time pass."""
+        self.time_us += period // timedelta(microseconds=1)
+
+
+def wanted(data: bytes) -> Wanted:
+    """Name a content."""
+    return Wanted(hashlib.sha256(data).digest(), len(data))
 
 
 # --- operations -----------------------------------------------------------------
@@ -440,8 +527,8 @@ class Session:
     state: UploadState = field(default_factory=UploadState)
     time_us: int = TIME_US
 
-    def batch(self, *operations: bytes) -> list[Result]:
-        """Evaluate a batch, write what comes of it, return the results."""
+    def batch(self, *operations: bytes, lost: Iterable[bytes] = ()) -> list[Result]:
+        """Evaluate a batch, write what comes of it, return the results; *lost* are contents of files."""
         return self._run(
             lambda reader: evaluate_batch(
                 operations,
@@ -450,6 +537,7 @@ class Session:
                 reader=reader,
                 state=self.state,
                 time_us=self.time_us,
+                lost_contents=lost,
             )
         )
 
@@ -465,9 +553,9 @@ class Session:
             )
         )
 
-    def settle(self, *operations: bytes) -> list[Result]:
+    def settle(self, *operations: bytes, lost: Iterable[bytes] = ()) -> list[Result]:
         """Upload a batch and end the upload; return the final results in order."""
-        results = self.batch(*operations)
+        results = self.batch(*operations, lost=lost)
         final = iter(self.held())
         return [next(final) if result.status == Status.HELD else result for result in results]
 
@@ -711,12 +799,14 @@ class World:
         *,
         authenticator: Authenticator | None = None,
         limits: ServerLimits | None = None,
+        contents: ContentStore | None = None,
     ) -> None:
         self.folder = folder
         self.store = LmdbStore(folder / "server")
         self.lab = Lab(application or Application(), self.store)
         self._authenticator = authenticator
         self._limits = limits
+        self._contents = contents
         self.server = self.made_server()
         self._open = ExitStack()
 
@@ -750,6 +840,7 @@ class World:
             listen=listen,
             authenticator=self._authenticator,
             limits=self._limits,
+            contents=self._contents,
             history_retention=timedelta.max,
             replica_retention=timedelta.max,
         )

@@ -28,6 +28,7 @@ from tidelog._entity import Entity, EntityReference, Rename
 from tidelog._errors import (
     DiskFull,
     DownloadRefused,
+    FileUnavailable,
     ForeignServer,
     FormatUnsupported,
     InheritedEnvironment,
@@ -82,6 +83,7 @@ __all__ = [
     "Enumeration",
     "FailureReason",
     "File",
+    "FileUnavailable",
     "Finding",
     "FindingKind",
     "Float",

@@ -92,14 +92,30 @@ class ContentDirectory:
         """Return a part of a content that comes in pieces; *name* is that of a file."""
         return Part(self.path / _INCOMING / name, self._adopt)
 
-    def renew(self, sha256: bytes) -> bool:
-        """Make a content as young as if it had just come; tell whether it is there."""
+    def find(self, sha256: bytes) -> Content | None:
+        """Return what is known of a content, or None if it is not there."""
         with _storage_errors(self.path):
             try:
-                os.utime(self._path(sha256))
+                found = self._path(sha256).stat()
+            except FileNotFoundError:
+                return None
+        return Content(sha256, found.st_size, found.st_mtime)
+
+    def renew(self, sha256: bytes, at: float | None = None) -> bool:
+        """Make a content as young as if it had just come, or had come at another time; tell whether it is there."""
+        with _storage_errors(self.path):
+            try:
+                os.utime(self._path(sha256), None if at is None else (at, at))
             except FileNotFoundError:
                 return False
         return True
+
+    def move_out(self, sha256: bytes, target: Path) -> None:
+        """Move a content to a file outside, in a directory that is made if need be; nothing if it is not there."""
+        with _storage_errors(self.path), suppress(FileNotFoundError):
+            if self.size(sha256) is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._path(sha256).replace(target)
 
     def delete(self, sha256: bytes) -> None:
         """Delete a content, if it is there. Who has it open can read on."""
@@ -123,7 +139,7 @@ class ContentDirectory:
             for entry in _files(self.path / _INCOMING, depth=0):
                 with suppress(FileNotFoundError):
                     if entry.stat().st_mtime < before:
-                        Path(entry.path).unlink()
+                        entry.unlink()
                         count += 1
         return count
 
@@ -132,24 +148,24 @@ class ContentDirectory:
         return self.path / name[:2] / name[2:4] / name
 
     def _adopt(self, path: Path, content: Content) -> None:
-        """Move a file, which is on disk, to where its content belongs."""
+        """Move a file that is on disk to its place, instead of what is there: it may be damaged."""
         target = self._path(content.sha256)
-        if self.size(content.sha256) == content.size and self.renew(content.sha256):
-            path.unlink(missing_ok=True)
-            return
-        for directory in (target.parent.parent, target.parent):
-            if not directory.exists():
-                directory.mkdir(parents=True, exist_ok=True)
-                _sync_directory(directory.parent)
+        _make_durably(target.parent)
+        os.utime(path)  # it is young, however long ago its last byte came
         path.replace(target)
         _sync_directory(target.parent)
 
 
 class Part:
-    """A content on its way, which may go on after a crash. One may append at a time."""
+    """
+    A content on its way, which may go on after a crash. One may append at a time.
+
+    Attributes:
+        path: Its file.
+    """
 
     def __init__(self, path: Path, adopt: Callable[[Path, Content], None]) -> None:
-        self._path = path
+        self.path = path
         self._adopt = adopt
         self._file: BinaryIO | None = None
 
@@ -158,18 +174,18 @@ class Part:
         """How many bytes have come."""
         if self._file is not None:
             return self._file.tell()
-        with _storage_errors(self._path):
+        with _storage_errors(self.path):
             try:
-                return self._path.stat().st_size
+                return self.path.stat().st_size
             except FileNotFoundError:
                 return 0
 
     def append(self, data: bytes) -> None:
         """Append bytes."""
-        with _storage_errors(self._path):
+        with _storage_errors(self.path):
             if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("ab", buffering=0)
+                _make_durably(self.path.parent)
+                self._file = self.path.open("ab", buffering=0)
             view = memoryview(data)
             while view:  # a write of a file may take less than all
                 view = view[self._file.write(view) or 0 :]
@@ -193,8 +209,8 @@ class Part:
         """
         self.append(b"")  # an empty content has a file too
         self.close()
-        with _storage_errors(self._path):
-            with self._path.open("rb") as file:
+        with _storage_errors(self.path):
+            with self.path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
                 os.fsync(file.fileno())
                 found = os.fstat(file.fileno())
@@ -202,14 +218,14 @@ class Part:
                 self.discard()
                 raise ContentCorrupt(f"{found.st_size} bytes with the SHA-256 {digest.hex()}")
             content = Content(digest, found.st_size, found.st_mtime)
-            self._adopt(self._path, content)
+            self._adopt(self.path, content)
         return content
 
     def discard(self) -> None:
         """Delete what has come."""
         self.close()
-        with _storage_errors(self._path):
-            self._path.unlink(missing_ok=True)
+        with _storage_errors(self.path):
+            self.path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -222,17 +238,25 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror or error}") from error
 
 
-def _files(path: Path, *, depth: int) -> Iterator[os.DirEntry[str]]:
+def _files(path: Path, *, depth: int) -> Iterator[Path]:
+    # Not `scandir`: an interrupt may leave it open.
     try:
-        entries = os.scandir(path)
+        names = os.listdir(path)  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
         return
-    with entries:
-        for entry in entries:
-            if depth and entry.is_dir() and entry.name != _INCOMING:
-                yield from _files(Path(entry.path), depth=depth - 1)
-            elif not depth and entry.is_file():
-                yield entry
+    for name in names:
+        if depth and name != _INCOMING:
+            yield from _files(path / name, depth=depth - 1)
+        elif not depth and (path / name).is_file():
+            yield path / name
+
+
+def _make_durably(path: Path) -> None:
+    """Make a directory, and those above it that are missing, so that they outlast a loss of power."""
+    if not path.exists():
+        _make_durably(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

@@ -17,6 +17,7 @@ What tidelog raises.
     - StoreInUse                 another server process has the store open
     - TargetExists               what was to be made is there already; nothing was changed
     - InheritedEnvironment       opened before a fork, used after it; open again in the child
+  + FileUnavailable              the content of a file is not here, and cannot be had now
   + ResourceClosed               you closed it
   + SynchronizationError         synchronize_*() did not complete; nothing is lost, call again
     - SynchronizationInProgress  another one of this replica is running
@@ -143,6 +144,25 @@ class ObjectExists(_ObjectError):
 
     def __init__(self, *, entity: str, id: str) -> None:  # noqa: A002
         super().__init__(f"{entity} {id!r} exists already: update it, or choose another id", entity=entity, id=id)
+
+
+class FileUnavailable(TidelogError):
+    """
+    The content of a file is not here, and cannot be had now.
+
+    Attributes:
+        entity: Type of the object.
+        id: Its id.
+        attribute: The attribute that refers to the content.
+        reason: Why, for people.
+    """
+
+    def __init__(self, *, entity: str, id: str, attribute: str, reason: str) -> None:  # noqa: A002
+        super().__init__(f"the content of {attribute!r} of {entity} {id!r} is not here: {reason}")
+        self.entity = entity
+        self.id = id
+        self.attribute = attribute
+        self.reason = reason
 
 
 class StorageError(TidelogError):

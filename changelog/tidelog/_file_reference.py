@@ -13,8 +13,10 @@ from typing import Any, Final, NamedTuple, Self
 from tidelog._value_check import file_rule
 from tidelog._values import decode_trusted
 
-# No encoding of a file reference is without it.
+# No encoding of a file reference is without its field's name, nor without one of the bytes that 32 bytes begin with.
+# Single bytes are looked for ten times as fast.
 _MARK: Final = b"sha256"
+_BIN8, _BIN16, _BIN32 = 0xC4, 0xC5, 0xC6
 
 
 class FileReference(NamedTuple):
@@ -54,9 +56,9 @@ def file_references(attributes: Mapping[str, Any]) -> Iterator[tuple[str, FileRe
 
 def may_refer_to_files(encoded: bytes) -> bool:
     """Tell from encoded attributes, or an operation, whether it is worth decoding them to look for references."""
-    return _MARK in encoded
+    return (_BIN8 in encoded or _BIN16 in encoded or _BIN32 in encoded) and _MARK in encoded
 
 
 def encoded_file_references(encoded: bytes) -> dict[str, FileReference]:
     """Return the file references in encoded attributes, by attribute."""
-    return dict(file_references(decode_trusted(encoded))) if _MARK in encoded else {}
+    return dict(file_references(decode_trusted(encoded))) if may_refer_to_files(encoded) else {}

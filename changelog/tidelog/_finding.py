@@ -24,6 +24,9 @@ class FindingKind(enum.StrEnum):
         SETTLED_WRONG: What became of an operation contradicts the change log, the failures or its replica.
         FAILURE_WRONG: A failure does not point to what it is about, or nothing points to it.
         REFUSED_WRONG: A refused creation does not point to its failure.
+        FILE_REFERENCE_WRONG: An object refers to a content that is not on record, or is of another size.
+        CONTENT_LOST: A content that is on record is not there.
+        CONTENT_DAMAGED: A content has another length or hash than it should.
         LOG_DAMAGED: An operation in the log fails its check sum.
         LOG_GAP: The operation log has a gap, or another end than the replica remembers.
         PENDING_WRONG: What is noted of a pending operation is not what the log holds.
@@ -48,6 +51,9 @@ class FindingKind(enum.StrEnum):
     SETTLED_WRONG = "settled_wrong"
     FAILURE_WRONG = "failure_wrong"
     REFUSED_WRONG = "refused_wrong"
+    FILE_REFERENCE_WRONG = "file_reference_wrong"
+    CONTENT_LOST = "content_lost"
+    CONTENT_DAMAGED = "content_damaged"
     LOG_DAMAGED = "log_damaged"
     LOG_GAP = "log_gap"
     PENDING_WRONG = "pending_wrong"

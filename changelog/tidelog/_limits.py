@@ -61,3 +61,5 @@ FILE_CHUNK_BYTES: Final = 256 * 1024
 # How many contents are asked about at once.
 FILES_STAT_MAX: Final = 1_000
 FILE_NAME_BYTES_MAX: Final = 255
+# What a server takes unless it is told otherwise.
+FILE_BYTES_MAX_DEFAULT: Final = 2 * 1024 * 1024 * 1024

@@ -31,6 +31,7 @@ from typer.main import get_command
 
 from tidelog._address import check_address
 from tidelog._errors import (
+    FileUnavailable,
     InvalidValue,
     NotConfigured,
     ObjectNotFound,
@@ -68,7 +69,8 @@ class ExitCode(enum.IntEnum):
 _EPILOG: Final = (
     "Exit codes: 0 done; 1 done, but operations were refused (sync, failures retry), or there is no such object "
     "(get) or failure; "
-    "2 wrong usage; 3 the server is unavailable, or the address to serve at is taken: try again; "
+    "2 wrong usage; 3 the server, or the content of a file, is unavailable, or the address to serve at is taken: "
+    "try again; "
     "4 another synchronization of the replica is running: try again; 5 storage problem; "
     "6 the server refuses for another reason."
 )
@@ -78,6 +80,7 @@ _EXIT_CODES: Final[tuple[tuple[type[Exception], ExitCode], ...]] = (
     (ObjectNotFound, ExitCode.REJECTED),
     (NotConfigured, ExitCode.USAGE),
     (ServerUnavailable, ExitCode.UNAVAILABLE),
+    (FileUnavailable, ExitCode.UNAVAILABLE),
     (SynchronizationInProgress, ExitCode.IN_PROGRESS),
     (SynchronizationError, ExitCode.REFUSED),
     (StorageError, ExitCode.STORAGE),

@@ -42,13 +42,25 @@ class Verifier(Protocol):
 # Takes damaged operations out of a directory; returns the files with what is left of them, by their positions.
 SetAside = Callable[[Path], Mapping[int, Path]]
 
+# Returns a verifier that also looks at the contents of files which lie in an object store, by its URL.
+WithContents = Callable[[str], Verifier]
+
 _verifiers: dict[str, Verifier] = {}
+_with_contents: dict[str, WithContents] = {}
 _ways_out: dict[str, SetAside] = {}
 
 
-def add_verifier(app: typer.Typer, option: str, verifier: Verifier, set_aside: SetAside | None = None) -> None:
+def add_verifier(
+    app: typer.Typer,
+    option: str,
+    verifier: Verifier,
+    set_aside: SetAside | None = None,
+    with_contents: WithContents | None = None,
+) -> None:
     """Let `tidelog verify` look into what an option names, "data" or "replica", and set aside what is damaged."""
     _verifiers[option] = verifier
+    if with_contents is not None:
+        _with_contents[option] = with_contents
     if set_aside is not None:
         _ways_out[option] = set_aside
     if not any(command.callback is verify for command in app.registered_commands):
@@ -59,6 +71,13 @@ def verify(
     *,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory of a server's data, or a backup.")
+    ] = None,
+    contents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The object store with the server's contents of files, if it is given one: they are looked at too.",
+        ),
     ] = None,
     replica: Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of a replica.")] = None,
     set_aside: Annotated[
@@ -90,8 +109,13 @@ def verify(
                 print_json({"set_aside": seq, "file": str(file)})
             else:
                 print(f"set aside operation {seq}: {file}")
+    verifier = _verifiers[option]
+    if contents is not None:
+        if option not in _with_contents:
+            raise typer.BadParameter("only a server's contents lie in an object store", param_hint="--contents")
+        verifier = _with_contents[option](contents)
     counts: Counter[str] = Counter()
-    findings = _counted(_apart(_verifiers[option], path, counts), counts)
+    findings = _counted(_apart(verifier, path, counts), counts)
     if json_:
         for finding in findings:
             print_json(asdict(finding))

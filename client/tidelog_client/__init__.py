@@ -6,6 +6,8 @@ Open a `Replica`.
 
 from tidelog._channel import ClientTls
 from tidelog_client._commit import Transaction
+from tidelog_client._file_wishes import FileDownload, FileMode
+from tidelog_client._files import FileState
 from tidelog_client._object import Object
 from tidelog_client._replica import LoggedOperation, Replica
 from tidelog_client._report import Failures, Phase, Progress, Report, Skipped, SkipReason
@@ -14,6 +16,9 @@ from tidelog_client._set_aside import SetAside
 __all__ = [
     "ClientTls",
     "Failures",
+    "FileDownload",
+    "FileMode",
+    "FileState",
     "LoggedOperation",
     "Object",
     "Phase",

@@ -27,6 +27,7 @@ from tidelog._errors import (
     ObjectNotFound,
     ResourceClosed,
 )
+from tidelog._file_reference import may_refer_to_files
 from tidelog._keys import pack_object_key
 from tidelog._limits import (
     GROUP_BYTES_MAX,
@@ -35,9 +36,10 @@ from tidelog._limits import (
     OPERATION_BYTES_MAX,
 )
 from tidelog._operation import CommitGroup, Operation, OperationKind
-from tidelog._patch import Patch, encoded_attributes, patch_of
+from tidelog._patch import Patch, check_attribute_name, encoded_attributes, patch_of
 from tidelog._schema import Schema
 from tidelog._values import Attributes, check_id, check_name, decode_trusted, encode
+from tidelog_client._attachment import FileSource, stored_file
 from tidelog_client._storage import Storage
 from tidelog_client._view import ViewRecord
 
@@ -199,6 +201,8 @@ class _Builder:
             key = pack_object_key(intent.entity, intent.id)
             before, now = self._view(key)
             after = _after(intent, now, self._schema)
+            if may_refer_to_files(intent.encoded):
+                self._storage.files.check_references(intent.patch.set)
             self._views[key] = (before, after)
             base_version = intent.base_version
             if base_version is None:
@@ -354,6 +358,38 @@ class Transaction:
             ValidationFailed: The schema has no such entity.
         """
         self._add(OperationKind.DELETE, entity, id, Patch())
+
+    def attach(
+        self,
+        entity: str,
+        id: str,  # noqa: A002
+        attribute: str,
+        source: FileSource,
+        *,
+        name: str | None = None,
+        media_type: str | None = None,
+    ) -> None:
+        """
+        Let an attribute of an object be a file. Its content is on disk when this returns.
+
+        Args:
+            entity: Type of the object.
+            id: Its id.
+            attribute: The attribute.
+            source: A path, the bytes themselves, or a binary stream, read to its end.
+            name: What the file is called. None: the path's name, else the attribute's.
+            media_type: What it holds, such as "image/jpeg". None: what its name suggests.
+
+        Raises:
+            ObjectNotFound, ValidationFailed: As for `update`.
+            InvalidValue: The file cannot be read, or its name not be stored.
+            DiskFull, StorageError: It cannot be stored.
+        """
+        if self._view(entity, id) is None:
+            raise ObjectNotFound(entity=entity, id=id)
+        check_attribute_name(attribute)
+        value = stored_file(self._storage.files, source, name=name, media_type=media_type, default_name=attribute)
+        self.update(entity, id, {attribute: value})
 
     def get(self, entity: str, id: str) -> Attributes | None:  # noqa: A002
         """Return the attributes of an object as this transaction would leave it, or None."""

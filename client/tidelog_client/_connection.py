@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import queue
 import traceback
+import weakref
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import grpc
-from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
-from grpc_status import rpc_status
 
 from tidelog._address import host_of, is_loopback
 from tidelog._channel import (
@@ -22,74 +20,18 @@ from tidelog._channel import (
     check_token,
     close_aside,
 )
-from tidelog._errors import (
-    DownloadRefused,
-    PermissionRefused,
-    ProtocolUnsupported,
-    ProtocolViolated,
-    ReplicaForked,
-    ReplicaRetired,
-    ResourceClosed,
-    ServerUnavailable,
-    SynchronizationError,
-    TokenUnavailable,
-    Unauthenticated,
-)
+from tidelog._errors import ResourceClosed, TokenUnavailable
 from tidelog._logging import get_logger
+from tidelog_client._call_errors import error_of
+from tidelog_client._file_calls import FileCalls
+from tidelog_client._file_channel import FileChannel
+from tidelog_client._workers import Workers, WorkRunner
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
-
-# What a repetition may mend. Everything else is told to the caller at once.
-_TRANSIENT: Final = frozenset(
-    (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.CANCELLED,
-    )
-)
-
-# The reason decides; where the server gave none, the status code.
-_BY_REASON: Final[dict[str, type[SynchronizationError]]] = {
-    "PROTOCOL_VERSION_UNSUPPORTED": ProtocolUnsupported,
-    "REPLICA_FORKED": ReplicaForked,
-    "REPLICA_RETIRED": ReplicaRetired,
-    "REPLICA_OWNED": PermissionRefused,
-    "CONSTRAINT_INVALID": DownloadRefused,
-    "REQUEST_INVALID": ProtocolViolated,
-    "OPERATIONS_OUT_OF_ORDER": ProtocolViolated,
-}
-_BY_CODE: Final[dict[grpc.StatusCode, type[SynchronizationError]]] = {
-    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionRefused,
-    grpc.StatusCode.UNIMPLEMENTED: ProtocolUnsupported,
-    grpc.StatusCode.INVALID_ARGUMENT: ProtocolViolated,
-}
-
-# What no repetition mends, though gRPC calls it unavailable. Only its text tells.
-_HANDSHAKE_FAILURES: Final = (
-    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate cannot be verified"),
-    ("Hostname Verification Check failed", "the server's certificate is for another name"),
-    ("WRONG_VERSION_NUMBER", "the server does not speak TLS"),
-)
 
 _log = get_logger("tidelog.connection")
 
 TokenSource: TypeAlias = str | Callable[[], str] | None
-
-
-class Transient(Exception):
-    """
-    The call failed in a way that a repetition may mend.
-
-    Attributes:
-        retry_after_seconds: When to repeat it, as the server says. None: it says nothing.
-    """
-
-    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
 
 
 class Connection:
@@ -118,6 +60,7 @@ class Connection:
         # Also where an interrupt was in the way of everything that would mend it.
         self._is_in_use = False
         self._is_closed = False
+        self._file_channels: weakref.WeakSet[FileChannel] = weakref.WeakSet()
         if token is not None and tls is None and not is_loopback(host_of(address)):
             _log.warning("a token is sent without TLS: whoever is on the way can read it", address=address)
 
@@ -166,6 +109,23 @@ class Connection:
             traceback.clear_frames(error.__traceback__)
             raise
 
+    def files(self, timeout: float | None) -> FileCalls:
+        """
+        Return calls for contents, on a channel of their own; *timeout* in seconds bounds each. Close them in the end.
+
+        Raises:
+            ResourceClosed: The connection was closed.
+        """
+        calls = FileChannel(self.address, self._open, timeout)
+        self._file_channels.add(calls)
+        if self._is_closed:
+            raise ResourceClosed("the connection is closed")
+        return calls
+
+    def workers(self, count_max: int) -> WorkRunner:
+        """Return what makes such calls."""
+        return Workers(count_max)
+
     def release_channel(self) -> None:
         """Let the channel be used for the next stream."""
         self._is_in_use = False
@@ -183,6 +143,8 @@ class Connection:
         channel = self._channel
         if channel is not None:
             close_aside(channel).acquire(timeout=CLOSE_SECONDS_MAX)
+        for calls in list(self._file_channels):
+            calls.close()
 
 
 class Stream:
@@ -236,33 +198,3 @@ class Stream:
             self._connection.abandon_channel(self._call)
             raise
         self._connection.release_channel()
-
-
-def error_of(error: grpc.RpcError, address: str) -> Transient | SynchronizationError:
-    """Return what a failed call means for the caller."""
-    code, message = error.code(), error.details() or ""
-    info, retry = _details(error)
-    for mark, meaning in _HANDSHAKE_FAILURES:
-        if code is grpc.StatusCode.UNAVAILABLE and mark in message:
-            return ServerUnavailable(f"{address}: {meaning}; nothing was exchanged ({message})")
-    if "failed to connect" in message and "Socket closed" in message:
-        message += " (while connecting: does the server expect TLS, or a client certificate?)"
-    if code in _TRANSIENT:
-        delay = retry.retry_delay
-        # A pause that is none is passed over.
-        retry_after = max(0.0, delay.seconds + delay.nanos / 1e9) if retry.HasField("retry_delay") else None
-        return Transient(f"{address}: {message}", retry_after_seconds=retry_after)
-    kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code, ServerUnavailable)
-    return kind(f"{address}: {message}" + (f" ({info.reason})" if info.reason else ""))
-
-
-def _details(error: grpc.RpcError) -> tuple[ErrorInfo, RetryInfo]:
-    """Return what an error says to programs; empty messages where it says nothing."""
-    info, retry = ErrorInfo(), RetryInfo()
-    try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call
-        for detail in status.details if status is not None else ():
-            _ = detail.Unpack(info) or detail.Unpack(retry)
-    except (ValueError, AttributeError, DecodeError):
-        pass  # details that cannot be read tell nothing
-    return info, retry

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tidelog._errors import ObjectNotFound, ResourceClosed
+from tidelog._file_reference import FileReference
 from tidelog._keys import pack_object_key
 from tidelog._operation import OperationKind
 from tidelog._patch import Patch, check_attribute_name
 from tidelog._values import Attributes, check, copied, decode_trusted
 from tidelog_client._commit import Committer, checked_intent
+from tidelog_client._files import FileState
 
 if TYPE_CHECKING:
     from tidelog_client._storage import Storage
@@ -154,6 +156,16 @@ class Object:
             raise ObjectNotFound(entity=self.entity, id=self.id, unsaved=self.uncommitted) from None
         self._new = False
         self._forget_changes()
+
+    def file_state(self, attribute: str) -> FileState | None:
+        """
+        Tell how the content of a file stands; None if the attribute is no file.
+
+        Raises:
+            ObjectNotFound: The object was removed.
+        """
+        reference = FileReference.of(self._merged().get(attribute))
+        return None if reference is None else self._storage.files.state(reference)
 
     def rollback(self) -> None:
         """Drop the uncommitted changes. A new object becomes empty."""

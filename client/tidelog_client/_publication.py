@@ -270,6 +270,9 @@ class Publication:
             if one.version > cursor_version or one.outside_projection
         ]
         newer += [pack_object_key(one.entity, one.id) for one in page.confirmations if one.version > cursor_version]
+        if not self._meta.get(transaction, "cursor"):
+            # Nor does the server know then that it must not confirm them, if they are wanted again.
+            newer += [pack_object_key(one.entity, one.id) for one in page.removals]
         publisher = self._publisher(transaction, _MERGE)
         counts = publisher.apply(page)
         publisher.check()

@@ -9,7 +9,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, BinaryIO, Final, Literal, NamedTuple, Self, TypeAlias
 
 import uuid_utils
 
@@ -18,8 +18,16 @@ from tidelog._channel import ClientTls
 from tidelog._constraints import Constraint, Where, attribute, constraint_of
 from tidelog._downloads import Download, DownloadMode, DownloadWish, downloads_of
 from tidelog._environment import MAP_BYTES_DEFAULT
-from tidelog._errors import InvalidValue, LimitExceeded, StorageError, SynchronizationError
+from tidelog._errors import (
+    FileUnavailable,
+    InvalidValue,
+    LimitExceeded,
+    ObjectNotFound,
+    StorageError,
+    SynchronizationError,
+)
 from tidelog._failure import SynchronizationFailure
+from tidelog._file_reference import FileReference
 from tidelog._finding import Finding
 from tidelog._limits import MESSAGE_BYTES_MAX, SELECTION_OBJECTS_MAX
 from tidelog._logging import get_logger
@@ -28,8 +36,11 @@ from tidelog._patch import Patch
 from tidelog._schema import Schema
 from tidelog._values import Attributes, check_id, check_name, decode_trusted, sort_key
 from tidelog.v1 import schema_pb2
+from tidelog_client._attachment import FileSource, stored_file
 from tidelog_client._commit import Committer, Transaction
 from tidelog_client._connection import Connection, TokenSource
+from tidelog_client._file_wishes import FileMode, FileWish, FileWishes
+from tidelog_client._files import FileState
 from tidelog_client._object import Object
 from tidelog_client._report import Failures, OnProgress, Report
 from tidelog_client._selection import Selection, select
@@ -92,6 +103,8 @@ class Replica:
             where that is less than the server offers: a `DownloadMode` or its name, or a
             constraint on the objects it wants. It may want something else each time it is
             opened: objects come and go accordingly at the next `synchronize_all`.
+        files: Which contents of files the replica downloads, by entity: with the objects ("eager"), when they are
+            opened ("lazy") or "never", or a `FileDownload`, which can limit their size. Without a word, all are.
         durability: "full": each commit waits until it is on disk. "relaxed": it skips
             the last of two syncs, and a power cut may take the newest commits, never
             order or integrity.
@@ -101,7 +114,7 @@ class Replica:
         map_bytes: Address space for the data at first; it grows by itself.
 
     Raises:
-        InvalidValue: *server*, *durability* or *download* is none, no header can carry
+        InvalidValue: *server*, *durability*, *download* or *files* is none, no header can carry
             *token*, or a file of *tls* is not what it should be.
         InvalidConstraint: A constraint in *download* makes no sense, or does not fit *schema*.
         LimitExceeded: *download* is larger than any server would take.
@@ -118,6 +131,7 @@ class Replica:
         tls: ClientTls | bool = False,
         schema: Schema | None = None,
         download: Mapping[str, DownloadWish] | None = None,
+        files: Mapping[str, FileWish] | None = None,
         durability: Durability = "full",
         log_retention: timedelta = LOG_RETENTION_DEFAULT,
         log_retention_bytes: int = LOG_RETENTION_BYTES_DEFAULT,
@@ -126,6 +140,7 @@ class Replica:
         if durability not in ("full", "relaxed"):
             raise InvalidValue(f"durability is 'full' or 'relaxed', got {durability!r}")
         downloads = _checked_downloads(download or {}, schema)
+        self._file_wishes = FileWishes(files or {})
         connection = None
         if server is not None:
             tls_used = ClientTls() if tls is True else tls or None
@@ -138,7 +153,7 @@ class Replica:
         schema_version = schema.version if schema is not None else 0
         never = [entity for entity, one in downloads.items() if one.mode is DownloadMode.NEVER]
         self._committer = Committer(self._storage, schema, never)
-        self._synchronizer = Synchronizer(self._storage, connection, schema_version, downloads)
+        self._synchronizer = Synchronizer(self._storage, connection, schema_version, downloads, self._file_wishes)
 
     @property
     def replica_id(self) -> str:
@@ -212,6 +227,97 @@ class Replica:
             self._schema.check_patch(entity, patch, id_)
             patch = Patch(self._schema.with_defaults(entity, patch.set))
         return Object(self._storage, self._committer, entity, id_, new=patch.set)
+
+    # --- files ----------------------------------------------------------------
+
+    def attach(
+        self,
+        entity: str,
+        id: str,  # noqa: A002
+        attribute: str,
+        source: FileSource,
+        *,
+        name: str | None = None,
+        media_type: str | None = None,
+    ) -> None:
+        """Let an attribute of an object be a file, in a transaction of its own. See `Transaction.attach`."""
+        with self.transaction() as transaction:
+            transaction.attach(entity, id, attribute, source, name=name, media_type=media_type)
+
+    def add_file(
+        self, source: FileSource, *, name: str | None = None, media_type: str | None = None
+    ) -> dict[str, Any]:
+        """
+        Store the content of a file, and return the value for an attribute that is to be the file.
+
+        Commit what uses the value within an hour: a content that nobody refers to is deleted.
+
+        Args:
+            source: A path, the bytes themselves, or a binary stream, read to its end.
+            name: What the file is called. None: the path's name, else "file".
+            media_type: What it holds, such as "image/jpeg". None: what its name suggests.
+
+        Raises:
+            InvalidValue: The file cannot be read, or its name not be stored.
+            DiskFull, StorageError: It cannot be stored.
+        """
+        return stored_file(self._storage.files, source, name=name, media_type=media_type, default_name="file")
+
+    def open_file(
+        self,
+        entity: str,
+        id: str,  # noqa: A002
+        attribute: str,
+        *,
+        timeout: float | None = None,
+    ) -> BinaryIO:
+        """
+        Open the content of a file to be read. One that is not here is downloaded now. Close it in the end.
+
+        Args:
+            entity: Type of the object.
+            id: Its id.
+            attribute: The attribute that is a file.
+            timeout: Seconds after which to give up the download. None: no limit while it gets ahead.
+
+        Raises:
+            ObjectNotFound: There is no such object.
+            InvalidValue: The attribute is no file.
+            FileUnavailable: Its content is not here, and cannot be had now.
+            TokenUnavailable: The token provider failed.
+        """
+        if timeout is not None and not timeout >= 0:
+            raise InvalidValue(f"a timeout of {timeout} seconds")
+        reference = self._file_reference(entity, id, attribute)
+        if reference is None:
+            raise InvalidValue(f"{attribute!r} of {entity} {id!r} is no file")
+        file = self._storage.files.open(reference)
+        if file is not None:
+            return file
+        if self._file_wishes.of(entity).mode is FileMode.NEVER:
+            reason: str | None = "this replica never downloads files of this entity"
+        else:
+            reason = self._synchronizer.fetch(reference, (entity, id), timeout=timeout)
+        file = self._storage.files.open(reference) if reason is None else None
+        if file is None:
+            raise FileUnavailable(entity=entity, id=id, attribute=attribute, reason=reason or "it was deleted again")
+        return file
+
+    def file_state(self, entity: str, id: str, attribute: str) -> FileState | None:  # noqa: A002
+        """
+        Tell how the content of a file stands; None if the attribute is no file.
+
+        Raises:
+            ObjectNotFound: There is no such object.
+        """
+        reference = self._file_reference(entity, id, attribute)
+        return None if reference is None else self._storage.files.state(reference)
+
+    def _file_reference(self, entity: str, id_: str, attribute: str) -> FileReference | None:
+        found = self.get(entity, id_)
+        if found is None:
+            raise ObjectNotFound(entity=entity, id=id_)
+        return FileReference.of(found[attribute])
 
     # --- reading --------------------------------------------------------------
 
@@ -477,8 +583,10 @@ class Replica:
 
         def selection() -> Selection:
             report.skipped.clear()
+            known = dict.fromkeys(report.added)  # of a session before this one
             report.added.clear()
             found = select(self._storage, self._known_schema(), selected or {}, report)
+            report.added[:] = known | dict.fromkeys(report.added)
             if len(found.keys) > SELECTION_OBJECTS_MAX:
                 raise LimitExceeded(
                     f"{len(found.keys)} objects, of which {len(report.added)} are needed by those selected: "

@@ -20,6 +20,8 @@ class SkipReason(enum.StrEnum):
     DELETED = "DELETED"
     NOT_READY = "NOT_READY"
     NEVER = "NEVER"
+    FILE_NOT_UPLOADED = "FILE_NOT_UPLOADED"
+    FILE_NOT_DOWNLOADED = "FILE_NOT_DOWNLOADED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ class Report:
             or no longer of what the replica is to hold.
         sent_bytes: Bytes of the messages sent.
         received_bytes: Bytes of the messages received.
-        attempts: How many times the server was called: 1 unless the network failed.
+        attempts: How many sessions were begun: 1 unless the network failed, or operations had to wait for the
+            content of a file.
         upload_seconds: Time until the server had settled the upload.
         download_seconds: Time from then to the end.
         failures: The refusals, each with its payload: a sequence. Many or large ones are
@@ -123,6 +126,10 @@ class Report:
             be a copy, or put back from one, or if the server had given the replica up; empty otherwise.
         server_restored: Whether the server turned out to be put back from a backup, or another one.
         reoffered: Operations that had been settled, that the server had lost, and that it settled anew.
+        files_uploaded: Contents of files that were uploaded.
+        files_downloaded: Contents of files that were downloaded.
+        file_bytes_sent: Bytes of contents that were sent.
+        file_bytes_received: Bytes of contents that were received.
     """
 
     applied: int = 0
@@ -142,12 +149,21 @@ class Report:
     former_replica_id: str = ""
     server_restored: bool = False
     reoffered: int = 0
+    _held_before: int = field(default=0, repr=False, compare=False)
+    files_uploaded: int = 0
+    files_downloaded: int = 0
+    file_bytes_sent: int = 0
+    file_bytes_received: int = 0
 
     def begin_attempt(self) -> None:
         """Count an attempt; what an earlier one said of operations left open is said anew."""
         self.attempts += 1
-        self.held = 0
+        self.held = self._held_before
         self.skipped = [one for one in self.skipped if one.reason not in _OF_AN_ATTEMPT]
+
+    def end_session(self) -> None:
+        """Note that a session came to its end: what it told stays, whatever follows."""
+        self._held_before = self.held
 
     def count_published(self, counts: PublishedCounts) -> None:
         """Add what a part of the download brought."""
@@ -166,6 +182,7 @@ class Phase(enum.StrEnum):
     UPLOAD = "upload"
     DOWNLOAD = "download"
     PUBLISH = "publish"
+    FILES = "files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +192,7 @@ class Progress:
 
     Attributes:
         phase: What is being done.
-        done: Operations or objects done in this phase.
+        done: Operations or objects done in this phase; of files, bytes.
         total: How many there are, or None if that is not known.
     """
 

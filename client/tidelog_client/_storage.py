@@ -7,9 +7,9 @@ Storage: the replica's data on disk.
     failures     failure id     -> serialized SynchronizationFailure
     meta         replica id, last seq, cursor, epoch, ...
 
-and the view (see `_view`) with what is on its way into it (see `_publication`). What
-belongs together changes in one transaction: log and view, outcome and view, cursor and
-the data that it stands for.
+and the view (see `_view`) with what is on its way into it (see `_publication`), and the
+files that all this refers to (see `_files`). What belongs together changes in one
+transaction: log and view, outcome and view, cursor and the data that it stands for.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._log import OperationLog
 from tidelog._operation import Operation, decode_operation
 from tidelog.v1 import failure_pb2, operation_pb2, sync_pb2
+from tidelog_client._files import Files
 from tidelog_client._lineage import Lineage
 from tidelog_client._meta import Meta
 from tidelog_client._plans import Plans
@@ -103,6 +104,7 @@ class Storage:
         try:
             self.log = OperationLog(self.environment)
             self.view = View(self.environment, self.log)
+            self.files = Files(self.environment, self.view)
             database = self.environment.database
             self._pending = database("pending")
             self._outcomes = database("outcomes")
@@ -169,6 +171,13 @@ class Storage:
                 return
             position = page[-1].seq
 
+    def pending_among(self, seqs: Sequence[int]) -> Iterator[PendingOperation]:
+        """Iterate over the pending operations at some positions, in their order."""
+        for first in range(0, len(seqs), READ_PAGE_ENTRIES):
+            with self.environment.read() as transaction:
+                page = [self.pending_at(transaction, seq) for seq in seqs[first : first + READ_PAGE_ENTRIES]]
+            yield from filter(None, page)
+
     def upload_batch(
         self,
         *,
@@ -199,7 +208,7 @@ class Storage:
         batch_bytes = 0
         with self.environment.read() as transaction:
             for places in _units(self._places(transaction, after, until, seqs)):
-                if sieve is not None and sieve.holds_back([unpack_pending(*place).key for place in places]):
+                if sieve is not None and sieve.holds_back([unpack_pending(*place) for place in places]):
                     continue
                 unit: list[tuple[int, bytes]] = []
                 unit_bytes = 0
@@ -320,7 +329,9 @@ class Storage:
             place = _PLACE.pack(group.position, group.size) if group is not None else _NO_GROUP
             pending.append((pack_position(operation.seq), place + key))
             keyed.append((key, operation.seq))
-        self.log.append(transaction, zip((one.seq for one in operations), encoded, strict=True))
+        entries = list(zip((one.seq for one in operations), encoded, strict=True))
+        self.log.append(transaction, entries)
+        self.files.note_operations(transaction, entries)
         put_many(transaction, self._pending, pending)
         self.view.write_commit(transaction, keyed, changes)
         self._meta.put(transaction, last_seq=pack_position(operations[-1].seq))
@@ -345,9 +356,13 @@ class Storage:
         reoffered_count = 0
         again: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
         self.lineage.note_checkpoint(transaction, checkpoint)
+        any_files = self.files.any_uploads(transaction)
         for result in results:
             position = pack_position(result.seq)
             value = transaction.pop(position, db=self._pending)
+            if any_files:
+                is_applied = result.status == operation_pb2.OPERATION_STATUS_APPLIED
+                self.files.settle_operation(transaction, result.seq, applied=is_applied)
             if value is None:
                 # The view gets what became of it with the download of the new timeline.
                 if self.lineage.note_reoffered(transaction, result.seq):
@@ -442,9 +457,9 @@ class Storage:
         """
 
         def work(transaction: LmdbTransaction) -> int:
-            self.lineage.begin_rebase(
-                transaction, epoch=epoch, timeline=timeline, lost=self._settled_outside(transaction, settled_ranges)
-            )
+            lost = list(self._settled_outside(transaction, settled_ranges))
+            self.lineage.begin_rebase(transaction, epoch=epoch, timeline=timeline, lost=lost)
+            self.files.note_operations(transaction, ((seq, self.log.get(transaction, seq) or b"") for seq in lost))
             self.publication.forget_states(transaction)
             return self.lineage.reoffer_count(transaction)
 
@@ -542,6 +557,7 @@ class Storage:
             transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
             for seq in members:
                 value = transaction.pop(pack_position(seq), db=self._pending)
+                self.files.settle_operation(transaction, seq, applied=False)
                 if value is not None:
                     transaction.put(pack_position(seq), _FAILED + failure.id.encode(), db=self._outcomes)
                     lost.append((value[_PLACE.size :], seq))

@@ -33,7 +33,7 @@ from tidelog_client._answers import batch_limits, check_complete, check_final, c
 from tidelog_client._plans import Plans
 from tidelog_client._report import OnProgress, Phase, Progress, Report, Skipped, SkipReason
 from tidelog_client._selection import Selection
-from tidelog_client._upload import Sieve, Upload, upload_of
+from tidelog_client._upload import NO_FILES, FilePlan, Sieve, Upload, upload_of
 
 if TYPE_CHECKING:
     from tidelog_client._storage import Storage
@@ -117,15 +117,20 @@ class Synchronization:
         schema_version: int = 0,
         downloads: Mapping[str, Download] | None = None,
         consent: Consent = _NO_CONSENT,
+        files: FilePlan = NO_FILES,
+        batch_bytes: int = _limits.BATCH_BYTES_MAX,
     ) -> None:
         self._storage = storage
         self._mode = mode
+        self._batch_bytes = batch_bytes
+        self._was_answered = False
         self._report = report
         self._on_progress = on_progress
         self._selection = selection
         self._schema_version = schema_version
         self._downloads = downloads or {}
         self._consent = consent
+        self._files = files
         self._reoffer_count = 0
         self._guards_removals = False
         self._plans = Plans()
@@ -154,11 +159,16 @@ class Synchronization:
         """Whether the upload phase is over."""
         return self._stage in (_Stage.DOWNLOADING, _Stage.DONE)
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether batches were sent, and not one was answered."""
+        return bool(self._in_flight) and not self._was_answered
+
     def begin(self) -> list[bytes | None]:
         """Return the first messages."""
         storage = self._storage
         with storage.environment.read() as transaction:
-            self._until = storage.last_seq(transaction)
+            self._until = storage.last_seq(transaction) if self._files.until is None else self._files.until
             first_seq = storage.first_unsettled(transaction)
             if self._mode is not Mode.SELECTED:
                 self._reoffer_count = storage.lineage.reoffer_count(transaction)
@@ -172,7 +182,8 @@ class Synchronization:
             cursor=storage.meta("cursor"),
             uploading=self._upload.operation_count + self._reoffer_count > 0,
             leaves_earlier_operations=self._upload.leaves_earlier,
-            accepts_confirmations=storage.publication.has_own_states(),
+            # What is offered again is in no state of the replica's own yet.
+            accepts_confirmations=storage.publication.has_own_states() and not self._reoffer_count,
             downloads=[download.to_message(entity) for entity, download in self._downloads.items()],
             bound_tenant=storage.meta("tenant").decode(),
             bound_user_id=storage.meta("user_id").decode(),
@@ -230,6 +241,7 @@ class Synchronization:
         self._adopt(started)
         self._check_log(started.settled)
         self._limits = batch_limits(started.limits)
+        self._limits.batch_bytes = min(self._limits.batch_bytes, self._batch_bytes)
         self._check_upload(Plans(started))
         # What a download that was broken off left behind can be gone on with in mode all only.
         self._storage.publication.discard_merge()
@@ -318,10 +330,12 @@ class Synchronization:
             )
 
     def _planned_upload(self) -> Upload:
-        if self._selection is not None:
-            leaves_earlier = self._selection.leaves_earlier or self._storage.has_reoffers()
-            return Upload(len(self._selection.seqs), leaves_earlier, {})
-        return upload_of(self._storage, self._plans.upload_excluded, until=self._until)
+        selection, held = self._selection, self._files.held
+        if selection is None:
+            return upload_of(self._storage, self._plans.upload_excluded, until=self._until, held=held)
+        upload = upload_of(self._storage, (), until=self._until, seqs=selection.seqs, held=held)
+        leaves_earlier = upload.leaves_earlier or selection.leaves_earlier or self._storage.has_reoffers()
+        return upload._replace(leaves_earlier=leaves_earlier)
 
     def _check_upload(self, plans: Plans) -> None:
         """Take over the server's plans, if they allow of what the session was begun with."""
@@ -368,13 +382,16 @@ class Synchronization:
             )
         ):
             after = offered[-1].seq
+            reoffered = [one.seq for one in offered]
             message = splice_pb2.OperationBatchSplice(
-                operations=[one.data for one in offered], former_outcomes=[one.former_outcome for one in offered]
+                operations=[one.data for one in offered],
+                former_outcomes=[one.former_outcome for one in offered],
+                lost_contents=self._files.lost_in(reoffered),
             )
-            yield _Batch([one.seq for one in offered], message)
+            yield _Batch(reoffered, message)
         seqs = None if self._selection is None else self._selection.seqs
-        excluded = self._plans.upload_excluded
-        sieve = Sieve(excluded) if excluded and seqs is None else None
+        excluded = self._plans.upload_excluded if seqs is None else frozenset()
+        sieve = Sieve(excluded, self._files.held) if excluded or self._files.held else None
         after = 0
         while batch := self._storage.upload_batch(
             after=after,
@@ -384,14 +401,18 @@ class Synchronization:
             count_max=self._limits.batch_operation_count,
             bytes_max=self._limits.batch_bytes,
         ):
-            operations = splice_pb2.OperationBatchSplice(operations=[data for _, data in batch])
-            yield _Batch([seq for seq, _ in batch], operations)
+            uploaded = [seq for seq, _ in batch]
+            message = splice_pb2.OperationBatchSplice(
+                operations=[data for _, data in batch], lost_contents=self._files.lost_in(uploaded)
+            )
+            yield _Batch(uploaded, message)
             after = batch[-1][0]
 
     def _batch_results(self, message: sync_pb2.BatchResults) -> list[bytes | None]:
         if not self._in_flight:
             raise ProtocolViolated("the server answered a batch that was not sent")
         seqs = self._in_flight.popleft()
+        self._was_answered = True
         if [result.seq for result in message.results] != seqs:
             raise ProtocolViolated("the server's results are not those of the batch")
         final = []

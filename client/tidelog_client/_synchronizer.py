@@ -25,13 +25,21 @@ from tidelog._errors import (
     SynchronizationInProgress,
     Unauthenticated,
 )
+from tidelog._limits import BATCH_BYTES_MAX
 from tidelog._logging import get_logger
-from tidelog_client._connection import Connection, Stream, Transient
+from tidelog_client._call_errors import Transient
+from tidelog_client._connection import Connection, Stream
+from tidelog_client._file_exchange import FileExchange
+from tidelog_client._file_wishes import FileWishes
+from tidelog_client._files import Missing, Needed
 from tidelog_client._report import OnProgress, Report
 from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
+from tidelog_client._transfer import Downloading, Patience, Transfers
 from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
+    from tidelog._file_reference import FileReference
+    from tidelog._keys import ObjectKey
     from tidelog_client._selection import Selection
     from tidelog_client._storage import Storage
 
@@ -45,6 +53,12 @@ SILENCE_SECONDS_MAX: Final = 30.0
 # The same for a server that answers, and does nothing but tell when to come again.
 BUSY_SECONDS_MAX: Final = 600.0
 
+# After an attempt of which not one batch was answered, a link may be too slow for batches of that size: the next one's
+# are so many times smaller, down to this. Each synchronization that completes lets them become larger again.
+BATCH_SHRINKAGE: Final = 4
+BATCH_BYTES_LEAST: Final = 4 * 1024
+BATCH_GROWTH: Final = 2
+
 # How often a server may begin a new timeline while one synchronization is under way.
 NEW_TIMELINES_MAX: Final = 3
 
@@ -52,6 +66,7 @@ NEW_TIMELINES_MAX: Final = 3
 CALL_SECONDS_MAX: Final = 24 * 3600.0
 
 _NO_CONSENT: Final = Consent()
+_EVERY_FILE: Final = FileWishes({})
 _LOCK_FILE: Final = "synchronize.lock"
 _log = get_logger("tidelog.synchronizer")
 
@@ -65,11 +80,14 @@ class Synchronizer:
         connection: Connection | None,
         schema_version: int,
         downloads: Mapping[str, Download],
+        files: FileWishes = _EVERY_FILE,
     ) -> None:
         self._storage = storage
         self._schema_version = schema_version
         self._downloads = downloads
+        self._files = files
         self._connection = connection
+        self._batch_bytes = BATCH_BYTES_MAX
 
     def close(self) -> None:
         """Close the connection."""
@@ -108,88 +126,131 @@ class Synchronizer:
             raise NotConfigured("the replica was opened without a server: pass server='host:port'")
         # A lock object of its own for each call: two of one process exclude each other too.
         lock = FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
+        deadline = _Deadline(timeout)
+        progress = on_progress or _ignore
+        files = FileExchange(
+            self._storage, connection, wishes=self._files, report=report, on_progress=progress, end=deadline.end
+        )
         try:
             _acquire(lock)
-            deadline = _Deadline(timeout)
-            backoff = BACKOFF_SECONDS_FIRST
-            token_refused = False
-            has_new_plans = False
-            timelines_left = NEW_TIMELINES_MAX
-            while True:
-                report.begin_attempt()
-                # A new timeline is adopted with all of its data, whatever was asked for.
-                adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
-                try:
-                    report.count_published(self._storage.publication.finish())
-                    attempt = Synchronization(
-                        self._storage,
-                        Mode.ALL if adopts else mode,
-                        report,
-                        on_progress or _ignore,
-                        selection=selection() if selection is not None and not adopts else None,
-                        schema_version=self._schema_version,
-                        downloads=self._downloads,
-                        consent=consent,
+            with files:
+                backoff = BACKOFF_SECONDS_FIRST
+                token_refused = False
+                has_new_plans = False
+                has_adopted = False
+                timelines_left = NEW_TIMELINES_MAX
+                while True:
+                    report.begin_attempt()
+                    # A new timeline is adopted with all of its data, whatever was asked for.
+                    adopts = mode is not Mode.ALL and (
+                        self._storage.lineage.is_rebasing or (not has_adopted and self._storage.has_reoffers())
                     )
-                    self._attempt(connection, attempt, report, deadline)
-                except StateLost as error:
-                    # Not seen outside; the next attempt asks for all states.
-                    if self._storage.meta("state_lost"):
-                        raise ProtocolViolated("the server confirmed a state although it was asked for all") from error
-                    _log.warning(
-                        "a confirmed state is missing: reconciling", replica_id=self._storage.lineage.replica_id
-                    )
-                    self._storage.publication.start_over()
-                except Unauthenticated:
-                    # A provider's token may have expired on its way; two in a row did not.
-                    if token_refused or not connection.may_get_another_token:
-                        raise
-                    token_refused = True
-                except (ReplicaForked, ReplicaRetired) as error:
-                    if report.former_replica_id:
-                        raise
-                    report.former_replica_id = self._storage.fork()
-                    _log.warning(
-                        "the directory is a copy, or was away for too long: it goes on under another replica id",
-                        former_replica_id=report.former_replica_id,
-                        replica_id=self._storage.lineage.replica_id,
-                        detail=str(error),
-                    )
-                except TimelineChanged as error:
-                    timelines_left -= 1
-                    if not timelines_left:
-                        raise ServerUnavailable(f"{error} again and again: synchronize later") from error
-                except PlansChanged as error:
-                    if has_new_plans:
-                        raise ServerUnavailable(f"{error} again and again: synchronize later") from error
-                    has_new_plans = True
-                except Transient as error:
-                    if deadline.heard:
-                        backoff = BACKOFF_SECONDS_FIRST
-                        token_refused = False
-                    retry_after = error.retry_after_seconds
-                    pause = max(backoff * random.uniform(0.5, 1.0), retry_after or 0.0)
-                    if retry_after is None:
-                        deadline.note_broken()
+                    try:
+                        report.count_published(self._storage.publication.finish())
+                        selected = selection() if selection is not None and not adopts else None
+                        attempt = Synchronization(
+                            self._storage,
+                            Mode.ALL if adopts else mode,
+                            report,
+                            progress,
+                            selection=selected,
+                            schema_version=self._schema_version,
+                            downloads=self._downloads,
+                            consent=consent,
+                            files=files.prepare(None if selected is None else selected.seqs),
+                            batch_bytes=self._batch_bytes,
+                        )
+                        self._attempt(connection, attempt, report, deadline)
+                    except StateLost as error:
+                        # Not seen outside; the next attempt asks for all states.
+                        if self._storage.meta("state_lost"):
+                            raise ProtocolViolated(
+                                "the server confirmed a state although it was asked for all"
+                            ) from error
+                        _log.warning(
+                            "a confirmed state is missing: reconciling", replica_id=self._storage.lineage.replica_id
+                        )
+                        self._storage.publication.start_over()
+                    except Unauthenticated:
+                        # A provider's token may have expired on its way; two in a row did not.
+                        if token_refused or not connection.may_get_another_token:
+                            raise
+                        token_refused = True
+                    except (ReplicaForked, ReplicaRetired) as error:
+                        if report.former_replica_id:
+                            raise
+                        report.former_replica_id = self._storage.fork()
+                        _log.warning(
+                            "the directory is a copy, or was away for too long: it goes on under another replica id",
+                            former_replica_id=report.former_replica_id,
+                            replica_id=self._storage.lineage.replica_id,
+                            detail=str(error),
+                        )
+                    except TimelineChanged as error:
+                        timelines_left -= 1
+                        if not timelines_left:
+                            raise ServerUnavailable(f"{error} again and again: synchronize later") from error
+                    except PlansChanged as error:
+                        if has_new_plans:
+                            raise ServerUnavailable(f"{error} again and again: synchronize later") from error
+                        has_new_plans = True
+                    except Transient as error:
+                        if deadline.heard:
+                            backoff = BACKOFF_SECONDS_FIRST
+                            token_refused = False
+                        retry_after = error.retry_after_seconds
+                        pause = max(backoff * random.uniform(0.5, 1.0), retry_after or 0.0)
+                        if retry_after is None:
+                            deadline.note_broken()
+                        else:
+                            deadline.note_busy(pause)
+                        if pause > deadline.remaining():
+                            raise ServerUnavailable(
+                                f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
+                                "nothing is lost, synchronize again when it is back"
+                            ) from error
+                        deadline.heard = False
+                        time.sleep(pause)
+                        if retry_after is None:  # else the server knows better
+                            backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
                     else:
-                        deadline.note_busy(pause)
-                    if pause > deadline.remaining():
-                        raise ServerUnavailable(
-                            f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
-                            "nothing is lost, synchronize again when it is back"
-                        ) from error
-                    deadline.heard = False
-                    time.sleep(pause)
-                    if retry_after is None:  # else the server knows better
-                        backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
-                else:
-                    if not adopts:
-                        return
+                        report.end_session()
+                        if adopts:
+                            # What is offered again may wait for its contents.
+                            has_adopted = not files.exchange(None, is_all=True)
+                            continue
+                        keys = None if selected is None else selected.keys
+                        if not files.exchange(keys, is_all=mode is Mode.ALL) or deadline.remaining() <= 0:
+                            files.finish()
+                            return
         finally:
             try:
                 lock.release()
             finally:
                 lock.release()  # does nothing, unless an interrupt came in the way of the first
+
+    def fetch(self, reference: FileReference, key: ObjectKey, *, timeout: float | None) -> str | None:
+        """
+        Download the content of a file of an object; return why that is not possible, or None once it is here.
+
+        Raises:
+            TokenUnavailable: The token provider failed.
+        """
+        if self._connection is None:
+            return "the replica was opened without a server"
+        end = None if timeout is None else time.monotonic() + timeout
+        content = Needed(reference.sha256, reference.size)
+        with Transfers(self._storage.files, self._connection, Patience(end), _ignore) as transfers:
+            result = next(filter(None, transfers.run(iter([Downloading(content, [key])]))), None)
+        if result is None:
+            return "there was no time left"
+        if result.error is None:
+            self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
+            return None
+        reason = str(result.error)
+        if not isinstance(result.error, Transient):
+            self._storage.files.note_arrived([], {content.sha256: reason})
+        return reason
 
     def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
         metadata = connection.authorization()
@@ -210,7 +271,10 @@ class Synchronizer:
                     upload_over = time.monotonic()
                     report.upload_seconds += upload_over - started
             report.download_seconds += time.monotonic() - upload_over
+            self._batch_bytes = min(self._batch_bytes * BATCH_GROWTH, BATCH_BYTES_MAX)
         except Transient:
+            if attempt.is_stuck:
+                self._batch_bytes = max(self._batch_bytes // BATCH_SHRINKAGE, BATCH_BYTES_LEAST)
             attempt.keep()
             raise
         finally:
@@ -222,10 +286,16 @@ class Synchronizer:
 
 
 class _Deadline:
-    """The caller's deadline, or, without one, patience with a silent server."""
+    """
+    The caller's deadline, or, without one, patience with a silent server.
+
+    Attributes:
+        end: The caller's deadline, by the monotonic clock. None: there is none.
+        heard: Whether the server answered since that was last set back.
+    """
 
     def __init__(self, timeout: float | None) -> None:
-        self._end = None if timeout is None else time.monotonic() + timeout
+        self.end = None if timeout is None else time.monotonic() + timeout
         self._broken_since: float | None = None
         self._busy_since: float | None = None
         self.heard = False
@@ -251,8 +321,8 @@ class _Deadline:
     def remaining(self) -> float:
         """Return the seconds left to try in."""
         now = time.monotonic()
-        if self._end is not None:
-            return self._end - now
+        if self.end is not None:
+            return self.end - now
         until = (now if self._broken_since is None else self._broken_since) + SILENCE_SECONDS_MAX
         if self._busy_since is not None:
             until = min(until, self._busy_since + BUSY_SECONDS_MAX)
@@ -260,10 +330,10 @@ class _Deadline:
 
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""
-        return None if self._end is None else min(max(0.0, self._end - time.monotonic()), CALL_SECONDS_MAX)
+        return None if self.end is None else min(max(0.0, self.end - time.monotonic()), CALL_SECONDS_MAX)
 
 
-def _ignore(_progress: object) -> None:
+def _ignore(*_progress: object) -> None:
     pass
 
 

@@ -1,22 +1,53 @@
 """
-The upload of a session of mode all or unsynchronized: what is pending, but for what stays behind.
+The upload of a session: what is pending or selected, but for what stays behind.
 
-Operations stay behind whose entity the session does not upload. With them stays what
-must not be parted from them: the rest of their commit group, and later operations on
-the objects that those are about.
+Operations stay behind whose entity the session does not upload, and those that refer to
+the content of a file which the server does not have yet. With them stays what must not be
+parted from them: the rest of their commit group, and later operations on the objects that
+those are about.
 """
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._keys import ObjectKey
 from tidelog_client._report import Skipped, SkipReason
 
 if TYPE_CHECKING:
     from tidelog_client._storage import PendingOperation, Storage
+
+
+class FilePlan(NamedTuple):
+    """
+    What a session has to know of the contents that operations refer to.
+
+    Attributes:
+        until: Position in the log up to where that is known. None: as far as the log goes.
+        held: The operations that refer to a content which the server does not have yet.
+        lost: The contents that operations refer to and that nobody has any more, by seq.
+    """
+
+    until: int | None = None
+    held: Collection[int] = frozenset()
+    lost: Mapping[int, Sequence[bytes]] = {}
+
+    def lost_in(self, seqs: Iterable[int]) -> list[bytes]:
+        """Return the lost contents that some operations refer to."""
+        return sorted({sha256 for seq in seqs for sha256 in self.lost.get(seq, ())}) if self.lost else []
+
+
+NO_FILES: Final = FilePlan()
+
+
+class Cause(enum.Enum):
+    """Why an operation stays behind."""
+
+    EXCLUDED = enum.auto()
+    FILE = enum.auto()
 
 
 class Sieve:
@@ -27,19 +58,30 @@ class Sieve:
 
     Args:
         excluded: The entities that are not uploaded.
+        held: The operations that are not.
     """
 
-    def __init__(self, excluded: Collection[str]) -> None:
+    def __init__(self, excluded: Collection[str], held: Container[int] = ()) -> None:
         self._excluded = excluded
+        self._held = held
         # Objects of other entities on which something stays behind.
-        self._blocked: set[ObjectKey] = set()
+        self._blocked: dict[ObjectKey, Cause] = {}
 
-    def holds_back(self, keys: Sequence[ObjectKey]) -> bool:
-        """Tell whether the operations of a group, or a single one, stay behind; *keys* are their objects."""
-        if not any(key[0] in self._excluded or key in self._blocked for key in keys):
-            return False
-        self._blocked.update(key for key in keys if key[0] not in self._excluded)
-        return True
+    def holds_back(self, unit: Sequence[PendingOperation]) -> Cause | None:
+        """Tell why the operations of a group, or a single one, stay behind; None: they do not."""
+        cause = self._cause(unit)
+        if cause is not None:
+            for one in unit:
+                if one.key[0] not in self._excluded:
+                    self._blocked.setdefault(one.key, cause)
+        return cause
+
+    def _cause(self, unit: Sequence[PendingOperation]) -> Cause | None:
+        if any(one.key[0] in self._excluded for one in unit):
+            return Cause.EXCLUDED
+        if any(one.seq in self._held for one in unit):
+            return Cause.FILE
+        return next((self._blocked[one.key] for one in unit if one.key in self._blocked), None)
 
 
 class Upload(NamedTuple):
@@ -75,7 +117,14 @@ class Upload(NamedTuple):
         ]
 
 
-def upload_of(storage: Storage, excluded: Collection[str], *, until: int) -> Upload:
+def upload_of(
+    storage: Storage,
+    excluded: Collection[str],
+    *,
+    until: int,
+    seqs: Sequence[int] | None = None,
+    held: Collection[int] = (),
+) -> Upload:
     """
     Work out what a session uploads.
 
@@ -83,22 +132,35 @@ def upload_of(storage: Storage, excluded: Collection[str], *, until: int) -> Upl
         storage: The replica's data.
         excluded: The entities that are not uploaded.
         until: Position in the log to end at.
+        seqs: Ascending positions to choose from, disregarding *excluded* and *until*. None: all.
+        held: The operations that refer to a content which the server does not have yet.
     """
     left_behind: Counter[str] = Counter()
-    if not excluded:
-        return Upload(storage.pending_count(), leaves_earlier=False, left_behind=left_behind)
-    sieve = Sieve(excluded)
+    if seqs is not None:
+        excluded = ()
+    if not excluded and not held:
+        count = storage.pending_count() if seqs is None else len(seqs)
+        return Upload(count, leaves_earlier=False, left_behind=left_behind)
     operation_count = 0
-    leaves_earlier = False
-    unit: list[PendingOperation] = []
-    for pending in storage.pending(until=until):
-        unit.append(pending)
-        if len(unit) < pending.group_size:
-            continue
-        if sieve.holds_back([one.key for one in unit]):
-            left_behind.update(one.key[0] for one in unit)
-        else:
+    is_any_behind = leaves_earlier = False
+    for unit, cause in sifted(storage, Sieve(excluded, held), until=until, seqs=seqs):
+        if cause is None:
             operation_count += len(unit)
-            leaves_earlier = leaves_earlier or bool(left_behind)
-        unit = []
+            leaves_earlier = leaves_earlier or is_any_behind
+        else:
+            is_any_behind = True
+            if cause is Cause.EXCLUDED:
+                left_behind.update(one.key[0] for one in unit)
     return Upload(operation_count, leaves_earlier, left_behind)
+
+
+def sifted(
+    storage: Storage, sieve: Sieve, *, until: int, seqs: Sequence[int] | None = None
+) -> Iterator[tuple[list[PendingOperation], Cause | None]]:
+    """Iterate over pending operations, the members of a commit group together, with why they stay behind."""
+    unit: list[PendingOperation] = []
+    for pending in storage.pending(until=until) if seqs is None else storage.pending_among(seqs):
+        unit.append(pending)
+        if len(unit) >= pending.group_size:
+            yield unit, sieve.holds_back(unit)
+            unit = []

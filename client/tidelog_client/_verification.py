@@ -23,12 +23,14 @@ from google.protobuf.message import DecodeError
 
 from tidelog._environment import Environment
 from tidelog._errors import LogCorrupt, StorageError, TidelogError, quoted
+from tidelog._file_reference import may_refer_to_files
 from tidelog._finding import Finding, FindingKind
 from tidelog._keys import POSITION_BYTES, pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._log import OperationLog, checked
 from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
 from tidelog._values import Attributes, decode_map, equal
 from tidelog.v1 import failure_pb2, sync_pb2
+from tidelog_client._file_verification import FileVerification
 from tidelog_client._meta import Meta
 from tidelog_client._plans import Plans
 from tidelog_client._storage import FORMAT, Outcome, PendingOperation, unpack_outcome, unpack_pending
@@ -82,6 +84,10 @@ class _Verification:
         self._incoming = database("incoming")
         self._merging = database("merging")
         self._seen = database("seen")
+        self._files = FileVerification(environment, self._view, counts)
+        # Operations that may refer to files, by seq: those to be uploaded, and those that failed.
+        self._to_upload: dict[int, bytes] = {}
+        self._failed: dict[int, bytes] = {}
 
     def run(self) -> Iterator[Finding]:
         with self._environment.read() as transaction:
@@ -97,6 +103,9 @@ class _Verification:
             yield from self._offered_again()
             yield from self._remembered()
             yield from self._staged()
+            yield from self._files.run(
+                transaction, to_upload=self._to_upload, failed=self._failed, is_set_aside=self._was_set_aside
+            )
 
     # --- the log, and what became of it ---------------------------------------
 
@@ -121,6 +130,7 @@ class _Verification:
                 yield _finding(FindingKind.LOG_GAP, f"operation {seq}", "to be logged", "none")
             if _PENDING in found:
                 self._counts["pending"] += 1
+                self._note_files(seq)
                 yield from self._pending(seq, found[_PENDING], operation, unit)
             if (_PENDING in found) == (_OUTCOMES in found):
                 what = "both" if _PENDING in found else "neither"
@@ -247,6 +257,17 @@ class _Verification:
             return (f"a version above the base's, {base.version}", f"version {version}")
         return None
 
+    def _was_set_aside(self, seq: int) -> bool:
+        """Tell whether an operation failed here because it, or one of its commit group, cannot be read."""
+        outcome = self._outcome_at(seq)
+        return outcome is not None and outcome.failure_id in self._own_failures
+
+    def _note_files(self, seq: int) -> None:
+        """Note an operation if it may refer to files."""
+        data = self._log.stored(self._transaction, seq)
+        if may_refer_to_files(data):
+            self._to_upload[seq] = data
+
     def _outcome_at(self, seq: int) -> Outcome | None:
         """Return what became of an operation; None if that is not noted, or cannot be read."""
         value = self._transaction.get(pack_position(seq), db=self._positions[_OUTCOMES])
@@ -282,6 +303,8 @@ class _Verification:
                 yield _finding(FindingKind.FAILURE_WRONG, where, "the refused operation", "none")
             for data in operations:
                 seq, _nonce = identity_of(data)
+                if may_refer_to_files(data):
+                    self._failed[seq] = data
                 outcome = self._outcome_at(seq)
                 if outcome is None and seq < self._first:
                     continue  # it has left the log
@@ -292,6 +315,7 @@ class _Verification:
 
     def _offered_again(self) -> Iterator[Finding]:
         for key in self._transaction.cursor(self._reoffers).iternext(keys=True, values=False):
+            self._note_files(unpack_position(key))
             log, _, outcomes = self._positions
             if any(self._transaction.get(key, db=table) is None for table in (log, outcomes)):
                 where = f"operation {unpack_position(key)}, to be offered again"

@@ -10,7 +10,8 @@ applied at a version above the base's. So an own edit neither vanishes nor count
 twice between its acknowledgement and its snapshot. An object is dirty as long as it
 has such an operation in `unconfirmed`; then its base is kept beside its view (there
 is no base entry if the server has no such object). Whoever changes one of the two
-changes the other in the same transaction.
+changes the other in the same transaction, and leaves a mark where files may be concerned
+(see `_files`).
 
 Of an entity that is not downloaded no snapshot will come. What was applied to its
 objects is folded: it becomes part of the base, which then is ahead of its version.
@@ -31,6 +32,7 @@ from tidelog._keys import POSITION_BYTES, entity_prefix, pack_position, unpack_o
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._values import EMPTY_MAP, Attributes, decode_trusted, encode
+from tidelog_client._files import FileMarks
 
 if TYPE_CHECKING:
     from tidelog._environment import Environment, LmdbDatabase, LmdbTransaction
@@ -73,6 +75,7 @@ class View:
         self._objects = environment.database("objects")
         self._base = environment.database("base")
         self._unconfirmed = environment.database("unconfirmed")
+        self._files = FileMarks(environment)
 
     # --- reading --------------------------------------------------------------
 
@@ -226,7 +229,9 @@ class View:
                 objects.append((key, _RECORD.pack(after.version, _DIRTY) + after.attributes))
             elif before is not None:
                 transaction.delete(key, db=self._objects)
+                self._files.note(transaction, key)
         put_many(transaction, self._objects, objects)
+        self._files.note_all(transaction, objects)
 
     # --- what the server says -------------------------------------------------
 
@@ -271,6 +276,7 @@ class View:
             if force or self._is_news(transaction, self._objects, key, record):
                 records.append((key, record))
         put_many(transaction, self._objects, records)
+        self._files.note_all(transaction, records)
 
     def put_snapshot(
         self, transaction: LmdbTransaction, key: bytes, version: int, attributes: bytes, *, covered: int, force: bool
@@ -281,9 +287,11 @@ class View:
         if not unconfirmed:
             if force or self._is_news(transaction, self._objects, key, record):
                 transaction.put(key, record, db=self._objects)
+                self._files.note(transaction, key, record)
         elif force or self._is_news(transaction, self._base, key, record):
             self._drop_confirmed(transaction, key, unconfirmed, covered)
             transaction.put(key, record, db=self._base)
+            self._files.note(transaction, key, record)
             self._rebuild(transaction, key)
 
     def remove(self, transaction: LmdbTransaction, key: bytes, version: int, *, force: bool) -> bool:
@@ -296,6 +304,7 @@ class View:
         state = self._base if unconfirmed else self._objects
         if not force and not self._is_news(transaction, state, key, pack_position(version)):
             return False
+        self._files.note(transaction, key)
         if not unconfirmed:
             return transaction.delete(key, db=self._objects)
         was_there = transaction.get(key, db=self._objects) is not None
@@ -325,14 +334,17 @@ class View:
             if view is None:
                 raise StateLost(key)
             transaction.put(key, _RECORD.pack(version, 0) + view[_RECORD.size :], db=self._objects)
-            transaction.delete(key, db=self._base)
+            if transaction.delete(key, db=self._base):
+                self._files.note(transaction, key)
             return
         base = transaction.get(key, db=self._base)
         attributes = None if base is None else decode_trusted(_unpack(base).attributes)
         attributes, _ = self._replayed(transaction, attributes, [seq for seq, _ in confirmed])
         if attributes is None:
             raise StateLost(key)
-        transaction.put(key, _RECORD.pack(version, 0) + _encoded(attributes), db=self._base)
+        record = _RECORD.pack(version, 0) + _encoded(attributes)
+        transaction.put(key, record, db=self._base)
+        self._files.note(transaction, key, record)
         self._rebuild(transaction, key)
 
     def stale_keys(self, transaction: LmdbTransaction, version: int) -> Iterator[bytes]:
@@ -377,6 +389,7 @@ class View:
             operations.append(operation)
             if operation.kind is OperationKind.CREATE:
                 base_version = applied
+        self._files.note(transaction, key)
         header = _RECORD.pack(base_version, _FOLDED)
         if not others:
             # Nothing else is replayed: the view is what results.
@@ -391,6 +404,7 @@ class View:
             transaction.delete(key, db=self._base)
         else:
             transaction.put(key, header + _encoded(attributes), db=self._base)
+            self._files.note(transaction, key, _encoded(attributes))
         self._rebuild(transaction, key)
 
     def clear(self, transaction: LmdbTransaction, key: bytes) -> bool:
@@ -401,6 +415,7 @@ class View:
         for seq, _ in unconfirmed:
             transaction.delete(_entry(key, seq), db=self._unconfirmed)
         transaction.delete(key, db=self._base)
+        self._files.note(transaction, key)
         return transaction.delete(key, db=self._objects)
 
     def _take_confirmed(
@@ -437,16 +452,20 @@ class View:
             else:
                 transaction.put(key, base, db=self._objects)
                 transaction.delete(key, db=self._base)
+            self._files.note(transaction, key, base or b"")
             return
         record = None if base is None else _unpack(base)
         attributes = None if record is None else decode_trusted(record.attributes)
         attributes, created = self._replayed(transaction, attributes, [seq for seq, _ in unconfirmed])
         if attributes is None:
             transaction.delete(key, db=self._objects)
+            self._files.note(transaction, key)
         else:
             # What this replica created anew is not the object that the base is a version of.
             version = 0 if record is None or created else record.version
-            transaction.put(key, _RECORD.pack(version, _DIRTY) + _encoded(attributes), db=self._objects)
+            shown = _RECORD.pack(version, _DIRTY) + _encoded(attributes)
+            transaction.put(key, shown, db=self._objects)
+            self._files.note(transaction, key, shown)
 
     def _replayed(
         self, transaction: LmdbTransaction, attributes: Attributes | None, seqs: Sequence[int]

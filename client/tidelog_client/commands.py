@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,7 @@ from tidelog.cli import (
     TlsKeyOption,
     TlsOption,
     TokenFileOption,
+    checked_address,
     given_tls,
     given_token,
     print_json,
@@ -50,7 +52,7 @@ from tidelog.cli import (
     shared_group,
 )
 from tidelog.verify_command import add_verifier
-from tidelog_client import LoggedOperation, Object, Progress, Replica, Report
+from tidelog_client import FileDownload, LoggedOperation, Object, Phase, Progress, Replica, Report
 from tidelog_client._report import OnProgress
 from tidelog_client._verification import verify_replica
 
@@ -60,6 +62,17 @@ ReplicaOption = Annotated[
 ]
 EntityArgument = Annotated[str, typer.Argument(metavar="ENTITY", help="Type of the object.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id of the object.")]
+AttributeArgument = Annotated[str, typer.Argument(metavar="ATTRIBUTE", help="The attribute that is the file.")]
+OptionalServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        envvar="TIDELOG_SERVER",
+        metavar="HOST:PORT",
+        callback=checked_address,
+        help="The server, for what is not here.",
+    ),
+]
 WhereOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -102,7 +115,7 @@ class SyncMode(enum.StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the replica's commands."""
-    for command in (sync, log, pending, get, query, count, history):
+    for command in (sync, log, pending, get, query, count, history, attach, save_file):
         app.command()(command)
     shared_group(app, "failures").callback(invoke_without_command=True)(failures)
     add_verifier(app, "replica", verify_replica, _set_aside)
@@ -131,6 +144,14 @@ def sync(
             help="How much of an entity the replica wants when everything is synchronized: all, nothing_clear, "
             "nothing_preserve, never, or the objects that match. Repeat it for several entities; "
             "give the same each time.",
+        ),
+    ] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENTITY=MODE[:BYTES]",
+            help="Which contents of files come: eager (all, or up to so many bytes), lazy (when they are saved) or "
+            "never. Repeat it for several entities; give the same each time.",
         ),
     ] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="When to give up.")] = None,
@@ -162,11 +183,14 @@ def sync(
         raise typer.BadParameter("expected a number of seconds", param_hint="--timeout")
     keys = [_key(one) for one in select or ()]
     downloads = dict(_download(one) for one in download or ())
+    file_wishes = dict(_file_wish(one) for one in files or ())
     token = given_token(token_file)
     tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
     if not create and not _is_replica(replica):
         raise CommandFailed(f"there is no replica in {replica}: --create makes one", ExitCode.STORAGE)
-    with Replica(replica, server=server, token=token, tls=tls_given or False, download=downloads) as opened:
+    with Replica(
+        replica, server=server, token=token, tls=tls_given or False, download=downloads, files=file_wishes
+    ) as opened:
         with _progress_bar() as on_progress:
             if keys:
                 report = opened.synchronize_selected(keys, timeout=timeout, on_progress=on_progress)
@@ -289,11 +313,64 @@ def count(
         print(number)
 
 
-def _opened(path: Path) -> Replica:
+def attach(
+    entity: EntityArgument,
+    id: IdArgument,
+    attribute: AttributeArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file.")],
+    *,
+    replica: ReplicaOption,
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What it is called. Without it: as FILE is.")
+    ] = None,
+    media_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="What it holds, such as image/jpeg. Without it: by its name.")
+    ] = None,
+) -> None:
+    """
+    Let an attribute of an object be a file. It goes to the server with the next synchronization.
+
+    Exit code 1: there is no such object.
+    """
+    with _opened(replica) as opened:
+        opened.attach(entity, id, attribute, file, name=name, media_type=media_type)
+
+
+def save_file(
+    entity: EntityArgument,
+    id: IdArgument,
+    attribute: AttributeArgument,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to. A file that is there is replaced.")],
+    *,
+    replica: ReplicaOption,
+    server: OptionalServerOption = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="When to give up.")] = None,
+    token_file: TokenFileOption = None,
+    tls: TlsOption = False,
+    tls_ca: TlsCaOption = None,
+    tls_certificate: TlsCertificateOption = None,
+    tls_key: TlsKeyOption = None,
+) -> None:
+    """
+    Save the content of a file of an object. One that is not here is fetched from the server.
+
+    Exit code 1: there is no such object.
+    """
+    token = given_token(token_file)
+    tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
+    with (
+        _opened(replica, server=server, token=token, tls=tls_given or False) as opened,
+        opened.open_file(entity, id, attribute, timeout=timeout) as content,
+        target.open("wb") as file,
+    ):
+        shutil.copyfileobj(content, file)
+
+
+def _opened(path: Path, **options: Any) -> Replica:
     """Open a replica that is there: no command makes one by accident, where a path is mistyped, say."""
     if not _is_replica(path):
         raise CommandFailed(f"there is no replica in {path}", ExitCode.STORAGE)
-    return Replica(path)
+    return Replica(path, **options)
 
 
 def _refuse_options(context: typer.Context, *names: str) -> None:
@@ -321,16 +398,36 @@ def _progress_bar() -> Iterator[OnProgress | None]:
     columns = (
         progress.TextColumn("{task.description:>8}"),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[amount]}"),
         progress.TimeElapsedColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None)
+        task = bars.add_task("", total=None, amount="")
 
         def show(now: Progress) -> None:
-            bars.update(task, description=now.phase.value, completed=now.done, total=now.total)
+            amounts = ["?" if one is None else _amount(one, now.phase) for one in (now.done, now.total)]
+            bars.update(
+                task, description=now.phase.value, completed=now.done, total=now.total, amount="/".join(amounts)
+            )
 
         yield show
+
+
+def _amount(number: int, phase: Phase) -> str:
+    """Return an amount of a phase for people: bytes of files in megabytes."""
+    return f"{number / 1e6:.1f} MB" if phase is Phase.FILES else str(number)
+
+
+def _file_wish(text: str) -> tuple[str, FileDownload]:
+    """Read ENTITY=MODE or ENTITY=MODE:BYTES."""
+    entity, _, wish = text.partition("=")
+    mode, colon, bytes_max = wish.partition(":")
+    try:
+        return entity, FileDownload(mode, int(bytes_max) if colon else None)
+    except ValueError as error:  # InvalidValue is one
+        raise typer.BadParameter(
+            f"expected ENTITY=MODE[:BYTES], got {text!r}: {error}", param_hint="--files"
+        ) from error
 
 
 def _key(text: str) -> tuple[str, str]:
@@ -427,6 +524,11 @@ def _print_report(report: Report) -> None:
         f"confirmed {report.confirmed}, removed {report.removed} ({report.sent_bytes} bytes sent, "
         f"{report.received_bytes} received, {report.upload_seconds + report.download_seconds:.2f} s)"
     )
+    if report.files_uploaded or report.files_downloaded:
+        print(
+            f"files: uploaded {report.files_uploaded}, downloaded {report.files_downloaded} "
+            f"({report.file_bytes_sent} bytes sent, {report.file_bytes_received} received)"
+        )
     if report.former_replica_id:
         print(f"the replica was {report.former_replica_id} until now: it is a copy, or was away for too long")
     if report.server_restored or report.reoffered:

@@ -80,7 +80,7 @@ SCHEMA: Final = Schema(
             },
             indexes=["technician"],
         ),
-        # What is known of a photo travels today; its contents will with a later version of tidelog.
+        # The file is a reference; the content travels on its own, and never twice.
         Entity(
             "Photo",
             {

@@ -8,14 +8,13 @@ as told ends the program with an error.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import grpc
 import structlog
@@ -23,8 +22,10 @@ from application import SCHEMA, TOKENS_FILE, app
 
 from tidelog import Patch
 from tidelog.v1 import failure_pb2, failure_pb2_grpc
-from tidelog_client import Replica, Report
+from tidelog_client import FileState, Replica, Report
 from tidelog_server import Server, StaticTokens
+
+TAKEN_BY_A_CAMERA: Final = bytes(range(256)) * 12_000
 
 
 class Actors(NamedTuple):
@@ -103,20 +104,13 @@ def work_offline(actors: Actors, orders: Orders) -> None:
     use_part(actors.ann, "ann", orders.boiler, quantity=2)
     use_part(actors.bob, "bob", orders.heating, quantity=3)
     actors.ann.update("WorkOrder", orders.boiler, {"status": "done", "hours": Decimal("1.5")})
-    contents = b"what a camera would give"
     actors.ann.create(
         "Photo",
         {
             "order": orders.boiler,
             "technician": "ann",
             "caption": "The new filter",
-            # Its contents stay on the device until tidelog carries files; this is what will tell them apart.
-            "file": {
-                "name": "filter.jpg",
-                "size": len(contents),
-                "media_type": "image/jpeg",
-                "sha256": hashlib.sha256(contents).digest(),
-            },
+            "file": actors.ann.add_file(TAKEN_BY_A_CAMERA, name="filter.jpg"),
         },
     )
     for name, replica, stock in (("ann", actors.ann, 8), ("bob", actors.bob, 7)):
@@ -133,8 +127,12 @@ def come_back(actors: Actors, orders: Orders) -> None:
     done = shown(actors.dora, "WorkOrder", orders.boiler)
     check(done["labour"] == Decimal("108.75"), f"dora sees what the labour costs: {done['labour']}")
     check("labour" not in shown(actors.ann, "WorkOrder", orders.boiler), "ann does not")
-    check(actors.dora.count("Photo") == 1, "dora knows of the photo; its contents travel in a later version")
-    check(actors.ann.count("Photo") == 1, "and ann, whose device downloads no photos, keeps what she took")
+    [photo] = actors.dora.query("Photo")
+    check(photo.file_state("file") == FileState.PENDING, f"dora knows of {photo['file']['name']}, not yet its content")
+    with actors.dora.open_file("Photo", photo.id, "file") as file:
+        check(file.read() == TAKEN_BY_A_CAMERA, "it comes when she opens it")
+    check(photo.file_state("file") == FileState.AVAILABLE, "and is there from then on")
+    check(actors.ann.count("Photo") == 1, "ann, whose device downloads no photos, keeps what she took")
 
 
 def take_too_much(actors: Actors, orders: Orders) -> None:
@@ -233,7 +231,14 @@ def opened(folder: Path, address: str) -> Iterator[Actors]:
     """Open everybody's replica. With the schema, what does not fit it is refused before it is in the log."""
 
     def replica(name: str, **download: str) -> Replica:
-        return Replica(folder / name, server=address, token=f"token-of-{name}", schema=SCHEMA, download=download)
+        return Replica(
+            folder / name,
+            server=address,
+            token=f"token-of-{name}",
+            schema=SCHEMA,
+            download=download,
+            files={"Photo": "lazy"},
+        )
 
     # Photos go up from the technicians' devices and stay there, but none come down to them.
     with (

@@ -17,6 +17,8 @@
  * Not among them unless named:
  *
  *   bulk       create --count tasks, then an order with its lines before itself, as one commit group
+ *   attach     put the file --file into the attribute `photo` of the task --update
+ *   fetch      get the file in the attribute `photo` of the task --update
  *
  * --update ID and --delete ID name the tasks to be updated and deleted; otherwise the
  * step `edit` makes its own. --mode UNSYNCHRONIZED downloads only what the upload changed.
@@ -38,6 +40,7 @@ const { values: options, positionals } = parseArgs({
     update: { type: 'string' },
     delete: { type: 'string' },
     count: { type: 'string', default: '2500' },
+    file: { type: 'string' },
   },
 });
 
@@ -107,6 +110,15 @@ const steps = {
     const order = intents.create('Order', { placed: Timestamp.now() });
     const lines = ['Milk', 'Bread'].map((article) => intents.create('OrderLine', { order: order.id, article }));
     client.commit([...lines, order], { atomic: true });
+  },
+
+  async attach() {
+    const { name, size, sha256 } = await client.attach('Task', options.update, 'photo', options.file);
+    print('attached', { id: options.update, name, size, sha256 });
+  },
+
+  async fetch() {
+    print('fetched', { id: options.update, path: await client.fetchFile('Task', options.update, 'photo') });
   },
 
   async repeat() {

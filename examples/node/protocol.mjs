@@ -12,7 +12,7 @@ export const PROTOCOL_VERSION = 1;
 export const MESSAGE_BYTES_MAX = 4 * 1024 * 1024;
 
 const PROTO_FOLDER = fileURLToPath(new URL('../../proto', import.meta.url));
-const FILES = ['sync', 'failure', 'object'].map((name) => `tidelog/v1/${name}.proto`);
+const FILES = ['sync', 'failure', 'object', 'file'].map((name) => `tidelog/v1/${name}.proto`);
 
 const definitions = loadSync(FILES, {
   includeDirs: [PROTO_FOLDER],
@@ -34,7 +34,7 @@ splice(sync.Synchronize, ({ batchOf }) =>
 );
 splice(sync.UploadOperations, ({ operationsOf }) => operationsOf.map((one) => field(3, one)));
 
-export const { SyncService, FailureService, ObjectService } = loadPackageDefinition(definitions).tidelog.v1;
+export const { SyncService, FailureService, ObjectService, FileService } = loadPackageDefinition(definitions).tidelog.v1;
 
 export const encodeOperation = definitions['tidelog.v1.Operation'].serialize;
 export const decodeOperation = definitions['tidelog.v1.Operation'].deserialize;
@@ -91,5 +91,12 @@ export function errorOf(error) {
     reason,
     transient: TRANSIENT.has(error.code),
     cause: error,
+  });
+}
+
+/** One call without a stream. */
+export function unary(service, method, request, deadline) {
+  return new Promise((resolve, reject) => {
+    service[method](request, { deadline }, (error, response) => (error ? reject(errorOf(error)) : resolve(response)));
   });
 }

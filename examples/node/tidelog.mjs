@@ -9,13 +9,16 @@
  */
 import { setTimeout } from 'node:timers/promises';
 import { credentials } from '@grpc/grpc-js';
+import { Files, referenceOf } from './files.mjs';
 import {
   FailureService,
+  FileService,
   MESSAGE_BYTES_MAX,
   PROTOCOL_VERSION,
   SynchronizationError,
   SyncService,
   errorOf,
+  unary,
 } from './protocol.mjs';
 import { State, StateLost, intents } from './state.mjs';
 
@@ -40,6 +43,8 @@ export class Client {
   #state;
   #sync;
   #failures;
+  #contents;
+  #files;
   #synchronizing = false;
 
   constructor({ state, server }) {
@@ -47,7 +52,9 @@ export class Client {
     if (server !== undefined) {
       this.#sync = new SyncService(server, credentials.createInsecure(), OPTIONS);
       this.#failures = new FailureService(server, credentials.createInsecure(), OPTIONS);
+      this.#contents = new FileService(server, credentials.createInsecure(), OPTIONS);
     }
+    this.#files = new Files(`${state}.files`, this.#contents);
   }
 
   get replicaId() {
@@ -57,6 +64,7 @@ export class Client {
   close() {
     this.#sync?.close();
     this.#failures?.close();
+    this.#contents?.close();
   }
 
   // --- working, online or not --------------------------------------------------
@@ -74,6 +82,19 @@ export class Client {
 
   delete(entity, id) {
     this.#state.commit([intents.delete(entity, id)]);
+  }
+
+  /** Put a file into an attribute of an object: its content is on disk first, as the change is. */
+  async attach(entity, id, attribute, path, { name, mediaType } = {}) {
+    const reference = await this.#files.add(path, { name, mediaType });
+    this.update(entity, id, { set: { [attribute]: reference } });
+    return reference;
+  }
+
+  /** The path of a copy of the file in an attribute of an object; fetched from the server if it is not here. */
+  async fetchFile(entity, id, attribute, { timeoutMs = TIMEOUT_MS_DEFAULT } = {}) {
+    const reference = referenceOf(this.get(entity, id), attribute);
+    return this.#retried(Date.now() + timeoutMs, (deadline) => this.#files.fetch(reference, { entity, id }, deadline));
   }
 
   /** Commit several `intents` at once; with `atomic` the server too applies all of them or none. */
@@ -113,22 +134,29 @@ export class Client {
     if (!this.#sync) throw new SynchronizationError('the client was opened without a server');
     this.#synchronizing = true;
     const report = { results: [], notReady: [], downloaded: [], confirmed: [], removed: [], held: 0, attempts: 0 };
-    const deadline = Date.now() + timeoutMs;
     try {
-      for (let backoff = BACKOFF_MS_FIRST; ; backoff = Math.min(backoff * 2, BACKOFF_MS_MAX)) {
+      await this.#retried(Date.now() + timeoutMs, async (deadline) => {
         report.attempts += 1;
-        try {
-          await new Session(this.#state, this.#sync, mode, report).run(deadline);
-          return report;
-        } catch (error) {
-          const pause = backoff * (0.5 + Math.random() / 2);
-          if (error instanceof StateLost) this.#state.loseState();
-          else if (error.transient && Date.now() + pause < deadline) await setTimeout(pause);
-          else throw error;
-        }
-      }
+        await this.#files.upload(this.#state.pending(), deadline);
+        await new Session(this.#state, this.#sync, mode, report).run(deadline);
+      });
+      return report;
     } finally {
       this.#synchronizing = false;
+    }
+  }
+
+  /** Do what may break off again until it does not, or the time is over. */
+  async #retried(deadline, attempt) {
+    for (let backoff = BACKOFF_MS_FIRST; ; backoff = Math.min(backoff * 2, BACKOFF_MS_MAX)) {
+      try {
+        return await attempt(deadline);
+      } catch (error) {
+        const pause = backoff * (0.5 + Math.random() / 2);
+        if (error instanceof StateLost) this.#state.loseState();
+        else if (error.transient && Date.now() + pause < deadline) await setTimeout(pause);
+        else throw error;
+      }
     }
   }
 
@@ -142,12 +170,12 @@ export class Client {
   async uploadOperations(operationsOf) {
     const { replicaId } = this.#state;
     const request = { protocolVersion: PROTOCOL_VERSION, replicaId, operationsOf };
-    return (await unary(this.#sync, 'UploadOperations', request)).results;
+    return (await unary(this.#sync, 'UploadOperations', request, Date.now() + TIMEOUT_MS_DEFAULT)).results;
   }
 
   /** The server's record of a refusal. */
   async failure(id) {
-    return (await unary(this.#failures, 'GetFailure', { id })).failure;
+    return (await unary(this.#failures, 'GetFailure', { id }, Date.now() + TIMEOUT_MS_DEFAULT)).failure;
   }
 }
 
@@ -335,11 +363,4 @@ function* batchesOf(operations, { batchOperationCount, batchBytes }) {
 
 function violated(what) {
   return new SynchronizationError(`the server ${what}: that is not the protocol`);
-}
-
-function unary(service, method, request) {
-  return new Promise((resolve, reject) => {
-    const deadline = Date.now() + TIMEOUT_MS_DEFAULT;
-    service[method](request, { deadline }, (error, response) => (error ? reject(errorOf(error)) : resolve(response)));
-  });
 }

@@ -13,12 +13,14 @@ from tidelog_server._authentication import (
     PeerCertificate,
     StaticTokens,
 )
+from tidelog_server._content_store import ContentLost, ContentStore, DirectoryContents
 from tidelog_server._errors import (
     AddressUnavailable,
     AuthenticationFailed,
     AuthenticationUnavailable,
     BackupDamaged,
     ChangedMeanwhile,
+    ExtraMissing,
     MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
@@ -27,6 +29,7 @@ from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_backup import Restored, backup_store, restore_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._lmdb_verification import verify_store
+from tidelog_server._object_store_contents import ObjectStoreContents
 from tidelog_server._principal import Principal
 from tidelog_server._retention import Collected
 from tidelog_server._server import Server
@@ -44,7 +47,11 @@ __all__ = [
     "CertificateAuthenticator",
     "ChangedMeanwhile",
     "Collected",
+    "ContentLost",
+    "ContentStore",
     "Credentials",
+    "DirectoryContents",
+    "ExtraMissing",
     "Found",
     "HookContext",
     "HookObject",
@@ -52,6 +59,7 @@ __all__ = [
     "LmdbStore",
     "Load",
     "MigrationUnfinished",
+    "ObjectStoreContents",
     "OperationRefused",
     "PeerCertificate",
     "Principal",

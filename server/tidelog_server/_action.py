@@ -1,8 +1,8 @@
 """
 Applying one operation: what it does to its object, and what the application's rules and hooks do besides.
 
-In order: object there -> access -> conflict -> before-hooks -> validation ->
-references resolve -> written -> after-hooks; and when all operations of a unit are
+In order: object there -> access -> contents of files are there -> conflict ->
+before-hooks -> validation -> references resolve -> written -> after-hooks; and when all operations of a unit are
 applied: unique values, and references to what was deleted. What a hook or a deletion
 rule does runs through the same steps with the rights of the system, one level deeper,
 with `by_hook` set on the change.
@@ -11,12 +11,13 @@ with `by_hook` set on the change.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from tidelog._errors import InvalidValue, ValidationFailed, quoted
 from tidelog._failure import FailureReason
+from tidelog._file_reference import may_refer_to_files
 from tidelog._keys import ObjectKey
 from tidelog._limits import OBJECT_BYTES_MAX
 from tidelog._operation import Operation, OperationKind
@@ -28,6 +29,7 @@ from tidelog_server._author import Author
 from tidelog_server._conflicts import divergence
 from tidelog_server._deadline import paused
 from tidelog_server._errors import HistoryCollected
+from tidelog_server._file_rules import FileRules
 from tidelog_server._hooks import ActionContext, HookedObject, call
 from tidelog_server._integrity import Integrity
 from tidelog_server._knowledge import Knowledge
@@ -50,13 +52,30 @@ class References:
     While held operations are settled, some creations are taken for granted.
 
     Attributes:
-        assumed: How many creations of each object are taken for granted.
+        assumed: How many creations of each object are taken for granted: those that are still to come.
         used: Those objects that the references of one unit relied upon.
     """
 
     def __init__(self) -> None:
         self.assumed: Counter[ObjectKey] = Counter()
         self.used: set[ObjectKey] = set()
+        self._arrived: list[ObjectKey] = []
+
+    def begin_unit(self) -> None:
+        """Take note that the operations of another unit follow."""
+        self.used = set()
+        self._arrived = []
+
+    def note_created(self, key: ObjectKey) -> None:
+        """Take note that a creation is no longer to come: if its object is deleted now, it is gone."""
+        if self.assumed[key]:
+            self.assumed[key] -= 1
+            self._arrived.append(key)
+
+    def end_unit(self, created: Iterable[ObjectKey]) -> None:
+        """Take what a unit creates for granted no more: it has come, or will not."""
+        self.assumed.update(self._arrived)
+        self.assumed.subtract(created)
 
     def require(self, target: ObjectKey, message: str) -> None:
         """Pass, or raise Waits."""
@@ -82,6 +101,7 @@ class Action:
         rights: What the principal may do. None: everything, it is the system itself.
         time_us: The server's clock.
         references: Decides about references to objects that are not there.
+        files: Decides about references to contents of files.
     """
 
     def __init__(
@@ -94,6 +114,7 @@ class Action:
         rights: Rights | None,
         time_us: int,
         references: References,
+        files: FileRules,
     ) -> None:
         self.principal = principal
         self.overlay = overlay
@@ -116,6 +137,7 @@ class Action:
         self._replica = author.replica
         self._time_us = time_us
         self._references = references
+        self._files = files
         self._failure = b""
         self._former_version = 0
         self._position = 0
@@ -148,6 +170,7 @@ class Action:
         self._failure = failure
         self._former_version = former_version
         self._position = position
+        self._files.begin(operation.patch)
         if self._rights is not None:
             self._own_keys.add(operation.key)
 
@@ -186,6 +209,10 @@ class Action:
             if self.depth:
                 reason = FailureReason.HOOK_ERROR
             raise Refused(reason, f"{self._name(key)} exists already")
+        sets_files = encoded is None or may_refer_to_files(encoded)
+        if sets_files and not self.depth:
+            # Before hooks see it: what they do with it must not tell anybody what is there.
+            self._files.check_authored(key, wanted, before=_NOTHING)
         if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
             attributes = self._run_before(hooks, key, attributes, state)
         if attributes is not wanted:
@@ -199,13 +226,18 @@ class Action:
                 raise self._invalid(key, attributes, error) from error
         if encoded is None:
             encoded = encode(attributes)
+            sets_files = may_refer_to_files(encoded)
         self._check_size(key, encoded)
         if self._has_references:
             self._check_references(key, attributes, before=_NOTHING, authored=Patch(wanted))
+        if sets_files:
+            self._files.check_there(key, attributes)
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
-        self._write(key, OperationKind.CREATE, patch_setting(encoded), b"", state, new_state, attributes)
+        self._write(key, OperationKind.CREATE, patch_setting(encoded), b"", state, new_state, attributes, sets_files)
+        if self._has_references and self.depth == 0:
+            self._references.note_created(key)
         self._run_after("after_commit", key, attributes)
         return version
 
@@ -224,6 +256,8 @@ class Action:
             raise self._unfit(key, before, patch, error) from error
         except Denied as denied:
             raise self._denied(key, "changed", denied) from denied
+        if self.depth == 0 and may_refer_to_files(encoded):
+            self._files.check_authored(key, patch.set, before=before)
         if self._policies and self.depth == 0:
             merged = self._merged(key, state, before, patch, after)
             if merged is None:
@@ -331,6 +365,8 @@ class Action:
         if self._has_references:
             new = {name: after[name] for name in written if name in after}
             self._check_references(key, new, before=before, authored=authored)
+        if sets_files := may_refer_to_files(encoded):
+            self._files.check_there(key, {name: after[name] for name in written if name in after})
         after_encoded = encode(after)
         self._check_size(key, after_encoded)
         images = encode(
@@ -348,7 +384,7 @@ class Action:
             and not patch.has_intents
         )
         new_state = ObjectState(version, state.created, state.creator, False, sole_writer, after_encoded)
-        self._write(key, OperationKind.UPDATE, encoded, images, state, new_state, after)
+        self._write(key, OperationKind.UPDATE, encoded, images, state, new_state, after, sets_files)
         self._run_after("after_commit", key, after)
         return version
 
@@ -543,6 +579,7 @@ class Action:
         state: ObjectState | None,
         new_state: ObjectState,
         attributes: Attributes | None,
+        sets_files: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
         by_hook = self.depth > 0
         if by_hook:
@@ -570,10 +607,10 @@ class Action:
         )
         integrity = self._integrity
         if integrity is None:
-            self.overlay.write(change, new_state, attributes)
+            self.overlay.write(change, new_state, attributes, sets_files=sets_files)
             return
         held = self.overlay.attributes(key) if state is not None and not state.deleted else None
-        self.overlay.write(change, new_state, attributes)
+        self.overlay.write(change, new_state, attributes, sets_files=sets_files)
         if attributes is None or integrity.note(key, held, attributes):
             self._touched[key] = self._position
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from tidelog._errors import InvalidValue
+from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog._logging import get_logger
 from tidelog_server._errors import ServerBusy
 from tidelog_server._principal import Principal
@@ -57,9 +58,12 @@ class ServerLimits:
         sessions_per_user: The same, of one user. None: as many as of his tenant.
         uploads: Sessions that upload at once.
         idle_seconds: How long a session waits for a client that neither sends what is
-            awaited nor reads what is sent. It has to be enough for one batch or page on the
-            slowest connection: of 1 MiB, and of up to 3 MiB where objects or commit groups
-            are large. So the default takes about 3.5 kB/s, and up to 10.5.
+            awaited nor reads what is sent. On the slowest connection it has to be enough for a
+            small message, 16 KiB, or for the largest object or commit group, up to 2 MiB:
+            the default is with 7 kB/s.
+        file_transfers: Contents of files that are on their way at once, up or down.
+        file_transfers_per_user: The same, of one user. None: as many as of all.
+        file_bytes: How large a file may be that is uploaded, in bytes.
 
     Raises:
         InvalidValue: One of them is not above zero.
@@ -70,6 +74,9 @@ class ServerLimits:
     sessions_per_user: int | None = None
     uploads: int = 200
     idle_seconds: float = 300.0
+    file_transfers: int = 200
+    file_transfers_per_user: int | None = None
+    file_bytes: int = FILE_BYTES_MAX_DEFAULT
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -101,6 +108,7 @@ class Admission:
         self.sessions = self._line("sessions", limits.sessions)
         self.uploads = self._line("sessions that upload", limits.uploads)
         self.calls = self._line("calls", CALLS_MAX)
+        self.file_transfers = self._line("transfers of files", limits.file_transfers)
         self._of_some: dict[tuple[str, ...], Line] = {}
         self._crowd = LINES_KEPT_MIN
         self.put_off_count = 0
@@ -129,6 +137,18 @@ class Admission:
     def call(self) -> AbstractContextManager[None]:
         """Take a place for a call that does not synchronize. Raises ServerBusy."""
         return self._place(self.calls)
+
+    def file_transfer(self) -> AbstractContextManager[None]:
+        """Take a place for the transfer of a content. Raises ServerBusy."""
+        return self._place(self.file_transfers)
+
+    def file_transfer_of(self, principal: Principal) -> AbstractContextManager[None]:
+        """Take the place of such a transfer among those of its user. Raises ServerBusy."""
+        self._forget_strangers()
+        limit = self._limits.file_transfers_per_user
+        if limit is None:
+            return self._place()
+        return self._place(self._own((principal.tenant, principal.user_id, "files"), "transfers of a user", limit))
 
     @contextmanager
     def _place(self, *lines: Line) -> Iterator[None]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -31,6 +32,15 @@ from tidelog._schema import Schema
 from tidelog._values import Attributes, decode_trusted, encode, equal
 from tidelog_server._application import Application
 from tidelog_server._errors import MigrationUnfinished, SchemaContradicted
+from tidelog_server._file_records import (
+    REFERRERS,
+    contents_of_failure,
+    contents_of_object,
+    entries_of,
+    failure_referrer,
+    file_writes,
+    object_referrer,
+)
 from tidelog_server._history import attributes_before, kept_changes
 from tidelog_server._indexes import TABLES, Written, index_shape, index_writes, rebuilt_entries, unique_key
 from tidelog_server._migration import Migration
@@ -71,11 +81,13 @@ class _Adopted(msgspec.Struct, frozen=True):
         schema: The schema, as JSON; empty if it was none.
         migrated: The newest version of a schema whose migrations have run.
         unfinished: What has begun since; None: nothing has.
+        files: Whether it is on record who refers to which file. Stores older than that are without.
     """
 
     schema: str = ""
     migrated: int = 0
     unfinished: _Unfinished | None = None
+    files: bool = False
 
 
 def adopt_schema(application: Application, store: Store, *, migrate: bool, time_us: int) -> None:
@@ -96,7 +108,7 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
     text = schema.to_json() if application.has_schema else ""
     note = store.note(_NOTE)
     known = msgspec.json.decode(note, type=_Adopted) if note else _Adopted()
-    if known == _Adopted(text, known.migrated):
+    if known == _Adopted(text, known.migrated, files=True):
         return
     if schema.version < known.migrated:
         raise SchemaContradicted(
@@ -144,17 +156,21 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
 
     rebuilds = known.unfinished is not None or index_shape(former) != index_shape(schema)
     if migrate or rebuilds:
-        _set_note(store, _Adopted(known.schema, known.migrated, _Unfinished(schema.version, fingerprint, heads)))
+        unfinished = _Unfinished(schema.version, fingerprint, heads)
+        _set_note(store, _Adopted(known.schema, known.migrated, unfinished, known.files))
     for tenant, migration in migrations.items():
         if migrate:
             _migrate(application, store, tenant, migration, time_us)
         if rebuilds:
             _rebuild_indexes(application, store, tenant)
+        if rebuilds or not known.files:
+            _note_referrers(store, tenant)
     migrated = schema.version if migrate and has_migrated else known.migrated
-    _set_note(store, _Adopted(text, migrated))
+    _set_note(store, _Adopted(text, migrated, files=True))
     if text != known.schema and schema.version <= since:
         _log.warning("the schema is another one, but its version has not risen", version=schema.version, former=since)
-    _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
+    if known != _Adopted(text, known.migrated, files=known.files):
+        _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
 
 
 def adopted_schema(note: Callable[[str], bytes]) -> Schema | None:
@@ -172,6 +188,12 @@ def adopted_schema(note: Callable[[str], bytes]) -> Schema | None:
     if known is None or known.unfinished is not None:
         return None
     return Schema.from_json(known.schema) if known.schema else Schema(open=True)
+
+
+def has_referrers(note: Callable[[str], bytes]) -> bool:
+    """Tell whether it is on record in a store who refers to which file."""
+    noted = note(_NOTE)
+    return bool(noted) and msgspec.json.decode(noted, type=_Adopted).files
 
 
 def _summary(count: int, schema: Schema, since: int, *, migrate: bool) -> str:
@@ -313,7 +335,10 @@ def _migrate(application: Application, store: Store, tenant: str, migration: Mig
                 _delete(overlay, state, made)
             if outcome is not None:
                 _put(overlay, *outcome, state, made)
-        index = index_writes(application.schema, overlay.written(application.indexed_entities), overlay.index)
+        index = {
+            **index_writes(application.schema, overlay.written(application.indexed_entities), overlay.index),
+            **file_writes(overlay, (), time_us),
+        }
         return Writes(overlay.written_objects(), overlay.changes, None, [], [], overlay.version, index)
 
     with store.read(tenant) as reader:
@@ -338,6 +363,42 @@ def _rebuild_indexes(application: Application, store: Store, tenant: str) -> Non
     while store.submit(tenant, clear).result():
         pass
     _each_page(store, tenant, sorted(application.indexed_entities), work)
+
+
+def _note_referrers(store: Store, tenant: str) -> None:
+    """Note anew who refers to which file: objects, and failures."""
+
+    def clear(reader: Reader) -> tuple[Writes, bool]:
+        entries = reader.index_range(REFERRERS, b"", PAGE_OBJECTS_MAX)
+        return _index_only(reader, dict.fromkeys(key for key, _ in entries)), bool(entries)
+
+    def objects(reader: Reader, page: _Page) -> Writes:
+        index: dict[bytes, bytes | None] = {}
+        for key, state in page:
+            index.update(entries_of(object_referrer(key), contents_of_object(state.attributes)))
+        return _index_only(reader, index)
+
+    while store.submit(tenant, clear).result():
+        pass
+    with store.read(tenant) as reader:
+        entities = reader.entities()
+    _each_page(store, tenant, entities, objects)
+    after = b""
+    while True:
+        with store.read(tenant) as reader:
+            page = reader.failures(after, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
+        if not page:
+            return
+        after = page[-1][0]
+        index: dict[bytes, bytes | None] = {}
+        for failure_id, data in page:
+            index.update(entries_of(failure_referrer(failure_id), contents_of_failure(data)))
+        if index:
+            store.submit(tenant, partial(_indexed, index=index)).result()
+
+
+def _indexed(reader: Reader, index: dict[bytes, bytes | None]) -> tuple[Writes, None]:
+    return _index_only(reader, index), None
 
 
 def _index_only(reader: Reader, index: dict[bytes, bytes | None]) -> Writes:

@@ -7,6 +7,7 @@ read, its entity takes uploads, its object is there and is the one that its auth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from tidelog._errors import LimitExceeded, ValidationFailed
@@ -19,12 +20,14 @@ from tidelog_server._action import Action, References
 from tidelog_server._application import Application
 from tidelog_server._author import Author
 from tidelog_server._conflicts import is_superseded
+from tidelog_server._file_records import file_writes
+from tidelog_server._file_rules import FileRules
 from tidelog_server._indexes import IndexWrites, index_writes
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Applied, Outcomes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
-from tidelog_server._records import ObjectState
+from tidelog_server._records import FailureRecord, ObjectState
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._units import Member, Unit
 
@@ -47,6 +50,7 @@ class UnitApplier:
         principal: Whose operations they are.
         rights: What the principal may do.
         time_us: The server's clock.
+        files: Decides about references to contents of files.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class UnitApplier:
         principal: Principal,
         rights: Rights,
         time_us: int,
+        files: FileRules,
     ) -> None:
         self._application = application
         self._overlay = overlay
@@ -69,6 +74,7 @@ class UnitApplier:
         self._author = author
         self._knowledge = Knowledge(overlay, rights if application.access_rules else None)
         self._time_us = time_us
+        self._files = files
         self._action = Action(
             application,
             overlay,
@@ -77,6 +83,7 @@ class UnitApplier:
             rights=rights,
             time_us=time_us,
             references=references,
+            files=files,
         )
 
     def apply(self, unit: Unit, failure: bytes = b"") -> list[Applied]:
@@ -88,7 +95,7 @@ class UnitApplier:
             failure: Id of the failure that is retried; empty: none is.
 
         Raises:
-            Refused, Waits: Nothing of the unit is applied.
+            Refused, Waits, NotReady: Nothing of the unit is applied.
             TransientError: The application cannot tell now.
         """
         mark = self._overlay.mark()
@@ -115,12 +122,14 @@ class UnitApplier:
             raise
         return applied
 
-    def index_writes(self) -> IndexWrites:
-        """Return what changes in the table of indexes because of what was applied."""
+    def index_writes(self, failures: Sequence[FailureRecord]) -> IndexWrites:
+        """Return what changes in the table of indexes because of what was applied, and of the failures written."""
+        files = file_writes(self._overlay, failures, self._time_us)
         indexed = self._application.indexed_entities
         if not indexed:
-            return {}
-        return index_writes(self._application.schema, self._overlay.written(indexed), self._overlay.index)
+            return files
+        written = self._overlay.written(indexed)
+        return {**index_writes(self._application.schema, written, self._overlay.index), **files}
 
     def _apply(self, member: Member, position: int, failure: bytes) -> Applied:
         operation = member.operation
@@ -134,6 +143,8 @@ class UnitApplier:
         if member.former is not None:
             former_version = member.former.version
             self._check_not_superseded(operation, member.patch, former_version)
+            member = self._without_lost(member, operation)
+            operation = member.operation or operation
         author = self._author
         if author.old_bases is not None:
             base_version = author.sight(operation, former_version).base_version
@@ -171,6 +182,24 @@ class UnitApplier:
             else:
                 version = action.update(key, member.patch, operation.patch)
         return (version, action.changed_own_object)
+
+    def _without_lost(self, member: Member, operation: Operation) -> Member:
+        """
+        Return what is offered again without the files whose contents nobody has any more.
+
+        It was applied once, and the rest of it is not to be lost with them.
+        """
+        if not self._files.lost:
+            return member
+        key = operation.key
+        before = self._overlay.attributes(key) if self._overlay.exists(key) else {}
+        lost = self._files.lost_in(key, member.patch.set, before=before)
+        if not lost:
+            return member
+        patch = member.patch._replace(
+            set={name: value for name, value in member.patch.set.items() if name not in lost}
+        )
+        return member._replace(patch=patch, operation=operation._replace(patch=patch.encode()), renamed=True)
 
     def _has_seen(self, state: ObjectState, operation: Operation, former_version: int) -> bool:
         """Tell whether the author knows an incarnation that began above the operation's base version."""

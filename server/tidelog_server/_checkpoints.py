@@ -4,7 +4,8 @@ Checkpoints: what a replica shows a server that was put back from a backup.
 A checkpoint names commits of a tenant's history: the newest one, and older ones at
 growing distances. A store that lacks one of them, in the same timeline, has lost
 history that somebody was told of; so has one in which fewer of the replica's operations
-are settled, refusals among them. The newest commit that it has tells how far its history
+are settled, refusals among them, or something else is settled in the place of the newest
+of them: a copy of the replica may have come first. The newest commit that it has tells how far its history
 and the replica's are the same. A checkpoint is sealed: nobody can make one up.
 """
 
@@ -16,7 +17,7 @@ import uuid_utils
 from google.protobuf.message import DecodeError
 
 from tidelog.internal.v1 import splice_pb2
-from tidelog_server._records import Head
+from tidelog_server._records import Head, ReplicaState
 from tidelog_server._sealing import Sealer
 from tidelog_server._store import Reader, Store
 
@@ -63,8 +64,9 @@ class Checkpoints:
         """Note the older commits that the checkpoints of a session name."""
         self._older = _spread(reader)
 
-    def at(self, head: Head, settled_count: int) -> bytes:
+    def at(self, head: Head, known: ReplicaState | None) -> bytes:
         """Return the checkpoint of a history at *head*; empty if it has not begun and nothing was settled."""
+        settled_count = known.settled_count if known is not None else 0
         if not head.version and not settled_count:
             return b""
         identity = self._store.identity
@@ -75,6 +77,8 @@ class Checkpoints:
             commits=[splice_pb2.Commit(version=one.version, commit_id=one.commit_id) for one in commits],
             replica=self._replica,
             settled_count=settled_count,
+            newest_seq=known.newest_seq if known is not None else 0,
+            newest_nonce=known.newest_nonce if known is not None else 0,
         )
         return self._sealer.seal(checkpoint.SerializeToString(), self._tenant)
 
@@ -86,6 +90,10 @@ class Checkpoints:
             return False
         state = reader.replica(checkpoint.replica)
         if (state.settled_count if state is not None else 0) < checkpoint.settled_count:
+            return True
+        newest_seq = checkpoint.newest_seq
+        settled = reader.settled(checkpoint.replica, (newest_seq,)).get(newest_seq) if newest_seq else None
+        if settled is not None and settled.nonce != checkpoint.newest_nonce:
             return True
         newest = max(checkpoint.commits, key=lambda one: one.version)
         if newest.version > reader.head().version:

@@ -20,6 +20,18 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import OperationKind
 from tidelog.v1 import failure_pb2
+from tidelog_server._file_records import (
+    CONTENTS,
+    GRANTS,
+    content_key,
+    content_of,
+    content_record,
+    failures_prefix,
+    grantee,
+    grants_prefix,
+    objects_prefix,
+    unpack_grant,
+)
 from tidelog_server._formers import Note, read_note, without_notes
 from tidelog_server._indexes import twins_after, without_left
 from tidelog_server._records import Forgotten, ReplicaState, Settled, Writes
@@ -140,6 +152,77 @@ def without_old_notes(reader: Reader, notes: Sequence[Note]) -> tuple[Writes, in
 def without_refused_creations(reader: Reader, replica: bytes, keys: Iterable[ObjectKey]) -> tuple[Writes, None]:
     """Forget what a replica could not create."""
     return _writes(reader, forgotten=Forgotten(refused_creations=[(replica, key) for key in keys])), None
+
+
+def unneeded_contents(reader: Reader, after: bytes, before_us: int) -> tuple[list[bytes], bytes]:
+    """
+    Look at some contents on record, and return those that nothing refers to, or is about to.
+
+    Returns them with the key to go on after; empty: there are no more.
+    """
+    entries = reader.index_range(CONTENTS, after, STEP_ENTRIES)
+    found = [content_of(key) for key, _ in entries]
+    unneeded = [sha256 for sha256 in found if is_unneeded(reader, sha256, before_us)]
+    return unneeded, entries[-1][0] if entries else b""
+
+
+def is_unneeded(reader: Reader, sha256: bytes, before_us: int) -> bool:
+    """Tell whether a content is on record since before a time, and nothing refers to it or is about to."""
+    record = content_record(sha256, reader.index)
+    return record is not None and record.time_us < before_us and not is_referred_to(reader, sha256)
+
+
+def is_referred_to(reader: Reader, sha256: bytes) -> bool:
+    """Tell whether anything refers to a content, or is about to."""
+    # A failure keeps the grant of its author.
+    return any(reader.index_range(prefix(sha256), b"", 1) for prefix in (objects_prefix, grants_prefix))
+
+
+def without_content(reader: Reader, sha256: bytes, before_us: int) -> tuple[Writes | None, int]:
+    """Take a content off the record, if it is still unneeded; return how many were."""
+    if not is_unneeded(reader, sha256, before_us):
+        return None, 0
+    return _writes(reader, index_entries={content_key(sha256): None}), 1
+
+
+def old_grants(reader: Reader, after: bytes, before_us: int) -> tuple[list[bytes], bytes]:
+    """
+    Look at some grants, and return the keys of those that were given before a time.
+
+    A failure may be retried at any time: as long as it refers to a content its author may, if he might before.
+
+    Returns them with the key to go on after; empty: there are no more.
+    """
+    entries = reader.index_range(GRANTS, after, STEP_ENTRIES)
+    old = [key for key, _ in entries if _is_old_grant(reader, key, before_us)]
+    return old, entries[-1][0] if entries else b""
+
+
+def without_grants(reader: Reader, keys: Sequence[bytes], before_us: int) -> tuple[Writes, None]:
+    """Take grants away, as far as they were not given anew."""
+    old: dict[bytes, bytes | None] = {key: None for key in keys if _is_old_grant(reader, key, before_us)}
+    return _writes(reader, index_entries=old), None
+
+
+def _is_old_grant(reader: Reader, key: bytes, before_us: int) -> bool:
+    given = reader.index(key)
+    return (
+        given is not None
+        and unpack_grant(given) < before_us
+        and not _has_failure(reader, content_of(key), grantee(key))
+    )
+
+
+def _has_failure(reader: Reader, sha256: bytes, user_id: str) -> bool:
+    """Tell whether a failure of a user's operation refers to a content."""
+    prefix = failures_prefix(sha256)
+    after = b""
+    while page := reader.index_range(prefix, after, STEP_ENTRIES):
+        for after, _ in page:
+            data = reader.failure(after[len(prefix) :])
+            if data is not None and failure_pb2.SynchronizationFailure.FromString(data).user_id == user_id:
+                return True
+    return False
 
 
 def _is_old(reader: Reader, settled: Settled, collected: int, before_us: int) -> bool:

@@ -42,17 +42,20 @@ from tidelog_server._store import Reader, Store
 CATCH_UP_ROUNDS_MAX: Final = 3
 # Objects that an index leads to are read so many at a time: what they hold is known only then.
 INDEXED_OBJECTS_MAX: Final = 32
+# About what an object takes in a page, besides its names and attributes.
+FRAMING_BYTES: Final = 16
 # In a cursor, the fingerprint of no projection.
 NO_PLACE: Final = b"?"
 
 _M = TypeVar("_M", splice_pb2.Cursor, splice_pb2.ResumeToken)
 
-PageBytes: TypeAlias = Callable[[], int]
+# Says how much the next page may hold, given what its first object takes. If that is more, the object has to wait.
+PageBytes: TypeAlias = Callable[[int], int]
 
 
-def full_pages() -> int:
+def full_pages(needed: int) -> int:
     """Let each page hold as much as any may."""
-    return PAGE_BYTES_MAX
+    return max(PAGE_BYTES_MAX, needed)
 
 
 class Place(NamedTuple):
@@ -165,6 +168,9 @@ class Download:
     """
     Reads the pages for one replica.
 
+    A page that is empty says that the next object has to wait for room: it is read when the next page is asked for.
+    No page is held here once it was given.
+
     Args:
         store: Where the data are.
         projection: What the replica has of them.
@@ -225,22 +231,29 @@ class Download:
         reading the rest in one transaction.
         """
         scan = _Scan(self._projection, start, self._new_page)
-        caught_up = False
-        while not caught_up:
-            pages = []
-            with self._store.read(self._tenant) as reader:
-                self.head = reader.head()
-                caught_up = True
-                for page in scan.pages(reader, self.head):
+        while not scan.is_over:
+            pages = self._scanned(scan)
+            while pages:
+                yield self._with_token(start, pages.popleft())
+
+    def _scanned(self, scan: _Scan) -> deque[_Page]:
+        """Read on in a transaction: a page, or, after several rounds, all that is left."""
+        pages: deque[_Page] = deque()
+        with self._store.read(self._tenant) as reader:
+            self.head = reader.head()
+            for page in scan.pages(reader, self.head):
+                may_wait = scan.round_count <= CATCH_UP_ROUNDS_MAX
+                if not page.is_empty or (page.lacks_room and may_wait):
                     pages.append(page)
-                    if not page.is_last and scan.round_count <= CATCH_UP_ROUNDS_MAX:
-                        caught_up = False
-                        break
-            for page in pages:
-                if not page.is_empty:
-                    token = self._token(start.cursor, page.end).SerializeToString()
-                    page.message.resume_token = self._sealer.seal(token, self._tenant)
-                    yield page.message
+                if may_wait:
+                    break
+        return pages
+
+    def _with_token(self, start: Start, page: _Page) -> sync_pb2.SnapshotPage:
+        if not page.is_empty:
+            token = self._token(start.cursor, page.end).SerializeToString()
+            page.message.resume_token = self._sealer.seal(token, self._tenant)
+        return page.message
 
     def _token(self, cursor: splice_pb2.Cursor | None, place: Place) -> splice_pb2.ResumeToken:
         """Return what a resume token holds. What another one holds besides the place is of another download."""
@@ -274,10 +287,11 @@ class Download:
         def concerns(key: ObjectKey) -> bool:
             return self._projection.entity(key[0]).mode is not DownloadMode.NEVER
 
-        def add(page: _Page, reader: Reader, key: ObjectKey, state: ObjectState) -> None:
+        def add(page: _Page, reader: Reader, key: ObjectKey, state: ObjectState) -> bool:
             if not any(is_ours(change) for change in changes_since(before, state.version, reader.change)):
-                return
-            page.take(state)
+                return True
+            if not page.takes(key, state):
+                return False
             entity = self._projection.entity(key[0])
             sight = entity.shown if entity.mode.downloads else entity.readable
             seen = sight.encoded(state)
@@ -285,6 +299,7 @@ class Download:
                 page.add(key, state, seen, confirms=sight.sees_whole_objects and start.confirms(key[0]))
             elif _was_seen(undone_changes(reader, state, before), sight, first_head, is_ours):
                 page.add_removal(key, state.version)
+            return True
 
         yield from self._changed_since(before, concerns, add)
 
@@ -309,69 +324,88 @@ class Download:
         wanted = dict.fromkeys(keys)
         told: dict[ObjectKey, int] = {}  # at which version; 0: as gone
 
-        def add(page: _Page, reader: Reader, key: ObjectKey, state: ObjectState | None) -> None:
-            page.take(state)
+        def add(page: _Page, reader: Reader, key: ObjectKey, state: ObjectState | None) -> bool:
+            if not page.takes(key, state):
+                return False
             entity = self._projection.entity(key[0])
             seen = entity.readable.encoded(state) if state is not None else None
             version = state.version if state is not None and seen is not None else 0
             if told.get(key) == version:
-                return
+                return True
             told[key] = version
             if state is not None and seen is not None:
                 page.add(key, state, seen, confirms=False, outside=entity.shown.encoded(state) is None)
             else:
                 # All alike: neither the version nor a repetition must tell what is hidden from what never was.
                 page.add_removal(key, reader.head().version)
+            return True
+
+        def next_page() -> sync_pb2.SnapshotPage:
+            page = _Page(self._page_bytes)
+            with self._store.read(self._tenant) as reader:
+                while remaining and not page.is_full:
+                    key = remaining[0]
+                    if add(page, reader, key, reader.objects((key,)).get(key)):
+                        remaining.popleft()
+            return page.message
 
         first_head = self._present_version()
         remaining = deque(wanted)
         while remaining:
-            page = _Page(self._page_bytes())
-            with self._store.read(self._tenant) as reader:
-                while remaining and not page.is_full:
-                    key = remaining.popleft()
-                    add(page, reader, key, reader.objects((key,)).get(key))
-            yield page.message
+            yield next_page()
         yield from self._changed_since(first_head, wanted.__contains__, add)
 
     def _changed_since(
         self,
         version: int,
         concerns: Callable[[ObjectKey], bool],
-        add: Callable[[_Page, Reader, ObjectKey, ObjectState], None],
+        add: Callable[[_Page, Reader, ObjectKey, ObjectState], bool],
     ) -> Iterator[sync_pb2.SnapshotPage]:
         """
         Yield what was changed above a version: each object that *concerns* names, with what *add* has to say of it.
 
-        It goes by the newest change of each object, and ends in a transaction that it reads
-        up to its head, which is `head` then. So all is told as of that moment, whatever was
-        written while earlier pages were read.
+        *add* returns false for an object that the page has no room for. It goes by the
+        newest change of each object, and ends in a transaction that it reads up to its
+        head, which is `head` then. So all is told as of that moment, whatever was written
+        while earlier pages were read.
         """
         position = round_head = version
         round_count = 0
         caught_up = False
-        while not caught_up:
+
+        def next_pages() -> deque[sync_pb2.SnapshotPage]:
+            nonlocal position, round_head, round_count, caught_up
             pages: list[_Page] = []
             with self._store.read(self._tenant) as reader:
                 self.head = reader.head()
                 if position >= round_head:
                     round_head, round_count = self.head.version, round_count + 1
                 while position < self.head.version and (not pages or round_count > CATCH_UP_ROUNDS_MAX):
-                    page = self._new_page()
+                    page = self._new_page(round_count)
                     pages.append(page)
                     for change in _changes(reader, position):
                         if page.is_full:
                             break
-                        position = change.version
                         if concerns(change.key):
                             state = reader.objects((change.key,))[change.key]
-                            if state.version == position:
-                                add(page, reader, change.key, state)
+                            if state.version == change.version and not add(page, reader, change.key, state):
+                                break
+                        position = change.version
                 caught_up = position >= self.head.version
-            yield from (page.message for page in pages if not page.is_empty)
+            return deque(page.message for page in pages if not page.is_empty or page.lacks_room)
 
-    def _new_page(self) -> _Page:
-        return _Page(self._page_bytes(), self._confirmed)
+        while not caught_up:
+            pages = next_pages()
+            while pages:
+                yield pages.popleft()
+
+    def _new_page(self, round_count: int) -> _Page:
+        # What is left after several rounds is read in one transaction, which cannot wait.
+        page_bytes = self._page_bytes if round_count <= CATCH_UP_ROUNDS_MAX else self._page_bytes_at_once
+        return _Page(page_bytes, self._confirmed)
+
+    def _page_bytes_at_once(self, needed: int) -> int:
+        return max(self._page_bytes(0), needed)
 
     def _present_version(self) -> int:
         with self._store.read(self._tenant) as reader:
@@ -415,14 +449,16 @@ class _Scan:
 
     Attributes:
         round_count: Number of the present round.
+        is_over: Whether everything was scanned.
     """
 
-    def __init__(self, projection: Projection, start: Start, new_page: Callable[[], _Page]) -> None:
+    def __init__(self, projection: Projection, start: Start, new_page: Callable[[int], _Page]) -> None:
         self._projection = projection
         self._start = start
         self._new_page = new_page
         self._place = start.place
         self.round_count = 1
+        self.is_over = False
 
     def pages(self, reader: Reader, head: Head) -> Iterator[_Page]:
         """
@@ -431,13 +467,14 @@ class _Scan:
         Whoever stops before the end goes on with another reader.
         """
         if self._start.is_at(head):
+            self.is_over = True
             return
         place = self._place or Place(b"", 0, head.version, 0, head.version, head.commit_id)
         cursor = self._start.cursor
         if reader.collected() > (place.first_head if cursor is None else cursor.version):
             # A tombstone that the replica needs to be told of may be among what went.
             raise HistoryCollected("what was changed since the download began is collected already: begin again")
-        page = self._new_page()
+        page = self._new_page(self.round_count)
         while True:
             for source in self._sources(reader, place.source):
                 if source.key != place.source:
@@ -451,10 +488,10 @@ class _Scan:
                     if page.is_full:
                         self._place = page.end = place
                         yield page
-                        page = self._new_page()
+                        page = self._new_page(self.round_count)
             self._place = page.end = place
             if place.round_head == head.version:
-                page.is_last = True
+                self.is_over = True
                 yield page
                 return
             self.round_count += 1
@@ -484,7 +521,8 @@ class _Scan:
                 return place._replace(position=position)
             if version > place.round_head:
                 return place._replace(position=place.round_head)
-            page.take(state)
+            if not page.takes(key, state):
+                return place._replace(position=position)
             seen = entity.shown.encoded(state)
             if seen is not None:
                 # What has lost a value and is seen nonetheless stands under another one, and comes from there.
@@ -534,16 +572,19 @@ class _Page:
     Attributes:
         message: The page on the wire.
         end: Where the download stands after it.
-        is_last: Whether nothing follows as of this transaction.
+        lacks_room: Whether it is empty because the first object for it has to wait.
     """
 
     end: Place
 
-    def __init__(self, bytes_max: int, confirmed: bytes | None = None) -> None:
+    def __init__(self, page_bytes: PageBytes, confirmed: bytes | None = None) -> None:
         self.message = sync_pb2.SnapshotPage()
-        self.is_last = False
         self.objects_left = PAGE_OBJECTS_MAX
-        self.bytes_left = bytes_max
+        self.bytes_left = page_bytes(0)
+        self.lacks_room = False
+        self._page_bytes = page_bytes
+        self._is_untouched = True
+        self._is_over = False
         self._confirmed = confirmed
         self._keys: set[ObjectKey] = set()
 
@@ -553,14 +594,20 @@ class _Page:
 
     @property
     def is_full(self) -> bool:
-        return self.objects_left <= 0 or self.bytes_left <= 0
+        return self.objects_left <= 0 or self.bytes_left <= 0 or self._is_over
 
-    def take(self, state: ObjectState | None) -> None:
-        """Note that something was read for this page."""
+    def takes(self, key: ObjectKey, state: ObjectState | None) -> bool:
+        """Count what was read for this page, if there is room for it; else the page is full."""
+        size = FRAMING_BYTES + len(key[0]) + len(key[1]) + (len(state.attributes) if state is not None else 0)
+        if size > self.bytes_left:
+            self.lacks_room = self._is_untouched and self._page_bytes(size) < size
+            if self.lacks_room or not self._is_untouched:
+                self._is_over = True
+                return False
+        self._is_untouched = False
         self.objects_left -= 1
-        if state is not None:
-            # The page must fit a message whatever its last object is; see OBJECT_BYTES_MAX.
-            self.bytes_left -= len(state.attributes)
+        self.bytes_left -= size
+        return True
 
     def add(
         self, key: ObjectKey, state: ObjectState, seen: bytes, *, confirms: bool = True, outside: bool = False

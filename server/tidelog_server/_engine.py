@@ -11,7 +11,8 @@ becomes a failure record with the payload; what follows goes on.
 
 An operation whose reference leads to an object that has not arrived is *held*, with
 its group and with later operations on its object. When all batches have come the
-held ones are settled together (see `_held`).
+held ones are settled together (see `_held`). One that refers to the content of a file
+which is not there stays pending, like any that can be neither applied nor refused now.
 """
 
 from __future__ import annotations
@@ -27,15 +28,25 @@ from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
 from tidelog_server._errors import OperationForked, OperationsOutOfOrder, RequestInvalid, SessionSuperseded
+from tidelog_server._file_rules import FileRules
 from tidelog_server._formers import Formers
 from tidelog_server._held import HeldUnits
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import BEHIND_ANOTHER, Applied, Outcomes, Result, Status, Uploader
 from tidelog_server._overlay import Overlay
 from tidelog_server._records import Settled, Writes
-from tidelog_server._refusal import Refused, Waits
+from tidelog_server._refusal import NotReady, Refused, Waits
 from tidelog_server._store import Reader
-from tidelog_server._units import FormerOutcome, Member, Unit, keys_of, read_member, size_bytes, split_units
+from tidelog_server._units import (
+    FormerOutcome,
+    Member,
+    Unit,
+    contents_of,
+    keys_of,
+    read_member,
+    size_bytes,
+    split_units,
+)
 
 GIVEN_UP: Final = "the server's process ended again and again while it was applied: the server's log has the details"
 
@@ -55,6 +66,7 @@ class UploadState:
     Attributes:
         last_seq: Newest seq received.
         last_former_seq: Newest seq received of what is offered again.
+        lost: Contents that held units refer to, and that the replica has lost.
         held: Units that wait for an object.
         held_bytes: Size of their operations.
         held_keys: Objects whose further operations wait behind a held one.
@@ -68,6 +80,7 @@ class UploadState:
     held_keys: frozenset[ObjectKey] = frozenset()
     parked: Mapping[ObjectKey, int] = field(default_factory=dict)
     last_former_seq: int = 0
+    lost: frozenset[bytes] = frozenset()
 
 
 class Trial(NamedTuple):
@@ -103,6 +116,7 @@ def evaluate_batch(
     state: UploadState,
     time_us: int,
     former_outcomes: Sequence[FormerOutcome] = (),
+    lost_contents: Iterable[bytes] = (),
     trial: Trial = NO_TRIAL,
 ) -> Evaluation:
     """
@@ -110,13 +124,15 @@ def evaluate_batch(
 
     There is one result per operation, in order; held ones have a preliminary one.
     With *former_outcomes*, one an operation, the batch offers again what was settled
-    before the store was put back from a backup.
+    before the store was put back from a backup. *lost_contents* are those that the
+    replica cannot upload any more.
 
     Raises:
         SessionSuperseded, OperationForked, RequestInvalid, TransientError:
             Nothing of the batch may be written, and the session ends.
     """
-    return _Evaluator(application, uploader, reader, state, time_us, trial).batch(batch, former_outcomes)
+    evaluator = _Evaluator(application, uploader, reader, state, time_us, trial)
+    return evaluator.batch(batch, former_outcomes, frozenset(lost_contents))
 
 
 def evaluate_held(
@@ -161,6 +177,13 @@ class _Evaluator:
         knowledge = Knowledge(self._overlay, rights if application.access_rules else None)
         self._outcomes = Outcomes(uploader, reader, self._overlay, knowledge, state.parked, time_us)
         self._references = References()
+        self._files = FileRules(
+            self._overlay,
+            rights if application.access_rules else None,
+            user_id=uploader.principal.user_id,
+            bytes_max=uploader.file_bytes_max,
+            lost=state.lost,
+        )
         self._units = UnitApplier(
             application,
             self._overlay,
@@ -170,6 +193,7 @@ class _Evaluator:
             principal=uploader.principal,
             rights=rights,
             time_us=time_us,
+            files=self._files,
         )
         self._formers = Formers(uploader.replica, uploader.formers, reader)
         self._trial = trial
@@ -182,11 +206,15 @@ class _Evaluator:
         self._held = list(state.held)
         self._held_bytes = state.held_bytes
         self._held_keys = set(state.held_keys)
+        self._lost = state.lost
 
     # --- a batch --------------------------------------------------------------
 
-    def batch(self, batch: Sequence[bytes], former_outcomes: Sequence[FormerOutcome]) -> Evaluation:
+    def batch(
+        self, batch: Sequence[bytes], former_outcomes: Sequence[FormerOutcome], lost: frozenset[bytes]
+    ) -> Evaluation:
         schema = self._schema
+        self._files.lost = lost
         members = [read_member(data, schema) for data in batch]
         if former_outcomes:
             if len(former_outcomes) != len(members):
@@ -271,6 +299,8 @@ class _Evaluator:
             return outcomes.refuse(unit, refusal)
         except Waits as wait:
             return self._hold(unit, wait.message)
+        except NotReady as verdict:
+            return outcomes.park(unit, verdict.message)
 
     def _try(self, unit: Unit) -> list[Applied]:
         if unit[0].seq in self._trial.given_up:
@@ -297,6 +327,8 @@ class _Evaluator:
         self._held.append(unit)
         self._held_bytes += unit_bytes
         self._held_keys.update(keys_of(unit))
+        if self._files.lost:
+            self._lost |= {sha256 for sha256 in contents_of(unit) if sha256 in self._files.lost}
         return [Result(member.seq, Status.HELD, message=message) for member in unit]
 
     # --- the held operations --------------------------------------------------
@@ -305,21 +337,22 @@ class _Evaluator:
         self._overlay.prefetch(self._named_objects(member for unit in self._held for member in unit))
         units = HeldUnits(self._overlay, self._outcomes, self._references, self._apply)
         results = units.settle(self._held)
-        self._held, self._held_bytes, self._held_keys = [], 0, set()
+        self._held, self._held_bytes, self._held_keys, self._lost = [], 0, set(), frozenset()
         return self._evaluation(results)
 
     def _evaluation(self, results: list[Result]) -> Evaluation:
         overlay, outcomes = self._overlay, self._outcomes
         replica_state = outcomes.replica_state(self._replica_state)
+        failures = outcomes.failures
         writes = Writes(
             objects=overlay.written_objects(),
             changes=overlay.changes,
             replica=(self._uploader.replica, replica_state) if replica_state is not None else None,
             settled=outcomes.settled,
-            failures=outcomes.failures,
+            failures=failures,
             version=overlay.version,
             index_entries={
-                **self._units.index_writes(),
+                **self._units.index_writes(failures),
                 **outcomes.index_writes(),
                 **self._formers.notes(outcomes.settled),
             },
@@ -331,6 +364,7 @@ class _Evaluator:
             frozenset(self._held_keys),
             outcomes.parked,
             self._last_former_seq,
+            self._lost,
         )
         return Evaluation(writes, results, state)
 

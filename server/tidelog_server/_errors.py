@@ -11,6 +11,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + ReplicaRetired             the replica was away for so long that it cannot upload any more
   + HistoryCollected           the change log does not reach back as far as it is needed
   + SessionIdle                the client neither sends what is awaited nor reads what is sent
+    + NothingRead              the latter
   + ServerBusy                 as many are served as may be at once: come again later
   + OperationForked            a settled position was sent with another nonce
   + ReplicaOwned               the replica id belongs to another principal
@@ -20,7 +21,10 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + FailureSettled             the failure is no longer open
   + FailureStale               what the failure's operation writes was changed since it was refused
   + OperatorRequired           only an operator may do this
+  + FileTooLarge               a content of a size that the server does not take
+  + UploadSuperseded           another upload of the same content by the same user has begun
   + AddressUnavailable         the server cannot listen where it should
+  + ExtraMissing               what is asked for needs a library that is not installed
 * StorageError
   + SchemaContradicted         what the store holds does not fit the application's schema
   + MigrationUnfinished        a migration of the store was broken off, and this would not finish it
@@ -77,6 +81,10 @@ class HistoryCollected(TidelogError):
 
 class SessionIdle(TidelogError):
     """The client neither sends what is awaited nor reads what is sent, for too long."""
+
+
+class NothingRead(SessionIdle):
+    """The client does not read what is sent. So it does not read the error either."""
 
 
 class ServerBusy(TidelogError):
@@ -143,6 +151,14 @@ class OperatorRequired(TidelogError):
     """Only an operator may do this."""
 
 
+class FileTooLarge(TidelogError):
+    """A content is larger than the server takes."""
+
+
+class UploadSuperseded(TidelogError):
+    """Another upload of the same content by the same user has begun: this one may append nothing more."""
+
+
 class SchemaContradicted(StorageError):
     """
     What the store holds does not fit the application's schema. Nothing was changed.
@@ -166,6 +182,10 @@ class MigrationUnfinished(StorageError):
 
 class AddressUnavailable(TidelogError):
     """The server cannot listen at the address it was given."""
+
+
+class ExtraMissing(TidelogError):
+    """What is asked for needs a library that is not installed. The message says how to install it."""
 
 
 class BackupDamaged(StorageError):

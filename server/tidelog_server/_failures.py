@@ -29,14 +29,16 @@ from tidelog_server._applier import UnitApplier
 from tidelog_server._author import Author
 from tidelog_server._conflicts import collision
 from tidelog_server._errors import FailureSettled, FailureStale, HistoryCollected, NotFound, RequestInvalid
+from tidelog_server._file_records import SERVICE, failure_referral, referral_writes
+from tidelog_server._file_rules import FileRules
 from tidelog_server._history import changes_since
 from tidelog_server._indexes import IndexWrites, dependents_prefix
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Outcomes, Uploader
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import Principal
-from tidelog_server._records import FailureRecord, Writes
-from tidelog_server._refusal import Refused, Waits
+from tidelog_server._records import MAX_POSITION, FailureRecord, Writes
+from tidelog_server._refusal import NotReady, Refused, Waits
 from tidelog_server._store import Reader
 from tidelog_server._units import Member, Unit, created_keys, read_member, size_bytes, split_units
 
@@ -134,8 +136,9 @@ def dismiss(
     record = _load_open(reader, failure_id)
     _settle(record, failure_pb2.FAILURE_STATUS_DISMISSED, decision)
     _act(record, failure_pb2.FAILURE_ACTION_KIND_DISMISSED, decision, acted_as="", outcome="")
-    writes = Writes({}, [], None, [], [_stored(failure_id, record)], reader.head().version)
-    return writes, record
+    stored = _stored(failure_id, record)
+    files = referral_writes(failure_referral(stored), reader.index, decision.time_us)
+    return Writes({}, [], None, [], [stored], reader.head().version, files), record
 
 
 def is_payload_due(data: bytes, settled_before_us: int) -> bool:
@@ -218,6 +221,15 @@ class _Retry:
             principal=author,
             rights=application.rights(author),
             time_us=time_us,
+            # What the author uploaded, the author may refer to, whoever retries; and what the operator has put
+            # in its place. What an operator may merely read is for nobody else.
+            files=FileRules(
+                overlay,
+                application.rights(author) if application.access_rules else None,
+                user_id=record.user_id,
+                bytes_max=MAX_POSITION,
+                vouching=(operator.user_id, SERVICE),
+            ),
         )
         self._results: list[RetryOutcome] = []
         self._records: list[FailureRecord] = []
@@ -239,7 +251,7 @@ class _Retry:
             settled=[],
             failures=self._records,
             version=self._overlay.version,
-            index_entries={**self._units.index_writes(), **self._moves},
+            index_entries={**self._units.index_writes(self._records), **self._moves},
         )
         return writes, self._results
 
@@ -275,10 +287,10 @@ class _Retry:
             candidate = candidates[failure_id]
             # What a unit creates itself will be there if anything of the unit is.
             references.assumed.update(key for key in candidate.creates if key not in granted)
-            references.used = set()
+            references.begin_unit()
             result = self._following(failure_id) if self._results else self._first()
             self._results.append(result)
-            references.assumed.subtract(candidate.creates)
+            references.end_unit(candidate.creates)
             if result.version:
                 for key in references.used:
                     users[key].append(candidate)
@@ -339,6 +351,8 @@ class _Retry:
             cause = self._outcomes.refused_creation(wait.target) or b""
             reason = FailureReason.DEPENDENCY_FAILED if cause else FailureReason.DANGLING_REFERENCE
             return self._refuse(failure_id, record, Refused(reason, wait.message, cause=cause), edited)
+        except NotReady as verdict:
+            return self._refuse(failure_id, record, Refused(FailureReason.FILE_MISSING, verdict.message), edited)
         version = applied[-1][0]
         _settle(record, failure_pb2.FAILURE_STATUS_RETRIED, self._decision)
         self._note(

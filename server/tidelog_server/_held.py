@@ -15,10 +15,13 @@ from tidelog._keys import ObjectKey
 from tidelog_server._action import References
 from tidelog_server._outcomes import BEHIND_ANOTHER, Applied, Outcomes, Result
 from tidelog_server._overlay import Mark, Overlay
-from tidelog_server._refusal import Refused, Waits
+from tidelog_server._refusal import NotReady, Refused, Waits
 from tidelog_server._units import Unit, created_keys, keys_of
 
 HELD_ROUNDS_MAX: Final = 64
+
+# Why a unit is dropped. None: it comes behind one that stays pending.
+_Verdict = Refused | Waits | NotReady | None
 
 
 class HeldUnits:
@@ -29,7 +32,7 @@ class HeldUnits:
         overlay: Takes what they do.
         outcomes: Takes what becomes of them.
         references: Decides about references; shared with *apply*.
-        apply: Applies one unit, or leaves no trace and raises Refused or Waits.
+        apply: Applies one unit, or leaves no trace and raises Refused, Waits or NotReady.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class HeldUnits:
         references = self._references
         references.assumed = Counter(key for index in live for key in created_keys(units[index]))
         applied: dict[int, list[Applied]] = {}
-        dropped: dict[int, Refused | Waits | None] = {}
+        dropped: dict[int, _Verdict] = {}
         users: dict[ObjectKey, list[int]] = {}
         # Objects with a dropped operation that may stay pending: what comes behind it is judged next round.
         undecided: set[ObjectKey] = set()
@@ -76,19 +79,20 @@ class HeldUnits:
             if undecided and not undecided.isdisjoint(keys_of(unit)):
                 undecided.update(keys_of(unit))
                 continue
-            references.used = set()
+            references.begin_unit()
             try:
                 if self._outcomes.is_parked(unit):
                     dropped[index] = None
                 else:
                     applied[index] = self._apply(unit)
+                    references.end_unit(created_keys(unit))
                     for key in references.used:
                         users.setdefault(key, []).append(index)
                     continue
-            except (Refused, Waits) as verdict:
+            except (Refused, Waits, NotReady) as verdict:
                 # With its traceback it would hold on to this frame, and so to itself.
                 dropped[index] = verdict.with_traceback(None)
-            references.assumed.subtract(created_keys(unit))
+            references.end_unit(created_keys(unit))
             if not isinstance(dropped[index], Refused):
                 undecided.update(keys_of(unit))
         if dropped:
@@ -101,7 +105,7 @@ class HeldUnits:
         self,
         units: Sequence[Unit],
         kept: Iterable[int],
-        dropped: dict[int, Refused | Waits | None],
+        dropped: dict[int, _Verdict],
         users: dict[ObjectKey, list[int]],
         results: dict[int, list[Result]],
     ) -> None:
@@ -133,6 +137,8 @@ class HeldUnits:
                 results[index] = self._outcomes.park(units[index], BEHIND_ANOTHER)
             elif isinstance(verdict, Refused):
                 results[index] = self._outcomes.refuse(units[index], verdict)
+            elif isinstance(verdict, NotReady):
+                results[index] = self._outcomes.park(units[index], verdict.message)
             else:
                 results[index] = self._outcomes.give_up(units[index], verdict)
         for index, (entity, id_) in sorted(fallen.items()):

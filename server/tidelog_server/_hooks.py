@@ -21,7 +21,7 @@ from tidelog._values import Attributes, check, check_id, check_name, copied
 from tidelog_server._application import Reject, TransientError
 from tidelog_server._deadline import DeadlineExceeded, run
 from tidelog_server._principal import Principal
-from tidelog_server._refusal import Refused, Waits
+from tidelog_server._refusal import NotReady, Refused, Waits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def call(
 
     Raises:
         Refused: The function rejects, or it is broken.
-        Waits, TransientError: As the function, or what it called, says.
+        Waits, NotReady, TransientError: As the function, or what it called, says.
     """
     try:
         result: object = run(function, *arguments, seconds=seconds)
@@ -60,7 +60,7 @@ def call(
             raise TypeError("the function returned an awaitable, which nobody awaits")
     except Reject as rejection:
         raise Refused(rejected_as, rejection.message, code=rejection.code) from rejection
-    except (Refused, Waits, TransientError):
+    except (Refused, Waits, NotReady, TransientError):
         raise
     except DeadlineExceeded as error:
         hook = getattr(function, "__qualname__", repr(function))

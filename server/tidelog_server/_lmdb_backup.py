@@ -29,6 +29,8 @@ from tidelog._finding import Finding
 from tidelog._keys import POSITION_BYTES, unpack_position
 from tidelog._logging import get_logger
 from tidelog_server._backup_note import BackupNote
+from tidelog_server._content_backup import copy_contents, sync_to_disk
+from tidelog_server._content_store import CONTENTS_DIRECTORY
 from tidelog_server._errors import BackupDamaged
 from tidelog_server._lmdb_store import (
     FORMAT,
@@ -91,13 +93,20 @@ def backup_store(path: str | Path, target: str | Path) -> None:
     ):
         environment.copy_to(unfinished)
         identity, versions = _checked_copy(unfinished)
+        content_count = copy_contents(Path(path), unfinished)
         BackupNote.of(unfinished, identity, versions).write(unfinished)
         _sync_files(unfinished)
         _check_absent(target)
         unfinished.rename(target)
-        _sync(target.parent)
+        sync_to_disk(target.parent)
         (target / _MAKING).unlink()
-    _log.info("backed up", target=str(target), epoch=identity.epoch, tenant_count=len(versions))
+    _log.info(
+        "backed up",
+        target=str(target),
+        epoch=identity.epoch,
+        tenant_count=len(versions),
+        content_count=content_count,
+    )
 
 
 def restore_store(
@@ -136,14 +145,26 @@ def restore_store(
             identity, versions = _checked_copy(unfinished)
             with closing(LmdbStore(unfinished)) as store:
                 timeline = store.begin_timeline().timeline
+            copy_contents(backup, unfinished, share=False)
             _sync_files(unfinished)
+            _move_contents(unfinished, path)
             # Data without the mark of their format are no store: it is one from the last step on.
             for name in (DATA_FILE, FORMAT_FILE):
                 (unfinished / name).replace(path / name)
-                _sync(path)
+                sync_to_disk(path)
             shutil.rmtree(unfinished)
     _log.info("restored", path=str(path), epoch=identity.epoch, timeline=timeline)
     return Restored(identity.epoch, identity.timeline, timeline, versions, moved_to)
+
+
+def _move_contents(unfinished: Path, path: Path) -> None:
+    """Move contents into a directory, in place of those that a restore left there which was broken off."""
+    made, place = unfinished / CONTENTS_DIRECTORY, path / CONTENTS_DIRECTORY
+    if place.exists():
+        shutil.rmtree(place)
+    if made.exists():
+        made.replace(place)
+        sync_to_disk(path)
 
 
 def _check_backup(backup: Path, *, accept_findings: bool) -> None:
@@ -169,7 +190,7 @@ def _make_room(path: Path, *, move_aside: bool) -> Path | None:
         moved_to = path.with_name(f"{path.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
         _check_absent(moved_to)
         path.rename(moved_to)
-        _sync(path.parent)
+        sync_to_disk(path.parent)
     return moved_to
 
 
@@ -178,7 +199,7 @@ def _is_free(path: Path) -> bool:
     names = {entry.name for entry in path.iterdir()}
     if UNFINISHED_RESTORE in names:
         # It ended before its last step, the mark of the format: what data there are, are its own.
-        names -= {UNFINISHED_RESTORE, DATA_FILE}
+        names -= {UNFINISHED_RESTORE, DATA_FILE, CONTENTS_DIRECTORY}
     return names <= {LOCK_FILE}
 
 
@@ -212,7 +233,9 @@ def _taken(directory: Path) -> Iterator[None]:
         raise TargetExists(f"{directory} is being made by another process") from None
     try:
         for entry in directory.iterdir():
-            if entry.name != _MAKING:
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _MAKING:
                 entry.unlink()
         yield
     except BaseException:
@@ -256,16 +279,5 @@ def _counts(transaction: LmdbTransaction, database: LmdbDatabase) -> Counter[byt
 
 def _sync_files(directory: Path) -> None:
     for entry in directory.iterdir():
-        _sync(entry)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a directory to disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # there is no way to
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_to_disk(entry)
+    sync_to_disk(directory)

@@ -16,20 +16,33 @@ import msgspec
 from tidelog._environment import DATA_FILE, Environment
 from tidelog._errors import StorageError, TidelogError
 from tidelog._finding import Finding, FindingKind
-from tidelog_server._adoption import adopted_schema
+from tidelog_server._adoption import adopted_schema, has_referrers
 from tidelog_server._backup_note import BACKUP_FILE, BackupNote, data_bytes, data_sha256
+from tidelog_server._content_store import (
+    CONTENTS_DIRECTORY,
+    CONTENTS_ELSEWHERE,
+    CONTENTS_NOTE,
+    ContentStore,
+    DirectoryContents,
+)
+from tidelog_server._file_records import CONTENTS, content_of, referrers_prefix
+from tidelog_server._file_verification import content_finding
 from tidelog_server._lmdb_records import LmdbRecords
-from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, noted
+from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, LmdbReader, noted
 from tidelog_server._verification import Counts, findings
 
 if TYPE_CHECKING:
     from tidelog._environment import LmdbTransaction
     from tidelog._schema import Schema
 
+PAGE_CONTENTS: Final = 500
+
 _NO_SCHEMA: Final = (TidelogError, msgspec.MsgspecError)
 
 
-def verify_store(path: str | Path, *, counts: Counts | None = None) -> Iterator[Finding]:
+def verify_store(
+    path: str | Path, *, counts: Counts | None = None, contents: ContentStore | None = None
+) -> Iterator[Finding]:
     """
     Yield what is wrong in the directory of an embedded store, or in a backup of one. Nothing is written.
 
@@ -39,6 +52,8 @@ def verify_store(path: str | Path, *, counts: Counts | None = None) -> Iterator[
     Args:
         path: The directory.
         counts: Gets how many tenants, objects, changes and so on were looked at.
+        contents: Where the contents of files lie. None: in the directory; if the server keeps
+            them elsewhere, they are not looked at.
 
     Raises:
         FormatUnsupported: The directory holds something else.
@@ -65,10 +80,42 @@ def verify_store(path: str | Path, *, counts: Counts | None = None) -> Iterator[
                 with environment.read() as transaction:
                     records = LmdbRecords(transaction, databases, prefix)
                     schema = _schema(transaction, databases)
-                    for finding in chain(records.unreadable(), findings(records, schema, counts)):
+                    has_referrers = _has_referrers(transaction, databases)
+                    found = [records.unreadable(), findings(records, schema, counts, has_referrers=has_referrers)]
+                    kept = contents or _contents(transaction, databases, path)
+                    for finding in chain.from_iterable(found):
                         yield replace(finding, tenant=name.decode(errors="replace"))
+                for finding in _content_findings(environment, databases, name, prefix, kept, counts) if kept else ():
+                    yield replace(finding, tenant=name.decode(errors="replace"))
         except StorageError as error:
             yield Finding(FindingKind.FILE_DAMAGED, str(path), "tables that can be read", str(error))
+
+
+def _content_findings(  # noqa: PLR0917 - where the records are, and where the contents
+    environment: Environment, databases: Databases, name: bytes, prefix: bytes, contents: ContentStore, counts: Counts
+) -> Iterator[Finding]:
+    """Yield what is wrong with a tenant's contents. No transaction is open while they are read."""
+
+    def entries(after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        with environment.read() as transaction:
+            return LmdbReader(transaction, databases, prefix).index_range(CONTENTS, after, limit)
+
+    def is_wrong(finding: Finding, key: bytes) -> bool:
+        """Tell whether a content should be there: it may have been collected, now or while a backup was made."""
+        with environment.read() as transaction:
+            reader = LmdbReader(transaction, databases, prefix)
+            if reader.index(key) is None:
+                return False
+            is_lost = finding.kind is FindingKind.CONTENT_LOST
+            return not is_lost or bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
+
+    after = b""
+    while page := entries(after, PAGE_CONTENTS):
+        for after, value in page:
+            counts["contents"] += 1
+            finding = content_finding(contents, name.decode(errors="replace"), after, value)
+            if finding is not None and is_wrong(finding, after):
+                yield finding
 
 
 def _tables(transaction: LmdbTransaction, databases: Databases, tenants: dict[bytes, bytes]) -> Iterator[Finding]:
@@ -107,6 +154,20 @@ def _schema(transaction: LmdbTransaction, databases: Databases) -> Schema | None
         return _adopted(transaction, databases)
     except _NO_SCHEMA:
         return None  # named once, for all tenants
+
+
+def _has_referrers(transaction: LmdbTransaction, databases: Databases) -> bool:
+    try:
+        return has_referrers(lambda name: noted(transaction, databases, name))
+    except _NO_SCHEMA:
+        return False
+
+
+def _contents(transaction: LmdbTransaction, databases: Databases, path: Path) -> ContentStore | None:
+    """Return where contents lie, if that is in the directory."""
+    if noted(transaction, databases, CONTENTS_NOTE) == CONTENTS_ELSEWHERE:
+        return None
+    return DirectoryContents(path / CONTENTS_DIRECTORY)
 
 
 def _adopted(transaction: LmdbTransaction, databases: Databases) -> Schema | None:

@@ -17,6 +17,7 @@ import uuid_utils
 
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
+from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog._operation import OperationKind
 from tidelog.v1 import failure_pb2
 from tidelog_server._author import Author, FormerIdentity, OldBases
@@ -73,6 +74,7 @@ class Uploader:
         leaves_earlier: Whether operations with lower seqs stay behind on the replica.
         formers: The ids that the replica had before.
         old_bases: Which of its operations were made on a state of an older timeline.
+        file_bytes_max: How large a file may be that they refer to.
     """
 
     replica: bytes
@@ -81,6 +83,7 @@ class Uploader:
     leaves_earlier: bool
     formers: tuple[FormerIdentity, ...] = ()
     old_bases: OldBases | None = None
+    file_bytes_max: int = FILE_BYTES_MAX_DEFAULT
 
     @property
     def author(self) -> Author:

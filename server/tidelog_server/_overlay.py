@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 
+from tidelog._file_reference import may_refer_to_files
 from tidelog._keys import ObjectKey
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._values import Attributes, decode_trusted
@@ -38,6 +39,8 @@ class Overlay:
         self._first_version = self.version + 1
         # What was written, with what the store has of it.
         self._written: dict[ObjectKey, ObjectState | None] = {}
+        # Those of them that may refer to files, or did.
+        self._referrers: set[ObjectKey] = set()
         self._journal: list[tuple[ObjectKey, ObjectState | None, Attributes | None, bool]] = []
 
     def prefetch(self, keys: Iterable[ObjectKey]) -> None:
@@ -84,10 +87,10 @@ class Overlay:
         """Return a value of the table of indexes, as it is without this batch."""
         return self._reader.index(key)
 
-    def index_entries(self, prefix: bytes) -> Iterator[bytes]:
+    def index_entries(self, prefix: bytes, page_entries: int = _SCAN_PAGE_OBJECTS) -> Iterator[bytes]:
         """Yield the keys of the table of indexes that start with *prefix*, as they are without this batch."""
         after = b""
-        while page := self._reader.index_range(prefix, after, _SCAN_PAGE_OBJECTS):
+        while page := self._reader.index_range(prefix, after, page_entries):
             for after, _value in page:
                 yield after
 
@@ -116,8 +119,18 @@ class Overlay:
             if self.exists(key) and (key not in stored or stored[key].deleted):
                 yield key, self.attributes(key)
 
-    def write(self, change: Change, state: ObjectState, attributes: Attributes | None) -> None:
-        """Take in a change and the state that it leads to. Its version must be the next one."""
+    def write(
+        self, change: Change, state: ObjectState, attributes: Attributes | None, *, sets_files: bool = True
+    ) -> None:
+        """
+        Take in a change and the state that it leads to.
+
+        Args:
+            change: The change. Its version must be the next one.
+            state: What the object is then.
+            attributes: Its attributes, if somebody has them decoded.
+            sets_files: Whether the change may set references to files.
+        """
         key = change.key
         before = self._states[key]
         first = key not in self._written
@@ -125,6 +138,8 @@ class Overlay:
         if first:
             self._written[key] = before
         self._states[key] = state
+        if sets_files or (before is not None and may_refer_to_files(before.attributes)):
+            self._referrers.add(key)
         if attributes is not None:
             self._decoded[key] = attributes
         self.changes.append(change)
@@ -157,6 +172,13 @@ class Overlay:
             if state is not None:
                 result[key] = (state, replaced.version if replaced is not None else 0)
         return result
+
+    def written_referrers(self) -> Iterator[tuple[ObjectKey, bytes, bytes]]:
+        """Yield objects that may refer to files, or did: key, encoded attributes in the store, and now."""
+        for key in self._referrers:
+            if key in self._written:
+                replaced, state = self._written[key], self._states[key]
+                yield key, replaced.attributes if replaced else b"", state.attributes if state else b""
 
     def written(self, entities: Container[str]) -> Iterator[Written]:
         """Yield what became of the objects of some entities."""

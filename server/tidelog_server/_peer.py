@@ -3,9 +3,8 @@ Peer: the client at the other end of a session's stream, who may be slow, or hav
 
 A client that is gone is found by pings. One that is there, and neither sends what is
 awaited nor reads what is sent, would hold its session for ever: hence a limit of time.
-A message has to pass within it, a full batch or page on the slowest connection; one that
-gets that far is not concerned, however long the whole takes. What the server itself needs
-for its answers does not count.
+A message has to pass within it; a client that gets that far is not concerned, however long
+the whole takes. What the server itself needs for its answers does not count.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from tidelog_server._errors import SessionIdle
+from tidelog_server._errors import NothingRead, SessionIdle
 
 
 class Peer:
@@ -75,12 +74,11 @@ class Peer:
             coming.cancel()
 
     async def send(self, message: bytes) -> None:
-        """Send a message. Returns once the connection has taken it. Raises SessionIdle."""
+        """Send a message. Returns once the connection has taken it. Raises NothingRead."""
         try:
             async with asyncio.timeout(self._idle_seconds):
                 await self._context.write(message)
         except TimeoutError:
-            # Of what was sent already gRPC keeps the rest, and the error behind it, for a client that reads on.
-            raise SessionIdle(f"nothing was read for {self._idle_seconds:g} seconds: begin another session") from None
+            raise NothingRead(f"nothing was read for {self._idle_seconds:g} seconds: begin another session") from None
         except grpc.aio.InternalError:
             raise asyncio.CancelledError from None  # the client is gone

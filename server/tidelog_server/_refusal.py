@@ -28,6 +28,19 @@ class Refused(Exception):
         self.position = 0
 
 
+class NotReady(Exception):
+    """
+    The operation can be applied once its replica has done something else. Until then it stays pending.
+
+    Attributes:
+        message: What, in a sentence for people.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = for_people(message)
+        super().__init__(self.message)
+
+
 class Waits(Exception):
     """
     The operation cannot be judged yet.

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from typing import Final, NamedTuple, TypeVar
 
-from tidelog._errors import InvalidValue, ResourceClosed, TidelogError
+from tidelog._errors import InvalidValue, ResourceClosed
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog_server import _collection as collection
 from tidelog_server._failures import is_payload_due, without_payloads
+from tidelog_server._files import Files
 from tidelog_server._indexes import left_up_to
 from tidelog_server._records import ReplicaState, Writes
 from tidelog_server._store import Reader, Store
@@ -21,6 +23,7 @@ from tidelog_server._store import Reader, Store
 HISTORY_RETENTION_DEFAULT: Final = timedelta(days=90)
 REPLICA_RETENTION_DEFAULT: Final = timedelta(days=365)
 FAILURE_RETENTION_DEFAULT: Final = timedelta(days=90)
+FILE_GRACE_DEFAULT: Final = timedelta(days=1)
 COLLECT_SECONDS: Final = 3600.0
 PAGE_FAILURES: Final = 500
 
@@ -37,11 +40,13 @@ class Periods(NamedTuple):
         history: Changes, tombstones, and what became of operations.
         replicas: Replicas that upload nothing; at least as long as history.
         failures: The payloads of settled failures.
+        files: Contents of files that nothing refers to, or not yet.
     """
 
     history: timedelta = HISTORY_RETENTION_DEFAULT
     replicas: timedelta = REPLICA_RETENTION_DEFAULT
     failures: timedelta = FAILURE_RETENTION_DEFAULT
+    files: timedelta = FILE_GRACE_DEFAULT
 
     def check(self) -> None:
         """Raise InvalidValue unless the periods make sense together."""
@@ -63,6 +68,7 @@ class Collected(NamedTuple):
         outcomes: Operations of which it was known what became of them.
         replicas: Replicas that were retired.
         payloads: Failures without their payloads.
+        contents: Contents of files that nothing referred to.
     """
 
     changes: int = 0
@@ -70,6 +76,7 @@ class Collected(NamedTuple):
     outcomes: int = 0
     replicas: int = 0
     payloads: int = 0
+    contents: int = 0
 
     def plus(self, other: Collected) -> Collected:
         """Return the sum."""
@@ -84,9 +91,11 @@ class Retention:
         store: Where it is.
         periods: How long it is kept.
         clock: Returns the time in microseconds since 1970.
+        files: The contents of files. None: there are none.
     """
 
-    def __init__(self, store: Store, periods: Periods, clock: Callable[[], int]) -> None:
+    def __init__(self, store: Store, periods: Periods, clock: Callable[[], int], files: Files | None = None) -> None:
+        self._files = files
         self._store = store
         self._periods = periods
         self._clock = clock
@@ -104,18 +113,39 @@ class Retention:
         self._thread.join()
 
     def collect(self) -> Collected:
-        """Forget what is due, in all tenants. Raises ResourceClosed if stopped meanwhile."""
+        """
+        Forget what is due, in all tenants. What cannot be forgotten keeps nothing else from going.
+
+        Raises:
+            ResourceClosed: Stopped meanwhile.
+            Exception: Why something could not be forgotten, once all else was: it is out of reach, or damaged.
+        """
+        failures: list[Exception] = []
         with self._alone:
             total = Collected()
-            for tenant in self._store.tenants():
-                for step in (self._history, self._left_entries, self._replicas, self._notes, self._payloads):
+            for tenant, step in self._steps():
+                try:
                     for counts in step(tenant):
                         total = total.plus(counts)
                         if self._stopped.is_set():
                             raise ResourceClosed("the server is stopping: the rest is collected later")
+                except ResourceClosed:
+                    raise
+                except Exception as error:  # noqa: BLE001 - damaged data may raise anything
+                    _log.warning("something could not be forgotten", tenant=tenant, detail=str(error))
+                    failures.append(error)
         if any(total):
             _log.info("collected", **total._asdict())
+        if failures:
+            raise failures[0]
         return total
+
+    def _steps(self) -> Iterator[tuple[str, Callable[[str], Iterator[Collected]]]]:
+        tenants = self._store.tenants()
+        steps = (self._history, self._left_entries, self._replicas, self._notes, self._payloads)
+        yield from product(tenants, steps)
+        # Last, because what keeps contents may be out of reach when nothing else is.
+        yield from product(tenants, (self._grants, self._contents, self._unknown_contents))
 
     def _history(self, tenant: str) -> Iterator[Collected]:
         before_us = self._before(self._periods.history)
@@ -205,6 +235,41 @@ class Retention:
                 self._submit(tenant, partial(_without_payloads, due=due))
             yield Collected(payloads=len(due))
 
+    def _contents(self, tenant: str) -> Iterator[Collected]:
+        """Delete contents that nobody refers to."""
+        if self._files is None:
+            return
+        before_us = self._before(self._periods.files)
+        after = b""
+        more = True
+        while more:
+            with self._store.read(tenant) as reader:
+                unneeded, after = collection.unneeded_contents(reader, after, before_us)
+            for sha256 in unneeded:
+                yield Collected(contents=self._files.collect(tenant, sha256, before_us))
+            more = bool(after)
+            yield Collected()
+
+    def _unknown_contents(self, tenant: str) -> Iterator[Collected]:
+        """Delete contents that are not on record, and what is left of uploads that nobody goes on with."""
+        if self._files is None:
+            return
+        for count in self._files.collect_unknown(tenant, self._before(self._periods.files)):
+            yield Collected(contents=count)
+        self._files.delete_leftovers(tenant, self._periods.files.total_seconds())
+
+    def _grants(self, tenant: str) -> Iterator[Collected]:
+        before_us = self._before(self._periods.files)
+        after = b""
+        more = True
+        while more:
+            with self._store.read(tenant) as reader:
+                old, after = collection.old_grants(reader, after, before_us)
+            if old:
+                self._submit(tenant, partial(collection.without_grants, keys=old, before_us=before_us))
+            more = bool(after)
+            yield Collected()
+
     def _before(self, period: timedelta) -> int:
         return self._clock() - period // timedelta(microseconds=1)
 
@@ -218,9 +283,9 @@ class Retention:
                 self.collect()
             except ResourceClosed:
                 return
-            except TidelogError as error:
-                # The next time will do; a full disk is told to those who write.
-                _log.warning("nothing could be forgotten", detail=str(error))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next time will do
+                # A full disk is told to those who write.
+                _log.warning("not everything could be forgotten", detail=str(error))
             if self._stopped.wait(COLLECT_SECONDS):
                 return
 

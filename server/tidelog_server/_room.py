@@ -8,47 +8,56 @@ the sum.
 * Batches wait at the door of the writer's queue, in the order in which they came, while
   as many or as large ones are in it as may be. A session whose batch waits reads no
   further, so that its client waits too.
-* Pages become smaller the more the sessions hold that nobody takes. So the sum comes near
-  to its bound and not much above it, and a session always gets on, page by page, however
-  many others have come to a halt. A page has one object at least: where objects are larger
-  than the least page, each session holds one of them beyond the bound.
+* Pages become smaller the more the sessions hold that nobody takes, down to a least page,
+  which each session may have: so those whose objects are small get on, page by page, however
+  many others have come to a halt. Objects are not divided. A session whose next object is
+  larger than its page may be waits in line, before it reads the object, until those who are
+  before it have taken theirs, or were ended because they did not.
+
+There are two such lines, each with room of its own. A session begins in that of the
+newcomers, and goes over to the other one once it has taken enough to show that its client
+reads: those who read on do not wait for those who have come to a halt.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import math
 from collections import deque
 from contextlib import suppress
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
+from tidelog._channel import WINDOW_BYTES
 from tidelog._limits import PAGE_BYTES_MAX
 
 # Two groups of the embedded store's writer: one that it commits, and one that is ready.
 QUEUED_BATCHES_MAX: Final = 128
 QUEUED_BYTES_MAX: Final = 64 * 1024 * 1024
 
+# For the pages of newcomers, and for those of sessions that read on; and for each session a least page besides.
 PAGES_BYTES_MAX: Final = 32 * 1024 * 1024
 PAGE_BYTES_LEAST: Final = 16 * 1024
+# gRPC keeps one of its own of what is being sent.
+PAGE_COPIES: Final = 2
 # A page takes at most this part of the room that is left.
 PAGE_SHARE: Final = 16
 
 
-class QueueRoom:
+class Room:
     """
-    Room in the writer's queue. Used on one event loop.
+    Room for so many things, and so many bytes of them, and a line of those who wait for it. Used on one event loop.
 
     Attributes:
-        batches: How many are in the queue.
+        count: How many are in it.
         bytes: How large they are.
         waiting: How many wait for room.
     """
 
-    def __init__(self, batches_max: int = QUEUED_BATCHES_MAX, bytes_max: int = QUEUED_BYTES_MAX) -> None:
-        self.batches = 0
+    def __init__(self, count_max: float, bytes_max: int) -> None:
+        self.count = 0
         self.bytes = 0
-        self._batches_max = batches_max
-        self._bytes_max = bytes_max
+        self.bytes_max = bytes_max
+        self._count_max = count_max
         self._line: deque[tuple[asyncio.Future[None], int]] = deque()
 
     @property
@@ -56,9 +65,9 @@ class QueueRoom:
         return len(self._line)
 
     async def take(self, size: int) -> None:
-        """Wait until a batch of so many bytes has room. To be given back."""
+        """Wait until something of so many bytes has room. To be given back."""
         if not self._line and self._has_room(size):
-            self._add(size)
+            self.add(size)
             return
         turn = asyncio.get_running_loop().create_future()
         self._line.append((turn, size))
@@ -73,9 +82,14 @@ class QueueRoom:
                 self._call_in()
             raise
 
+    def add(self, size: int) -> None:
+        """Take room without a wait, whether there is any or not. To be given back."""
+        self.count += 1
+        self.bytes += size
+
     def give_back(self, size: int) -> None:
-        """A batch has left the queue."""
-        self.batches -= 1
+        """Something has left."""
+        self.count -= 1
         self.bytes -= size
         self._call_in()
 
@@ -86,22 +100,25 @@ class QueueRoom:
             if not turn.done():
                 if not self._has_room(size):
                     return
-                self._add(size)
+                self.add(size)
                 turn.set_result(None)
             self._line.popleft()
 
     def _has_room(self, size: int) -> bool:
         # One that is too large for any room gets it alone.
-        return self.batches < self._batches_max and (not self.batches or self.bytes + size <= self._bytes_max)
+        return self.count < self._count_max and (not self.bytes or self.bytes + size <= self.bytes_max)
 
-    def _add(self, size: int) -> None:
-        self.batches += 1
-        self.bytes += size
+
+class QueueRoom(Room):
+    """Room in the writer's queue."""
+
+    def __init__(self, batches_max: int = QUEUED_BATCHES_MAX, bytes_max: int = QUEUED_BYTES_MAX) -> None:
+        super().__init__(batches_max, bytes_max)
 
 
 class PageRoom:
     """
-    Room for pages on their way out. Used by any thread.
+    Room for pages on their way out, beyond the least page that each session may have. Used on one event loop.
 
     Attributes:
         bytes: How large those are that were read and that nobody has taken yet.
@@ -109,48 +126,106 @@ class PageRoom:
 
     def __init__(self, bytes_max: int = PAGES_BYTES_MAX) -> None:
         self.bytes = 0
-        self._bytes_max = bytes_max
-        self._lock = threading.Lock()
+        self.of_newcomers = Room(math.inf, bytes_max)
+        self.of_readers = Room(math.inf, bytes_max)
 
     @property
-    def may_read_ahead(self) -> bool:
-        """Tell whether a session may read another page before the last one is taken."""
-        return self.bytes <= self._bytes_max // 2
-
-    def page_bytes(self) -> int:
-        """Return how much the next page may hold."""
-        return min(max((self._bytes_max - self.bytes) // PAGE_SHARE, PAGE_BYTES_LEAST), PAGE_BYTES_MAX)
-
-    def add(self, size: int) -> None:
-        """Count bytes, or give them back if there are less than none."""
-        with self._lock:
-            self.bytes += size
+    def waiting(self) -> int:
+        """How many sessions wait for room."""
+        return self.of_newcomers.waiting + self.of_readers.waiting
 
 
 class HeldPages:
-    """The pages of one session. Use it as a context manager: at the end it holds none."""
+    """
+    The pages of one session. Use it as a context manager: at the end it holds none.
 
-    def __init__(self, room: PageRoom) -> None:
-        self._room = room
-        self._lock = threading.Lock()
-        self._bytes = 0
+    Args:
+        room: Where they are held.
+        page_bytes_max: How much one may hold, if it is not a single object.
+
+    Attributes:
+        needed: What the next object takes, if it has to wait for room. 0: it has not.
+    """
+
+    def __init__(self, room: PageRoom, page_bytes_max: int = PAGE_BYTES_MAX) -> None:
+        self.needed = 0
+        self._page_bytes_max = page_bytes_max
+        self._all = room
+        self._room = room.of_newcomers
+        self._held: deque[_Held] = deque()
+        # Room that was waited for, and that the next page will have.
+        self._granted: _Held | None = None
+        self._taken_bytes = 0
         self._is_over = False
+
+    @property
+    def may_read_ahead(self) -> bool:
+        """Tell whether the session may read another page before the last one is taken."""
+        return not self._room.waiting and self._room.bytes <= self._room.bytes_max // 2
+
+    def page_bytes(self, needed: int) -> int:
+        """Return how much the next page may hold. Used by any thread; notes what the first object of it needs."""
+        room = self._room
+        share = 0 if room.waiting else (room.bytes_max - room.bytes) // PAGE_COPIES // PAGE_SHARE
+        share = min(max(share, PAGE_BYTES_LEAST), PAGE_BYTES_MAX)
+        granted = self._granted.page_bytes if self._granted is not None else 0
+        has_room = needed <= max(share, granted)
+        self.needed = 0 if has_room else needed
+        return max(min(share, self._page_bytes_max), granted, needed if has_room else 0)
+
+    async def wait(self) -> None:
+        """Wait until there is room for what is needed."""
+        self._withdraw()  # or it might wait for itself
+        held = _Held(self._room, self.needed)
+        await held.room.take(held.room_bytes)
+        self._granted = held
 
     def add(self, size: int) -> None:
         """A page was read."""
-        with self._lock:
-            if not self._is_over:  # else it was read for nobody
-                self._bytes += size
-                self._room.add(size)
+        if not self._is_over:  # else it was read for nobody
+            held = _Held(self._room, size)
+            held.room.add(held.room_bytes)
+            self._all.bytes += size
+            self._held.append(held)
+        self._withdraw()
 
-    def drop(self, size: int) -> None:
-        """A page was taken."""
-        self.add(-size)
+    def drop(self) -> None:
+        """The oldest page was taken."""
+        held = self._held.popleft()
+        self._all.bytes -= held.page_bytes
+        held.room.give_back(held.room_bytes)
+        self._taken_bytes += held.page_bytes
+        if self._taken_bytes > WINDOW_BYTES:  # less may stand unread in the client's connection
+            self._room = self._all.of_readers
+
+    def _withdraw(self) -> None:
+        if self._granted is not None:
+            self._granted.room.give_back(self._granted.room_bytes)
+            self._granted = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._is_over = True
-            self._room.add(-self._bytes)
+        self._is_over = True
+        self._withdraw()
+        while self._held:
+            self.drop()
+
+
+class _Held(NamedTuple):
+    """
+    A page that a session holds, or may read.
+
+    Attributes:
+        room: The room that it is in.
+        page_bytes: How large it is.
+    """
+
+    room: Room
+    page_bytes: int
+
+    @property
+    def room_bytes(self) -> int:
+        """What it takes of the room, beyond the least page."""
+        return PAGE_COPIES * max(0, self.page_bytes - PAGE_BYTES_LEAST)

@@ -19,18 +19,28 @@ from tidelog._channel import PATIENT_OPTIONS
 from tidelog._errors import InvalidValue, ResourceClosed, StorageError
 from tidelog._logging import get_logger
 from tidelog._values import check_id
-from tidelog.v1 import failure_pb2, object_pb2, schema_pb2, sync_pb2
+from tidelog.v1 import failure_pb2, file_pb2, object_pb2, schema_pb2, sync_pb2
 from tidelog_server._admission import ServerLimits
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._application import Application
 from tidelog_server._authentication import Authenticator, CertificateAuthenticator
 from tidelog_server._callers import Callers
+from tidelog_server._calls import note_makers
+from tidelog_server._content_store import (
+    CONTENTS_DIRECTORY,
+    CONTENTS_ELSEWHERE,
+    CONTENTS_NOTE,
+    ContentStore,
+    DirectoryContents,
+)
 from tidelog_server._errors import AddressUnavailable
+from tidelog_server._files import Files
 from tidelog_server._lmdb_backup import backup_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import DEFAULT_TENANT, Principal
 from tidelog_server._retention import (
     FAILURE_RETENTION_DEFAULT,
+    FILE_GRACE_DEFAULT,
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
     Collected,
@@ -52,6 +62,7 @@ _SERVICE_NAMES: Final = tuple(
         (failure_pb2, "FailureService"),
         (object_pb2, "ObjectService"),
         (schema_pb2, "SchemaService"),
+        (file_pb2, "FileService"),
     )
 )
 
@@ -92,11 +103,13 @@ class Server:
             cannot upload any more under its id. Not less than *history_retention*.
         failure_retention: How long the payloads of settled failures are kept.
         limits: How many are served at once. None: as many as `ServerLimits()` says.
+        contents: Keeps the contents of files. None: the directory `files` in that of the embedded store.
+        file_grace: How long the content of a file is kept that nothing refers to, or not yet.
 
     Raises:
         InvalidValue: *listen* is no address, a file of *tls* is not what it should be,
-            *authenticator* wants certificates that *tls* does not ask for, or the
-            retention periods do not fit each other.
+            *authenticator* wants certificates that *tls* does not ask for, the
+            retention periods do not fit each other, or nothing says where contents lie.
         StoreInUse: At the start: another server has the store open.
         SchemaContradicted: At the start: what the store holds does not fit the application's schema.
         MigrationUnfinished: At the start: a migration was broken off, and this would not finish it.
@@ -116,6 +129,8 @@ class Server:
         replica_retention: timedelta = REPLICA_RETENTION_DEFAULT,
         failure_retention: timedelta = FAILURE_RETENTION_DEFAULT,
         limits: ServerLimits | None = None,
+        contents: ContentStore | None = None,
+        file_grace: timedelta = FILE_GRACE_DEFAULT,
     ) -> None:
         asks_for_certificates = tls is not None and tls.client_ca is not None
         if isinstance(authenticator, CertificateAuthenticator) and not asks_for_certificates:
@@ -124,10 +139,11 @@ class Server:
         self._store_given = store
         self._listen = check_address(listen)
         self._migrate = migrate
-        self._periods = Periods(history_retention, replica_retention, failure_retention)
+        self._periods = Periods(history_retention, replica_retention, failure_retention, file_grace)
         self._periods.check()
         self._authenticator = authenticator
         self._limits = limits or ServerLimits()
+        self._contents_given = contents
         self._credentials = tls.credentials() if tls is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -155,12 +171,21 @@ class Server:
         try:
             adopt_schema(self._application, self._store, migrate=self._migrate, time_us=server_time_us())
             self._callers = Callers(self._authenticator)
-            self._services = Services(self._application, self._store, self._callers, self._limits)
+            self._files = Files(
+                self._application,
+                self._store,
+                self._contents_of(self._store),
+                server_time_us,
+                bytes_max=self._limits.file_bytes,
+            )
+            self._files.note_timeline()
+            self._services = Services(self._application, self._store, self._callers, self._limits, self._files)
             self._loop = asyncio.new_event_loop()
+            note_makers(self._loop)
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
             asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
-            self._retention = Retention(self._store, self._periods, server_time_us)
+            self._retention = Retention(self._store, self._periods, server_time_us, self._files)
             self._retention.start()
         except BaseException:
             self._end_loop()
@@ -206,7 +231,7 @@ class Server:
         check_id(name, "a tenant")
         if principal is not None and principal.tenant != name:
             raise InvalidValue(f"{principal.user_id!r} belongs to the tenant {principal.tenant!r}, not to {name!r}")
-        return Tenant(self._application, self._store, name, principal, server_time_us)
+        return Tenant(self._application, self._store, name, principal, server_time_us, self._files)
 
     def collect(self) -> Collected:
         """
@@ -300,6 +325,23 @@ class Server:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
             self._loop = self._thread = None
+
+    def _contents_of(self, store: Store) -> ContentStore:
+        """Return where contents lie, and note in the store whether that is in its own directory."""
+        place = CONTENTS_ELSEWHERE if self._contents_given is not None else b""
+        if (noted := store.note(CONTENTS_NOTE)) != place:
+            if store.tenants():
+                _log.warning(
+                    "contents of files lie in another place than before: those that were not moved there are missing",
+                    before=noted.decode() or CONTENTS_DIRECTORY,
+                    now=place.decode() or CONTENTS_DIRECTORY,
+                )
+            store.set_note(CONTENTS_NOTE, place)
+        if self._contents_given is not None:
+            return self._contents_given
+        if not isinstance(store, LmdbStore):
+            raise InvalidValue("only an embedded store has a directory for the contents of files: give `contents`")
+        return DirectoryContents(store.path / CONTENTS_DIRECTORY)
 
     def _close_store(self) -> None:
         if isinstance(self._store_given, str | Path):

@@ -163,23 +163,31 @@ class Upload:
         self.first_version = 0
 
     def submit(
-        self, operations: Sequence[bytes], former_outcomes: Sequence[FormerOutcome] = ()
+        self,
+        operations: Sequence[bytes],
+        former_outcomes: Sequence[FormerOutcome] = (),
+        lost_contents: Sequence[bytes] = (),
     ) -> Future[list[Result]]:
         """
         Settle a batch. Results come once they are durable; held operations have a preliminary one.
 
         With *former_outcomes*, the batch offers again what was settled before the store was put back.
+        *lost_contents* are those that the replica cannot upload any more.
         """
         self._last_seq = max(self._last_seq, last_seq(operations))
         if not self._suspicion.covers(operations):
-            return self._submit_batch(operations, former_outcomes, Attempt(self._uploader.replica, self._last_seq))
+            attempt = Attempt(self._uploader.replica, self._last_seq)
+            return self._submit_batch(operations, former_outcomes, lost_contents, attempt)
         schema = self._application.schema
         formers = iter(former_outcomes)
         units = split_units([read_member(data, schema) for data in operations])
         return _joined(
             [
                 self._submit_batch(
-                    [one.data for one in unit], list(islice(formers, len(unit))), self._next_attempt(unit)
+                    [one.data for one in unit],
+                    list(islice(formers, len(unit))),
+                    lost_contents,
+                    self._next_attempt(unit),
                 )
                 for unit in units
             ]
@@ -206,7 +214,11 @@ class Upload:
         return future
 
     def _submit_batch(
-        self, operations: Sequence[bytes], former_outcomes: Sequence[FormerOutcome], attempt: Attempt
+        self,
+        operations: Sequence[bytes],
+        former_outcomes: Sequence[FormerOutcome],
+        lost_contents: Sequence[bytes],
+        attempt: Attempt,
     ) -> Future[list[Result]]:
         return self._submit(
             lambda reader, state: _engine.evaluate_batch(
@@ -217,6 +229,7 @@ class Upload:
                 state=state,
                 time_us=self._clock(),
                 former_outcomes=former_outcomes,
+                lost_contents=lost_contents,
                 trial=self._trial,
             ),
             attempt,
@@ -301,6 +314,7 @@ class Session:
         suspects: Suspects = NO_SUSPECTS,
         *,
         page_bytes: PageBytes = full_pages,
+        file_bytes_max: int = _limits.FILE_BYTES_MAX_DEFAULT,
     ) -> None:
         check_protocol_version(start.protocol_version)
         if start.mode not in _MODES:
@@ -312,6 +326,7 @@ class Session:
         self._request = start
         self._clock = clock
         self._suspects = suspects
+        self._file_bytes_max = file_bytes_max
         self._replica = parse_replica_id(start.replica_id)
         self._formers = parse_formers(start.former_identities)
         check_binding(start, principal)
@@ -326,7 +341,7 @@ class Session:
         )
         self._start = Start()
         self._timeline = store.identity.timeline
-        self._settled_count = 0
+        self._known: ReplicaState | None = None
         self._old_bases: OldBases | None = None
         self._checkpoints = Checkpoints(store, principal.tenant, self._replica)
         # Versions of another timeline do not tell what the replica still has.
@@ -357,8 +372,18 @@ class Session:
             done.set_exception(error)
         return done
 
-    def upload(self, operations: Sequence[bytes], former_outcomes: Sequence[bytes] = ()) -> Future[list[Result]]:
-        """Settle a batch; with *former_outcomes*, serialized, one that is offered again."""
+    def upload(
+        self,
+        operations: Sequence[bytes],
+        former_outcomes: Sequence[bytes] = (),
+        lost_contents: Sequence[bytes] = (),
+    ) -> Future[list[Result]]:
+        """
+        Settle a batch.
+
+        With *former_outcomes*, serialized, it is one that is offered again. *lost_contents* are those that the
+        replica cannot upload any more.
+        """
         if self._upload is None:
             raise RequestInvalid("a batch came in a session that was opened without uploading")
         if former_outcomes:
@@ -366,14 +391,14 @@ class Session:
                 raise RequestInvalid("former outcomes came in a session that names no older timeline")
             if len(former_outcomes) != len(operations):
                 raise RequestInvalid("a batch that is offered again has one former outcome an operation")
-        return self._upload.submit(operations, [parse_former_outcome(data) for data in former_outcomes])
+        formers = [parse_former_outcome(data) for data in former_outcomes]
+        return self._upload.submit(operations, formers, lost_contents)
 
     def checkpoint(self) -> bytes:
         """Return the checkpoint of what is settled by now."""
         with self._store.read(self._principal.tenant) as reader:
-            known = reader.replica(self._replica)
-            self._settled_count = known.settled_count if known is not None else 0
-            return self._checkpoints.at(reader.head(), self._settled_count)
+            self._known = reader.replica(self._replica)
+            return self._checkpoints.at(reader.head(), self._known)
 
     def select(self, selection: sync_pb2.Selection) -> None:
         """Add objects to be downloaded."""
@@ -414,7 +439,7 @@ class Session:
         """Return the last message, after the last page."""
         check_timeline(self._store, self._timeline)
         head: Head = self._download.head
-        checkpoint = self._checkpoints.at(head, self._settled_count)
+        checkpoint = self._checkpoints.at(head, self._known)
         complete = sync_pb2.SessionComplete(version=head.version, checkpoint=checkpoint)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
             complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
@@ -487,8 +512,8 @@ class Session:
         )
         if self._application.has_schema:
             started.schema.CopyFrom(self._application.schema.to_message())
+        self._known = known
         if known is not None:
-            self._settled_count = known.settled_count
             started.settled.newest_seq = known.newest_seq
             started.settled.newest_nonce = known.newest_nonce
             for first, last in known.settled_ranges:
@@ -505,6 +530,7 @@ class Session:
                         self._request.leaves_earlier_operations,
                         self._formers,
                         old_bases,
+                        self._file_bytes_max,
                     ),
                     self._clock,
                     self._suspects,

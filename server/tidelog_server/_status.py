@@ -10,13 +10,16 @@ from typing import Final
 
 import grpc
 
+from tidelog._contents import ContentCorrupt
 from tidelog._errors import DiskFull, InvalidConstraint, InvalidValue, ResourceClosed, StorageError
 from tidelog_server._application import TransientError
+from tidelog_server._content_store import ContentLost, PartMismatch
 from tidelog_server._errors import (
     AuthenticationFailed,
     AuthenticationUnavailable,
     FailureSettled,
     FailureStale,
+    FileTooLarge,
     HistoryCollected,
     NotFound,
     OperationForked,
@@ -29,6 +32,7 @@ from tidelog_server._errors import (
     ServerBusy,
     SessionIdle,
     SessionSuperseded,
+    UploadSuperseded,
     for_people,
 )
 
@@ -52,6 +56,11 @@ STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
     (FailureStale, grpc.StatusCode.FAILED_PRECONDITION, "FAILURE_STALE"),
     (OperatorRequired, grpc.StatusCode.PERMISSION_DENIED, "OPERATOR_REQUIRED"),
     (NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    (PartMismatch, grpc.StatusCode.ABORTED, "FILE_OFFSET_MISMATCH"),
+    (UploadSuperseded, grpc.StatusCode.ABORTED, "UPLOAD_SUPERSEDED"),
+    (ContentCorrupt, grpc.StatusCode.DATA_LOSS, "FILE_CORRUPT"),
+    (FileTooLarge, grpc.StatusCode.FAILED_PRECONDITION, "FILE_TOO_LARGE"),
+    (ContentLost, grpc.StatusCode.DATA_LOSS, "FILE_LOST"),
     (TransientError, grpc.StatusCode.UNAVAILABLE, "HOOK_TRANSIENT"),
     (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     (ResourceClosed, grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),

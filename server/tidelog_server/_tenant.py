@@ -9,39 +9,56 @@ while it is open, and what it looked at is compared once more in the moment it i
 from __future__ import annotations
 
 import asyncio
+import io
+import mimetypes
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, BinaryIO, Final, NamedTuple, Self
 
 import uuid_utils
 
 from tidelog._constraints import Where, constraint_of
-from tidelog._errors import LimitExceeded, ObjectExists, ObjectNotFound, ResourceClosed
+from tidelog._errors import (
+    InvalidValue,
+    LimitExceeded,
+    ObjectExists,
+    ObjectNotFound,
+    ResourceClosed,
+    StorageError,
+)
 from tidelog._failure import FailureReason
+from tidelog._file_reference import FileReference
 from tidelog._keys import ObjectKey
 from tidelog._limits import OPERATION_BYTES_MAX, PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog._operation import Operation, OperationKind
 from tidelog._patch import Patch, encoded_attributes, patch_of
-from tidelog._values import Attributes, check_id, check_name, copied, decode_trusted
+from tidelog._values import Attributes, check, check_id, check_name, copied, decode_trusted
 from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
 from tidelog_server._application import Application
 from tidelog_server._author import Author
 from tidelog_server._errors import ChangedMeanwhile, OperationRefused
+from tidelog_server._file_records import SERVICE, file_writes
+from tidelog_server._file_rules import FileRules
+from tidelog_server._files import Files, Wanted
 from tidelog_server._indexes import index_writes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import SYSTEM_USER, Principal
 from tidelog_server._projection import Sight, matching
-from tidelog_server._records import NO_REPLICA, Writes
-from tidelog_server._refusal import Refused, Waits
+from tidelog_server._records import MAX_POSITION, NO_REPLICA, Writes
+from tidelog_server._refusal import NotReady, Refused, Waits
 from tidelog_server._store import Reader, Store
 
 # A transaction of the service is held in memory, and applied while nobody else's operations are.
 TRANSACTION_OPERATIONS_MAX: Final = 10_000
 TRANSACTION_BYTES_MAX: Final = 16 * 1024 * 1024
 TRANSACTION_READS_MAX: Final = 10_000
+
+FILE_NAME_BYTES_MAX: Final = 1_024
 
 
 class Found(NamedTuple):
@@ -72,13 +89,21 @@ class Tenant:
         principal: On whose behalf, with whose rights. None: the system, which may do
             everything; hooks and the schema bind it too.
         clock: Returns the time in microseconds since 1970.
+        files: The contents of files. None: there are none.
     """
 
-    def __init__(
-        self, application: Application, store: Store, name: str, principal: Principal | None, clock: Callable[[], int]
+    def __init__(  # noqa: PLR0917 - what a tenant's data are, and for whom
+        self,
+        application: Application,
+        store: Store,
+        name: str,
+        principal: Principal | None,
+        clock: Callable[[], int],
+        files: Files | None = None,
     ) -> None:
         self.name = name
         self._data = _Data(application, store, name, principal, clock)
+        self._files_given = files
 
     def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002 - the glossary's word
         """
@@ -131,6 +156,64 @@ class Tenant:
         """Delete an object in a transaction of its own. See `TenantTransaction.delete`."""
         with self.transaction() as transaction:
             transaction.delete(entity, id)
+
+    def add_file(
+        self,
+        source: str | Path | bytes | bytearray | memoryview | BinaryIO,
+        *,
+        name: str | None = None,
+        media_type: str | None = None,
+    ) -> dict[str, Any]:
+        """
+        Store the content of a file, and return the value for an attribute that is to refer to it.
+
+        It is on disk then. Unless something refers to it within the server's `file_grace`, it is collected. With a
+        principal it is added as an upload of that user, whose operations may refer to it.
+
+        Args:
+            source: Its path, its bytes, or a stream that is read to its end.
+            name: Its name, for people. None: that of its path.
+            media_type: What it holds. None: what its name says, or "application/octet-stream".
+
+        Raises:
+            InvalidValue: There is no name, or one that no file can have.
+            OSError: The file cannot be read.
+            DiskFull: There is no room for it.
+            StorageError: It cannot be stored.
+        """
+        if name is None:
+            if not isinstance(source, str | Path):
+                raise InvalidValue("a file that has no path needs a name")
+            name = Path(source).name
+        _check_file_name(name)
+        media_type = media_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        with _opened(source) as stream:
+            added = self._files.add(self.name, stream, self._data.adds_files_for)
+        return FileReference(name, added.size, media_type, added.sha256).to_value()
+
+    def open_file(self, entity: str, id: str, attribute: str) -> BinaryIO:  # noqa: A002
+        """
+        Open the content of a file that an object refers to, to be read.
+
+        Raises:
+            ObjectNotFound: There is no such object (to the principal).
+            InvalidValue: The attribute holds no file (that the principal may read).
+            ContentLost: Now, or when it is read: the server does not have it any more.
+            StorageError: It cannot be read now.
+        """
+        attributes = self.get(entity, id)
+        if attributes is None:
+            raise ObjectNotFound(entity=entity, id=id)
+        reference = FileReference.of(attributes.get(attribute))
+        if reference is None:
+            raise InvalidValue(f"{entity} {id!r}: attribute {attribute!r} holds no file")
+        return self._files.open(self.name, Wanted(reference.sha256, reference.size))
+
+    @property
+    def _files(self) -> Files:
+        if self._files_given is None:
+            raise StorageError("there is no place for the contents of files: `Server.tenant` gives one")
+        return self._files_given
 
     def transaction(self) -> TenantTransaction:
         """
@@ -350,6 +433,8 @@ class _Data:
         self._rights = application.rights(principal) if principal is not None else None
         self._readable = self._rights or Rights((), self._principal)
         self._clock = clock
+        # Who may refer to the contents that are added.
+        self.adds_files_for = principal.user_id if principal is not None else SERVICE
 
     def found(self, key: ObjectKey) -> Found | None:
         """Return an object as the principal sees it, or None."""
@@ -435,7 +520,10 @@ class _Data:
             settled=[],
             failures=[],
             version=overlay.version,
-            index_entries=index_writes(self.schema, indexed, overlay.index),
+            index_entries={
+                **index_writes(self.schema, indexed, overlay.index),
+                **file_writes(overlay, (), self._clock()),
+            },
         )
         return writes, overlay.version
 
@@ -445,6 +533,12 @@ class _Data:
         if state is None or state.deleted or not self._readable.entity(key[0]).sees(overlay.attributes(key)):
             return 0
         return state.version
+
+    def _file_rules(self, overlay: Overlay) -> FileRules:
+        if self._rights is None:
+            return FileRules(overlay, None, user_id=None)
+        rights = self._rights if self._application.access_rules else None
+        return FileRules(overlay, rights, user_id=self._principal.user_id, bytes_max=MAX_POSITION)
 
     def _apply(self, overlay: Overlay, changes: Sequence[_Change]) -> None:
         references = References()
@@ -460,6 +554,7 @@ class _Data:
             rights=self._rights,
             time_us=self._clock(),
             references=references,
+            files=self._file_rules(overlay),
         )
         for position, (operation, patch) in enumerate(changes):
             key = operation.key
@@ -470,7 +565,6 @@ class _Data:
                 if operation.kind is OperationKind.CREATE:
                     if overlay.exists(key):
                         raise ObjectExists(entity=operation.entity, id=operation.id)
-                    references.assumed[key] -= 1
                     action.create(key, patch.set, encoded_attributes(operation.patch))
                 elif not version:
                     raise ObjectNotFound(entity=operation.entity, id=operation.id)
@@ -482,11 +576,32 @@ class _Data:
                 raise _refused(operation, refusal.reason, refusal.message, refusal.code) from refusal
             except Waits as wait:
                 raise _refused(operation, FailureReason.DANGLING_REFERENCE, wait.message) from wait
+            except NotReady as verdict:
+                raise _refused(operation, FailureReason.FILE_MISSING, verdict.message) from verdict
         try:
             action.end_unit()
         except Refused as refusal:
             operation = changes[refusal.position].operation
             raise _refused(operation, refusal.reason, refusal.message, refusal.code) from refusal
+
+
+@contextmanager
+def _opened(source: str | Path | bytes | bytearray | memoryview | BinaryIO) -> Iterator[BinaryIO]:
+    """Give a stream of what a file holds. One that was given stays open."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        yield io.BytesIO(source)
+    elif isinstance(source, str | Path):
+        with Path(source).open("rb") as opened:
+            yield opened
+    else:
+        yield source
+
+
+def _check_file_name(name: object) -> None:
+    """Raise InvalidValue if no file can have a name."""
+    check(name, "the name of a file")
+    if type(name) is not str or not name or "\0" in name or len(name.encode()) > FILE_NAME_BYTES_MAX:
+        raise InvalidValue(f"the name of a file has 1 to {FILE_NAME_BYTES_MAX} bytes, and no NUL")
 
 
 def _refused(operation: Operation, reason: FailureReason, message: str, code: str = "") -> OperationRefused:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tidelog._errors import InvalidValue
 from tidelog._failure import FailureReason
+from tidelog._file_reference import file_references
 from tidelog._keys import ObjectKey
 from tidelog._operation import Operation, OperationKind, decode_operation, identity_of
 from tidelog._patch import Patch
@@ -128,6 +129,11 @@ def created_keys(unit: Unit) -> list[ObjectKey]:
         for member in unit
         if member.operation is not None and member.operation.kind is OperationKind.CREATE
     ]
+
+
+def contents_of(unit: Unit) -> set[bytes]:
+    """Return the contents of files that a unit would have objects refer to."""
+    return {reference.sha256 for member in unit for _, reference in file_references(member.patch.set)}
 
 
 def size_bytes(unit: Iterable[Member]) -> int:

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from tidelog._errors import TidelogError, quoted
 from tidelog._failure import FailureReason
+from tidelog._file_reference import may_refer_to_files
 from tidelog._finding import Finding, FindingKind
 from tidelog._keys import ObjectKey
 from tidelog._operation import OperationKind, decode_operation, identity_of
@@ -29,6 +30,7 @@ from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import Attributes, decode_map, decode_trusted, equal
 from tidelog.v1 import failure_pb2
+from tidelog_server._file_verification import FILE_TABLES, FileVerification
 from tidelog_server._formers import is_note_of_forgotten, read_note
 from tidelog_server._history import attributes_before, kept_changes
 from tidelog_server._indexes import (
@@ -150,7 +152,9 @@ class Records(Protocol):
         ...
 
 
-def findings(records: Records, schema: Schema | None, counts: Counts | None = None) -> Iterator[Finding]:
+def findings(
+    records: Records, schema: Schema | None, counts: Counts | None = None, *, has_referrers: bool = True
+) -> Iterator[Finding]:
     """
     Yield what is wrong.
 
@@ -158,13 +162,21 @@ def findings(records: Records, schema: Schema | None, counts: Counts | None = No
         records: One tenant's.
         schema: What the table of indexes was made by. None: it is being made anew, and is not looked at.
         counts: Gets how many of each were looked at.
+        has_referrers: Whether it is on record who refers to which file. Otherwise that is not looked at.
     """
-    yield from _Verification(records, schema, Counter() if counts is None else counts).run()
+    yield from _Verification(records, schema, Counter() if counts is None else counts, has_referrers).run()
 
 
 class _Verification:
-    def __init__(self, records: Records, schema: Schema | None, counts: Counts) -> None:
+    def __init__(
+        self,
+        records: Records,
+        schema: Schema | None,
+        counts: Counts,
+        has_referrers: bool,  # noqa: FBT001 - as `findings` is told
+    ) -> None:
         self._records = records
+        self._files = FileVerification(records) if has_referrers else None
         self._schema = schema
         self._counts = counts
         self._head = records.head().version
@@ -274,6 +286,8 @@ class _Verification:
         elif state.attributes:
             yield _finding(FindingKind.STATE_DIFFERS, _name(key), "a tombstone without attributes", "attributes")
         yield from self._chain(key, state, attributes)
+        if attributes is not None and self._files is not None and may_refer_to_files(state.attributes):
+            yield from self._files.of_object(key, attributes)
         if key[0] in self._indexed:
             yield from self._index(key)
 
@@ -411,6 +425,8 @@ class _Verification:
                 told = left_at(entry.by_version, entry.key[1], self._records.index)
                 return "" if told == entry.left_at <= self._head else "an entry that says what the one beside it says"
             return "" if self._expected_of(entry.key).get(key) == value else f"what follows from {_name(entry.key)}"
+        if key[:1] in FILE_TABLES:
+            return self._files.expected(key, value) if self._files is not None else ""
         if is_twin(key):
             noted = read_note(key, value)
             if noted is None:
@@ -475,6 +491,8 @@ class _Verification:
             yield from self._cause(failure_id, where, record)
             if not record.payload_removed:
                 yield from self._payload(failure_id, where, record)
+            if self._files is not None:
+                yield from self._files.of_failure(where, failure_id, data)
 
     def _cause(self, failure_id: bytes, where: str, record: failure_pb2.SynchronizationFailure) -> Iterator[Finding]:
         if not record.cause_failure_id:
@@ -501,6 +519,8 @@ class _Verification:
             mark = self._records.outcome(replica, seq) if seq and replica else None
             if mark is None and replica and self._is_forgotten(replica, seq):
                 continue
+            if mark is not None and mark.nonce == nonce and self._is_in_doubt(mark):
+                continue  # it came again when it was forgotten that it had failed so
             if seq and (mark is None or (mark.failure_id, mark.nonce) != (failure_id, nonce)):
                 yield _finding(
                     FindingKind.FAILURE_WRONG,
@@ -508,6 +528,11 @@ class _Verification:
                     f"operation {seq} of replica {record.replica_id} to be refused with it",
                     "no outcome" if mark is None else _outcome_text(mark),
                 )
+
+    def _is_in_doubt(self, mark: Settled) -> bool:
+        """Tell whether an operation was refused because it was forgotten what had become of it."""
+        record = self._failure(mark.failure_id) if mark.failure_id else None
+        return record is not None and record.reason == FailureReason.SUPERSEDED.number
 
     def _refused(self) -> Iterator[Finding]:
         for replica, key, failure_id in self._records.refused():

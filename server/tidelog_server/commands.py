@@ -16,9 +16,11 @@ import signal
 import socket
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -29,6 +31,7 @@ try:
 except ImportError:  # not on this system
     resource = None  # type: ignore[assignment]
 
+from tidelog._finding import Finding
 from tidelog._logging import get_logger
 from tidelog.cli import CommandFailed, ExitCode, checked_address, printable
 from tidelog.verify_command import add_verifier
@@ -38,6 +41,7 @@ from tidelog_server import (
     Authenticator,
     CertificateAuthenticator,
     JwtAuthenticator,
+    ObjectStoreContents,
     SchemaContradicted,
     Server,
     ServerLimits,
@@ -50,6 +54,7 @@ from tidelog_server import (
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
 from tidelog_server._retention import (
     FAILURE_RETENTION_DEFAULT,
+    FILE_GRACE_DEFAULT,
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
 )
@@ -71,7 +76,7 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
     failure_commands.register(app)
     backup_commands.register(app)
-    add_verifier(app, "data", verify_store)
+    add_verifier(app, "data", verify_store, with_contents=lambda url: partial(_verify_with_contents, url))
 
 
 def serve(
@@ -89,6 +94,14 @@ def serve(
         str,
         typer.Option(metavar="HOST:PORT", callback=checked_address, help="Where to listen. Port 0 takes a free one."),
     ],
+    contents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Keep the contents of files in an object store: s3://BUCKET/PREFIX, gs://... or az://... "
+            "Without it: in the directory of the data.",
+        ),
+    ] = None,
     tokens: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Who may call: a list of tokens, in TOML or JSON.")
     ] = None,
@@ -155,6 +168,19 @@ def serve(
         float,
         typer.Option(metavar="DAYS", min=0, help="How long the payloads of settled failures are kept."),
     ] = FAILURE_RETENTION_DEFAULT / timedelta(days=1),
+    file_grace: Annotated[
+        float,
+        typer.Option(metavar="DAYS", min=0, help="How long contents of files are kept that nothing refers to."),
+    ] = FILE_GRACE_DEFAULT / timedelta(days=1),
+    file_bytes_max: Annotated[
+        int, typer.Option(metavar="BYTES", min=1, help="How large a file may be.")
+    ] = LIMITS_DEFAULT.file_bytes,
+    file_transfers_max: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, help="Files on their way at once, up or down.")
+    ] = LIMITS_DEFAULT.file_transfers,
+    file_transfers_per_user_max: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="The same, of one user. Without it: no other limit.")
+    ] = LIMITS_DEFAULT.file_transfers_per_user,
     sessions_max: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Sessions open at once; others are told to come again later.")
     ] = LIMITS_DEFAULT.sessions,
@@ -194,6 +220,7 @@ def serve(
     if authenticator is None and tls_client_ca is not None:
         authenticator = CertificateAuthenticator()
     served = _load_application(application) if application is not None else None
+    object_store = _object_store(contents) if contents is not None else None
 
     limits = ServerLimits(
         sessions=sessions_max,
@@ -201,8 +228,11 @@ def serve(
         sessions_per_user=sessions_per_user_max,
         uploads=uploads_max,
         idle_seconds=session_idle_seconds,
+        file_transfers=file_transfers_max,
+        file_transfers_per_user=file_transfers_per_user_max,
+        file_bytes=file_bytes_max,
     )
-    allow_open_files(limits.sessions + OTHER_FILES)
+    allow_open_files(limits.sessions + limits.file_transfers + OTHER_FILES)
 
     spare_the_collector()
     try:
@@ -219,6 +249,8 @@ def serve(
                 replica_retention=_days(replica_retention, "--replica-retention"),
                 failure_retention=_days(failure_retention, "--failure-retention"),
                 limits=limits,
+                contents=object_store,
+                file_grace=_days(file_grace, "--file-grace"),
             ) as server,
         ):
             if served is None:
@@ -279,6 +311,17 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < count:
         _log.warning("fewer files may be open than sessions need: raise the limit", allowed=allowed, needed=count)
+
+
+def _verify_with_contents(url: str, path: Path, *, counts: Counter[str]) -> Iterator[Finding]:
+    return verify_store(path, counts=counts, contents=_object_store(url))
+
+
+def _object_store(url: str) -> ObjectStoreContents:
+    """Return the contents in an object store, which is there and may be used."""
+    contents = ObjectStoreContents(url)
+    contents.check()
+    return contents
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:

@@ -27,7 +27,7 @@ from tidelog._values import decode_map, equal
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_client import Replica, Report
-from tidelog_client._connection import Transient
+from tidelog_client._call_errors import Transient
 from tidelog_client._synchronization import PlansChanged, Synchronization, TimelineChanged
 from tidelog_client._view import StateLost, replay
 

@@ -11,6 +11,7 @@ replay of the corpus.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import grpc
 import jwt
@@ -43,6 +44,7 @@ from tidelog._downloads import Download, download_of
 from tidelog._entity import Entity, Rename
 from tidelog._errors import StorageError, TidelogError
 from tidelog._failure import SynchronizationFailure, operation_as_data, operation_in_short
+from tidelog._file_reference import FileReference, encoded_file_references
 from tidelog._log import checked
 from tidelog._operation import CommitGroup, OperationKind, decode_operation, identity_of
 from tidelog._patch import check_attributes, decode_patch, patch_of
@@ -60,16 +62,19 @@ from tidelog._values import (
     sort_key,
 )
 from tidelog.internal.v1 import splice_pb2
-from tidelog.v1 import constraint_pb2, failure_pb2, object_pb2, schema_pb2, sync_pb2
-from tidelog_client import _publication, _storage, _view, commands
-from tidelog_client._connection import error_of
+from tidelog.v1 import constraint_pb2, failure_pb2, file_pb2, object_pb2, schema_pb2, sync_pb2
+from tidelog_client import _files, _publication, _storage, _view, commands
+from tidelog_client._call_errors import error_of
 from tidelog_client._plans import Plans
 from tidelog_server import Application, Credentials, JwtAuthenticator, StaticTokens, failure_commands
 from tidelog_server import _lmdb_store as store
 from tidelog_server._callers import _bearer_token
+from tidelog_server._content_store import DirectoryContents
 from tidelog_server._download import Download as ServerDownload
 from tidelog_server._errors import AuthenticationFailed, RequestInvalid
 from tidelog_server._failure_service import FailureService
+from tidelog_server._file_service import FileService
+from tidelog_server._files import Files
 from tidelog_server._jwt import _signing_keys
 from tidelog_server._object_service import ObjectService
 from tidelog_server._outcomes import Status
@@ -79,6 +84,9 @@ from tidelog_server._sealing import PageTokens, Sealer
 from tidelog_server._session import Session
 from tidelog_server._status import status_of
 from tidelog_server._units import read_member
+
+if TYPE_CHECKING:
+    from tidelog_server._peer import Peer
 
 MOMENT: Final = datetime(2024, 2, 29, 12, 30, 15, 123456, tzinfo=UTC)
 ATTRIBUTES: Final[dict[str, Any]] = {
@@ -345,6 +353,10 @@ def _scene() -> Lab:
 
 
 SCENE: Final = _scene()
+PHOTO: Final = FileReference("photo.jpg", 5, "image/jpeg", bytes(range(32)))
+# An upload says one thing only: nothing but the empty content is ever stored.
+CONTENTS: Final = TemporaryDirectory(prefix="tidelog-fuzz-")
+FILES: Final = Files(SCENE.application, SCENE.store, DirectoryContents(CONTENTS.name), lambda: 0)
 
 
 def cursors(data: bytes) -> None:
@@ -440,6 +452,51 @@ def requests(data: bytes) -> None:
                 raise
 
 
+def file_requests(data: bytes) -> None:
+    """A request about contents, or a first message of one, is answered, or refused with an error that has a status."""
+    service = FileService(FILES)
+
+    async def ask() -> None:
+        for asked in (
+            service.stat_files(data, USER),
+            service.upload_file(cast("Peer", _Said(data)), USER),
+            service.download_file(data, cast("Peer", _Said(data)), USER),
+        ):
+            try:
+                await asked
+            except Exception as error:
+                if status_of(error)[1] == "INTERNAL":
+                    raise
+
+    asyncio.run(ask())
+    service.close()
+
+
+class _Said:
+    """A client that says one thing, and hears nothing."""
+
+    def __init__(self, data: bytes) -> None:
+        self._said = [data]
+
+    async def receive(self) -> bytes | None:
+        return self._said.pop() if self._said else None
+
+    async def send(self, _data: bytes) -> None:
+        pass
+
+
+def file_references(data: bytes) -> None:
+    """Attributes that a replica takes in refer to files, or not; what does, does so again once it is written anew."""
+    try:
+        check_attributes(decode_map(data))
+    except InvalidValue:
+        return
+    found = encoded_file_references(data)
+    for attribute_name, reference in found.items():
+        again = encoded_file_references(encode({attribute_name: reference.to_value()}))
+        assert again == {attribute_name: reference}
+
+
 # --- what is on disk ---------------------------------------------------------------
 
 
@@ -459,6 +516,7 @@ def replica_records(data: bytes) -> None:
         _storage._unpack_failure,
         lambda value: _storage.unpack_pending(7, value),
         Plans.decode,
+        _files._unpacked,
     ):
         with suppress(StorageError):
             read(data)
@@ -714,6 +772,15 @@ def _requests() -> Iterable[bytes]:
         yield failure_pb2.GetFailureRequest(id=failure.id).SerializeToString()
 
 
+def _file_requests() -> Iterable[bytes]:
+    content = file_pb2.FileContent(sha256=PHOTO.sha256, size=PHOTO.size)
+    yield file_pb2.StatFilesRequest(contents=[content, content]).SerializeToString()
+    yield file_pb2.UploadFileRequest(start=file_pb2.UploadFileStart(content=content, offset=0)).SerializeToString()
+    yield file_pb2.DownloadFileRequest(
+        sha256=PHOTO.sha256, object=sync_pb2.ObjectKey(entity="Task", id="a"), offset=1, length=2
+    ).SerializeToString()
+
+
 _JWKS = (
     b'{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"a","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"},'
     b'{"kty":"RSA","n":"sXchAw","e":"AQAB","use":"sig","alg":"RS256"},{"kty":"EC","crv":"P-256","x":"AA","y":"AA"}]}'
@@ -743,6 +810,8 @@ TARGETS: Final[dict[str, Target]] = {
     ),
     "session_starts": Target(session_starts, _starts),
     "requests": Target(requests, _requests),
+    "file_requests": Target(file_requests, _file_requests),
+    "file_references": Target(file_references, lambda: [encode({"photo": PHOTO.to_value(), "n": 1})]),
     "log_entries": Target(log_entries, _operations),
     "replica_records": Target(
         replica_records,

@@ -7,6 +7,7 @@ descriptors, so a new one without a case here fails.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import pkgutil
@@ -38,7 +39,7 @@ from tidelog import (
 )
 from tidelog._limits import TOKEN_BYTES_MAX
 from tidelog.internal.v1 import splice_pb2
-from tidelog.v1 import failure_pb2, object_pb2, operation_pb2, schema_pb2, sync_pb2
+from tidelog.v1 import failure_pb2, file_pb2, object_pb2, operation_pb2, schema_pb2, sync_pb2
 from tidelog_client import ClientTls, Replica
 from tidelog_client import _synchronizer as synchronizer
 from tidelog_server import (
@@ -46,6 +47,7 @@ from tidelog_server import (
     Authenticator,
     CertificateAuthenticator,
     Credentials,
+    DirectoryContents,
     HookContext,
     HookObject,
     JwtAuthenticator,
@@ -100,6 +102,7 @@ def call(address: str, method: str, messages: Sequence[bytes], token: str | None
         open_call: Any = {
             (False, False): channel.unary_unary,
             (False, True): channel.unary_stream,
+            (True, False): channel.stream_unary,
             (True, True): channel.stream_stream,
         }[streams_in, METHODS[method].server_streaming](method)
         try:
@@ -153,6 +156,7 @@ class Tenants:
     def state(self) -> tuple[Any, ...]:
         """Return all that the server keeps of acme."""
         replica = bytes.fromhex(self.replica_id.replace("-", ""))
+        acme = DirectoryContents(self.store.path / "files").tenant_path("acme")
         with self.store.read("acme") as reader:
             return (
                 reader.head(),
@@ -161,6 +165,8 @@ class Tenants:
                 reader.failures(b"", 1_000, 1 << 20),
                 reader.replica(replica),
                 reader.settled(replica, range(10)),
+                reader.index_range(b"", b"", 1_000),
+                {path: path.read_bytes() for path in acme.rglob("*") if path.is_file()},
             )
 
 
@@ -179,7 +185,9 @@ def tenants(folder: Path) -> Iterator[Tenants]:
         stack.callback(store.close)
         server = stack.enter_context(Server(application, store=store, authenticator=TOKENS))
         with Replica(folder / "acme", server=server.address, token=ACME) as replica:
-            replica.create("Task", {"title": SECRET}, "t1")
+            for messages in (upload_of(PHOTO), upload_of(HALF)[:2]):  # one of them ends early
+                call(server.address, UPLOAD_FILE, messages, ACME)
+            replica.create("Task", {"title": SECRET, "photo": photo_of(PHOTO)}, "t1")
             replica.create("Task", {"title": SECRET, "bad": True}, "t2")
             assert replica.synchronize_all(timeout=10).rejected == 1
             (failure,) = replica.failures()
@@ -195,6 +203,37 @@ PAST: Final = {
     "update": update(3, "t1", {"title": "bolt was here"}),
     "delete": delete(4, "t1"),
 }
+
+
+PHOTO: Final = SECRET.encode() * 1000
+HALF: Final = b"half of " + PHOTO
+UPLOAD_FILE: Final = "/tidelog.v1.FileService/UploadFile"
+DOWNLOAD_FILE: Final = "/tidelog.v1.FileService/DownloadFile"
+
+
+def content_of(data: bytes) -> file_pb2.FileContent:
+    """Name a content."""
+    return file_pb2.FileContent(sha256=hashlib.sha256(data).digest(), size=len(data))
+
+
+def photo_of(data: bytes) -> dict[str, Any]:
+    """Refer to a content."""
+    return {"name": "p", "size": len(data), "media_type": "text/plain", "sha256": hashlib.sha256(data).digest()}
+
+
+def upload_of(data: bytes, offset: int = 0) -> list[bytes]:
+    """Return the messages of an upload: its start, one half, the other half."""
+    half = len(data) // 2
+    start = file_pb2.UploadFileStart(content=content_of(data), offset=offset)
+    messages = [file_pb2.UploadFileRequest(start=start)]
+    messages += [file_pb2.UploadFileRequest(chunk=part) for part in (data[offset:half], data[half:]) if part]
+    return [message.SerializeToString() for message in messages]
+
+
+def downloads_photo(tenants: Tenants) -> list[list[bytes]]:
+    """Downloads of acme's photo by way of acme's object."""
+    key = sync_pb2.ObjectKey(entity="Task", id="t1")
+    return [[file_pb2.DownloadFileRequest(sha256=content_of(PHOTO).sha256, object=key).SerializeToString()]]
 
 
 def session_of(replica_id: str, *operations: bytes, **fields: Any) -> list[bytes]:
@@ -275,6 +314,11 @@ CASES: Final[dict[str, Callable[[Tenants], list[list[bytes]]]]] = {
     ),
     "/tidelog.v1.ObjectService/GetObject": one(lambda _: object_pb2.GetObjectRequest(entity="Task", id="t1")),
     "/tidelog.v1.ObjectService/ListObjects": one(lambda _: object_pb2.ListObjectsRequest(entity="Task")),
+    "/tidelog.v1.FileService/StatFiles": one(
+        lambda _: file_pb2.StatFilesRequest(contents=[content_of(PHOTO), content_of(HALF)])
+    ),
+    UPLOAD_FILE: lambda _: [upload_of(PHOTO), upload_of(HALF)],
+    DOWNLOAD_FILE: downloads_photo,
     "/tidelog.v1.SchemaService/GetSchema": one(lambda _: schema_pb2.GetSchemaRequest()),
 }
 
@@ -285,6 +329,7 @@ BY_NAME: Final = frozenset(
         "/tidelog.v1.FailureService/RetryFailure",
         "/tidelog.v1.FailureService/DismissFailure",
         "/tidelog.v1.ObjectService/GetObject",
+        DOWNLOAD_FILE,
     )
 )
 
@@ -297,6 +342,7 @@ READS: Final = frozenset(
         "/tidelog.v1.FailureService/GetFailure",
         "/tidelog.v1.ObjectService/GetObject",
         "/tidelog.v1.ObjectService/ListObjects",
+        DOWNLOAD_FILE,
     )
 )
 
@@ -325,6 +371,18 @@ class TestTenants:
         calls = reads_everything(tenants) if method == SYNCHRONIZE else CASES[method](tenants)
 
         assert call(tenants.address, method, calls[0], ACME).shows(SECRET)
+
+    def test_have_contents_of_their_own(self, tenants: Tenants) -> None:
+        """What one tenant has uploaded, all of it or a part, is missing to another one, and is there to itself."""
+        request = file_pb2.StatFilesRequest(contents=[content_of(PHOTO), content_of(HALF)]).SerializeToString()
+
+        def stat(token: str) -> list[tuple[int, int]]:
+            answer = call(tenants.address, "/tidelog.v1.FileService/StatFiles", [request], token)
+            response = file_pb2.StatFilesResponse.FromString(answer.responses[0])
+            return [(one.state, one.received_bytes) for one in response.statuses]
+
+        assert stat(BOLT) == [(file_pb2.FILE_STATE_MISSING, 0)] * 2
+        assert stat(ACME) == [(file_pb2.FILE_STATE_PRESENT, 0), (file_pb2.FILE_STATE_MISSING, len(HALF) // 2)]
 
     def test_settle_apart(self, tenants: Tenants) -> None:
         """What another tenant sends under acme's replica id is refused there, not answered with acme's outcomes."""

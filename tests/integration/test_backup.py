@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from tests.builders import TENANT, Lab, create, quick_folder
+from tests.builders import TENANT, TIME_US, Lab, create, quick_folder
 from tests.integration.test_cli import fail, read_json, run, started, succeed
 from tests.simulation.processes import wait_until
 
 from tidelog import FormatUnsupported, StorageError
 from tidelog_client import Replica
-from tidelog_server import LmdbStore, backup_store, restore_store, verify_store
+from tidelog_server import (
+    Application,
+    BackupDamaged,
+    DirectoryContents,
+    LmdbStore,
+    Tenant,
+    _lmdb_backup,
+    backup_store,
+    restore_store,
+    verify_store,
+)
+from tidelog_server._content_backup import copy_contents
+from tidelog_server._files import Files
 from tidelog_server._records import Change
+from tidelog_server._retention import Periods, Retention
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BACKUPS = 5
 RUN_TIMEOUT_SECONDS = 60
 KILLED = -9
+PHOTO = b"a photo, say" * 5_000
 
 WRITER = """
 import sys
@@ -46,7 +64,7 @@ while True:
 # Kills itself where it comes to force something to disk for the n-th time, or where the copy is checked.
 KILLED_AT = """
 import os, signal, sys
-from tidelog_server import _lmdb_backup as lmdb_backup
+from tidelog_server import _content_backup as content_backup, _lmdb_backup as lmdb_backup
 
 place, work, *paths = sys.argv[1:]
 count = 0
@@ -63,7 +81,7 @@ def killing(function, at):
 if place == "check":
     lmdb_backup._checked_copy = killing(lmdb_backup._checked_copy, 1)
 else:
-    lmdb_backup._sync = killing(lmdb_backup._sync, int(place))
+    lmdb_backup.sync_to_disk = content_backup.sync_to_disk = killing(lmdb_backup.sync_to_disk, int(place))
 getattr(lmdb_backup, work)(*paths)
 """
 
@@ -91,9 +109,13 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def store(folder: Path) -> Path:
-    """Give the directory of a store with some objects."""
+    """Give the directory of a store with some objects, one of which refers to a file."""
     opened = LmdbStore(folder / "store")
-    Lab(store=opened).settle(*(create(seq, f"t{seq}", {"text": "x" * 1_000}) for seq in range(1, 301)))
+    lab = Lab(store=opened)
+    lab.settle(*(create(seq, f"t{seq}", {"text": "x" * 1_000}) for seq in range(1, 300)))
+    files = Files(lab.application, opened, DirectoryContents(folder / "store" / "files"), lambda: TIME_US)
+    tenant = Tenant(lab.application, opened, TENANT, None, lambda: TIME_US, files)
+    tenant.create("Task", {"photo": tenant.add_file(PHOTO, name="photo.jpg")}, "t300")
     opened.close()
     return folder / "store"
 
@@ -124,6 +146,81 @@ def history(path: Path) -> list[Change]:
             return reader.changes(0, 1_000_000, 1 << 40)
     finally:
         opened.close()
+
+
+def contents(path: Path) -> list[bytes]:
+    """Return the contents of files that a store has."""
+    kept = DirectoryContents(path / "files")
+    return [b"".join(kept.read(TENANT, one.sha256)) for one in kept.contents(TENANT)]
+
+
+class TestContents:
+    def test_go_along(self, store: Path, folder: Path) -> None:
+        """A backup has the contents of files, shared with the store, but no parts; what is restored has its own."""
+        DirectoryContents(store / "files").append(TENANT, "apart", 0, b"half of one")
+
+        backup_store(store, folder / "backup")
+        restore_store(folder / "backup", folder / "restored")
+
+        for copy in (folder / "backup", folder / "restored"):
+            assert contents(copy) == [PHOTO]
+            assert list(verify_store(copy)) == []
+            assert DirectoryContents(copy / "files").part_size(TENANT, "apart") == 0
+            (file,) = (one for one in (copy / "files").rglob("*") if one.is_file())
+            assert file.stat().st_nlink == (2 if copy.name == "backup" else 1)
+
+    def test_where_files_cannot_share(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a file system that cannot give a file two names contents are copied."""
+
+        def cannot(*_: object) -> None:
+            raise OSError(errno.EXDEV, "another file system")
+
+        monkeypatch.setattr(Path, "hardlink_to", cannot)
+        backup_store(store, folder / "backup")
+        restore_store(folder / "backup", folder / "restored")
+
+        shutil.rmtree(store)
+        assert contents(folder / "backup") == contents(folder / "restored") == [PHOTO]
+
+    def test_outlive_the_store(self, store: Path, folder: Path) -> None:
+        """What becomes of a content in the store, deleted or replaced, does not touch the backup."""
+        backup_store(store, folder / "backup")
+        kept = DirectoryContents(store / "files")
+        kept.delete(TENANT, hashlib.sha256(PHOTO).digest())
+
+        assert contents(folder / "backup") == [PHOTO]
+
+    def test_that_are_collected_meanwhile(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A content that nothing refers to, and that goes between the copies of data and contents, does no harm."""
+        opened = LmdbStore(store)
+        files = Files(Application(), opened, DirectoryContents(store / "files"), lambda: TIME_US)
+        unneeded = files.add(TENANT, io.BytesIO(b"nobody needs this"))
+
+        def collecting(source: Path, target: Path) -> int:
+            never = timedelta.max
+            Retention(opened, Periods(never, never, never, timedelta(0)), lambda: TIME_US + 1, files).collect()
+            assert files.contents.size(TENANT, unneeded.sha256) is None
+            return copy_contents(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_lmdb_backup, "copy_contents", collecting)
+            backup_store(store, folder / "backup")
+        opened.close()
+        restore_store(folder / "backup", folder / "restored")
+
+        assert contents(folder / "restored") == [PHOTO]
+        assert list(verify_store(folder / "restored")) == []
+
+    def test_that_were_lost(self, store: Path, folder: Path) -> None:
+        """A backup that lacks a content, or has another one in its place, is refused."""
+        backup_store(store, folder / "backup")
+        (file,) = (one for one in (folder / "backup" / "files").rglob("*") if one.is_file())
+        file.unlink()
+        for found in ("content_lost", "content_damaged"):
+            with pytest.raises(BackupDamaged) as caught:
+                restore_store(folder / "backup", folder / "restored")
+            assert [one.kind for one in caught.value.findings] == [found]
+            file.write_bytes(PHOTO[:-1] + b"?")
 
 
 class TestBesideAWriter:
@@ -164,8 +261,9 @@ class TestBesideAWriter:
 
 
 class TestKilled:
-    # data.mdb, lock files, FORMAT, BACKUP, the folder itself; then, under its name, the folder around it.
-    @pytest.mark.parametrize("place", ["check", *range(1, 8)])
+    # Four folders of a content; data.mdb, lock files, FORMAT, BACKUP, files, the folder itself; then, under its name,
+    # the folder around it.
+    @pytest.mark.parametrize("place", ["check", *range(1, 13)])
     def test_a_backup_that_is_killed(self, store: Path, folder: Path, place: object) -> None:
         """Wherever a backup is killed, its name is free or has all of it; the next one goes well."""
         target = folder / "backup"
@@ -178,8 +276,9 @@ class TestKilled:
         backup_store(store, target)
         restore_store(target, folder / "restored")
         assert history(folder / "restored") == history(store)
+        assert contents(folder / "restored") == contents(target) == [PHOTO]
 
-    @pytest.mark.parametrize("place", ["check", *range(1, 9)])
+    @pytest.mark.parametrize("place", ["check", *range(1, 15)])
     def test_a_restore_that_is_killed(self, store: Path, folder: Path, place: object) -> None:
         """Wherever a restore is killed, no server takes a part of it for a store; the next one goes well."""
         backup, target = folder / "backup", folder / "restored"
@@ -193,6 +292,7 @@ class TestKilled:
         elif code == KILLED:
             shutil.rmtree(target / "restore.unfinished", ignore_errors=True)
         assert history(target) == history(store)
+        assert contents(target) == contents(backup) == [PHOTO]
         assert list(verify_store(target)) == []
 
     def test_a_backup_that_is_killed_while_it_copies(self, store: Path, folder: Path) -> None:
@@ -272,7 +372,8 @@ class TestCommands:
     def test_verify(self, store: Path, folder: Path) -> None:
         """What was looked at is counted; what is wrong is named, a line for each, with exit code 5."""
         sound = succeed("verify", "--data", store, cwd=folder)
-        assert sound == "checked: tenants 1, changes 300, objects 300, replicas 1, outcomes 300\n"
+        counts = "tenants 1, changes 300, objects 300, index entries 3, replicas 1, outcomes 299, contents 1"
+        assert sound == f"checked: {counts}\n"
         [summary] = read_json(succeed("verify", "--data", store, "--json", cwd=folder))
         assert summary["findings"] == 0
         assert summary["checked"]["objects"] == 300

@@ -708,3 +708,26 @@ def without_measures(text: str) -> str:
     text = UUID.sub("UUID", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+", "TIME", text)
     return re.sub(r"\(\d+ bytes sent, \d+ received, [\d.]+ s\)", "(MEASURES)", text)
+
+
+def test_files_travel(folder: Path) -> None:
+    """A file that was attached to an object of one replica is saved from another one, fetched if need be."""
+    (folder / "photo.jpg").write_bytes(b"a photo")
+    succeed("attach", "Task", "milk", "photo", "photo.jpg", "--replica", "device", cwd=folder)
+    fail("attach", "Task", "none", "photo", "photo.jpg", "--replica", "device", cwd=folder, code=ExitCode.REJECTED)
+    fail("attach", "Task", "milk", "photo", "none.jpg", "--replica", "device", cwd=folder, code=ExitCode.USAGE)
+    with serving(cwd=folder) as address:
+        sent = run("sync", "--replica", "device", "--server", address, cwd=folder)
+        assert "files: uploaded 1, downloaded 0 (7 bytes sent, 0 received)" in sent.stdout
+        lazy = ("--create", "--files", "Task=lazy", "--json")
+        (report,) = read_json(succeed("sync", "--replica", "copy", "--server", address, *lazy, cwd=folder))
+        assert (report["downloaded"] > 0, report["files_downloaded"]) == (True, 0)
+        save = ("save-file", "Task", "milk", "photo", "saved.jpg", "--replica", "copy")
+        fail(*save, cwd=folder, code=ExitCode.UNAVAILABLE)
+        assert not (folder / "saved.jpg").exists()
+        succeed(*save, "--server", address, cwd=folder)
+    assert (folder / "saved.jpg").read_bytes() == b"a photo"
+    attributes = read_json(succeed("get", "Task", "milk", "--replica", "copy", "--json", cwd=folder))[0]["attributes"]
+    assert (attributes["photo"]["name"], attributes["photo"]["media_type"]) == ("photo.jpg", "image/jpeg")
+    for wish in ("Task", "Task=sometimes", "Task=eager:many"):
+        fail("sync", "--replica", "copy", "--server", NO_SERVER, "--files", wish, cwd=folder, code=ExitCode.USAGE)

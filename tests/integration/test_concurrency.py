@@ -403,7 +403,7 @@ def test_a_callback_closes_its_replica(held: HeldServer, tmp_path: Path, phase: 
     held.released.set()
     directory = tmp_path / "replica"
     replica = Replica(directory, server=held.address)
-    replica.create("Note", {}, "first")
+    replica.create("Note", {"file": replica.add_file(b"a file")}, "first")
 
     def on_progress(progress: Progress) -> None:
         if progress.phase is phase and not (phase is Phase.PUBLISH and progress.done):

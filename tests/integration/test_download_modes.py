@@ -69,6 +69,19 @@ class TestWishes:
             assert report.attempts == 1
             a.close()
 
+    def test_own_objects_that_are_wanted_after_all(self, world: World) -> None:
+        """What went because it was not wanted comes with the first synchronization of everything that wants it."""
+        with world.replica(download={"Task": attribute("n") > 7}) as a:
+            a.create("Task", {"n": 0}, "mine")
+            a.synchronize_unsynchronized()
+            assert ids(a) == []
+
+        a = world.replica()
+        report = a.synchronize_all()
+
+        assert "mine" in ids(a)
+        assert report.attempts == 1
+
     def test_own_objects_outside(self, world: World) -> None:
         """What a replica creates outside of what it wants goes once it is synchronized; the server has it."""
         a = world.replica(download={"Task": attribute("n") > 7})

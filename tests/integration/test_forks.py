@@ -16,7 +16,7 @@ from tests.builders import collect, contents, quick_folder
 
 from tidelog import FailureReason, ForeignServer, MassRemoval
 from tidelog._keys import POSITION_BYTES
-from tidelog_client import Phase, Progress, Replica, Report
+from tidelog_client import Phase, Progress, Replica, Report, _file_exchange
 from tidelog_client._connection import Stream
 from tidelog_client._lineage import FORMER_IDENTITIES_MAX
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, verify_store
@@ -409,6 +409,86 @@ class TestRestoredServers:
         again = a.synchronize_all()
         assert (again.server_restored, again.reoffered, a.pending_count()) == (False, 0, 0)
 
+    @pytest.mark.parametrize("is_small", [True, False])
+    def test_contents_of_files_are_offered_again(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, *, is_small: bool
+    ) -> None:
+        """With the operations that a backup lacks the contents come again that they refer to, large ones too."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1000 if is_small else 1)
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.attach("Task", "t1", "photo", b"a photo")
+        a.create("Task", {"photo": a.add_file(b"bad"), "bad": True}, "refused")
+        a.synchronize_all()
+        site.shut("a")
+
+        site.restore()
+        report = site.sync("a")
+        assert report.server_restored
+        assert report.reoffered == 2
+        assert (report.files_uploaded, report.skipped) == (2, [])
+        site.sync("b")
+        with site.device("b").open_file("Task", "t1", "photo") as file:
+            assert file.read() == b"a photo"
+
+    def test_contents_that_nobody_has_any_more(self, site: Site) -> None:
+        """What is offered again is applied without the files whose contents went with the server and the device."""
+        a = site.device("a")
+        a.create("Task", {}, "other")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {"title": "important", "photo": a.add_file(b"first")}, "t1")
+        a.attach("Task", "t1", "scan", b"a scan")
+        a.synchronize_all()
+        a.attach("Task", "t1", "photo", b"retaken")
+        a.update("Task", "t1", {"title": "very important"}, unset=["scan"])
+        a.synchronize_all()
+        for content in list(a._storage.files.contents.contents()):
+            a._storage.files.contents.renew(content.sha256, 1.0)
+        a.synchronize_all()
+        site.shut("a")
+
+        site.restore()
+        report = site.sync("a")
+
+        assert (report.server_restored, report.reoffered, list(report.failures)) == (True, 4, [])
+        site.sync("b")
+        task = site.device("b").get("Task", "t1")
+        assert task is not None
+        assert task["title"] == "very important"
+        with site.device("b").open_file("Task", "t1", "photo") as file:
+            assert file.read() == b"retaken"
+        assert contents(site.device("a"))["t1"].keys() == {"title", "photo"}
+
+    @pytest.mark.parametrize("mode", ["unsynchronized", "selected"])
+    def test_other_modes_offer_contents_again(self, site: Site, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+        """Where operations offered again wait for their contents, the other modes lose sight of nothing either."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1)
+        a = site.device("a")
+        a.create("Task", {}, "other")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {"photo": a.add_file(b"a photo"), "n": 1}, "t1")
+        a.synchronize_all()
+        a.update("Task", "t1", {"n": 2})
+        site.shut("a")
+
+        site.restore()
+        a = site.device("a")
+        report = a.synchronize_selected([("Task", "t1")]) if mode == "selected" else a.synchronize_unsynchronized()
+
+        assert (report.reoffered, report.skipped, a.pending_count()) == (1, [], 0)
+        assert {one.id: one["n"] for one in a.query("Task")} == {"other": None, "t1": 2}
+        assert site.truth()["t1"]["n"] == 2
+
     def test_others_wrote_since(self, site: Site) -> None:
         """What somebody else changed since the restore is not overwritten but becomes a failure; the rest goes."""
         a, b = site.device("a"), site.device("b")
@@ -639,6 +719,28 @@ class TestRestoredServers:
 
         assert report.reoffered == 1
         assert site.truth() == {"t1": {}, "t2": {}, "t3": {}, "of b": {}}
+
+    def test_a_copy_took_the_place_of_a_lost_refusal(self, site: Site) -> None:
+        """A refusal that the server has lost is offered again too, if a copy settled something in its place."""
+        c = site.device("c")
+        c.create("Task", {}, "t1")
+        c.synchronize_all()
+        site.device("a")
+        site.shut("a")
+        site.copy("a", "b")
+        site.back_up()
+        site.device("a").create("Task", {}, "t1")
+        assert site.sync("a").rejected == 1
+        site.shut("a")
+        site.restore()
+        site.device("b").create("Task", {}, "of b")
+        site.sync("b")
+
+        report = site.sync("a")
+
+        assert report.former_replica_id
+        assert report.server_restored
+        assert report.reoffered == 1
 
     @pytest.mark.parametrize("order", ["bc", "cb"])
     @pytest.mark.parametrize("is_told", [True, False])

@@ -8,6 +8,7 @@ TIDELOG_INTERRUPT_STRIDE=1 pytest tests/integration/test_interrupts.py
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from tests.simulation import promises
 from tests.simulation.processes import wait_until
 from tests.simulation.records import Committed, read_replica
 
-from tidelog_client import Replica
+from tidelog_client import Replica, _file_exchange
 from tidelog_client._commit import _Commit
 from tidelog_server import Application, HookContext, HookObject, Server
 
@@ -285,3 +286,73 @@ def test_the_command_line_is_interrupted(folder: Path, at: int) -> None:
         with Replica(path, server=server.address) as replica:
             check(replica)
             assert replica.count("Note") == 1_500
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["all", "selected"])
+def test_a_synchronization_of_files_is_interrupted(
+    folder: Path, server: Server, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interrupted synchronization of files everything agrees, and the next one brings all contents."""
+    monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 10)
+    with Replica(folder / "other", server=server.address) as other:
+        other.create("Note", {"file": other.add_file(b"of another")}, "of another")
+        other.synchronize_all()
+    for place in places():
+        content = b"a larger one %d" % place
+        with Replica(folder / str(place), server=server.address) as replica:
+            replica.create("Note", {"file": replica.add_file(b"small %d" % place)}, f"small-{place}")
+            replica.create("Note", {"file": replica.add_file(content)}, f"large-{place}")
+
+            def synchronize(replica: Replica = replica, place: int = place) -> None:
+                if mode == "all":
+                    replica.synchronize_all(timeout=HANG_SECONDS)
+                else:
+                    chosen = [("Note", f"large-{place}"), ("Note", "of another")]
+                    replica.synchronize_selected(chosen, timeout=HANG_SECONDS)
+
+            error = run_interrupted(synchronize, place)
+            assert error is None or isinstance(error, Interrupted), repr(error)
+            check(replica)
+            assert within(partial(replica.synchronize_all, timeout=HANG_SECONDS)).skipped == []
+            assert list(replica.verify()) == []
+            for id_, expected in (("of another", b"of another"), (f"large-{place}", content)):
+                with replica.open_file("Note", id_, "file") as file:
+                    assert file.read() == expected
+            # The next replica is not to download ever more, at ever more places.
+            for one in [*replica.query("Note"), *replica.query("After")]:
+                if one.id != "of another":
+                    replica.delete(one.entity, one.id)
+            replica.synchronize_all()
+            if error is None:
+                assert place > 2 * STRIDE, "hardly any place was tried"
+                return
+
+
+@pytest.mark.timeout(600)
+# A file that was just opened, for whoever did not get it any more, is closed when it is forgotten.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_attaching_and_opening_are_interrupted(folder: Path, server: Server) -> None:
+    """An interrupted attachment or download leaves nothing in the way of the next one."""
+    with Replica(folder / "other", server=server.address) as other:
+        other.create("Note", {"file": other.add_file(b"of another")}, "of another")
+        other.synchronize_all()
+    with Replica(folder / "replica", server=server.address, files={"Note": "lazy"}) as replica:
+        replica.synchronize_all()
+        for place in places(7):
+            replica._storage.files.contents.delete(hashlib.sha256(b"of another").digest())
+
+            def work(place: int = place) -> None:
+                replica.attach("Note", "of another", "mine", b"mine %d" % place)
+                replica.open_file("Note", "of another", "file", timeout=HANG_SECONDS).close()
+
+            error = run_interrupted(work, place)
+            assert error is None or isinstance(error, Interrupted), repr(error)
+            within(partial(replica.attach, "Note", "of another", "mine", b"mine %d" % place))
+            with within(lambda: replica.open_file("Note", "of another", "file", timeout=HANG_SECONDS)) as file:
+                assert file.read() == b"of another"
+            if error is None:
+                assert place > 2 * STRIDE, "hardly any place was tried"
+                break
+        within(lambda: replica.synchronize_all(timeout=HANG_SECONDS))
+        assert list(replica.verify()) == []

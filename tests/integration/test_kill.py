@@ -8,7 +8,7 @@ from tests.kill.run import SCENES, run
 pytestmark = pytest.mark.slow
 
 SEED = 1
-ROUNDS = {"load": 10, "group commit": 10, "publication": 3, "trimming": 5, "migration": 3}
+ROUNDS = {"load": 10, "photos": 4, "group commit": 10, "publication": 3, "trimming": 5, "migration": 3}
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -30,7 +30,7 @@ from tidelog.v1 import object_pb2, object_pb2_grpc, operation_pb2, sync_pb2
 from tidelog_client import Replica
 from tidelog_client import _synchronizer as synchronizer
 from tidelog_server import Application, HookContext, HookObject, Principal, ServerLimits, StaticTokens, _services
-from tidelog_server._room import PAGE_BYTES_LEAST, HeldPages, PageRoom, QueueRoom
+from tidelog_server._room import PAGE_BYTES_LEAST, PAGE_COPIES, HeldPages, PageRoom, QueueRoom
 from tidelog_server._session import Session, Upload
 
 WAIT_SECONDS_MAX: Final = 60.0
@@ -345,12 +345,12 @@ class TestClientsThatArePutOff:
 class TestSlowSessions:
     def test_readers_that_stand_still(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A hundred sessions that do not read hold bounded memory, no transaction, and let nobody else wait."""
-        readers, object_bytes, room_bytes = 100, 16 * 1024, 4 * 1024 * 1024
+        readers, object_bytes, room_bytes = 100, 15 * 1024, 4 * 1024 * 1024
         held: list[HeldPages] = []
 
         class Watched(HeldPages):
-            def __init__(self, room: PageRoom) -> None:
-                super().__init__(room)
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
                 held.append(self)
 
         monkeypatch.setattr(_services, "HeldPages", Watched)
@@ -373,7 +373,7 @@ class TestSlowSessions:
             held.clear()
             for visitor in visitors(world, readers, open_):
                 visitor.send(COMPLETE)
-            wait_until(lambda: sum(one._bytes > 0 for one in held) == readers, "somebody reads on")
+            wait_until(lambda: sum(bool(one._held) for one in held) == readers, "somebody reads on")
 
             # One page for each beyond the room: it is full only when it has exceeded what it may hold.
             least = PAGE_BYTES_LEAST + 2 * object_bytes
@@ -382,22 +382,124 @@ class TestSlowSessions:
             assert reader_slots(world) <= 2 * (_services.PAGE_THREADS + _services.CALL_THREADS)
             writer.create("Task", {}, "t1")
             assert writer.synchronize_all(timeout=WAIT_SECONDS_MAX).applied == 1
-        assert not any(one._bytes and not one._is_over for one in held)
+        assert not any(one._held for one in held)
 
     def test_stalled_readers_get_on(self, folder: Path) -> None:
         """A session that stood still gets all its pages once it reads, each object once, though pages became small."""
         with World(folder) as world, ExitStack() as open_:
-            world_room = world.server._services._page_room
-            world_room.add(world_room._bytes_max)  # a crowd of others
+            room = world.server._services._page_room.of_newcomers
+            room.add(room.bytes_max)  # a crowd of others
             fill(world, 100, 4 * 1024)
             [visitor] = visitors(world, 1, open_)
             visitor.send(COMPLETE)
-            wait_until(lambda: world.server.load.page_bytes > world_room._bytes_max, "nothing is sent")
+            wait_until(lambda: world.server.load.page_bytes > 0, "nothing is sent")
 
             pages = [message.page for message in visitor.received() if message.HasField("page")]
 
             assert sorted(one.id for page in pages for one in page.snapshots) == sorted(f"n{n}" for n in range(100))
             assert max(page.ByteSize() for page in pages) <= 2 * PAGE_BYTES_LEAST
+
+    def test_a_crowd_in_front_of_large_objects(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sessions that stand still before large objects hold what there is room for; those with small ones go on."""
+        readers, object_bytes, room_bytes = 20, 300_000, 2_000_000
+        monkeypatch.setattr(_services, "PageRoom", partial(PageRoom, room_bytes))
+        with World(folder) as world, ExitStack() as open_:
+            world.lab.settle(create(1, "small", {"text": "x"}))
+            fill(world, 4, object_bytes)
+            crowd = visitors(world, readers, open_)
+            for visitor in crowd:
+                visitor.send(COMPLETE)
+            inside = room_bytes // (PAGE_COPIES * object_bytes)
+            # All have got the small object's page; in some client's connection a large one stands unread.
+            wait_until(lambda: world.server.load.waiting_pages >= readers - 2 * inside, "nobody waits in line")
+
+            assert world.server.load.page_bytes <= room_bytes // PAGE_COPIES + readers * PAGE_BYTES_LEAST
+            other = world.replica("other")
+            other.create("Task", {}, "t1")
+            assert other.synchronize_unsynchronized(timeout=WAIT_SECONDS_MAX).applied == 1
+            assert other.synchronize_selected([("Task", "small")], timeout=WAIT_SECONDS_MAX).downloaded == 1
+            for visitor in crowd:
+                visitor.cut()
+            wait_until(lambda: is_quiet(world), "those who have left stand in line")
+            assert other.synchronize_all(timeout=WAIT_SECONDS_MAX).downloaded >= 4
+
+    def test_the_line_moves(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever does not take what others wait for too is ended, and who reads gets all, object by object."""
+        readers, object_bytes, room_bytes = 12, 300_000, 1_300_000
+        monkeypatch.setattr(_services, "PageRoom", partial(PageRoom, room_bytes))
+        with World(folder, limits=ServerLimits(idle_seconds=0.5)) as world, ExitStack() as open_:
+            fill(world, 6, object_bytes)
+            for visitor in visitors(world, readers, open_):
+                visitor.send(COMPLETE)
+            wait_until(lambda: world.server.load.waiting_pages > 0, "nobody waits in line")
+
+            assert world.replica().synchronize_all(timeout=WAIT_SECONDS_MAX).downloaded == 6
+
+            wait_until(lambda: is_quiet(world), "somebody holds room, or a place")
+
+    def test_an_object_that_is_larger_than_all_room(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What no room is large enough for is had one at a time, in each mode."""
+        monkeypatch.setattr(_services, "PageRoom", partial(PageRoom, 1))
+        with World(folder) as world:
+            fill(world, 3, 500_000)
+            replicas = [world.replica(str(number)) for number in range(4)]
+            for replica in replicas:
+                replica.create("Task", {"text": "x" * 500_000})
+
+            def synchronize(replica: Replica) -> tuple[int, int, int]:
+                return (
+                    replica.synchronize_unsynchronized(timeout=WAIT_SECONDS_MAX).applied,
+                    replica.synchronize_selected([("Note", "n1")], timeout=WAIT_SECONDS_MAX).downloaded,
+                    replica.synchronize_all(timeout=WAIT_SECONDS_MAX).applied,
+                )
+
+            with ThreadPoolExecutor(len(replicas)) as pool:
+                assert list(pool.map(synchronize, replicas)) == [(1, 1, 0)] * len(replicas)
+            for replica in replicas:
+                replica.synchronize_all(timeout=WAIT_SECONDS_MAX)
+                assert (len(contents(replica, "Note")), len(contents(replica))) == (3, len(replicas))
+            wait_until(lambda: is_quiet(world), "somebody holds room")
+
+    def test_who_did_not_read_gets_small_pages(self, folder: Path) -> None:
+        """A replica whose session came to a halt gets the least pages, which pass a slow link, until one completes."""
+        with World(folder, limits=ServerLimits(idle_seconds=0.5)) as world, ExitStack() as open_:
+            fill(world, 100, 8 * 1024)
+
+            def page_bytes() -> int:
+                [visitor] = visitors(world, 1, open_)
+                visitor.send(COMPLETE)
+                messages = visitor.received()
+                assert messages[-1].HasField("complete")
+                return max(message.page.ByteSize() for message in messages)
+
+            assert page_bytes() > 2 * PAGE_BYTES_LEAST
+            [stands_still] = visitors(world, 1, open_)
+            stands_still.send(COMPLETE)
+            wait_until(lambda: world.server.load.page_bytes > 0, "nothing is sent")
+            wait_until(lambda: is_quiet(world), "the session holds its place")
+
+            assert page_bytes() <= PAGE_BYTES_LEAST + 1_000
+            assert page_bytes() > 2 * PAGE_BYTES_LEAST
+
+    def test_a_call_that_nobody_reads_is_dropped(self, folder: Path) -> None:
+        """Of a session that was ended because nothing was read, gRPC keeps nothing: what was to be sent is gone."""
+        with World(folder, limits=ServerLimits(idle_seconds=0.1)) as world, ExitStack() as open_:
+            fill(world, 10, 500_000)
+            # gRPC itself keeps the first call, and the newest one until another comes.
+            _first, [stands_still], _newest = (visitors(world, 1, open_) for _ in range(3))
+            stands_still.send(COMPLETE)
+            assert world.server._loop is not None
+            loop = world.server._loop
+            wait_until(lambda: is_quiet(world), "the session holds its place")
+            # Dropped a moment later: then the server's own tasks are left.
+            wait_until(
+                lambda: not any("Synchronize" in task.get_name() for task in asyncio.all_tasks(loop)), "it is served"
+            )
+
+            stands_still.received()
+            with pytest.raises(grpc.RpcError) as caught:
+                stands_still.receive()
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
 
     def test_pages_that_take_long_keep_no_read_waiting(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """However many sessions wait for their pages, online reads are answered."""
@@ -625,7 +727,7 @@ class TestComingAndGoing:
             for number, visitor in enumerate(late):
                 for batch in range(batches):
                     visitor.send_batch(create(batch + 1, f"{number}-{batch}"))
-            full = QueueRoom()._batches_max
+            full = QueueRoom()._count_max
             wait_until(lambda: world.server.load.queued_batches == full, "the queue does not fill")
 
             with ThreadPoolExecutor(1) as pool:

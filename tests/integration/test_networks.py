@@ -15,7 +15,7 @@ from tests.simulation.processes import wait_until
 from tidelog import ServerUnavailable, _channel
 from tidelog.testing import Proxy, Way
 from tidelog_client import Phase, Progress, _synchronizer
-from tidelog_server import _download, _server, _services
+from tidelog_server import ServerLimits, _download, _server, _services
 from tidelog_server._session import Session
 
 pytestmark = pytest.mark.slow
@@ -24,6 +24,7 @@ OBJECTS = 150
 OBJECT_BYTES = 10_000
 WINDOW_BYTES = 64 * 1024
 DEADLINE_SECONDS = 1.0
+WAIT_SECONDS_MAX = 60.0
 PING_TIMEOUT_MS = 600
 SHORT_WAITS = {"grpc.http2.ping_timeout_ms": PING_TIMEOUT_MS, "grpc.http2.lookahead_bytes": WINDOW_BYTES}
 QUICK_PINGS = {"grpc.keepalive_time_ms": 200, "grpc.http2.min_ping_interval_without_data_ms": 10}
@@ -189,6 +190,20 @@ class TestSlowPaths:
         assert (report.attempts, report.downloaded) == (1, OBJECTS)
         done = [progress.done for progress in told if progress.phase is Phase.DOWNLOAD]
         assert done == list(range(0, OBJECTS + 1, 10))
+
+    def test_a_path_that_takes_longer_for_a_batch_than_a_session_lasts(self) -> None:
+        """Where no full batch arrives before the server ends the session, smaller ones do, and all is uploaded."""
+        limits = ServerLimits(idle_seconds=0.5)
+        with quick_folder() as folder, World(folder, limits=limits) as world, Proxy(world.server.address) as proxy:
+            a = world.replica(server=proxy.address)
+            for number in range(40):
+                a.create("Task", {"text": "x" * OBJECT_BYTES}, f"t{number:02}")
+            proxy.up.bytes_per_second = 200_000  # all of it in two seconds
+
+            report = a.synchronize_all(timeout=WAIT_SECONDS_MAX)
+
+            assert report.attempts > 1
+            assert (report.applied, a.pending_count(), world.lab.version()) == (40, 0, 40)
 
     def test_single_bytes(self, world: World, proxy: Proxy) -> None:
         """A path that hands on one byte at a time is as good as any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +18,10 @@ from typing import Any
 import grpc
 import pytest
 
+from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._values import equal
-from tidelog.v1 import failure_pb2, failure_pb2_grpc, operation_pb2
+from tidelog.testing import Proxy
+from tidelog.v1 import failure_pb2, failure_pb2_grpc, file_pb2, file_pb2_grpc, operation_pb2
 from tidelog_client import Replica
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,3 +365,56 @@ def test_lock_names_no_registry() -> None:
     lock = json.loads((EXAMPLE / "package-lock.json").read_text(encoding="utf-8"))
 
     assert not [name for name, package in lock["packages"].items() if "resolved" in package]
+
+
+def test_files_go_both_ways(address: str, tmp_path: Path) -> None:
+    """A photo attached in Node is at the server with what refers to it, and another client of Node gets its bytes."""
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(bytes(range(256)) * 4_000)
+    task = "t1"
+    with Replica(tmp_path / "device", server=address) as replica:
+        replica.create("Task", {"title": "Buy milk"}, task)
+        replica.synchronize_all()
+    at_home, elsewhere = tmp_path / "home.json", tmp_path / "elsewhere.json"
+
+    run_node("--server", address, "--state", at_home, "--update", task, "--file", photo, "sync", "attach", "sync")
+    printed = run_node("--server", address, "--state", elsewhere, "--update", task, "sync", "fetch")
+
+    (fetched,) = events(printed, "fetched")
+    assert Path(fetched["path"]).read_bytes() == photo.read_bytes()
+    (found,) = (one for one in events(printed, "downloaded") if one["id"] == task)
+    reference = found["attributes"]["photo"]
+    assert (reference["name"], reference["size"]) == ("photo.jpg", 1_024_000)
+    assert reference["sha256"] == hashlib.sha256(photo.read_bytes()).digest()
+
+
+def test_an_upload_goes_on_where_it_was_cut(address: str, tmp_path: Path) -> None:
+    """Bytes of a photo that the server has from an upload that was cut are not sent again."""
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(bytes(range(256)) * 20_000)
+    state = tmp_path / "state.json"
+    run_node("--server", address, "--state", state, "edit", "sync")
+    content = file_pb2.FileContent(sha256=hashlib.sha256(photo.read_bytes()).digest(), size=5_120_000)
+    with grpc.insecure_channel(address) as channel:
+        stub = file_pb2_grpc.FileServiceStub(channel)
+        with pytest.raises(grpc.RpcError):
+            stub.UploadFile(_cut_upload(content, photo.read_bytes()[:3_000_000]))
+        (status,) = stub.StatFiles(file_pb2.StatFilesRequest(contents=[content])).statuses
+        assert status.received_bytes == 3_000_000
+
+    with Proxy(address) as proxy:
+        task = next(
+            one["id"] for one in events(run_node("--state", state, "objects"), "object") if one["entity"] == "Task"
+        )
+        run_node(
+            *("--server", proxy.address, "--state", state, "--update", task, "--file", photo),
+            *("attach", "sync"),
+        )
+        assert 2_120_000 < proxy.up.byte_count < 2_300_000
+
+
+def _cut_upload(content: file_pb2.FileContent, data: bytes) -> Iterator[file_pb2.UploadFileRequest]:
+    """The beginning of an upload: the stream ends before the content does."""
+    yield file_pb2.UploadFileRequest(start=file_pb2.UploadFileStart(content=content))
+    for at in range(0, len(data), FILE_CHUNK_BYTES):
+        yield file_pb2.UploadFileRequest(chunk=data[at : at + FILE_CHUNK_BYTES])

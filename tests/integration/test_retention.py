@@ -14,8 +14,9 @@ from tidelog.v1 import sync_pb2, sync_pb2_grpc
 from tidelog_client import Phase, Progress, Replica, Report
 from tidelog_client import _publication as publication
 from tidelog_client import _synchronization as synchronization
-from tidelog_client._connection import error_of
+from tidelog_client._call_errors import error_of
 from tidelog_server import _download as download
+from tidelog_server import verify_store
 from tidelog_server._download import Download
 from tidelog_server._session import server_time_us
 
@@ -134,6 +135,23 @@ class TestReturn:
         assert failure.reason is FailureReason.SUPERSEDED
         assert contents(a) == {"x": {"n": 6}, "other": {}}
         assert world.lab.attributes("x") == {"n": 6}
+
+    def test_a_refusal_that_was_lost_long_ago(self, world: World) -> None:
+        """What is repeated after its refusal is forgotten has two failures, and the store is sound with them."""
+        a, b = world.replica("a"), world.replica("b")
+        b.create("Task", {}, "x")
+        b.synchronize_all()
+        a.create("Task", {}, "x")
+        world.lose_answers(a)
+        b.update("Task", "x", {"n": 1})
+        b.synchronize_all()
+        forget(world)
+
+        a.synchronize_all()
+
+        reasons = [one.reason for one in world.lab.failures()]
+        assert reasons == [FailureReason.ALREADY_EXISTS.number, FailureReason.SUPERSEDED.number]
+        assert list(verify_store(world.store.path)) == []
 
     @pytest.mark.parametrize("mode", MODES)
     def test_in_other_modes_too(self, world: World, mode: str) -> None:

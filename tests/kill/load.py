@@ -41,7 +41,7 @@ class Load:
         self._server_directory = folder / "server"
         self._directories = [folder / f"replica-{number}" for number in range(REPLICA_COUNT)]
         self._journals = [Journal(folder / f"journal-{number}") for number in range(REPLICA_COUNT)]
-        self._address = f"127.0.0.1:{_free_port()}"
+        self._address = f"127.0.0.1:{free_port()}"
 
     def run(self) -> None:
         """Run a round and check what it left."""
@@ -121,7 +121,8 @@ def _read(store: LmdbStore, replicas: list[Replica]) -> tuple[ServerRecord, list
     return server, records, {record.replica_id: Committed(record.log) for record in records}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

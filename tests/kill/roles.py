@@ -6,6 +6,7 @@ import contextlib
 import threading
 from datetime import timedelta
 from itertools import count
+from random import Random
 from typing import Any
 
 from tests.simulation.application import Weather, make_application
@@ -15,9 +16,23 @@ from tidelog import Entity, Integer, Schema, ServerUnavailable, String
 from tidelog_client import Replica, _replica
 from tidelog_server import Application, Server
 
-__all__ = ["commit_together", "make_shop", "migrate", "publish", "serve", "synchronize", "trim", "work"]
+__all__ = [
+    "commit_together",
+    "make_shop",
+    "migrate",
+    "publish",
+    "serve",
+    "serve_photos",
+    "synchronize",
+    "take_photos",
+    "trim",
+    "work",
+]
 
 COMMITTING_THREADS = 8
+PHOTO_BYTES = (0, 10, 10_000, 300_000, 2_000_000)
+# Short enough that contents go while operations that refer to them are on their way.
+PHOTO_GRACE_SECONDS = 2.0
 TRIM_STEP_OPERATIONS = 500
 # Where no server is: a replica that is on its way into the view does that first.
 NOWHERE = "127.0.0.1:1"
@@ -67,6 +82,45 @@ def commit_together(directory: str, journal_path: str) -> None:
         for thread in threads:
             thread.start()
         threads[0].join()
+
+
+def serve_photos(directory: str, address: str) -> None:
+    """Serve photos, and delete what nobody refers to as soon as may be."""
+    with Server(
+        Application(), store=directory, listen=address, file_grace=timedelta(seconds=PHOTO_GRACE_SECONDS)
+    ) as one:
+        while True:
+            one.collect()
+
+
+def take_photos(directory: str, address: str, seed: str, journal_path: str) -> None:
+    """Take, replace and delete photos, and synchronize; note which photos were taken."""
+    dice = Random(seed)
+    journal = Journal(journal_path)
+    with Replica(directory, server=address) as replica:
+        while True:
+            ids = [one.id for one in replica.query("Photo")]
+            content = dice.randbytes(dice.choice(PHOTO_BYTES))
+            step = dice.choice(["take", "take", "replace", "share", "delete"])
+            if step == "take" or not ids:
+                taken = replica.create("Photo", {"file": replica.add_file(content)})
+                journal.append(f"committed {taken}")
+            elif step == "replace":
+                replica.attach("Photo", dice.choice(ids), "file", content)
+            elif step == "share":
+                found = replica.get("Photo", dice.choice(ids))
+                if found is not None:
+                    replica.create("Photo", {"file": found["file"]})
+            else:
+                replica.delete("Photo", dice.choice(ids))
+            if dice.random() < 0.5:
+                try:
+                    replica.synchronize_all(timeout=2)
+                except ServerUnavailable:
+                    pass
+                except Exception as error:
+                    journal.append(f"error {error!r}")
+                    raise
 
 
 def make_shop(schema: Schema) -> Application:

@@ -11,6 +11,7 @@ from typing import Protocol
 from tests.builders import quick_folder
 from tests.kill.load import Load
 from tests.kill.phases import GroupCommit, Migration, Publication, Trimming
+from tests.kill.photos import Photos
 
 
 class Scene(Protocol):
@@ -31,11 +32,18 @@ class Scene(Protocol):
 
 
 SCENES: Mapping[str, Callable[[Path, Random], Scene]] = {
-    one.name: one for one in (Load, GroupCommit, Publication, Trimming, Migration)
+    one.name: one for one in (Load, Photos, GroupCommit, Publication, Trimming, Migration)
 }
 
 # Checks read all that ever was. What is costly to prepare, and does not grow, stays longer.
-WORLD_ROUNDS = {Load.name: 10, GroupCommit.name: 10, Publication.name: 200, Trimming.name: 200, Migration.name: 200}
+WORLD_ROUNDS = {
+    Load.name: 10,
+    Photos.name: 10,
+    GroupCommit.name: 10,
+    Publication.name: 200,
+    Trimming.name: 200,
+    Migration.name: 200,
+}
 
 
 def run(

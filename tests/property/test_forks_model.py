@@ -25,7 +25,7 @@ from tidelog import MassRemoval, ServerUnavailable
 from tidelog._operation import decode_operation
 from tidelog.v1 import failure_pb2
 from tidelog_client import Replica
-from tidelog_client._connection import _BY_REASON, Transient
+from tidelog_client._call_errors import _BY_REASON, Transient
 from tidelog_client._synchronizer import Synchronizer
 from tidelog_server import Application, HookContext, HookObject, Principal, Reject
 from tidelog_server._sealing import Sealer

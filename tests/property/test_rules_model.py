@@ -58,7 +58,7 @@ from tidelog._values import decode_map
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import failure_pb2, sync_pb2
 from tidelog_client import Replica, Report, _publication, _synchronization
-from tidelog_client._connection import Transient
+from tidelog_client._call_errors import Transient
 from tidelog_server import Application, HookContext, HookObject, OperationRefused, Principal, _download
 from tidelog_server._records import Change
 from tidelog_server._status import status_of

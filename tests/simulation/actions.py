@@ -9,11 +9,14 @@ from decimal import Decimal
 from random import Random
 from typing import Any
 
+from tests.simulation import contents
 from tests.simulation.application import ENTITIES
+from tests.simulation.contents import Library
 from tests.simulation.model import Attributes, Key, Misfit, patched, same
 
 from tidelog import InvalidValue, ObjectExists, ObjectNotFound, Operation, OperationKind, Patch
 from tidelog_client import Object, Replica, Transaction
+from tidelog_client._files import FileState
 
 IDS = ("a", "b", "c", "ä/€", "x" * 128)
 FRESH_ID_SHARE = 0.15
@@ -38,10 +41,11 @@ class Intended:
 
 
 class User:
-    """Somebody who works with one replica."""
+    """Somebody who works with one replica; with files, if there is a library of contents to be had."""
 
-    def __init__(self, replica: Replica, random: Random, name: str) -> None:
+    def __init__(self, replica: Replica, random: Random, name: str, library: Library | None = None) -> None:
         self.replica = replica
+        self._library = library
         self._random = random
         self._name = name
         self._fresh_count = 0
@@ -54,10 +58,11 @@ class User:
 
     def act(self) -> tuple[str, list[Intended], bool]:
         """Do something; return what it was, the operations that must now be in the log, and if they are a group."""
-        return self._random.choices(
-            [self._change, self._transaction, self._new, self._edit_handle, self._end_handle, self._read],
-            [8, 4, 1, 2, 3, 1],
-        )[0]()
+        happenings = [self._change, self._transaction, self._new, self._edit_handle, self._end_handle, self._read]
+        weights = [8, 4, 1, 2, 3, 1]
+        if self._library is not None:
+            happenings, weights = [*happenings, self._attach, self._open_file], [*weights, 4, 1]
+        return self._random.choices(happenings, weights)[0]()
 
     def pick_keys(self) -> list[Object | Key]:
         """Pick what to synchronize: known, unknown, deleted and uncommitted objects."""
@@ -125,6 +130,59 @@ class User:
             done.append(intended)
             expected[intended.key] = current(intended.key)
             _expect_view(intended, before, expected[intended.key])
+
+    # --- files --------------------------------------------------------------------------
+
+    def _attach(self) -> tuple[str, list[Intended], bool]:
+        random, key = self._random, self._key()
+        content, name = self._library_of().draw(random), random.choice(contents.ATTRIBUTES)
+        intended = Intended(OperationKind.UPDATE, key, Patch({name: contents.reference_to(content, "f.txt")}))
+        before = self._current(key)
+        error = _expected_error(intended, before)
+        raised = _raised(lambda: self.replica.attach(*key, name, content, name="f.txt"))
+        _expect(raised is error, f"attaching to {key} on {before} raised {raised}, expected {error}")
+        if error is not None:
+            return f"attach to {key}: {error.__name__}", [], False
+        _expect_view(intended, before, self._current(key))
+        return f"attach {len(content)} bytes to {key}", [intended], False
+
+    def _open_file(self) -> tuple[str, list[Intended], bool]:
+        """Open a file that is here."""
+        key = self._key()
+        for name, reference in contents.references(self._current(key)).items():
+            if self.replica.file_state(*key, name) is FileState.AVAILABLE:
+                with self.replica.open_file(*key, name) as file:
+                    return f"open {name} of {key}: {self.is_right(reference.sha256, file.read())}", [], False
+        return f"open {key}: no file", [], False
+
+    def missing_file(self) -> tuple[Key, str, bytes] | None:
+        """Pick a file that is not here: object, attribute and hash."""
+        key = self._key()
+        for name, reference in contents.references(self._current(key)).items():
+            if self.replica.file_state(*key, name) is not FileState.AVAILABLE:
+                return key, name, reference.sha256
+        return None
+
+    def is_right(self, sha256: bytes, content: bytes) -> bool:
+        """Tell whether a content is what it should be."""
+        return content == self._library_of().content(sha256)
+
+    def _library_of(self) -> Library:
+        if self._library is None:
+            raise AssertionError("there are no files in this world")
+        return self._library
+
+    def _file_value(self, library: Library) -> Any:
+        """Return what a file's attribute may hold: a content, the file of another object, one that nobody has."""
+        random = self._random
+        what = random.choices(["added", "shared", "unknown", "none"], [10, 6, 0.5, 1])[0]
+        if what == "added":
+            return self.replica.add_file(library.draw(random), name="f.txt")
+        if what == "shared":
+            for _ in range(4):
+                for reference in contents.references(self._current(self._key())).values():
+                    return reference.to_value()
+        return contents.reference_to(random.randbytes(8), "f.txt") if what == "unknown" else None
 
     # --- handles ------------------------------------------------------------------------
 
@@ -242,6 +300,10 @@ class User:
             attributes["next"] = random.choices([random.choice(IDS), None], [4, 2])[0]
             if random.random() < 0.3:
                 attributes["friends"] = [random.choice(IDS)]
+        if self._library is not None:
+            for name, share in zip(contents.ATTRIBUTES, (0.4, 0.1), strict=True):
+                if random.random() < share:
+                    attributes[name] = self._file_value(self._library)
         return attributes
 
     def _patch(self, entity: str) -> Patch:
@@ -255,7 +317,8 @@ class User:
         if "tags" not in patch.set and random.random() < 0.5:
             members = {"tags": [random.choice([1, 2, 1.0, True, "t"]) for _ in range(random.randrange(3))]}
             patch = patch._replace(add=members) if random.random() < 0.6 else patch._replace(remove=members)
-        unset = tuple(name for name in ("x", "y", "order") if name not in patch.set and random.random() < 0.2)
+        names_unset = ("x", "y", "order") if self._library is None else ("x", "y", "order", *contents.ATTRIBUTES)
+        unset = tuple(name for name in names_unset if name not in patch.set and random.random() < 0.2)
         if entity == "Node" and "friends" not in patch.set and random.random() < 0.2:
             patch = patch._replace(add={**patch.add, "friends": [random.choice(IDS)]})
         return patch._replace(unset=unset)

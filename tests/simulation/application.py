@@ -93,13 +93,20 @@ class Business:
             }
             for entity, targets in REFERENCES.items()
         }
+        if version > 1 and is_servers:
+            declared["Node"]["mate"] = Reference("Node", on_delete="clear")
         unique: dict[str, tuple[str, ...]] = {}
+        indexes: dict[str, tuple[str, ...]] = {}
         if self.is_strict and is_servers:
             declared["Note"] = {"n": Integer(minimum=-SMALL, maximum=SMALL)}
             declared["Task"] = {"title": String(required=True)}
             unique["Note"] = ("n",)
+            indexes = {"Note": ("n",), "Task": ("title",)}
         return Schema(
-            [Entity(name, attributes, unique=unique.get(name, ())) for name, attributes in declared.items()],
+            [
+                Entity(name, attributes, unique=unique.get(name, ()), indexes=indexes.get(name, ()))
+                for name, attributes in declared.items()
+            ],
             version=version,
             open=True,
         )
@@ -206,6 +213,8 @@ def make_application(weather: Weather, *, schema_version: int, business: Busines
       a `locked` one cannot be deleted.
     - Order: without a title rejected; its deletion deletes its lines and leaves an audit record.
     - Line: touches its order.
+
+    A newer schema has another reference, and makes its Nodes anew that have an x.
     """
     business = business or Business()
     app = Application(schema=business.schema(schema_version), hook_seconds_max=HOOK_SECONDS_MAX)
@@ -214,6 +223,8 @@ def make_application(weather: Weather, *, schema_version: int, business: Busines
         app.synchronize(entity, offer)
     for entity, policy in business.policies.items():
         app.on_conflict(entity, "reject_stale" if policy == "reject_stale" else _merged)
+    if schema_version > 1:
+        app.migration("Node", version=schema_version)(_second_edition)
 
     @app.before_commit("Task")
     @app.before_commit("Order")
@@ -271,6 +282,12 @@ def make_application(weather: Weather, *, schema_version: int, business: Busines
             context.update("Order", order, {"touched": context.operation.seq})
 
     return app
+
+
+def _second_edition(node: Attributes) -> Attributes:
+    """Say of a Node with an x that it is of the second edition, and no more what its x is."""
+    kept = {name: value for name, value in node.items() if name != "x"}
+    return {**kept, "edition": 2} if "x" in node else node
 
 
 def _merged(base: Attributes, theirs: Attributes, mine: Attributes | None) -> Attributes | None:

@@ -11,7 +11,8 @@ from unittest import mock
 
 import uuid_utils
 
-from tidelog_client import _commit, _lineage, _replica, _synchronizer
+from tidelog import _contents
+from tidelog_client import _commit, _file_exchange, _files, _lineage, _replica, _synchronizer, _transfer
 from tidelog_server import _hooks, _lmdb_store, _outcomes, _services, _tenant
 
 UUID_BYTES = 16
@@ -79,6 +80,11 @@ def from_seed(random: Random, clocks: Clocks, server_time_us: Callable[[], int])
             (_replica, "time", time),
             (_synchronizer, "time", time),
             (_synchronizer, "random", random),
+            (_contents, "time", time),
+            (_file_exchange, "time", time),
+            (_files, "time", time),
+            (_transfer, "time", time),
+            (_transfer, "random", random),
             (_commit, "secrets", chance),
             (_lmdb_store, "secrets", chance),
             (_lineage, "uuid", chance),

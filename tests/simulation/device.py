@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,7 +11,9 @@ from random import Random
 from typing import Protocol
 
 from tests.simulation.actions import User
+from tests.simulation.contents import Library
 from tests.simulation.disk import Disk, abandon
+from tests.simulation.exchange import FileLink, SimulatedCalls, Turns
 from tests.simulation.faults import Coverage, client_commit
 from tests.simulation.fiber import Fiber
 from tests.simulation.link import Link
@@ -20,6 +23,8 @@ from tests.simulation.rights import Eyes
 
 from tidelog import Download, Operation, Schema
 from tidelog_client import Object, Replica, Report
+from tidelog_client._file_wishes import FileDownload, FileWishes
+from tidelog_client._files import Needed
 from tidelog_client._selection import Selection
 from tidelog_client._synchronization import Mode
 
@@ -39,33 +44,79 @@ class Network(Protocol):
         """Let the world go on while the synchronizer waits."""
         ...
 
+    def connect_file(self, device: Device, turns: Turns) -> FileLink:
+        """Open a file call."""
+        ...
+
+    def pause_for_files(self, device: Device, turns: Turns, seconds: float) -> bool:
+        """Let the world go on until a file call may, or, False, the time is over."""
+        ...
+
 
 @dataclass
 class Call:
     """
-    One call of `synchronize_...` under way, with all its attempts.
+    One call of `synchronize_...` under way, with all its attempts; or of `open_file`.
 
     Attributes:
-        mode: What it synchronizes.
+        mode: What it synchronizes. None: it opens a file.
         fiber: Where it runs.
         pending_before: How many operations were pending when it began.
         committed_before: How many had ever been committed then.
         link: The present attempt's; None between attempts.
+        last_link: The newest attempt's.
         is_asleep: Whether it waits before its next attempt.
+        selected: What was worked out for the next attempt. Mode selected only.
         selection: What the present attempt is about. Mode selected only.
         covered: The operations that the present attempt has to settle.
+        life: In which life of the server's store the present attempt began.
         report: What it returned in the end.
+        turns: What transfers contents and is waited for. None: it is not.
+        file_links: The file calls under way.
+        file_seconds: How long it waits for one of them at the most. None: it does not.
+        is_time_over: Whether it has waited for so long.
+        waited_since: The newest operation when it began to wait, since the last attempt. What is committed later
+            is not of the next one.
+        opened: The content of the file that it opened.
     """
 
-    mode: Mode
+    mode: Mode | None
     pending_before: int
     committed_before: int
     fiber: Fiber = field(init=False)
     link: Link | None = None
+    last_link: Link | None = None
     is_asleep: bool = False
+    selected: Selection | None = None
     selection: Selection | None = None
     covered: frozenset[int] = frozenset()
+    life: int = 0
     report: Report | None = None
+    turns: Turns | None = None
+    file_links: list[FileLink] = field(default_factory=list)
+    file_seconds: float | None = None
+    is_time_over: bool = False
+    waited_since: int | None = None
+    opened: bytes = b""
+
+    @property
+    def is_transferring(self) -> bool:
+        """Whether contents are on their way."""
+        return any(not one.is_left for one in self.file_links)
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A copy of a replica's directory, and what was known of the replica when it was made."""
+
+    path: Path
+    model: Model
+    eyes: Eyes
+    wishes: Mapping[str, Download]
+    is_between_wishes: bool
+    seen: SeenHistory
+    committed: Committed
+    life: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +126,8 @@ class Model:
     schema: Schema
     log_retention: timedelta
     map_bytes: int
+    files: Mapping[str, FileDownload] = field(default_factory=dict)
+    library: Library | None = None
 
 
 class Device:
@@ -87,7 +140,10 @@ class Device:
         seen: The server's history as it may know it.
         committed: The operations that it ever committed.
         call: The synchronization under way.
-        cursor_version: Where its cursor was last seen.
+        cursor_at: Where its cursor was last seen: replica id, timeline, version.
+        life: In which of the lives of the server's store it last had everything. See `History`.
+        is_between_wishes: Whether it still has what its user wanted before.
+        is_copied: Whether there are, or were, other copies of its directory.
         disk: Where it writes.
         clock_jump: How far its clock is from the world's.
         seconds: How long its process has run, as its monotonic clock says.
@@ -109,8 +165,11 @@ class Device:
         self.path = path
         self.committed = Committed()
         self.call: Call | None = None
-        self.cursor_version = 0
-        self.disk = Disk(ReplicaDied, coverage, lambda work: [client_commit(work)])
+        self.cursor_at: tuple[str, str, int] = ("", "", 0)
+        self.is_between_wishes = False
+        self.life = 0
+        self.is_copied = False
+        self.disk = Disk(ReplicaDied, coverage, lambda work: lambda: [client_commit(work)])
         self.clock_jump = timedelta(0)
         self.seconds = 0.0
         self.has_stale_token = False
@@ -136,6 +195,7 @@ class Device:
                 durability="relaxed",
                 log_retention=model.log_retention,
                 map_bytes=model.map_bytes,
+                files=model.files,
             )
         except ReplicaDied:
             abandon(self.path)
@@ -145,7 +205,7 @@ class Device:
         if hasattr(self, "user"):
             self.user.open_again(replica)
         else:
-            self.user = User(replica, self._random, self.name)
+            self.user = User(replica, self._random, self.name, model.library)
 
     def die(self) -> None:
         """Lose all that is not on disk."""
@@ -155,6 +215,40 @@ class Device:
         if call is not None and not call.fiber.is_done:
             call.fiber.resume(ReplicaDied())
         self.replica.close()
+
+    def put_aside(self, path: Path) -> Aside:
+        """Copy the directory as it is just now."""
+        shutil.copytree(self.path, path)
+        self.is_copied = True
+        return Aside(
+            path,
+            self._model,
+            self.eyes,
+            self.wishes,
+            self.is_between_wishes,
+            self.seen,
+            self.committed.copy(),
+            self.life,
+        )
+
+    def put_back(self, aside: Aside) -> None:
+        """Put a copy in the place of the directory. The replica is not open meanwhile."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        shutil.copytree(aside.path, self.path)
+        self.eyes, self.wishes, self.seen = aside.eyes, aside.wishes, aside.seen
+        self.is_between_wishes = aside.is_between_wishes
+        self.committed, self.life, self.is_copied = aside.committed.copy(), aside.life, True
+        self.cursor_at = ("", "", 0)
+
+    def needed_contents(self) -> list[tuple[int, list[Needed]]]:
+        """Return what its pending operations need, by seq."""
+        return list(self.replica._storage.files.uploads(until=len(self.committed.data)))
+
+    @property
+    def file_wishes(self) -> FileWishes:
+        """Which contents its user wants."""
+        return FileWishes(self._model.files)
 
     @property
     def has_staged_pages(self) -> bool:
@@ -170,6 +264,7 @@ class Device:
 
     def wish(self, wishes: Mapping[str, Download]) -> None:
         """Let the user want something else, from the next time on that the replica is opened."""
+        self.is_between_wishes = True
         before, eyes = self.seen, self.eyes.with_wishes(wishes)
         self.wishes, self.eyes = wishes, eyes
         self.seen = SeenHistory(
@@ -181,11 +276,17 @@ class Device:
 
     def see_as_wished(self) -> None:
         """Take note that everything was synchronized."""
+        self.is_between_wishes = False
         self.seen = SeenHistory(self._history, self.eyes.readable, self.eyes.shown, self.eyes.downloads)
 
     def record(self) -> ReplicaRecord:
         """Read what is on disk."""
         return read_replica(self.replica._storage)
+
+    @property
+    def nonces(self) -> set[int]:
+        """The nonces of all operations that it ever committed."""
+        return {operation.nonce for operation in self.committed.operations.values()}
 
     def note_commits(self) -> list[Operation]:
         """Take over what is new in the log."""
@@ -200,12 +301,12 @@ class Device:
         return found
 
     def synchronization(
-        self, mode: Mode, picked: Sequence[Object | Key], timeout: float | None
+        self, mode: Mode, picked: Sequence[Object | Key], timeout: float | None, *, accepts_removal: bool = False
     ) -> Callable[[], Report]:
         """Return a call that synchronizes."""
         replica = self.replica
         if mode is Mode.ALL:
-            return lambda: replica.synchronize_all(timeout=timeout)
+            return lambda: replica.synchronize_all(timeout=timeout, accept_mass_removal=accepts_removal)
         if mode is Mode.UNSYNCHRONIZED:
             return lambda: replica.synchronize_unsynchronized(timeout=timeout)
         return lambda: replica.synchronize_selected(picked, timeout=timeout)
@@ -219,6 +320,7 @@ class Connection:
     def __init__(self, device: Device, network: Network) -> None:
         self._device = device
         self._network = network
+        self._turns: Turns
 
     def authorization(self) -> None:
         """See `Connection`."""
@@ -226,6 +328,19 @@ class Connection:
     def synchronize(self, _metadata: None, _timeout: float | None) -> Link:
         """See `Connection`."""
         return self._network.connect(self._device)
+
+    def files(self, _timeout: float | None) -> SimulatedCalls:
+        """See `Caller`."""
+        turns = self._turns = Turns(
+            lambda seconds: self._network.pause_for_files(self._device, turns, seconds),
+            lambda: self._device.seconds,
+            lambda: ReplicaDied() if self._device.disk.is_dead else None,
+        )
+        return SimulatedCalls(lambda: self._network.connect_file(self._device, turns))
+
+    def workers(self, _count_max: int) -> Turns:
+        """See `Caller`."""
+        return self._turns
 
     def close(self) -> None:
         """See `Connection`."""

@@ -20,9 +20,10 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
+from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
-from tidelog_client._connection import error_of
+from tidelog_client._call_errors import error_of
 from tidelog_server import Application, Principal
 from tidelog_server._outcomes import Result
 from tidelog_server._services import ERROR_DOMAIN
@@ -68,12 +69,21 @@ class CallFailed(grpc.RpcError):
 class ServerEnd:
     """One session on the server."""
 
-    def __init__(self, application: Application, store: Store, principal: Principal, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        application: Application,
+        store: Store,
+        principal: Principal,
+        clock: Callable[[], int],
+        *,
+        file_bytes_max: int = FILE_BYTES_MAX_DEFAULT,
+    ) -> None:
         self.settled_version = 0  # the tenant's version when the upload was settled
         self._application = application
         self._store = store
         self._principal = principal
         self._clock = clock
+        self._file_bytes_max = file_bytes_max
         self._session: Session | None = None
         self._pages: Iterator[sync_pb2.SnapshotPage] | None = None
 
@@ -90,7 +100,14 @@ class ServerEnd:
         which = request.WhichOneof("message")
         if which == "start":
             start = sync_pb2.SessionStart.FromString(request.start)
-            self._session = Session(self._application, self._store, self._principal, start, self._clock)
+            self._session = Session(
+                self._application,
+                self._store,
+                self._principal,
+                start,
+                self._clock,
+                file_bytes_max=self._file_bytes_max,
+            )
             started = self._session.open().result(STORE_TIMEOUT_SECONDS)
             return _response(started=started.SerializeToString())
         if which == "batch":
@@ -110,7 +127,9 @@ class ServerEnd:
         """Take in a batch; what is returned waits for it and returns the answer."""
         batch = splice_pb2.SynchronizeRequestSplice.FromString(data).batch
         session = self._opened()
-        future: Future[list[Result]] = session.upload(list(batch.operations), batch.former_outcomes)
+        future: Future[list[Result]] = session.upload(
+            list(batch.operations), batch.former_outcomes, list(batch.lost_contents)
+        )
 
         def answer() -> bytes:
             settled_now = future.result(STORE_TIMEOUT_SECONDS)
@@ -275,7 +294,7 @@ class Link:
 
         What is on its way to the server does not arrive any more, unless *still_arrives*.
         """
-        self._is_server_done = not still_arrives
+        self._is_server_done |= not still_arrives
         self.to_client.append(CallFailed(code, message, reason))
 
     def echo(self, server: ServerEnd) -> Link:

@@ -8,7 +8,7 @@ simulation must find every one; which promise told, and after how many worlds, i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -17,14 +17,50 @@ from tests.simulation.world import STEPS_DEFAULT
 
 from tidelog import FailureReason, StorageError
 from tidelog._keys import pack_position
-from tidelog_client import _publication, _storage, _synchronizer, _view
-from tidelog_server import _action, _applier, _download, _engine, _hooks, _lmdb_store, _projection, _records, _session
+from tidelog_client import _files as client_files
+from tidelog_client import _lineage, _publication, _storage, _synchronization, _synchronizer, _view
+from tidelog_server import (
+    _action,
+    _applier,
+    _checkpoints,
+    _collection,
+    _download,
+    _engine,
+    _file_rules,
+    _formers,
+    _hooks,
+    _lmdb_store,
+    _projection,
+    _records,
+    _session,
+)
+from tidelog_server import _files as server_files
 from tidelog_server._application import TransientError
+from tidelog_server._errors import NotFound
+from tidelog_server._file_records import content_record
 from tidelog_server._records import Head, ReplicaState, Writes, merged_ranges
 from tidelog_server._refusal import Refused
 from tidelog_server._units import split_units
 
 SEEDS_MAX: Final = 400
+CALM: Final = dict.fromkeys(
+    (
+        "kill",
+        "trap",
+        "server trap",
+        "weather",
+        "token",
+        "clock",
+        "wishes",
+        "collect",
+        "fault",
+        "trim",
+        "restart",
+        "burst",
+    ),
+    0,
+)
+ONLY_RESTORES: Final = {"restore": 4, "back up": 3, "copy": 0, "put aside": 0, "put back": 0}
 
 _Patch = AbstractContextManager[Any]
 
@@ -207,6 +243,87 @@ def _ranges_without_gaps() -> _Patch:
     return mock.patch.object(_records, "merged_ranges", closed)
 
 
+# --- copies, restores, and what is forgotten ----------------------------------------------
+
+
+def _no_checkpoints() -> _Patch:
+    return mock.patch.object(_checkpoints.Checkpoints, "contradicts", return_value=False)
+
+
+def _nothing_lost() -> _Patch:
+    return mock.patch.object(_storage.Storage, "_settled_outside", return_value=())
+
+
+def _execute_former_failures() -> _Patch:
+    first_try = _engine._Evaluator._first_try
+
+    def unaware(self: Any, unit: Any) -> Any:
+        return first_try(self, tuple(member._replace(former=None) for member in unit))
+
+    return mock.patch.object(_engine._Evaluator, "_first_try", unaware)
+
+
+def _overwrite_after_restore() -> _Patch:
+    return mock.patch.object(_applier.UnitApplier, "_check_not_superseded")
+
+
+@contextmanager
+def _trust_any_log() -> Iterator[None]:
+    settled_before = _engine._Evaluator._settled_before
+
+    def trusting(self: Any, members: Any) -> Any:
+        known = self._reader.settled(self._uploader.replica, [member.seq for member in members])
+        taken = [one._replace(nonce=known[one.seq].nonce) if one.seq in known else one for one in members]
+        return settled_before(self, taken)
+
+    with (
+        mock.patch.object(_synchronization.Synchronization, "_check_log"),
+        mock.patch.object(_engine._Evaluator, "_settled_before", trusting),
+    ):
+        yield
+
+
+def _fork_in_name_only() -> _Patch:
+    def keeping(self: Any, transaction: Any, **_options: Any) -> str:
+        return str(self._meta.get(transaction, "replica_id").decode())
+
+    return mock.patch.object(_lineage.Lineage, "fork", keeping)
+
+
+def _forget_former_ids() -> _Patch:
+    return mock.patch.object(_lineage.Lineage, "_formers", return_value=[])
+
+
+def _keep_from_copies() -> _Patch:
+    return mock.patch.object(_formers.Formers, "notes", return_value={})
+
+
+def _horizon_stays() -> _Patch:
+    start_of = _download.Download.start_of
+
+    def unaware(self: Any, reader: Any, *arguments: Any) -> Any:
+        with mock.patch.object(type(reader), "collected", return_value=0):
+            return start_of(self, reader, *arguments)
+
+    return mock.patch.object(_download.Download, "start_of", unaware)
+
+
+def _forget_too_much() -> _Patch:
+    def all_of_them(reader: Any, replica: Any, _before_us: int) -> list[int]:
+        return [seq for seq, _ in reader.first_settled(replica, _collection.STEP_ENTRIES)]
+
+    return mock.patch.object(_collection, "settled_before", all_of_them)
+
+
+def _apply_what_is_forgotten() -> _Patch:
+    settled_before = _engine._Evaluator._settled_before
+
+    def trusting(self: Any, members: Any) -> Any:
+        return settled_before(self, members)[0], set()
+
+    return mock.patch.object(_engine._Evaluator, "_settled_before", trusting)
+
+
 # --- the replica --------------------------------------------------------------------------
 
 
@@ -315,6 +432,48 @@ def _two_at_once() -> _Patch:
     return mock.patch.object(_synchronizer, "_acquire", return_value=None)
 
 
+# --- files --------------------------------------------------------------------------------
+
+
+def _refer_to_anything() -> _Patch:
+    return mock.patch.multiple(_file_rules.FileRules, check_authored=mock.DEFAULT, check_there=mock.DEFAULT)
+
+
+def _refer_to_whatever_is_there() -> _Patch:
+    return mock.patch.object(_file_rules.FileRules, "may_refer", return_value=True)
+
+
+def _collect_what_is_needed() -> _Patch:
+    def is_old(reader: Any, sha256: bytes, before_us: int) -> bool:
+        record = content_record(sha256, reader.index)
+        return record is not None and record.time_us < before_us
+
+    return mock.patch.object(_collection, "is_unneeded", is_old)
+
+
+def _read_any_file() -> _Patch:
+    def size(self: Any, principal: Any, sha256: bytes, key: Any) -> int:
+        with self._store.read(principal.tenant) as reader:
+            record = content_record(sha256, reader.index)
+        if record is None:
+            raise NotFound("no such file", reason="FILE_NOT_FOUND")
+        return record.size
+
+    return mock.patch.object(server_files.Files, "_readable_size", size)
+
+
+def _operations_before_contents() -> _Patch:
+    return mock.patch.object(client_files.Files, "_note_operation")
+
+
+def _delete_shared_contents() -> _Patch:
+    return mock.patch.object(client_files.Files, "_is_used", return_value=False)
+
+
+def _keep_unneeded_contents() -> _Patch:
+    return mock.patch.object(client_files.Files, "collect", return_value=0)
+
+
 MUTATIONS: Final = (
     Mutation("the server applies again what it has settled", _skip_the_dedupe),
     Mutation("the server loses failure records", _lose_failures),
@@ -352,6 +511,28 @@ MUTATIONS: Final = (
     Mutation("an applied change is folded before its snapshot is there", _fold_too_early),
     Mutation("a log entry is trimmed that the view needs", _trim_what_is_needed),
     Mutation("two synchronizations run at once", _two_at_once),
+    Mutation("nobody notices that the server's store was put back", _no_checkpoints),
+    Mutation("a replica offers nothing again", _nothing_lost),
+    Mutation("what had failed before a restore is executed", _execute_former_failures, ONLY_RESTORES),
+    Mutation(
+        "what is offered again overwrites what was done since",
+        _overwrite_after_restore,
+        {**ONLY_RESTORES, **CALM, "service": 10, "act": 2, "synchronize": 3},
+    ),
+    Mutation("an operation is taken for the one that another copy has in its place", _trust_any_log),
+    Mutation("a copy keeps its id", _fork_in_name_only),
+    Mutation("a copy does not say whose it is", _forget_former_ids),
+    Mutation("what a copy settled is not noted for the others", _keep_from_copies),
+    Mutation("a cursor from before what is collected is served", _horizon_stays, {"collect": 5}),
+    Mutation("outcomes are forgotten that may be asked for", _forget_too_much, {"collect": 5}),
+    Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
+    Mutation("nobody looks whether the content is there", _refer_to_anything),
+    Mutation("whoever knows a hash may refer to the content", _refer_to_whatever_is_there),
+    Mutation("a content is collected that something refers to", _collect_what_is_needed),
+    Mutation("whoever knows a hash gets the content", _read_any_file, {"pry": 5}),
+    Mutation("operations are sent, and their contents are not", _operations_before_contents),
+    Mutation("a replica deletes a content that another object still refers to", _delete_shared_contents),
+    Mutation("a replica keeps contents that nobody refers to", _keep_unneeded_contents),
 )
 
 

@@ -9,7 +9,7 @@ hold at any moment, in the middle of a session and after a crash; those named
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, ParamSpec
 from uuid import UUID
@@ -83,12 +83,20 @@ class Rules(NamedTuple):
             operation on an object that was in one of these states.
         business: What the seed made of the application.
         eyes: What the author may do. None: everything.
+        is_put_back: Whether the store was put back from a backup: then base versions may be of another history.
+        has_copies: Whether directories are copied, and what may be asked for is forgotten.
+        former_failures: Ids of failures that were recorded before the store was put back.
+        may_lack_contents: Tells whether an operation that refers to files may be refused for this reason.
     """
 
     schema: Schema
     may_hooks_refuse: Callable[[FailureReason, Operation, list[Attributes | None]], bool]
     business: Business = Business()
     eyes: Eyes | None = None
+    is_put_back: bool = False
+    has_copies: bool = False
+    former_failures: Collection[bytes] = ()
+    may_lack_contents: Callable[[FailureReason, Operation], bool] = lambda _reason, _operation: False
 
     def readable(self, entity: str, attributes: Attributes | None) -> Attributes | None:
         """Return what the author of an operation may read of an object."""
@@ -118,20 +126,31 @@ def check_log(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
 
 @promise("Settled once: every operation is at any time exactly one of pending, applied once, failed with a record")
 def check_settled_once(
-    server: ServerRecord, replica: ReplicaRecord, committed: Committed, merging: Collection[str] = ()
+    server: ServerRecord,
+    replica: ReplicaRecord,
+    committed: Committed,
+    merging: Collection[str] = (),
+    *,
+    lost: Collection[int] = (),
 ) -> Iterator[str]:
-    """Compare what the replica believes of each operation with what the server did; it may merge some entities."""
+    """
+    Compare what the replica believes of each operation with what the server did.
+
+    Args:
+        server: What the server did.
+        replica: What the replica believes.
+        committed: The operations.
+        merging: Entities of which the server merges stale edits.
+        lost: Seqs of what nobody has any more: trimmed here, and lost there when the store was put back.
+    """
     id_ = replica.replica_id
+    yield from _settled_twice_or_never(replica, committed)
     for seq, operation in committed.operations.items():
         settled = server.settled[id_].get(seq)
         changes = server.changes_of.get((id_, seq), [])
         is_pending, outcome = seq in replica.pending, replica.outcomes.get(seq)
-        if is_pending and outcome is not None:
-            yield f"seq {seq} is pending and settled on its replica"
-        if not is_pending and outcome is None and seq in replica.log:
-            yield f"seq {seq} is neither pending nor settled on its replica"
         if settled is None:
-            if not is_pending:
+            if not is_pending and seq not in lost:
                 yield f"seq {seq} is not pending on its replica, and the server never settled it"
             if changes:
                 yield f"seq {seq} is not settled on the server, and changed {[one.version for one in changes]}"
@@ -143,6 +162,108 @@ def check_settled_once(
         yield from _misapplied(operation, settled, changes, server.history, is_merged=operation.entity in merging)
     if surplus := [key for key in server.changes_of if key[0] == id_ and key[1] not in committed.operations]:
         yield f"the server applied what nobody committed: {surplus}"
+
+
+@promise("Settled once: every operation is pending or settled on its replica, and not both")
+def check_settled_on_replica(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    """Look at what a replica believes of each operation, whatever the server does."""
+    yield from _settled_twice_or_never(replica, committed)
+
+
+@promise("Forks and restores: whatever is copied and put back, no operation takes effect twice")
+def check_effects(
+    server: ServerRecord,
+    operations: Mapping[int, Operation],
+    marks: Mapping[tuple[str, int], Settled],
+    doubted: Collection[int],
+    merging: Collection[str] = (),
+) -> Iterator[str]:
+    """
+    Compare the changes with what is settled under all ids that copies of a replica have.
+
+    Args:
+        server: The store.
+        operations: All that anybody ever committed, by nonce.
+        marks: What was settled since the store is this one, by replica id and seq.
+        doubted: Nonces of those that were refused because it was forgotten what had become of them.
+        merging: Entities of which stale edits are merged.
+    """
+    changes: dict[int, list[Change]] = {}
+    for place, caused in server.changes_of.items():
+        if place in marks:
+            own = changes.setdefault(marks[place].nonce, [])
+            if any(not one.by_hook for one in own) and any(not one.by_hook for one in caused):
+                yield f"{operations.get(marks[place].nonce)} was applied under several ids"
+            own += caused
+        elif UUID(place[0]).int:
+            yield f"{place} has changed {[one.version for one in caused]}, and was never settled"
+    for (replica_id, seq), settled in marks.items():
+        if settled.nonce not in operations:
+            yield f"seq {seq} of replica {replica_id} is settled as an operation that nobody committed"
+        elif settled.nonce in doubted:
+            failure = server.failures.get(str(UUID(bytes=settled.failure_id))) if settled.failure_id else None
+            if failure is not None and not changes.get(settled.nonce):
+                continue
+            if failure is not None and failure.reason != FailureReason.SUPERSEDED.number:
+                yield f"seq {seq} of replica {replica_id} was applied once, and refused: {failure.message}"
+        else:
+            yield from _misapplied(
+                operations[settled.nonce],
+                settled,
+                changes.get(settled.nonce, []),
+                server.history,
+                is_merged=operations[settled.nonce].entity in merging,
+            )
+
+
+@promise("Forks and restores: what is offered again keeps its refusal, and overwrites nothing that was done since")
+def check_offered_again(
+    server: ServerRecord,
+    acknowledged: Mapping[int, str],
+    operations: Mapping[int, Operation],
+    marks: Mapping[tuple[str, int], Settled],
+    since: int,
+) -> Iterator[str]:
+    """
+    Look at what became of operations that replicas knew to be settled when the store was put back.
+
+    Args:
+        server: The store.
+        acknowledged: The ids of their failures, by nonce; empty if they were applied.
+        operations: All that anybody ever committed, by nonce.
+        marks: What was settled since the store is this one, by replica id and seq.
+        since: The version at which it was put back.
+    """
+    for settled in marks.values():
+        former = acknowledged.get(settled.nonce)
+        if former is None:
+            continue
+        operation = operations[settled.nonce]
+        if former and _outcome_of(settled)[1] != former:
+            yield f"{operation.kind.name} of {operation.key} was refused as {former}, and is settled as {settled}"
+        if settled.version > since:
+            for change in server.history.changes_to.get(operation.key, ()):
+                if since < change.version < settled.version and _is_overwritten(change, operation):
+                    yield f"{operation.kind.name} of {operation.key} at {settled.version} overwrites {change}"
+
+
+@promise("Forks and restores: nothing that is kept in a log is lost, and no operation is taken for another one")
+def check_kept_when_quiet(
+    server: ServerRecord,
+    replica: ReplicaRecord,
+    committed: Committed,
+    marks: Mapping[tuple[str, int], Settled],
+) -> Iterator[str]:
+    """Look up what became of each operation in a log, under whichever id the server settled it."""
+    settled = {one.nonce: one for one in marks.values()}
+    for seq in replica.log.keys() - replica.pending.keys():
+        one = settled.get(committed.operations[seq].nonce)
+        if one is None:
+            yield f"seq {seq} is settled on its replica, and the server knows nothing of it"
+        elif one.failure_id:
+            failure = server.failures.get(str(UUID(bytes=one.failure_id)))
+            if failure is None or committed.data[seq] not in {failure.operation, *failure.group_operations}:
+                yield f"seq {seq} failed, and the server has no record of it"
 
 
 @promise("Nothing lost on refusal: the failure record, with the whole payload, is durable on the server and replica")
@@ -164,14 +285,18 @@ def check_failures(server: ServerRecord, replica: ReplicaRecord, committed: Comm
 
 
 @promise("In order: operations on one object are settled in log order")
-def check_order(server: ServerRecord, replica_id: str, committed: Committed) -> Iterator[str]:
-    """Look for an operation that was settled before an earlier one on its object."""
+def check_order(
+    server: ServerRecord, replica_id: str, committed: Committed, lost: Collection[int] = ()
+) -> Iterator[str]:
+    """Look for an operation that was settled before an earlier one on its object, which is not *lost*."""
     settled = server.settled[replica_id]
     for key, seqs in committed.seqs_of.items():
         unsettled: int | None = None
         newest = 0
         for seq in seqs:
             one = settled.get(seq)
+            if one is None and seq in lost:
+                continue
             if one is None:
                 unsettled = seq if unsettled is None else unsettled
                 continue
@@ -200,8 +325,9 @@ def check_groups(
     replica_id: str,
     committed: Committed,
     settlements: Mapping[tuple[str, int], Settlement] | None = None,
+    lost: Collection[int] = (),
 ) -> Iterator[str]:
-    """Compare the outcomes of each commit group's members."""
+    """Compare the outcomes of each commit group's members, unless some are *lost*."""
     settled = server.settled[replica_id]
     groups: dict[int, list[int]] = {}
     for seq, operation in committed.operations.items():
@@ -211,6 +337,8 @@ def check_groups(
         size = committed.operations[first].group
         if size is None or len(seqs) != size.size:
             yield f"the group at seq {first} is logged with {len(seqs)} members: {size}"
+        if any(seq in lost for seq in seqs):
+            continue
         outcomes = [settled.get(seq) for seq in seqs]
         kinds = {None if one is None else one.failure_id for one in outcomes}
         if len(kinds) > 1:
@@ -236,10 +364,17 @@ def check_refusals(
         failure = server.failures.get(str(UUID(bytes=settled.failure_id))) if settled.failure_id else None
         if failure is None or not settled.culprit or (replica_id, seq) not in settlements:
             continue
+        if settled.failure_id in rules.former_failures:
+            continue  # it was looked at when it was recorded first
         reason = FailureReason.of_number(failure.reason)
         operation, when = committed.operations[seq], settlements[replica_id, seq]
-        if reason is FailureReason.DEPENDENCY_FAILED:
-            because = _is_caused(failure, committed, settlements, server, rules)
+        if rules.is_put_back:
+            operation = operation._replace(base_version=0)
+        is_dependent = reason is FailureReason.DEPENDENCY_FAILED
+        if is_dependent and rules.has_copies and _is_of_copy(failure, replica_id, server):
+            continue  # what another copy did is not in this log
+        if is_dependent:
+            because = _is_caused(failure, replica_id, committed, settlements, server, rules)
         else:
             because = _is_justified(reason, operation, when, server, rules)
         if not because:
@@ -258,7 +393,10 @@ def check_change_log(server: ServerRecord) -> Iterator[str]:
         if change.version != expected:
             yield f"version {expected} is missing, {change.version} follows"
             return
-        if change.previous != (newest[key].version if key in newest else 0):
+        former = newest.get(key)
+        # Nothing is known of what stood before a tombstone that is collected.
+        is_forgotten = former is not None and not change.previous and _is_collected(former, server)
+        if change.previous != (former.version if former is not None else 0) and not is_forgotten:
             yield f"version {change.version} of {key} names {change.previous} as the change before it"
         if (change.kind is OperationKind.CREATE) is not (before is None):
             yield f"version {change.version}: {change.kind.name} of {key}, which was {before}"
@@ -272,8 +410,9 @@ def check_change_log(server: ServerRecord) -> Iterator[str]:
         yield f"the head is {server.head.version}, the change log ends at {len(history.changes)}"
     if server.head.version and server.head_commit_id != server.head.commit_id:
         yield f"the head's commit id is not that of version {server.head.version}"
-    if server.objects.keys() != newest.keys():
-        yield f"objects without changes, or changes without object: {server.objects.keys() ^ newest.keys()}"
+    absent = {key for key in newest.keys() - server.objects.keys() if not _is_collected(newest[key], server)}
+    if surplus := absent | (server.objects.keys() - newest.keys()):
+        yield f"objects without changes, or changes without object: {surplus}"
         return
     for key, state in server.objects.items():
         yield from _wrong_state(key, state, newest[key], creations[key], history)
@@ -323,12 +462,39 @@ def check_sole_writers(server: ServerRecord, committed: Mapping[str, Committed])
                 yield f"{key} was written at {change.version} with an intent"
 
 
+@promise("References: what an object refers to is there, if the schema says what becomes of it otherwise")
+def check_references(server: ServerRecord, schema: Schema) -> Iterator[str]:
+    """Look up what all objects refer to."""
+    objects = server.visible()
+    for key, (version, attributes) in objects.items():
+        binding = {one.attribute for one in schema.references(key[0]) if one.on_delete != "keep"}
+        for attribute, target in schema.referenced(key[0], attributes):
+            if attribute in binding and target not in objects:
+                yield f"{key} at {version} refers to {target} by {attribute!r}, which is not there"
+
+
 # --- the replica's view -----------------------------------------------------------------
 
 
 @promise("View: an object is its base with every operation replayed that is pending or applied above the base")
-def check_view(history: Past, replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
-    """Make the view anew from the server's history and the committed operations."""
+def check_view(
+    history: Past,
+    replica: ReplicaRecord,
+    committed: Committed,
+    *,
+    others: Collection[Past] = (),
+    knows_outcomes: bool = True,
+) -> Iterator[str]:
+    """
+    Make the view anew from the server's history and the committed operations.
+
+    Args:
+        history: The server's.
+        replica: What is on disk.
+        committed: The operations.
+        others: Histories that the server had before it was put back; what is held may be of them.
+        knows_outcomes: Whether the outcomes that the replica knows are those of *history*.
+    """
     for key in dict.fromkeys([*replica.keys, *committed.seqs_of]):
         unconfirmed = replica.unconfirmed.get(key, [])
         shown, held = replica.view.get(key), replica.held(key)
@@ -339,15 +505,13 @@ def check_view(history: Past, replica: ReplicaRecord, committed: Committed) -> I
         base: Attributes | None = None
         if held is not None:
             base = decode_map(held.attributes)
-        if held is not None and history.follows(key[0]):
-            expected = history.at(key, held.version)
-            if not same(base, expected) or history.version_at(key, held.version) != held.version:
-                yield f"{key} is held at {held.version} as {base}, the server had {expected}"
+        if held is not None and history.follows(key[0]) and not _was_ever((history, *others), key, held.version, base):
+            yield f"{key} is held at {held.version} as {base}, the server had {history.at(key, held.version)}"
         for seq, _ in unconfirmed:
             base = replayed(base, committed.operations[seq])
         if unconfirmed and not same(base, None if shown is None else decode_map(shown.attributes)):
             yield f"{key} is shown as {shown}, base and {unconfirmed} make {base}"
-        if history.follows(key[0]):
+        if history.follows(key[0]) and knows_outcomes:
             yield from _wrongly_replayed(key, held, history, replica, committed)
 
 
@@ -480,14 +644,15 @@ def check_replica(
     *,
     seen: Past | None = None,
     merging: Collection[str] = (),
+    lost: Collection[int] = (),
 ) -> None:
     """Check what holds at any moment between a server and a replica, which knows the history as *seen*."""
     seen = seen or server.history
     check_log(replica, committed)
-    check_settled_once(server, replica, committed, merging)
+    check_settled_once(server, replica, committed, merging, lost=lost)
     check_failures(server, replica, committed)
-    check_order(server, replica.replica_id, committed)
-    check_groups(server, replica.replica_id, committed)
+    check_order(server, replica.replica_id, committed, lost)
+    check_groups(server, replica.replica_id, committed, lost=lost)
     check_view(seen, replica, committed)
     check_versions_shown(replica, committed)
     check_cursor(seen, replica)
@@ -503,6 +668,31 @@ def check_everything(
 
 
 # --- helpers ----------------------------------------------------------------------------
+
+
+def _settled_twice_or_never(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
+    for seq in committed.operations:
+        is_pending, is_settled = seq in replica.pending, seq in replica.outcomes
+        if is_pending and is_settled:
+            yield f"seq {seq} is pending and settled on its replica"
+        if not is_pending and not is_settled and seq in replica.log:
+            yield f"seq {seq} is neither pending nor settled on its replica"
+
+
+def _is_overwritten(change: Change, operation: Operation) -> bool:
+    """Tell whether an operation sets what the service itself set."""
+    if UUID(bytes=change.replica).int or change.kind is not OperationKind.UPDATE:
+        return False
+    return not decode_patch(change.patch).set.keys().isdisjoint(operation.decoded_patch().set)
+
+
+def _was_ever(histories: Iterable[Past], key: Key, version: int, attributes: Attributes | None) -> bool:
+    """Tell whether an object was changed to this at a version, in one of several histories."""
+    return any(one.version_at(key, version) == version and same(attributes, one.at(key, version)) for one in histories)
+
+
+def _is_collected(newest: Change, server: ServerRecord) -> bool:
+    return newest.kind is OperationKind.DELETE and newest.version <= server.collected
 
 
 def _misapplied(
@@ -611,6 +801,8 @@ def _is_justified(
     seen = [rules.readable(key[0], state) for state in states]
     if reason in (FailureReason.HOOK_REJECTED, FailureReason.HOOK_ERROR):
         return rules.may_hooks_refuse(reason, operation, states)
+    if reason in (FailureReason.FILE_MISSING, FailureReason.TOO_LARGE):
+        return rules.may_lack_contents(reason, operation)
     if operation.group is not None:
         return True  # what its group had done before it is gone without a trace
     match reason:
@@ -618,7 +810,8 @@ def _is_justified(
             return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
         case FailureReason.OBJECT_GONE:
             # Of another incarnation than its author saw: created since, by somebody else.
-            return None in seen or (operation.base_version < server.objects[key].created)
+            known = server.objects.get(key)
+            return None in seen or (known is not None and operation.base_version < known.created)
         case FailureReason.DANGLING_REFERENCE:
             if operation.kind is not OperationKind.CREATE and None in seen:
                 return True
@@ -639,6 +832,8 @@ def _is_justified(
             return eyes is not None and not all(_may(eyes, operation, state) for state in states)
         case FailureReason.MALFORMED:
             return operation.kind is OperationKind.DELETE and bool(operation.patch)
+        case FailureReason.SUPERSEDED:
+            return rules.has_copies
         case _:
             return False
 
@@ -668,8 +863,9 @@ def _after(operation: Operation, state: Attributes | None) -> Attributes | None:
     return None if state is None else patched(state, patch)
 
 
-def _is_caused(
+def _is_caused(  # noqa: PLR0917 - two failures, and where what they are about is to be looked up
     failure: failure_pb2.SynchronizationFailure,
+    replica_id: str,
     committed: Committed,
     settlements: Mapping[tuple[str, int], Settlement],
     server: ServerRecord,
@@ -678,10 +874,9 @@ def _is_caused(
     """
     Tell whether a failure that is put down to another one hangs under it rightly.
 
-    The cause is a failure of the same replica, settled no later, that kept an object from being created: one that
+    The cause is a failure of the same log, settled no later, that kept an object from being created: one that
     the operation, or a member of its commit group, is about or refers to.
     """
-    replica_id = failure.replica_id
     cause = server.failures.get(failure.cause_failure_id)
     if cause is None or cause.replica_id != replica_id:
         return False
@@ -699,6 +894,12 @@ def _is_caused(
     earlier = [one for one in refused if one.kind is OperationKind.CREATE and one.key in needed]
     # An object that was created after all, by a later operation of its author's, is not lacking.
     return any(not _was_created_since(one, concerned, committed, settlements, server, replica_id) for one in earlier)
+
+
+def _is_of_copy(failure: failure_pb2.SynchronizationFailure, replica_id: str, server: ServerRecord) -> bool:
+    """Tell whether a failure, or its cause, was recorded under another id than a replica has now."""
+    cause = server.failures.get(failure.cause_failure_id)
+    return failure.replica_id != replica_id or (cause is not None and cause.replica_id != replica_id)
 
 
 def _was_created_since(  # noqa: PLR0917 - two operations, and where they are to be looked up

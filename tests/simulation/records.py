@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 from uuid import UUID
@@ -34,10 +34,19 @@ SEQ_BYTES = 8
 
 
 class History:
-    """Every state that every object ever had on the server, made from the change log alone."""
+    """
+    Every state that every object ever had on the server, made from the change log alone.
+
+    Attributes:
+        version: How far it goes.
+        changes: All changes, in order.
+        changes_to: The changes of each object.
+        lives: How often it became another one.
+    """
 
     def __init__(self) -> None:
         self.version = 0
+        self.lives = 0
         self.changes: list[Change] = []
         self.changes_to: dict[Key, list[Change]] = {}
         self._versions: dict[Key, list[int]] = {}
@@ -48,8 +57,25 @@ class History:
         """The keys of all objects that ever were."""
         return self._versions.keys()
 
+    def copy(self) -> History:
+        """Return the history as it is now."""
+        history = History()
+        history.become(self)
+        return history
+
+    def become(self, other: History) -> None:
+        """Be another history from now on: the server's store is another one."""
+        self.lives += 1
+        self.version = other.version
+        self.changes = list(other.changes)
+        self.changes_to = {key: list(changes) for key, changes in other.changes_to.items()}
+        self._versions = {key: list(versions) for key, versions in other._versions.items()}
+        self._states = {key: list(states) for key, states in other._states.items()}
+
     def read_on(self, reader: Reader) -> None:
         """Take in what was applied since the last time."""
+        if reader.collected() > self.version:
+            raise AssertionError(f"what was applied since {self.version} is collected already")
         while changes := reader.changes(self.version, SCAN_ENTRIES, SCAN_BYTES):
             for change in changes:
                 self._take(change)
@@ -124,6 +150,7 @@ class SeenHistory:
         self.next_after = history.next_after
         self._history = history
         self._seen: dict[tuple[Key, int], Attributes | None] = {}
+        self._lives = history.lives
 
     @property
     def keys(self) -> Iterable[Key]:
@@ -140,8 +167,15 @@ class SeenHistory:
         """The history as one sees it who asks for single objects."""
         return SeenHistory(self._history, self.readable, self.readable, lambda _: True)
 
+    def over(self, history: History) -> SeenHistory:
+        """Return another history as the same replica may know it."""
+        return SeenHistory(history, self.readable, self.shown, self.follows)
+
     def at(self, key: Key, version: int) -> Attributes | None:
         """Return what may be read of the attributes that an object had at a version."""
+        if self._lives != self._history.lives:
+            self._lives = self._history.lives
+            self._seen.clear()
         place = key, self._history.version_at(key, version)
         if place not in self._seen:
             self._seen[place] = self.readable(key[0], self._history.at(key, version))
@@ -158,7 +192,14 @@ Past: TypeAlias = History | SeenHistory
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """All that a store holds of one tenant, as of one moment."""
+    """
+    All that a store holds of one tenant, as of one moment.
+
+    Attributes:
+        settled: By replica id and seq: what is collected by now is still in it.
+        collected: The highest version that is collected.
+        places: Where the changes of an operation, by (replica id, seq), are counted, if not there.
+    """
 
     head: Head
     head_commit_id: bytes | None
@@ -168,13 +209,16 @@ class ServerRecord:
     replicas: dict[str, ReplicaState | None]
     settled: dict[str, dict[int, Settled]]
     failures: dict[str, failure_pb2.SynchronizationFailure]
+    collected: int = 0
+    places: Mapping[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
 
     @cached_property
     def changes_of(self) -> dict[tuple[str, int], list[Change]]:
         """The changes that each operation (replica id, seq) caused."""
         found: dict[tuple[str, int], list[Change]] = {}
         for change in self.history.changes:
-            found.setdefault((str(UUID(bytes=change.replica)), change.seq), []).append(change)
+            place = str(UUID(bytes=change.replica)), change.seq
+            found.setdefault(self.places.get(place, place), []).append(change)
         return found
 
     def visible(self) -> dict[Key, tuple[int, Attributes]]:
@@ -200,6 +244,7 @@ class ReplicaRecord:
     log: dict[int, bytes]
     last_seq: int
     cursor: splice_pb2.Cursor | None
+    timeline: str = ""
 
     def held(self, key: Key) -> ViewRecord | None:
         """Return what the replica has of the server's state of an object."""
@@ -229,9 +274,21 @@ class Committed:
         self.seqs_of.setdefault(operation.key, []).append(seq)
         return operation
 
+    def copy(self) -> Committed:
+        """Return what is committed by now."""
+        copied = Committed()
+        copied.data, copied.operations = dict(self.data), dict(self.operations)
+        copied.seqs_of = {key: list(seqs) for key, seqs in self.seqs_of.items()}
+        return copied
+
 
 def read_server(
-    store: Store, last_seqs: Mapping[str, int], *, history: History | None = None, tenant: str = DEFAULT_TENANT
+    store: Store,
+    last_seqs: Mapping[str, int],
+    *,
+    history: History | None = None,
+    known: Mapping[tuple[str, int], Settled] | None = None,
+    tenant: str = DEFAULT_TENANT,
 ) -> ServerRecord:
     """
     Read a store.
@@ -240,6 +297,7 @@ def read_server(
         store: The store.
         last_seqs: By replica id, the newest seq of its log.
         history: Taken on from where it is. None: read from the beginning.
+        known: What the store ever settled, by replica id and seq: it may have forgotten some of it.
         tenant: Whose data.
     """
     history = history if history is not None else History()
@@ -267,10 +325,20 @@ def read_server(
             by_version=by_version,
             replicas={id_: reader.replica(UUID(id_).bytes) for id_ in last_seqs},
             settled={
-                id_: reader.settled(UUID(id_).bytes, range(1, last_seq + 1)) for id_, last_seq in last_seqs.items()
+                id_: _remembered(id_, reader.settled(UUID(id_).bytes, range(1, last_seq + 1)), known or {})
+                for id_, last_seq in last_seqs.items()
             },
             failures=failures,
+            collected=reader.collected(),
         )
+
+
+def _remembered(
+    replica_id: str, settled: Mapping[int, Settled], known: Mapping[tuple[str, int], Settled]
+) -> dict[int, Settled]:
+    """Return what is settled of a replica, with what the store has forgotten."""
+    forgotten = {seq: one for (id_, seq), one in known.items() if id_ == replica_id}
+    return dict(sorted({**forgotten, **settled}.items()))
 
 
 def read_replica(storage: Storage) -> ReplicaRecord:
@@ -310,4 +378,5 @@ def read_replica(storage: Storage) -> ReplicaRecord:
             log=log,
             last_seq=storage.last_seq(transaction),
             cursor=splice_pb2.Cursor.FromString(cursor) if cursor else None,
+            timeline=storage.lineage.timeline,
         )

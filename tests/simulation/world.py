@@ -3,16 +3,17 @@ A world of replicas and a server, driven from one seed.
 
 Everything that can happen happens one thing at a time, and dice choose what: a local
 change, one message on one link, a fault of the network, a crash of either side before or
-after any of its commits, a full disk, a clock that jumps. The real client and server code
-runs; only the network, the disks, the clocks and the dice are made here. After each step
-what holds at any moment is checked; at the end the world heals, and all replicas must
+after any of its commits, a full disk, a clock that jumps; in some worlds a directory that
+is copied or put back, and a server's store that is restored. The real client and server
+code runs; only the network, the disks, the clocks and the dice are made here. After each
+step what holds at any moment is checked; at the end the world heals, and all replicas must
 agree with the server within a few synchronizations.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -21,32 +22,46 @@ from unittest import mock
 from uuid import UUID
 
 import grpc
-from tests.simulation import chance, disk, promises
+from tests.simulation import chance, copies, disk, promises
 from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
-from tests.simulation.device import Call, Device, Model, ReplicaDied
-from tests.simulation.disk import Trap
-from tests.simulation.faults import CLIENT_COMMITS, SERVER_COMMITS, Commit, Coverage, Fault, Moment
+from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
+from tests.simulation.disk import Disk, Trap
+from tests.simulation.exchange import FileLink, Turns
+from tests.simulation.faults import (
+    CLIENT_COMMITS,
+    SERVER_COMMITS,
+    SERVER_FILE_COMMITS,
+    Commit,
+    Coverage,
+    Fault,
+    Moment,
+)
 from tests.simulation.fiber import Fiber
+from tests.simulation.file_happenings import CALL_MOVES_MAX, FILE_TRAPS_SHARE, STALL_STEPS_MAX, YEAR, FileHappenings
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
 from tests.simulation.promises import PromiseBroken, Rules
 from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
 from tests.simulation.rights import Eyes
-from tests.simulation.server import SimulatedServer
+from tests.simulation.server import Backup, SimulatedServer
 from tests.simulation.settings import Settings
 from tests.simulation.third_party import ThirdParty
+from tests.simulation.witness import Witness
 
 from tidelog import (
     FailureReason,
+    FileUnavailable,
     InvalidValue,
     ObjectExists,
     ObjectNotFound,
+    Operation,
     ServerUnavailable,
     StorageError,
     SynchronizationInProgress,
     Unauthenticated,
 )
+from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _replica
@@ -62,28 +77,35 @@ STEPS_DEFAULT: Final = 100
 # server may need more rounds, but each of these must settle something.
 QUIET_ROUNDS: Final = 2
 QUIET_ROUNDS_MAX: Final = 12
-CALL_MOVES_MAX: Final = 20_000
 HASTY_MOVES: Final = 100
 BEGINNING_MOVES: Final = 2
 # A trap at a commit that comes seldom waits for it; it takes many of them to meet all.
 SELDOM: Final = frozenset(
     (Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH)
 )
+DEVICES_MAX: Final = 5
+ASIDES_MAX: Final = 4
+BACKUPS_MAX: Final = 3
+# What is noted by the way of a copy or a restore takes attempts of its own.
+COPIES_ATTEMPTS_MAX: Final = 5
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
-YEAR: Final = timedelta(days=365)
+ADOPTING: Final = (Commit.NOTE, Commit.MIGRATION, Commit.INDEXES)
+COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_INDEX, Commit.RETIRE)
 STEP_SECONDS: Final = 0.001
 # Longer than the synchronizer goes on trying while it hears nothing.
 SILENCE_SECONDS: Final = 20.0
-STALL_STEPS_MAX: Final = 30
+# How often a content moves on while a session does.
+BESIDE_SHARE: Final = 0.3
 
 
-class World:
+class World(FileHappenings):
     """
     Replicas, a server, and what happens to them.
 
     Attributes:
         events: All that happened, in words.
         coverage: The count of it.
+        witness: Who knows what became of contents. None: there are no files.
 
     Args:
         seed: Decides everything.
@@ -101,10 +123,16 @@ class World:
         self._random = Random(seed)
         self._steps = steps
         self._focus = focus or {}
-        self.settings = Settings.drawn(self._random)
+        self.settings = Settings.drawn(self._random).with_files(Random(f"{seed} files"))
         self.coverage.settings.update(self.settings.business.names())
         if self.settings.has_third_party:
             self.coverage.settings["third party"] += 1
+        if self.settings.has_copies:
+            self.coverage.settings["copies and restores"] += 1
+        files = self.settings.files
+        self.witness = Witness(files.bytes_max) if files is not None else None
+        if files is not None:
+            self.coverage.settings.update(files.names())
         self._directory = directory.resolve()
         self._weather = Weather()
         self._schema_version = 1
@@ -114,8 +142,20 @@ class World:
         self._acting: Device | None = None
         # Links that were left, whose messages may still arrive, and the number of the stream that each was.
         self._ghosts: list[tuple[Device, Link]] = []
-        self._selected: Selection | None = None
+        self._file_ghosts: list[FileLink] = []
         self._third_party: ThirdParty | None = None
+        self._asides: list[Aside] = []
+        self._backups: list[Backup] = []
+        self._copy_count = 0
+        # What the store was before it was put back, and the failures that it had.
+        self._past_lives: list[History] = []
+        self._restored_at = 0
+        self._former_failures: set[bytes] = set()
+        # All operations that anybody ever committed, by nonce.
+        self._ledger: dict[int, bytes] = {}
+        # What devices knew to be settled when the store was put back, by nonce: the failures' ids.
+        self._acknowledged: dict[str, dict[int, str]] = {}
+        self._disks: dict[Path, Disk] = {}
 
     def run(self) -> None:
         """Let things happen, then heal, then check everything. Raises AssertionError or whatever went wrong."""
@@ -130,16 +170,22 @@ class World:
                 self._directory / "server",
                 make_application(self._weather, schema_version=1, business=settings.business),
                 self.coverage,
+                settings.periods,
+                self._clock,
                 map_bytes=settings.server_map_bytes,
+                file_bytes_max=None if settings.files is None else settings.files.bytes_max,
             )
+            self._server.adopt()
             self._devices = [self._device(number) for number in range(settings.replica_count)]
             self._third_party = self._other_client() if settings.has_third_party else None
-            disks = {one.path: one.disk for one in (*self._devices,)}
-            disks[self._directory / "server"] = self._server.disk
-            with disk.inserted(disks):
+            self._disks |= {one.path: one.disk for one in self._devices}
+            self._disks[self._directory / "server"] = self._server.disk
+            with disk.inserted(self._disks, lambda: self.time_us() / 1e6):
                 try:
                     for device in self._devices:
                         self._open(device)
+                    if self.witness is not None and self._random.random() < FILE_TRAPS_SHARE:
+                        self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.TENANT, self._moment())
                     for _ in range(self._steps):
                         self._step()
                     self._heal()
@@ -150,6 +196,8 @@ class World:
                     self._server.close()
                     if self._third_party is not None:
                         self._third_party.close()
+                if self.witness is not None:
+                    self._verify(self.witness)
 
     @property
     def fingerprint(self) -> str:
@@ -189,9 +237,11 @@ class World:
             lambda: self._server.has_died,
             lambda answer: self._overhear(device, answer),
         )
-        call.link = link
-        call.selection, self._selected = self._selected, None
-        pending = [one.seq for one in device.replica._storage.pending()]
+        call.link = call.last_link = link
+        call.life = self._history.lives
+        call.selection, call.selected = call.selected, None
+        until, call.waited_since = call.waited_since, None
+        pending = [one.seq for one in device.replica._storage.pending() if until is None or one.seq <= until]
         call.covered = frozenset(pending if call.selection is None else call.selection.seqs)
         self.coverage.totals["streams"] += 1
         if device.has_stale_token:
@@ -217,8 +267,10 @@ class World:
 
     def _recorded(self, work_out: Callable[..., Selection]) -> Callable[..., Selection]:
         def recorded(*arguments: Any) -> Selection:
-            self._selected = work_out(*arguments)
-            return self._selected
+            selected = work_out(*arguments)
+            if self._acting is not None and self._acting.call is not None:
+                self._acting.call.selected = selected
+            return selected
 
         return recorded
 
@@ -253,7 +305,18 @@ class World:
                 1.5 if any(one.has_staged_pages for one in self._devices) else 0.4,
                 lambda: self._change_wishes(device),
             ),
+            ("collect", 0.4, self._collect),
         ]
+        if self.settings.has_copies:
+            happenings += [
+                ("copy", 0.8 if len(self._devices) < DEVICES_MAX else 0.0, lambda: self._copy_device(device)),
+                ("put aside", 0.8, lambda: self._put_aside(device)),
+                ("put back", 1.2 if self._asides else 0.0, lambda: self._put_back(device)),
+                ("back up", 0.8, self._back_up),
+                ("restore", 0.8 if self._backups else 0.0, self._restore),
+            ]
+        if self.witness is not None:
+            happenings += self._happenings_with_files(self.witness, device)
         weights = [weight * self._focus.get(name, 1.0) for name, weight, _ in happenings]
         random.choices(happenings, weights)[0][2]()
 
@@ -271,7 +334,7 @@ class World:
             what, intended, is_grouped = f"could not act: {type(error).__name__}", [], False
         finally:
             self._acting = None
-        operations = device.note_commits()
+        operations = self._note_commits(device)
         self._say(f"{device.name} {what}")
         if len(operations) != len(intended) or not all(
             fits(operation, one, is_grouped=is_grouped) for operation, one in zip(operations, intended, strict=True)
@@ -284,6 +347,8 @@ class World:
     def _call(self, device: Device) -> None:
         random = self._random
         mode = random.choices([Mode.ALL, Mode.UNSYNCHRONIZED, Mode.SELECTED], [5, 3, 3])[0]
+        if device.call is not None and device.call.mode is None:
+            return
         picked = device.user.pick_keys() if mode is Mode.SELECTED else []
         timeout = random.choice([None, None, 0.5, 60.0])
         if device.call is not None:
@@ -308,11 +373,14 @@ class World:
         if device.replica._synchronizer._schema_version > self._schema_version:
             self.coverage.faults[Fault.ROLLOUT.name] += 1
         call = Call(mode, device.replica.pending_count(), len(device.committed.data))
-        synchronize = device.synchronization(mode, picked, timeout)
+        synchronize = device.synchronization(mode, picked, timeout, accepts_removal=self.settings.has_copies)
 
         def work() -> None:
             call.report = synchronize()
 
+        self._start(device, call, work)
+
+    def _start(self, device: Device, call: Call, work: Callable[[], None]) -> None:
         call.fiber = Fiber(work)
         device.call = call
         self._resume(device)
@@ -331,10 +399,20 @@ class World:
             if call.link is former:
                 call.link = None
         if call.fiber.is_done:
-            self._ended(device, call, former)
+            self._ended(device, call)
 
-    def _ended(self, device: Device, call: Call, link: Link | None) -> None:
-        error = call.fiber.error
+    def _take_turns(self, device: Device, turns: Turns) -> None:
+        """Let the workers of a device go on while its synchronizer waits for something else."""
+        self._acting = device
+        while turns.take_turn():
+            pass
+        self._acting = None
+        if device.disk.is_dead:
+            self._die(device)
+
+    def _ended(self, device: Device, call: Call) -> None:
+        error, link = call.fiber.error, call.last_link
+        self._leave_files(call)
         if isinstance(error, ReplicaDied):
             device.call = None
             self._die(device)
@@ -342,6 +420,9 @@ class World:
         device.call = None
         if error is None and call.report is not None and link is not None:
             self._complete(device, call, call.report, link)
+            return
+        if call.mode is None and (error is None or isinstance(error, FileUnavailable | ObjectNotFound | InvalidValue)):
+            self._say(f"{device.name} has opened a file: {error or len(call.opened)}")
             return
         has_failed, device.disk.has_failed = device.disk.has_failed, False
         if isinstance(error, StorageError) and has_failed:
@@ -357,9 +438,16 @@ class World:
             call = device.call
             if call is None:
                 break
+            if call.file_seconds is not None:
+                if not self._advance_files(device, call, is_patient=moves is None):
+                    break
+                continue
             if call.is_asleep or call.link is None:
                 self._say(f"{device.name} tries again")
                 self._resume(device)
+                continue
+            if call.is_transferring and self._random.random() < BESIDE_SHARE:
+                self._move_beside(device, call)
                 continue
             link = call.link
             if link.stalled_steps and moves is None:
@@ -392,7 +480,10 @@ class World:
             self._resume(device)
 
     def _complete(self, device: Device, call: Call, report: Report, link: Link) -> None:
+        if call.mode is None:
+            raise AssertionError("a file was opened, and nothing synchronized")
         self._say(f"{device.name} is done: {report.applied} applied, {report.rejected} rejected")
+        self._note_identity(device, report)
         self.coverage.modes[call.mode.name] += 1
         self.coverage.totals["attempts"] += report.attempts
         self._read_history()
@@ -404,16 +495,25 @@ class World:
                 "Settled once: a report counts what was settled",
                 [f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled"],
             )
-        if {failure.id for failure in report.failures} - record.failures.keys():
+        # What was offered again, and has become something else by another copy, is that failure no more.
+        has_changed_its_mind = report.reoffered and device.is_copied
+        if {failure.id for failure in report.failures} - record.failures.keys() and not has_changed_its_mind:
             raise PromiseBroken("Nothing lost on refusal: what is reported is recorded", [device.name])
         if call.mode is Mode.ALL:
             device.see_as_wished()
+            device.life = call.life
         if call.mode is Mode.SELECTED:
             # What holds at any moment shows best while a part of the log is settled.
             self._check_everything(device, record)
         promises.check_uploaded(record, call.covered, self._not_ready(report))
+        if not self._is_current(device):
+            return
         seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
-        promises.check_fresh(seen, record, self._covered(call, record), since=link.settled_version)
+        covered = self._covered(call, record)
+        if call.mode is Mode.UNSYNCHRONIZED and device.is_between_wishes:
+            # What is not wanted any more is covered by the next synchronization of everything.
+            covered = [key for key in covered if not seen.was_absent(key, link.settled_version)]
+        promises.check_fresh(seen, record, covered, since=link.settled_version)
 
     def _covered(self, call: Call, record: ReplicaRecord) -> list[Key]:
         """Return the objects that the mode of a call covers."""
@@ -421,10 +521,13 @@ class World:
             return list(dict.fromkeys([*self._history.keys, *record.keys]))
         if call.selection is not None:
             return list(call.selection.keys)
-        seqs = call.covered - record.pending.keys()
+        refused = {seq for seq, outcome in record.outcomes.items() if outcome.failure_id}
+        seqs = call.covered - record.pending.keys() - refused
+        with self._server.lmdb.read(DEFAULT_TENANT) as reader:
+            collected = reader.collected()  # of what was changed up to there nobody knows by which operation it was
         return [
             change.key
-            for change in self._history.changes
+            for change in self._history.changes[collected:]
             if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id
         ]
 
@@ -434,17 +537,19 @@ class World:
         """Let the service itself change some objects."""
         random = self._random
         keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
-        tenant = Tenant(self._server.application, self._server.store, DEFAULT_TENANT, None, self._clock)
+        server = self._server
+        tenant = Tenant(server.application, server.store, DEFAULT_TENANT, None, self._clock, server.files)
         what = "the service writes"
         try:
+            files = self._services_files(tenant)
             with tenant.transaction() as transaction:
                 for key in dict.fromkeys(keys):
                     if transaction.get(*key) is None:
-                        transaction.create(key[0], {"n": random.randint(-5, 5), "title": "service"}, key[1])
+                        transaction.create(key[0], {"n": random.randint(-5, 5), "title": "service", **files}, key[1])
                     elif random.random() < 0.3:
                         transaction.delete(*key)
                     else:
-                        transaction.update(*key, {"x": random.randint(0, 3)}, increment={"n": 1})
+                        transaction.update(*key, {"x": random.randint(0, 3), **files}, increment={"n": 1})
         except (OperationRefused, ObjectExists, ObjectNotFound, InvalidValue, TransientError, StorageError) as error:
             if self._server.has_died:
                 self._restart_server(Fault.SERVER_CRASH)
@@ -473,6 +578,106 @@ class World:
                 return
             self._say(f"the third party is told to come again: {error}")
         self._read_history()
+
+    # --- copies and restores ----------------------------------------------------------------
+
+    def _note_identity(self, device: Device, report: Report) -> None:
+        if report.former_replica_id:
+            self._say(f"{device.name} goes on under another id than {report.former_replica_id}")
+            self.coverage.totals["forks"] += 1
+        if report.server_restored:
+            self._say(f"{device.name} has offered {report.reoffered} operations again")
+            self.coverage.totals["rebases"] += 1
+            self.coverage.totals["offered again"] += report.reoffered
+
+    def _next_copy(self, what: str) -> Path:
+        """Return where the next copy is kept: beside the directories that are in use."""
+        self._copy_count += 1
+        directory = self._directory / "copies"
+        directory.mkdir(exist_ok=True)
+        return directory / f"{what} {self._copy_count}"
+
+    def _copy_device(self, device: Device) -> None:
+        """Let a second device go on with a copy of a directory, whatever is under way there."""
+        aside = device.put_aside(self._next_copy("second of"))
+        number = len(self._devices)
+        second = Device(
+            f"r{number}",
+            self._directory / f"r{number}",
+            aside.model,
+            aside.eyes,
+            self._history,
+            self,
+            self.coverage,
+            Random(self._random.random()),
+        )
+        self._disks[second.path] = second.disk
+        self._devices.append(second)
+        self._say(f"{second.name} is a copy of {device.name}")
+        self.coverage.faults[Fault.COPIED.name] += 1
+        second.put_back(aside)
+        self._lay_traps(Commit.FORK, (device, second))
+        self._open(second)
+        self._check(second)
+
+    def _put_aside(self, device: Device) -> None:
+        self._say(f"the directory of {device.name} is put aside")
+        self._asides = [*self._asides, device.put_aside(self._next_copy("aside of"))][-ASIDES_MAX:]
+
+    def _put_back(self, device: Device) -> None:
+        """Put a copy in the place of a directory: what was done there since is gone."""
+        aside = self._random.choice(self._asides)
+        self._say(f"{aside.path.name} is put back as {device.name}")
+        self.coverage.faults[Fault.PUT_BACK.name] += 1
+        call = device.call
+        link = call.link if call is not None else None
+        device.die()
+        if call is not None:
+            self._leave_files(call)
+        if link is not None:
+            self._leave(device, link)
+        device.put_back(aside)
+        self._lay_traps(Commit.FORK, [device])
+        self._open(device)
+        self._note_commits(device)
+        self._check(device)
+
+    def _back_up(self) -> None:
+        is_raw = self._random.random() < 0.5
+        self._read_history()
+        backup = self._server.back_up(self._next_copy("backup"), self._history, is_raw=is_raw)
+        self._say(f"the server's store is kept as {backup.path.name}{' behind its back' if is_raw else ''}")
+        self._backups = [*self._backups, backup][-BACKUPS_MAX:]
+
+    def _restore(self) -> None:
+        """Put a backup in the place of the server's store: what was applied since is gone."""
+        backup = self._random.choice(self._backups)
+        self._read_history()
+        self._past_lives.append(self._history.copy())
+        self._former_failures |= {one.failure_id for one in self._server.chronicle.marks.values() if one.failure_id}
+        self._history.become(backup.history)
+        for device in self._devices:
+            outcomes, operations = device.record().outcomes, device.committed.operations
+            known = {operations[seq].nonce: outcome.failure_id for seq, outcome in outcomes.items()}
+            self._acknowledged.setdefault(device.name, {}).update(known)
+        self._restored_at = backup.history.version
+        self._lay_traps(Commit.REBASE, self._devices)
+        self._restart_server(Fault.SILENTLY_RESTORED if backup.is_raw else Fault.RESTORED, backup)
+
+    def _lay_traps(self, commit: Commit, devices: Iterable[Device]) -> None:
+        """Let some of the devices die where they note what is about to come."""
+        for device in devices:
+            if self._random.random() < 0.3:
+                device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, commit, self._moment())
+
+    def _is_current(self, device: Device) -> bool:
+        """Tell whether a replica has what it has from the server's store as it is now."""
+        return device.life == self._history.lives
+
+    def _knows_outcomes(self, device: Device) -> bool:
+        """Tell whether nobody else has settled anew, or in doubt, what the replica believes to be settled."""
+        doubted = self._server.chronicle.doubted
+        return not (device.is_copied and self._history.lives) and doubted.isdisjoint(device.nonces)
 
     # --- faults of the network ------------------------------------------------------------
 
@@ -595,15 +800,18 @@ class World:
 
     def _die(self, device: Device) -> None:
         self._say(f"{device.name} dies")
-        link = device.call.link if device.call is not None else None
+        call = device.call
+        link = call.link if call is not None else None
         device.die()
+        if call is not None:
+            self._leave_files(call)
         if link is not None:
             self._leave(device, link)
         if self._random.random() < 0.1:
             # What is opened again after a crash may crash at once.
             device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, None, self._moment())
         self._open(device)
-        device.note_commits()
+        self._note_commits(device)
         self._check(device)
 
     def _open(self, device: Device) -> None:
@@ -621,6 +829,9 @@ class World:
             [Fault.CLIENT_CRASH, Fault.CLIENT_DISK_FULL, Fault.CLIENT_MAP_FULL, Fault.CLIENT_WRITE_FAILED],
             [6, 1, 1, 1],
         )[0]
+        if self.witness is not None and self._random.random() < FILE_TRAPS_SHARE:
+            self._lay_file_trap(device)
+            return
         commit = self._random.choices(CLIENT_COMMITS, TRAP_WEIGHTS)[0] if self._random.random() < 0.5 else None
         passed = self._random.randrange(4) if commit is None else self._random.choice([0, 0, 1])
         device.disk.trap = Trap(fault, passed, commit, self._moment())
@@ -631,26 +842,55 @@ class World:
             [Fault.SERVER_CRASH, Fault.SERVER_DISK_FULL, Fault.SERVER_MAP_FULL, Fault.SERVER_WRITE_FAILED],
             [6, 1, 1, 2],
         )[0]
-        commit = self._random.choice(SERVER_COMMITS) if self._random.random() < 0.5 else None
+        is_about_files = self.witness is not None and self._random.random() < FILE_TRAPS_SHARE
+        commits = SERVER_FILE_COMMITS if is_about_files else SERVER_COMMITS
+        commit = self._random.choice(commits) if self._random.random() < (0.9 if is_about_files else 0.5) else None
         self._server.disk.trap = Trap(fault, self._random.choice([0, 0, 1, 2]), commit, self._moment())
         self._say(f"the server will meet {self._server.disk.trap}")
 
     def _moment(self) -> Moment:
         return self._random.choice(list(Moment))
 
-    def _restart_server(self, why: Fault) -> None:
+    def _restart_server(self, why: Fault, backup: Backup | None = None) -> None:
         self._say(f"the server dies and starts again: {why.name}")
-        if why is Fault.SERVER_RESTART:
+        if why is not Fault.SERVER_CRASH:
             self.coverage.faults[why.name] += 1
-        self.coverage.totals["server starts"] += 1
         self._ghosts = []
+        self._file_ghosts = []
         for device in self._devices:
             if device.call is not None and device.call.link is not None:
                 device.call.link.break_off(grpc.StatusCode.UNAVAILABLE, "the server is gone")
-        self._server.restart()
+            for link in device.call.file_links if device.call is not None else ():
+                link.vanish()
         if self._random.random() < 0.3:
             self._deploy()
+        if backup is None:
+            self._server.restart()
+        else:
+            self._server.restore(backup)
+        if self._random.random() < 0.5:
+            commit, passed = self._random.choice(ADOPTING), self._random.choice([0, 0, 1, 2])
+            self._server.disk.trap = Trap(Fault.SERVER_CRASH, passed, commit, self._moment())
+        self._adopt()
+        if backup is not None and backup.is_raw and self._random.random() < 0.3:
+            self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.TIMELINE, self._moment())
         self._read_history()
+
+    def _adopt(self) -> None:
+        """Let the server make its store ready, as often as it takes."""
+        self.coverage.totals["server starts"] += 1
+        while True:
+            try:
+                self._server.adopt()
+            except StorageError:
+                if not self._server.has_died:
+                    raise
+                self._say("the server dies while it adopts the schema")
+                self.coverage.totals["server starts"] += 1
+                self._server.restart()
+            else:
+                break
+        self._server.disk.trap = None
 
     def _deploy(self) -> None:
         if self._schema_version == 1:
@@ -659,6 +899,43 @@ class World:
             self._server.application = make_application(
                 self._weather, schema_version=2, business=self.settings.business
             )
+
+    def _collect(self) -> None:
+        """Let the server forget, unless somebody may still ask who must not be told that it is forgotten."""
+        if not self.settings.has_copies and self._is_anything_in_doubt():
+            return
+        if self._random.random() < 0.3:
+            self._server_time_us += YEAR // timedelta(microseconds=1)
+            self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
+        if self._random.random() < 0.5:
+            # There is seldom much to be forgotten of some.
+            commit = self._random.choices(COLLECTING, [1, 1, 8, 3])[0]
+            self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, commit, self._moment())
+        self._read_history()
+        self.coverage.faults[Fault.COLLECTED.name] += 1
+        try:
+            collected = self._server.collect()
+        except StorageError as error:
+            if self._server.has_died:
+                self._restart_server(Fault.SERVER_CRASH)
+                return
+            self._say(f"the server cannot forget: {type(error).__name__}")
+            return
+        for name, count in collected._asdict().items():
+            self.coverage.totals[f"collected {name}"] += count
+        self._say(f"the server forgets: {collected}")
+
+    def _is_anything_in_doubt(self) -> bool:
+        """Tell whether anything may come again that is settled already."""
+        marks = self._server.chronicle.marks
+        pending = [
+            (device.replica.replica_id, one.seq)
+            for device in self._devices
+            for one in device.replica._storage.pending()
+        ]
+        if self._third_party is not None:
+            pending += [(self._third_party.replica_id, seq) for seq in self._third_party.pending]
+        return bool(self._ghosts) or any(place in marks for place in pending)
 
     def _change_weather(self) -> None:
         self._weather.is_service_down = not self._weather.is_service_down
@@ -720,8 +997,10 @@ class World:
         self._say("the world heals")
         self._server.disk.trap = None
         self._weather.is_service_down = False
-        self._ghosts = []
+        self._ghosts, self._file_ghosts = [], []
         self._deploy()
+        self._server.restart()
+        self._adopt()
         for device in self._devices:
             device.die()
             device.has_stale_token = False
@@ -730,9 +1009,13 @@ class World:
         reports: dict[str, Report] = {}
         for round_ in range(1, QUIET_ROUNDS_MAX + 1):
             pending = sum(device.replica.pending_count() for device in self._devices)
+            version = self._history.version
             for device in self._devices:
                 reports[device.name] = self._synchronize_to_the_end(device)
             done = pending == sum(device.replica.pending_count() for device in self._devices)
+            if self.settings.has_copies:
+                # What was lost is offered again by one after the other.
+                done = done and version == self._history.version and all(map(self._is_current, self._devices))
             if round_ >= QUIET_ROUNDS and done:
                 break
         else:
@@ -755,6 +1038,8 @@ class World:
         raise AssertionError(f"the third party keeps pending {list(party.pending)}")
 
     def _synchronize_to_the_end(self, device: Device) -> Report:
+        # There may be a session more for each content that is uploaded.
+        content_count = sum(len(some) for _, some in device.needed_contents()) if self.witness is not None else 0
         self._begin(device, Mode.ALL, [], None)
         call = device.call
         if call is None:
@@ -762,7 +1047,10 @@ class World:
         self._advance(device, moves=CALL_MOVES_MAX)
         if device.call is not None or call.report is None:
             raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
-        if call.report.attempts > 1:
+        attempts_max = COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1
+        if self.witness is not None:
+            attempts_max += content_count + 1
+        if call.report.attempts > attempts_max:
             raise PromiseBroken(
                 "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
             )
@@ -771,12 +1059,27 @@ class World:
     def _check_everything(self, device: Device, record: ReplicaRecord) -> None:
         """Check what must hold at any moment of the server, and of it and one replica."""
         server = self._server_record()
-        committed = {one.replica.replica_id: one.committed for one in self._devices}
-        if self._third_party is not None:
-            committed[self._third_party.replica_id] = self._third_party.committed
-        promises.check_server(server, committed)
-        merging = [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
-        promises.check_replica(server, record, device.committed, seen=device.seen, merging=merging)
+        if self.witness is not None:
+            self._check_contents(self.witness, server)
+        merging = self._merging
+        if not self.settings.has_copies:
+            committed = {one.replica.replica_id: one.committed for one in self._devices}
+            if self._third_party is not None:
+                committed[self._third_party.replica_id] = self._third_party.committed
+            promises.check_server(server, committed)
+            promises.check_replica(server, record, device.committed, seen=device.seen, merging=merging)
+            return
+        chronicle = self._server.chronicle
+        promises.check_server(server, copies.committed_under(chronicle.marks, self._ledger))
+        ledger = {nonce: decode_operation(data) for nonce, data in self._ledger.items()}
+        promises.check_effects(server, ledger, chronicle.marks, chronicle.doubted, merging)
+        promises.check_settled_on_replica(record, device.committed)
+        if self._is_current(device) and self._knows_outcomes(device):
+            told, _ = copies.as_of_one_id(server, chronicle, record.replica_id, device.committed)
+            lost = self._lost(device, record, told)
+            promises.check_replica(told, record, device.committed, seen=device.seen, merging=merging, lost=lost)
+        else:
+            self._check(device)
 
     def _check_all(self, reports: dict[str, Report]) -> None:
         for device in self._devices:
@@ -785,28 +1088,69 @@ class World:
         for failure in server.failures.values():
             self.coverage.reasons[FailureReason.of_number(failure.reason).name] += 1
         business = self.settings.business
-        settlements = self._server.settlements
+        chronicle = self._server.chronicle
+        promises.check_references(server, business.schema(2))
         if (party := self._third_party) is not None:
             self._say(party.download(self._server))
             party.check(server)
-            committed_by = party.committed
+            committed_by, settlements = party.committed, chronicle.settlements
             promises.check_order(server, party.replica_id, committed_by)
             promises.check_groups(server, party.replica_id, committed_by, settlements)
             promises.check_settlement_order(party.replica_id, committed_by, settlements)
             rules = Rules(business.schema(1), may_hooks_refuse, business, party.eyes)
             promises.check_refusals(server, party.replica_id, committed_by, settlements, rules)
+        if self._history.lives:
+            self._check_offered_again(server)
         for device in self._devices:
             record = device.record()
-            rules = Rules(business.schema(1), may_hooks_refuse, business, device.eyes)
-            promises.check_groups(server, record.replica_id, device.committed, settlements)
-            promises.check_settlement_order(record.replica_id, device.committed, settlements)
-            promises.check_refusals(server, record.replica_id, device.committed, settlements, rules)
+            promises.check_kept_when_quiet(server, record, device.committed, chronicle.marks)
+            if self._knows_outcomes(device):
+                self._check_settlements(device, record, server)
             not_ready = self._not_ready(reports[device.name])
             if not_ready and self.settings.limits["held_units"] > len(device.committed.data):
                 raise PromiseBroken(
                     "No poison: nothing has to wait that is not bounded to", [f"{reports[device.name].skipped}"]
                 )
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
+        if self.witness is not None:
+            self._check_files(self.witness)
+
+    def _check_offered_again(self, server: ServerRecord) -> None:
+        """Check what became of what replicas knew, unless there are copies of them that knew it otherwise."""
+        operations = {nonce: decode_operation(data) for nonce, data in self._ledger.items()}
+        acknowledged: dict[int, str] = {}
+        for device in self._devices:
+            if not device.is_copied and device.name in self._acknowledged:
+                acknowledged.update(self._acknowledged[device.name])
+        marks = self._server.chronicle.marks
+        promises.check_offered_again(server, acknowledged, operations, marks, self._restored_at)
+
+    def _lost(self, device: Device, record: ReplicaRecord, server: ServerRecord) -> set[int]:
+        """Return what was trimmed on a replica, and then lost on the server when it was put back."""
+        if not self._history.lives:
+            return set()
+        return device.committed.operations.keys() - record.log.keys() - server.settled[record.replica_id].keys()
+
+    def _check_settlements(self, device: Device, record: ReplicaRecord, server: ServerRecord) -> None:
+        """Check how, and for what reasons, the operations of a replica were settled."""
+        business, chronicle = self.settings.business, self._server.chronicle
+        settlements, replica_id = chronicle.settlements, record.replica_id
+        if self.settings.has_copies:
+            server, settlements = copies.as_of_one_id(server, chronicle, replica_id, device.committed)
+        rules = Rules(
+            business.schema(1),
+            may_hooks_refuse,
+            business,
+            device.eyes,
+            is_put_back=self._history.lives > 0,
+            has_copies=self.settings.has_copies,
+            former_failures=self._former_failures,
+            may_lack_contents=self._may_lack_contents,
+        )
+        lost = self._lost(device, record, server)
+        promises.check_groups(server, replica_id, device.committed, settlements, lost)
+        promises.check_settlement_order(replica_id, device.committed, settlements)
+        promises.check_refusals(server, replica_id, device.committed, settlements, rules)
 
     # --- helpers ------------------------------------------------------------------------
 
@@ -817,15 +1161,36 @@ class World:
         if self._server.defects:
             raise PromiseBroken("Settled once: an operation is settled by one transaction", self._server.defects)
         promises.check_log(record, device.committed)
-        promises.check_view(device.seen, record, device.committed)
         promises.check_versions_shown(record, device.committed)
-        promises.check_cursor(device.seen, record)
+        if self._is_current(device):
+            knows = self._knows_outcomes(device)
+            promises.check_view(device.seen, record, device.committed, knows_outcomes=knows)
+            promises.check_cursor(device.seen, record)
+        else:
+            others = [device.seen.over(history) for history in self._past_lives]
+            promises.check_view(device.seen, record, device.committed, others=others, knows_outcomes=False)
         version = record.cursor.version if record.cursor is not None else 0
-        promises.check_cursor_moves_forward(device.cursor_version, version)
-        device.cursor_version = version
+        cursor_at = record.replica_id, record.timeline, version
+        # A copy may have to ask for all states: then it has no cursor until it has synchronized everything.
+        is_asking_for_all = self.settings.has_copies and record.cursor is None
+        if cursor_at[:2] == device.cursor_at[:2] and not is_asking_for_all:
+            promises.check_cursor_moves_forward(device.cursor_at[2], version)
+        device.cursor_at = cursor_at
+
+    def _note_commits(self, device: Device) -> list[Operation]:
+        found = device.note_commits()
+        self._ledger.update((one.nonce, device.committed.data[one.seq]) for one in found)
+        if self.witness is not None:
+            self.witness.note_commits(device.replica._storage.files.contents, found)
+        return found
+
+    @property
+    def _merging(self) -> list[str]:
+        return [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
 
     def _not_ready(self, report: Report) -> set[int]:
-        return {one.seq for one in report.skipped if one.reason is SkipReason.NOT_READY and one.seq is not None}
+        reasons = {SkipReason.NOT_READY, SkipReason.FILE_NOT_UPLOADED}
+        return {one.seq for one in report.skipped if one.reason in reasons and one.seq is not None}
 
     def _read_history(self) -> None:
         with self._server.lmdb.read("default") as reader:
@@ -835,7 +1200,10 @@ class World:
         seqs = {device.replica.replica_id: len(device.committed.data) for device in self._devices}
         if self._third_party is not None:
             seqs[self._third_party.replica_id] = len(self._third_party.committed.data)
-        return read_server(self._server.lmdb, seqs, history=self._history)
+        chronicle = self._server.chronicle
+        if self.settings.has_copies:
+            seqs = copies.last_seqs(seqs, chronicle)
+        return read_server(self._server.lmdb, seqs, history=self._history, known=chronicle.marks)
 
     def _device(self, number: int) -> Device:
         settings, name = self.settings, f"r{number}"
@@ -844,6 +1212,8 @@ class World:
             business.schema(settings.schema_versions[number], is_servers=False),
             random.choice([timedelta(0), timedelta(days=30)]),
             settings.replica_map_bytes,
+            {} if settings.files is None else settings.files.wishes[number],
+            None if self.witness is None else self.witness.library,
         )
         return Device(
             name,

@@ -116,6 +116,19 @@ def test_one_tenant_does_not_take_all_places() -> None:
             pass
 
 
+def test_one_user_does_not_take_all_transfers() -> None:
+    """A user whose files take all of his own places leaves those of others, and his sessions, alone."""
+    door = Door(sessions_per_user=1, file_transfers_per_user=1)
+    ann, bob = Principal("ann"), Principal("bob")
+    with door.admission.file_transfer_of(ann):
+        with pytest.raises(ServerBusy, match="1 transfers of a user"), door.admission.file_transfer_of(ann):
+            pass
+        with door.admission.file_transfer_of(bob), door.admission.session_of(ann):
+            pass
+    with door.admission.file_transfer_of(ann):
+        pass
+
+
 def test_strangers_are_forgotten() -> None:
     """What is remembered of users does not grow with the number of those who ever came."""
     door = Door(sessions_per_user=1)
@@ -139,7 +152,10 @@ def test_the_log_hears_of_a_crowd_now_and_then(caplog: pytest.LogCaptureFixture)
     assert told == [1, 1_000]
 
 
-@pytest.mark.parametrize("name", ["sessions", "sessions_per_tenant", "sessions_per_user", "uploads", "idle_seconds"])
+@pytest.mark.parametrize(
+    "name",
+    ["sessions", "sessions_per_tenant", "sessions_per_user", "uploads", "idle_seconds", "file_transfers_per_user"],
+)
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_a_limit_lets_somebody_in(name: str, value: float) -> None:
     """A limit that would let nobody in is refused by name."""

@@ -42,7 +42,7 @@ class Desk:
         found = self.checkpoints()
         with self.lab.store.read(TENANT) as reader:
             found.begin(reader)
-            return found.at(reader.head(), self.lab.replica().settled_count)
+            return found.at(reader.head(), self.lab.replica())
 
     def contradicts(self, checkpoint: bytes, tenant: str = TENANT) -> bool:
         """Tell whether the store lacks what a checkpoint names."""
@@ -112,6 +112,17 @@ def test_a_refusal_that_was_lost(desk: Desk) -> None:
 
     assert backup.contradicts(checkpoint)
     assert not desk.contradicts(checkpoint)
+
+
+def test_a_copy_in_the_place_of_what_was_lost(desk: Desk) -> None:
+    """What was lost is missed although a copy of the replica has settled something else in its place."""
+    backup = desk.copied()
+    desk.lab.settle(update(desk.seq + 1, "never there"))
+    checkpoint = desk.checkpoint()
+    backup.lab.settle(update(backup.seq + 1, "not there either", nonce=9))
+
+    assert backup.contradicts(checkpoint)
+    assert not backup.contradicts(backup.checkpoint())
 
 
 def test_another_timeline_or_store_is_no_contradiction(desk: Desk) -> None:

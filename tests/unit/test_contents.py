@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tidelog import DiskFull, StorageError
+from tidelog import DiskFull, StorageError, _contents
 from tidelog._contents import ContentCorrupt, ContentDirectory
-from tidelog._file_reference import FileReference, encoded_file_references, file_references
+from tidelog._file_reference import (
+    FileReference,
+    encoded_file_references,
+    file_references,
+    may_refer_to_files,
+)
 from tidelog._values import encode
 
 TEXT = b"a photo, say" * 1000
@@ -48,14 +53,26 @@ def test_a_content_is_stored_once(tmp_path: Path) -> None:
     assert next(contents.contents()).time > time.time() - 3600
 
 
-def test_a_broken_content_is_mended_when_it_is_added_again(tmp_path: Path) -> None:
-    """A file that lost bytes is replaced by what is added."""
+@pytest.mark.parametrize("broken", [TEXT[:-1], TEXT[:-1] + b"?"], ids=["shorter", "as long"])
+def test_a_broken_content_is_mended_when_it_is_added_again(tmp_path: Path, broken: bytes) -> None:
+    """A file that lost bytes, or has others, is replaced by what is added."""
     contents = ContentDirectory(tmp_path)
     contents.add(io.BytesIO(TEXT))
     (file,) = _files(tmp_path)
-    file.write_bytes(TEXT[:-1])
+    file.write_bytes(broken)
     contents.add(io.BytesIO(TEXT))
     assert file.read_bytes() == TEXT
+
+
+def test_directories_that_are_made_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each directory that a new one is made in is forced to disk, up to one that was there."""
+    forced: list[str] = []
+    monkeypatch.setattr(_contents, "_sync_directory", lambda path: forced.append(str(path.relative_to(tmp_path))))
+    name = SHA256.hex()
+    ContentDirectory(tmp_path / "files" / "tenant").add(io.BytesIO(TEXT))
+
+    tenant = "files/tenant"
+    assert {".", "files", tenant, f"{tenant}/{name[:2]}", f"{tenant}/{name[:2]}/{name[2:4]}"} == set(forced)
 
 
 def test_a_part_goes_on_after_it_was_closed(tmp_path: Path) -> None:
@@ -163,3 +180,13 @@ def test_file_references_are_told_by_their_form() -> None:
     assert dict(file_references(attributes)) == {"photo": reference}
     assert encoded_file_references(encode(attributes)) == {"photo": reference}
     assert encoded_file_references(encode({"text": "a"})) == {}
+
+
+@pytest.mark.parametrize("header", [b"\xc4\x20", b"\xc5\x00\x20", b"\xc6\x00\x00\x00\x20"])
+def test_a_reference_is_noticed_however_it_is_packed(header: bytes) -> None:
+    """References are found in encoded attributes whatever form of a header their hash has."""
+    encoded = encode({"photo": FileReference("a", 1, "b", SHA256).to_value()})
+    packed = encoded.replace(b"\xc4\x20" + SHA256, header + SHA256)
+    assert may_refer_to_files(packed)
+    assert encoded_file_references(packed) == {"photo": FileReference("a", 1, "b", SHA256)}
+    assert not may_refer_to_files(encode({"photo": b"\xff" * 300}))

@@ -74,6 +74,11 @@ def order(seq: int, id: str = "o1", **attributes: Any) -> Operation:  # noqa: A0
     return make_operation("create", seq=seq, entity="Order", id=id, set=attributes)
 
 
+def delete_order(seq: int, id: str) -> Operation:  # noqa: A002
+    """Return the deletion of an order."""
+    return make_operation("delete", seq=seq, entity="Order", id=id)
+
+
 def needs_a_title(task: HookObject, context: HookContext) -> None:
     """Refuse what has no title."""
     if not task["title"]:
@@ -1509,6 +1514,19 @@ class TestReferences:
         )
 
         assert said(results) == ["APPLIED"] * 3
+
+    @pytest.mark.parametrize("is_group", [True, False])
+    def test_what_came_and_went_is_nowhere(self, *, is_group: bool) -> None:
+        """A creation that was waited for counts until it has come: if it is undone, nothing can refer to it."""
+        lab = with_orders()
+        waits, comes = order(1, "o1", parent="o2").encode(), order(2, "o2", parent="o9").encode()
+        goes = (delete_order(3, "o2"), order(4, "o3", parent="o2"), order(5, "o9"))
+        behind = group(*goes) if is_group else [one.encode() for one in goes]
+
+        results = lab.settle(waits, comes, *behind)
+
+        assert results[3].failure_id
+        assert lab.state("o3", "Order") is None
 
     def test_a_cycle_with_a_refused_member(self) -> None:
         """If one of a circle is refused, so are the others, each because of it; bystanders apply."""

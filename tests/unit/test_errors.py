@@ -23,17 +23,33 @@ import tidelog_client
 import tidelog_server
 from tidelog import SynchronizationError, TidelogError
 from tidelog import _errors as shared
-from tidelog_client import _connection as connection
-from tidelog_client._connection import Transient, error_of
+from tidelog_client import _call_errors as calls
+from tidelog_client._call_errors import Transient, error_of
 from tidelog_server import TransientError
 from tidelog_server import _errors as served
 from tidelog_server._status import STATUS, status_of
 
 # What the server says of calls that the replica never makes.
-NOT_IN_A_SESSION = {"NOT_FOUND", "FAILURE_SETTLED", "FAILURE_STALE", "OPERATOR_REQUIRED"}
+NOT_IN_A_SESSION = {
+    "NOT_FOUND",
+    "FAILURE_SETTLED",
+    "FAILURE_STALE",
+    "OPERATOR_REQUIRED",
+    "FILE_OFFSET_MISMATCH",
+    "UPLOAD_SUPERSEDED",
+    "FILE_CORRUPT",
+    "FILE_TOO_LARGE",
+    "FILE_LOST",
+}
 
 # Raised in the server's own process only.
-NOT_OVER_THE_NETWORK = {"AddressUnavailable", "SchemaContradicted", "OperationRefused", "ChangedMeanwhile"}
+NOT_OVER_THE_NETWORK = {
+    "AddressUnavailable",
+    "ExtraMissing",
+    "SchemaContradicted",
+    "OperationRefused",
+    "ChangedMeanwhile",
+}
 
 # Raised where the replica itself finds out, without a word of the server's.
 FOUND_BY_THE_REPLICA = {
@@ -207,16 +223,16 @@ class TestTheReplicasTable:
         for kind, code, reason in STATUS:
             if reason in NOT_IN_A_SESSION:
                 continue
-            known = code in connection._TRANSIENT or reason in connection._BY_REASON or code in connection._BY_CODE
+            known = code in calls._TRANSIENT or reason in calls._BY_REASON or code in calls._BY_CODE
             assert known, f"the replica does not know what to make of {kind.__name__}: {code.name} {reason}"
 
     def test_has_no_reason_that_nobody_gives(self) -> None:
         """Each reason in the table is one that the server gives."""
-        assert connection._BY_REASON.keys() <= {reason for _, _, reason in STATUS}
+        assert calls._BY_REASON.keys() <= {reason for _, _, reason in STATUS}
 
     def test_reaches_every_synchronization_error(self) -> None:
         """Each kind of SynchronizationError comes from a reason, from a status code, or from the replica itself."""
-        mapped = {kind.__name__ for kind in (*connection._BY_REASON.values(), *connection._BY_CODE.values())}
+        mapped = {kind.__name__ for kind in (*calls._BY_REASON.values(), *calls._BY_CODE.values())}
         kinds = {
             name
             for name, kind in classes(shared).items()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -38,7 +39,17 @@ from tidelog import (
 )
 from tidelog._operation import decode_operation
 from tidelog._values import Attributes
-from tidelog_server import Application, Collected, HookContext, HookObject, Principal, Reject, Server, _collection
+from tidelog_server import (
+    Application,
+    Collected,
+    DirectoryContents,
+    HookContext,
+    HookObject,
+    Principal,
+    Reject,
+    Server,
+    _collection,
+)
 from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._attempts import Attempt
@@ -638,18 +649,21 @@ class TestSchemas:
 
 
 class TestServer:
-    def test_collects_when_told_to(self) -> None:
+    def test_collects_when_told_to(self, tmp_path: Path) -> None:
         """A running server forgets at once what is due when it is told to."""
         lab = Lab()
-        with Server(Application(), store=lab.store, history_retention=DAY, replica_retention=DAY) as server:
+        contents = DirectoryContents(tmp_path)
+        with Server(
+            Application(), store=lab.store, contents=contents, history_retention=DAY, replica_retention=DAY
+        ) as server:
             lab.settle(create(1), delete(2))  # of long ago, by the server's clock
 
             assert server.collect() == Collected(changes=2, tombstones=1, outcomes=2, replicas=1)
             assert server.collect() == Collected()
 
-    def test_one_that_does_not_run(self) -> None:
+    def test_one_that_does_not_run(self, tmp_path: Path) -> None:
         """A server that does not run says so."""
-        server = Server(Application(), store=MemoryStore())
+        server = Server(Application(), store=MemoryStore(), contents=DirectoryContents(tmp_path))
         with pytest.raises(ResourceClosed):
             server.collect()
         with server:
@@ -657,14 +671,14 @@ class TestServer:
         with pytest.raises(ResourceClosed):
             server.collect()
 
-    def test_collects_by_itself(self) -> None:
+    def test_collects_by_itself(self, tmp_path: Path) -> None:
         """A server that starts forgets what is due."""
         lab = Lab()
         lab.settle(create(1), delete(2))
         done = threading.Event()
         with (
             mock.patch("tidelog_server._retention._log.info", side_effect=lambda *_, **__: done.set()),
-            Server(Application(), store=lab.store),
+            Server(Application(), store=lab.store, contents=DirectoryContents(tmp_path)),
         ):
             assert done.wait(30)
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pytest
 
+from tidelog._channel import WINDOW_BYTES
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog_server._room import PAGE_BYTES_LEAST, HeldPages, PageRoom, QueueRoom
 
@@ -32,10 +33,10 @@ class TestQueueRoom:
             waiting = [await _begun(room.take(1)) for _ in range(3)]
             for number in range(3):
                 assert [task.done() for task in waiting] == [place < number for place in range(3)]
-                assert (room.batches, room.waiting) == (2, 3 - number)
+                assert (room.count, room.waiting) == (2, 3 - number)
                 room.give_back(1)
                 await asyncio.sleep(0)
-            assert (room.batches, room.waiting) == (2, 0)
+            assert (room.count, room.waiting) == (2, 0)
 
         asyncio.run(scenario())
 
@@ -50,7 +51,7 @@ class TestQueueRoom:
             assert not small.done()
             room.give_back(60)
             await asyncio.gather(large, small)
-            assert (room.batches, room.bytes) == (2, 51)
+            assert (room.count, room.bytes) == (2, 51)
 
         asyncio.run(scenario())
 
@@ -80,7 +81,7 @@ class TestQueueRoom:
             room.give_back(1)
             called.cancel()  # it was called in, and has not noticed yet
             await last
-            assert (room.batches, room.bytes, room.waiting) == (1, 1, 0)
+            assert (room.count, room.bytes, room.waiting) == (1, 1, 0)
 
         asyncio.run(scenario())
 
@@ -104,9 +105,9 @@ class TestQueueRoom:
                 await asyncio.wait((task,))
                 if not task.cancelled():
                     task.result()
-                    assert (room.batches, room.bytes) == (1, 20 + number)
+                    assert (room.count, room.bytes) == (1, 20 + number)
                     room.give_back(20 + number)
-            assert (room.batches, room.bytes, room.waiting) == (0, 0, 0)
+            assert (room.count, room.bytes, room.waiting) == (0, 0, 0)
 
         asyncio.run(asyncio.wait_for(scenario(), HANG_SECONDS))
 
@@ -123,7 +124,7 @@ class TestQueueRoom:
             last = asyncio.create_task(room.take(1))
             await asyncio.wait((*gone, last))
             assert all(task.cancelled() for task in gone)
-            assert (room.batches, room.bytes, room.waiting) == (1, 1, 0)
+            assert (room.count, room.bytes, room.waiting) == (1, 1, 0)
 
         asyncio.run(asyncio.wait_for(scenario(), HANG_SECONDS))
 
@@ -146,28 +147,80 @@ class TestPageRoom:
         room = PageRoom(bytes_max=PAGE_BYTES_MAX * 32)
         sizes = []
         for _ in range(2_000):
-            sizes.append(room.page_bytes())
-            room.add(sizes[-1])
+            held = HeldPages(room)
+            sizes.append(held.page_bytes(0))
+            held.add(sizes[-1])
 
         assert sizes[0] == PAGE_BYTES_MAX
         assert sizes[-1] == PAGE_BYTES_LEAST
         assert sizes == sorted(sizes, reverse=True)
-        assert room.bytes <= PAGE_BYTES_MAX * 32 + 2_000 * PAGE_BYTES_LEAST
+        assert room.of_newcomers.bytes <= PAGE_BYTES_MAX * 32
+        assert room.bytes == sum(sizes)
 
     def test_nobody_reads_ahead_in_a_crowd(self) -> None:
         """A second page for a session is read only while there is plenty of room."""
         room = PageRoom(bytes_max=100)
-        assert room.may_read_ahead
-        room.add(51)
-        assert not room.may_read_ahead
+        held = HeldPages(room)
+        assert held.may_read_ahead
+        room.of_newcomers.add(51)
+        assert not held.may_read_ahead
 
     def test_a_session_leaves_nothing_behind(self) -> None:
         """What a session held is given back at its end, a page that is read too late included."""
-        room = PageRoom()
-        with HeldPages(room) as held:
-            held.add(10)
-            held.add(20)
-            held.drop(10)
-            assert room.bytes == 20
-        held.add(30)
-        assert room.bytes == 0
+
+        async def scenario() -> None:
+            room = PageRoom(bytes_max=1_000_000)
+            with HeldPages(room) as held:
+                held.add(100_000)
+                held.add(200_000)
+                held.drop()
+                assert room.bytes == 200_000
+                held.page_bytes(300_000)
+                await held.wait()
+                assert room.of_newcomers.bytes > 600_000
+            held.add(30)
+            assert (room.bytes, room.of_newcomers.bytes, room.of_readers.bytes) == (0, 0, 0)
+
+        asyncio.run(scenario())
+
+    def test_a_least_page_waits_for_nobody(self) -> None:
+        """Who needs no more than the least page has it, whoever waits in line; who needs more is told to wait."""
+
+        async def scenario() -> None:
+            room = PageRoom(bytes_max=100_000)
+            first, second, third = HeldPages(room), HeldPages(room), HeldPages(room)
+            first.add(60_000)
+            assert second.page_bytes(200_000) < 200_000
+            waiting = await _begun(second.wait())
+
+            assert room.waiting == 1
+            assert third.page_bytes(PAGE_BYTES_LEAST) == PAGE_BYTES_LEAST
+            assert third.needed == 0
+            assert third.page_bytes(PAGE_BYTES_LEAST + 1) == PAGE_BYTES_LEAST
+            assert third.needed == PAGE_BYTES_LEAST + 1
+            first.drop()
+            await waiting  # alone, though it is larger than all room
+            assert second.page_bytes(200_000) == 200_000
+
+        asyncio.run(scenario())
+
+    def test_who_reads_does_not_wait_for_those_who_do_not(self) -> None:
+        """A session that has taken more than a connection holds has room of its own kind."""
+
+        async def scenario() -> None:
+            room = PageRoom(bytes_max=4_000_000)
+            reader, still, newcomer = HeldPages(room), HeldPages(room), HeldPages(room)
+            reader.add(WINDOW_BYTES + 1)
+            reader.drop()
+            still.add(1_900_000)
+            for one in (newcomer, reader):
+                assert one.page_bytes(1_500_000) < 1_500_000
+            waiting = await _begun(newcomer.wait())
+
+            await reader.wait()
+
+            assert reader.page_bytes(1_500_000) == 1_500_000
+            assert not waiting.done()
+            waiting.cancel()
+
+        asyncio.run(scenario())

@@ -373,6 +373,8 @@ class Checkpoint(_message.Message):
     COMMITS_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     SETTLED_COUNT_FIELD_NUMBER: _builtins.int
+    NEWEST_SEQ_FIELD_NUMBER: _builtins.int
+    NEWEST_NONCE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
     """The store it speaks of."""
     timeline: _builtins.str
@@ -381,6 +383,10 @@ class Checkpoint(_message.Message):
     """The replica that it was given to."""
     settled_count: _builtins.int
     """How many of the replica's operations were settled."""
+    newest_seq: _builtins.int
+    """The newest of them; 0: none, or a server made it that did not say."""
+    newest_nonce: _builtins.int
+    """Its nonce."""
     @_builtins.property
     def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Commit]:
         """Commits of that history: the newest one, and older ones at growing distances."""
@@ -393,10 +399,12 @@ class Checkpoint(_message.Message):
         commits: _abc.Iterable[Global___Commit] | None = ...,
         replica: _builtins.bytes = ...,
         settled_count: _builtins.int = ...,
+        newest_seq: _builtins.int = ...,
+        newest_nonce: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "epoch", b"epoch", "replica", b"replica", "settled_count", b"settled_count", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "epoch", b"epoch", "newest_nonce", b"newest_nonce", "newest_seq", b"newest_seq", "replica", b"replica", "settled_count", b"settled_count", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

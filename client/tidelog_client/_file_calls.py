@@ -1,0 +1,70 @@
+"""File calls: what transfers of contents ask of a server, whatever carries it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from tidelog._channel import Metadata
+    from tidelog._keys import ObjectKey
+    from tidelog_client._files import Needed
+
+
+class Presence(enum.Enum):
+    """Whether a server needs a content."""
+
+    PRESENT = enum.auto()
+    MISSING = enum.auto()
+    TOO_LARGE = enum.auto()
+
+
+class ContentStatus(NamedTuple):
+    """
+    How a content stands with a server.
+
+    Attributes:
+        presence: Whether it needs it.
+        received_bytes: How far an interrupted upload got.
+    """
+
+    presence: Presence
+    received_bytes: int = 0
+
+
+class FileRefused(Exception):
+    """
+    The server does not take a content, or does not give it. Asking again at once does not help.
+
+    Attributes:
+        is_too_large: Whether it takes no content of that size.
+    """
+
+    def __init__(self, message: str, *, is_too_large: bool = False) -> None:
+        super().__init__(message)
+        self.is_too_large = is_too_large
+
+
+class FileCalls(Protocol):
+    """
+    Calls that many threads may make at once. Each may last as long as the network takes, until `close`.
+
+    All raise Transient, if a repetition may mend it, and SynchronizationError.
+    """
+
+    def stat(self, metadata: Metadata, contents: Sequence[Needed]) -> list[ContentStatus]:
+        """Ask how up to 1,000 contents stand."""
+        ...
+
+    def upload(self, metadata: Metadata, content: Needed, offset: int, chunks: Iterable[bytes]) -> None:
+        """Upload what follows on *offset* of a content. Raises FileRefused, and whatever *chunks* raises."""
+        ...
+
+    def download(self, metadata: Metadata, sha256: bytes, key: ObjectKey, offset: int) -> Iterator[bytes]:
+        """Download what follows on *offset* of a content that an object refers to. Raises FileRefused."""
+        ...
+
+    def close(self) -> None:
+        """End all calls, without a wait: they raise Transient, later ones ResourceClosed."""
+        ...

@@ -1,0 +1,467 @@
+"""
+The file exchange: what a synchronization does with contents, around its sessions.
+
+Before a session the server is asked which contents it lacks that operations refer to. The
+small ones go up at once; operations that need another one stay behind. After the session
+the others go up, and what objects lack comes down. Meanwhile there are further sessions, for
+what stayed behind and need not any more, and for what was committed since. So no object and
+no small file waits for a large one, and no operation ever refers to a content that the
+server does not have.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby, takewhile
+from typing import TYPE_CHECKING, Final, Self
+
+from tidelog._errors import SynchronizationError, Unauthenticated
+from tidelog._limits import FILES_STAT_MAX
+from tidelog._logging import get_logger
+from tidelog_client._call_errors import Transient
+from tidelog_client._file_calls import FileRefused, Presence
+from tidelog_client._file_wishes import FileMode
+from tidelog_client._files import Missing, Needed
+from tidelog_client._plans import Plans
+from tidelog_client._report import Phase, Progress, Skipped, SkipReason
+from tidelog_client._set_aside import SET_ASIDE_FOLDER
+from tidelog_client._transfer import ContentLost, Downloading, Patience, Result, Transfers, Uploading
+from tidelog_client._upload import NO_FILES, Cause, FilePlan, Sieve, sifted
+
+if TYPE_CHECKING:
+    from tidelog._keys import ObjectKey
+    from tidelog_client._file_wishes import FileWishes
+    from tidelog_client._report import OnProgress, Report
+    from tidelog_client._storage import Storage
+    from tidelog_client._transfer import Caller, Job
+
+# How much is uploaded before the session, in all, and how long that may take.
+SMALL_UPLOADS_BYTES: Final = 4 * 1024 * 1024
+SMALL_UPLOADS_SECONDS: Final = 10.0
+# How much of the caller's time, and how long they may stand still.
+SMALL_UPLOADS_SHARE: Final = 0.25
+SMALL_SILENCE_SECONDS: Final = 3.0
+# How many objects whose contents could not be had are tried again where not all are.
+FAILED_OBJECTS_MAX: Final = 1_000
+# How many results of downloads are written down together.
+NOTED_AT_ONCE: Final = 500
+SWEEP_SECONDS: Final = 24 * 3600.0
+# How long a session has to wait at the least that comes while contents travel.
+SESSION_SECONDS: Final = 2.0
+
+_log = get_logger("tidelog.files")
+
+
+class FileExchange:
+    """
+    The contents of one synchronization.
+
+    A context manager, which ends what is under way. In memory is what the pending
+    operations with files refer to, not what is downloaded.
+
+    Args:
+        storage: The replica's data.
+        caller: The connection.
+        wishes: Which contents the replica wants.
+        report: Filled in as the work goes on.
+        on_progress: Called with each step's `Progress`.
+        end: The caller's deadline, by the monotonic clock. None: there is none.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        caller: Caller,
+        *,
+        wishes: FileWishes,
+        report: Report,
+        on_progress: OnProgress,
+        end: float | None,
+    ) -> None:
+        self._storage = storage
+        self._files = storage.files
+        self._caller = caller
+        self._wishes = wishes
+        self._report = report
+        self._on_progress = on_progress
+        self._end = end
+        # Contents by what is known of them: whether operations that refer to them can go as they are, whether
+        # nobody has them any more, and, of those to be uploaded, how far the server has them.
+        self._ready: set[Needed] = set()
+        self._lost: set[Needed] = set()
+        self._waiting: dict[Needed, Uploading] = {}
+        # Why they are not there, of those that were tried.
+        self._reasons: dict[Needed, str] = {}
+        # What could not be downloaded, and is not tried twice.
+        self._tried: set[Needed] = set()
+        self._is_given_up = False
+        self._plan = NO_FILES
+        self._seqs: Sequence[int] | None = None
+        self._needed: dict[int, list[Needed]] = {}
+        self._done_bytes = 0
+        self._total_bytes = 0
+        # The objects that the sessions brought, if only these matter.
+        self._lacking: dict[ObjectKey, None] = {}
+        # What is under way, from one session to the next.
+        self._jobs = _Jobs()
+        self._transfers: Transfers | None = None
+        self._results: Iterator[Result | None] = iter(())
+        # What the newest session knew of: how many contents were ready, and where the log ended.
+        self._ready_count = 0
+        self._until = 0
+        self._look_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._transfers is not None:
+            self._transfers.__exit__(kind, *rest)
+
+    # --- before a session -----------------------------------------------------
+
+    def prepare(self, seqs: Sequence[int] | None) -> FilePlan:
+        """
+        Ask which contents the server lacks, upload the small ones, and return what the session has to know.
+
+        Args:
+            seqs: The operations to be uploaded. None: all that are pending.
+
+        A session is worth more than all files: whatever fails here is done after it.
+
+        Raises:
+            Unauthenticated: The server does not accept the token.
+        """
+        with self._storage.environment.read() as transaction:
+            until = self._until = self._storage.last_seq(transaction)
+            any_uploads = self._files.any_uploads(transaction)
+        self._seqs = seqs
+        if not any_uploads:
+            self._plan, self._needed = NO_FILES, {}
+            return self._plan
+        self._needed = self._needed_contents(until, seqs)
+        unknown = self._unknown()
+        small = self._small_uploads()
+        if unknown or small:
+            if self._transfers is None:
+                self._done_bytes = 0
+            self._begin_progress(self._done_bytes)
+            patience = Patience(self._end, SMALL_SILENCE_SECONDS)
+            patience.limit(min(SMALL_UPLOADS_SECONDS, patience.time_left() * SMALL_UPLOADS_SHARE))
+            with Transfers(self._files, self._caller, patience, self._moved) as transfers:
+                self._ask(transfers, unknown)
+                small = self._small_uploads()
+                self._total_bytes = self._done_bytes + sum(map(_size, small))
+                for result in filter(None, transfers.run(iter(small))):
+                    self._count_up(result, is_last_try=False)
+        self._plan = self._planned(until)
+        self._ready_count = len(self._ready) + len(self._lost)
+        return self._plan
+
+    def _needed_contents(self, until: int, seqs: Sequence[int] | None) -> dict[int, list[Needed]]:
+        chosen = None if seqs is None else set(seqs)
+        excluded = Plans.decode(self._storage.meta("plans")).upload_excluded if seqs is None else ()
+        return {
+            seq: contents
+            for seq, contents in self._files.uploads(until=until)
+            if (chosen is None or seq in chosen) and not (excluded and self._entity(seq) in excluded)
+        }
+
+    def _entity(self, seq: int) -> str:
+        with self._storage.environment.read() as transaction:
+            pending = self._storage.pending_at(transaction, seq)
+        return "" if pending is None else pending.key[0]
+
+    def _unknown(self) -> list[Needed]:
+        known = (self._ready, self._lost, self._waiting)
+        contents = dict.fromkeys(one for needed in self._needed.values() for one in needed)
+        return [one for one in contents if not any(one in where for where in known)]
+
+    def _ask(self, transfers: Transfers, contents: Sequence[Needed]) -> None:
+        """Find out how contents stand. Those of which the server says nothing wait."""
+        for first in range(0, len(contents), FILES_STAT_MAX):
+            asked = contents[first : first + FILES_STAT_MAX]
+            try:
+                statuses = transfers.ask(asked)
+            except Unauthenticated:
+                raise
+            except Transient:
+                # Each is asked about again before it is sent.
+                self._waiting |= {one: Uploading(one) for one in contents[first:]}
+                return
+            except SynchronizationError as error:
+                self._waiting |= {one: Uploading(one) for one in asked}
+                self._reasons |= dict.fromkeys(asked, str(error))
+                continue
+            for one, status in zip(asked, statuses, strict=True):
+                if status.presence is not Presence.MISSING:
+                    self._ready.add(one)
+                elif self._files.has(*one):
+                    self._waiting[one] = Uploading(one, status.received_bytes)
+                elif self._files.has_other_size(*one):
+                    self._lost.add(one)  # there is no such content
+                else:
+                    self._lose(one, "it is not here any more")
+
+    def _lose(self, content: Needed, why: str) -> None:
+        _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
+        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+        self._lost.add(content)
+
+    def _small_uploads(self) -> list[Uploading]:
+        """Return what is uploaded before the session: the smallest contents, as far as there is room."""
+        room_bytes = SMALL_UPLOADS_BYTES
+        small = []
+        for one in self._uploads():
+            if one.content in self._jobs.under_way:
+                continue
+            room_bytes -= one.content.size
+            if room_bytes < 0:
+                break
+            small.append(one)
+        return small
+
+    def _uploads(self) -> list[Uploading]:
+        """Return what is to be uploaded and was not tried in vain, the smallest first."""
+        untried = (one for content, one in self._waiting.items() if content not in self._reasons)
+        return sorted(untried, key=lambda one: one.content.size)
+
+    def _planned(self, until: int) -> FilePlan:
+        held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
+        lost = {
+            seq: found
+            for seq, needed in self._needed.items()
+            if (found := [one.sha256 for one in needed if one in self._lost])
+        }
+        return FilePlan(until, held, lost)
+
+    # --- after a session ------------------------------------------------------
+
+    def exchange(self, selected: Collection[ObjectKey] | None, *, is_all: bool) -> bool:
+        """
+        Upload what operations wait for, and download what objects lack; tell whether there is cause for a session.
+
+        It may be called again after that: what is under way goes on meanwhile.
+
+        Args:
+            selected: The objects that were selected. None: none were.
+            is_all: Whether the contents of all objects are downloaded; else of those that the session brought.
+
+        Raises:
+            SynchronizationError: There is no token to be had.
+        """
+        if self._files.is_idle() and self._transfers is None:
+            return False
+        failed = () if is_all or selected is not None else self._files.failed_objects(FAILED_OBJECTS_MAX)
+        for key in (*(selected or ()), *failed, *self._files.look_again()):
+            if not is_all:
+                self._lacking[key] = None
+        self._look_at = time.monotonic() + SESSION_SECONDS
+        while self._begin(None if is_all else self._lacking):
+            if self._go_on():
+                return True
+        return False
+
+    def _begin(self, keys: Collection[ObjectKey] | None) -> bool:
+        """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""
+        uploads = self._uploads()
+        self._jobs.fill(uploads, self._wanted(keys))
+        if self._transfers is None:
+            if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
+                return False
+            self._done_bytes = 0
+            self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
+            self._results = self._transfers.run(self._jobs)
+        left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
+        self._begin_progress(self._done_bytes + left_bytes - sum(self._jobs.under_way.values()))
+        return True
+
+    def _go_on(self) -> bool:
+        """Take in how transfers ended, until all have, or there is cause for a session; tell whether there is."""
+        arrived: list[Missing] = []
+        failed: dict[bytes, str] = {}
+        try:
+            for result in self._results:
+                if result is not None:
+                    del self._jobs.under_way[result.job.content]
+                    self._count(result, arrived, failed)
+                if len(arrived) + len(failed) >= NOTED_AT_ONCE:
+                    self._files.note_arrived(arrived, failed)
+                    arrived, failed = [], {}
+                if self._is_session_due():
+                    return True
+        finally:
+            self._files.note_arrived(arrived, failed)
+        transfers, self._transfers = self._transfers, None
+        if transfers is not None:
+            transfers.__exit__(None)
+            if transfers.is_given_up:
+                self._give_up()
+        return self._is_more_ready()
+
+    def _give_up(self) -> None:
+        """Report what was not even begun."""
+        self._is_given_up = True
+        left: Counter[str] = Counter()
+        for job in self._jobs:
+            if isinstance(job, Downloading):
+                left.update(entity for entity, _ in job.keys)
+        self._jobs.under_way.clear()
+        self._report.skipped += [
+            Skipped(
+                entity, "", SkipReason.FILE_NOT_DOWNLOADED, f"files for which no time was left: {count}", count=count
+            )
+            for entity, count in left.items()
+        ]
+
+    def _is_session_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + SESSION_SECONDS
+        if self._is_more_ready():
+            return True
+        with self._storage.environment.read() as transaction:
+            return self._seqs is None and self._storage.last_seq(transaction) > self._until
+
+    def _is_more_ready(self) -> bool:
+        return len(self._ready) + len(self._lost) > self._ready_count
+
+    def _wanted(self, keys: Iterable[ObjectKey] | None) -> Iterator[Downloading]:
+        """Yield what is to be downloaded, the smallest first; of some objects, or, None, of all."""
+        wanted: Iterator[Missing]
+        if keys is None:
+            wanted = heapq.merge(*map(self._wanted_of, self._files.missing_entities()))
+        else:
+            missing = sorted(one for key in keys for one in self._files.missing_of(key))
+            wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
+        for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
+            keys_of_it = [one.key for one in same]
+            if (content := Needed(sha256, size)) not in self._tried:
+                yield Downloading(content, keys_of_it)
+
+    def _wanted_of(self, entity: str) -> Iterator[Missing]:
+        wish = self._wishes.of(entity)
+        if wish.mode is FileMode.EAGER:  # else there may be many to look at for nothing
+            yield from takewhile(lambda one: wish.wants(one.size), self._files.missing(entity))
+
+    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, str]) -> None:
+        """Take in how a transfer ended; what is to be noted of a download is put to the rest."""
+        if isinstance(result.job, Uploading):
+            self._count_up(result, is_last_try=True)
+            return
+        (sha256, size), keys = result.job
+        if result.error is None:
+            self._report.files_downloaded += not result.was_there
+            arrived += [Missing(size, sha256, key) for key in keys]
+            return
+        self._tried.add(result.job.content)
+        if not isinstance(result.error, Transient):
+            failed[sha256] = str(result.error)
+        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys]
+
+    def _count_up(self, result: Result, *, is_last_try: bool) -> None:
+        (content, _), error, was_there = result
+        if error is None:
+            self._report.files_uploaded += not was_there
+        elif isinstance(error, ContentLost):
+            self._lose(content, str(error))
+        elif not (isinstance(error, FileRefused) and error.is_too_large):
+            if is_last_try or not isinstance(error, Transient):
+                self._reasons[content] = str(error)
+            self._waiting[content] = Uploading(content)
+            return
+        self._waiting.pop(content, None)
+        if content not in self._lost:
+            self._ready.add(content)
+
+    # --- at the end -----------------------------------------------------------
+
+    def finish(self) -> None:
+        """Report which operations had to stay behind, and delete contents that nobody refers to any more."""
+        if self._files.any_contents():
+            now = time.time()
+            swept = float(self._storage.meta("files_swept") or 0)
+            if not swept <= now <= swept + SWEEP_SECONDS:
+                self._files.sweep()
+                self._storage.set_meta(files_swept=str(now).encode())
+        if self._files.is_idle():
+            return
+        self._report_held()
+        for _ in self._files.look_again():
+            pass
+        self._files.collect()
+
+    def _report_held(self) -> None:
+        if not self._plan.held:
+            return
+        held = {seq: self._why_held(seq) for seq in self._plan.held}
+        excluded = Plans.decode(self._storage.meta("plans")).upload_excluded if self._seqs is None else ()
+        until = self._plan.until or 0
+        for unit, cause in sifted(self._storage, Sieve(excluded, held), until=until, seqs=self._seqs):
+            if cause is Cause.FILE:
+                self._report.skipped += [
+                    Skipped(
+                        *one.key,
+                        SkipReason.FILE_NOT_UPLOADED,
+                        f"the content of its file is not on the server: {held[one.seq]}"
+                        if one.seq in held
+                        else "an operation that comes before it waits for the content of a file",
+                        seq=one.seq,
+                    )
+                    for one in unit
+                ]
+
+    def _why_held(self, seq: int) -> str:
+        waiting = (one for one in self._needed[seq] if one in self._waiting)
+        return next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
+
+    # --- transfers ------------------------------------------------------------
+
+    def _begin_progress(self, total_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._on_progress(Progress(Phase.FILES, self._done_bytes, total_bytes))
+
+    def _moved(self, job: Job, more_bytes: int, sent_bytes: int) -> None:
+        if isinstance(job, Uploading):
+            self._report.file_bytes_sent += sent_bytes
+        else:
+            self._report.file_bytes_received += sent_bytes
+        self._done_bytes += more_bytes
+        if job.content in self._jobs.under_way:
+            self._jobs.under_way[job.content] += more_bytes
+        self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
+
+
+class _Jobs:
+    """
+    What is to be transferred next: the smallest content that is not under way.
+
+    Attributes:
+        under_way: The contents that were given out and have not ended, with how many bytes of each are there.
+    """
+
+    def __init__(self) -> None:
+        self.under_way: dict[Needed, int] = {}
+        self._left: Iterator[Job] = iter(())
+
+    def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
+        """Replace what is left. Both are given with the smallest first; some may be under way."""
+        self._left = heapq.merge(uploads, downloads, key=_size)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Job:
+        while True:
+            job = next(self._left)
+            if job.content not in self.under_way:
+                self.under_way[job.content] = 0
+                return job
+
+
+def _size(job: Job) -> int:
+    return job.content.size

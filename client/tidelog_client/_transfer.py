@@ -1,0 +1,500 @@
+"""
+Transfers: contents on their way, several at a time, each taken up again where it was cut.
+
+What blocks is done by workers; here is decided what they do next. Small contents come
+before large ones, so that a large one holds up nothing. Patience is shared: as long as
+one transfer gets ahead none is given up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Self, TypeAlias
+
+from filelock import FileLock, Timeout
+
+from tidelog._contents import ContentCorrupt
+from tidelog._errors import DiskFull, StorageError, TidelogError, Unauthenticated
+from tidelog._limits import FILE_CHUNK_BYTES
+from tidelog._logging import get_logger
+from tidelog_client._call_errors import Transient
+from tidelog_client._file_calls import FileRefused, Presence
+
+if TYPE_CHECKING:
+    from tidelog._channel import Metadata
+    from tidelog._contents import Part
+    from tidelog._keys import ObjectKey
+    from tidelog_client._file_calls import FileCalls
+    from tidelog_client._files import Files, Needed
+    from tidelog_client._workers import Event, Work, WorkRunner
+
+TRANSFERS_AT_ONCE: Final = 4
+# Another one is begun beside the others when one got ahead after so little time. On a slow path many at once would
+# each take so long for a chunk that all pass for dead.
+QUICK_SECONDS: Final = 1.0
+# What an upload sends at a time. What a cut in the middle takes with it is sent again.
+UPLOAD_CHUNK_BYTES: Final = FILE_CHUNK_BYTES // 4
+# How many contents wait at the most to be tried again; meanwhile no others are begun.
+RETRIES_MAX: Final = 1_000
+# Without progress of any transfer for so long, the rest is given up for now.
+SILENCE_SECONDS_MAX: Final = 30.0
+# How fast a server puts away a content of which it has every byte, at the least: it says nothing meanwhile.
+COMPLETED_BYTES_PER_SECOND: Final = 20_000_000
+# How often who waits for results may look after something else.
+TICK_SECONDS: Final = 1.0
+# The same where a server is there, and tells when to come again.
+BUSY_SECONDS_MAX: Final = 600.0
+
+# How long a token is used for one call after the other.
+TOKEN_SECONDS_MAX: Final = 60.0
+
+_log = get_logger("tidelog.transfers")
+
+_BACKOFF_SECONDS_FIRST: Final = 0.1
+_BACKOFF_SECONDS_MAX: Final = 5.0
+_LOCK_POLL_SECONDS: Final = 0.05
+# How long to wait for workers whose calls were ended. It is a matter of milliseconds.
+_END_SECONDS_MAX: Final = 5.0
+
+
+class ContentLost(Exception):
+    """A content that was to be uploaded is not here, or is not what it was."""
+
+
+class Uploading(NamedTuple):
+    """
+    A content to be uploaded.
+
+    Attributes:
+        content: Which.
+        offset: How much of it the server has. None: it must be asked.
+    """
+
+    content: Needed
+    offset: int | None = None
+
+
+class Downloading(NamedTuple):
+    """A content to be downloaded, and objects that refer to it."""
+
+    content: Needed
+    keys: Sequence[ObjectKey]
+
+
+Job: TypeAlias = Uploading | Downloading
+
+
+class Result(NamedTuple):
+    """
+    How a transfer ended.
+
+    Attributes:
+        job: Which.
+        error: Why not well: FileRefused, ContentLost, an error of the disk, or Transient, if it was given up
+            for now. None: the content is there.
+        was_there: Whether it had been there before.
+    """
+
+    job: Job
+    error: Exception | None = None
+    was_there: bool = False
+
+
+class Moved(NamedTuple):
+    """How far a transfer is, and how many bytes went since it said so the last time."""
+
+    position: int
+    byte_count: int
+
+
+class Patience:
+    """
+    How long to go on: to the caller's deadline, and while something gets ahead.
+
+    Args:
+        end: The caller's deadline, by the monotonic clock. None: there is none.
+        silence_seconds: How long nothing may get ahead.
+    """
+
+    def __init__(self, end: float | None, silence_seconds: float = SILENCE_SECONDS_MAX) -> None:
+        self._end = end
+        self._silence_seconds = silence_seconds
+        self._heard = time.monotonic()
+        self._busy_since: float | None = None
+
+    def time_left(self) -> float:
+        """Return the seconds to the deadline; infinite if there is none."""
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def limit(self, seconds: float) -> None:
+        """Go on for so many seconds from now, at the most."""
+        end = time.monotonic() + seconds
+        self._end = end if self._end is None else min(end, self._end)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self._end is not None and time.monotonic() >= self._end
+
+    def note_progress(self, pause: float = 0.0) -> None:
+        """Note that something got ahead, and may be silent for so many seconds more than otherwise."""
+        self._heard = max(self._heard, time.monotonic() + pause)
+        self._busy_since = None
+
+    def note_busy(self, pause: float) -> None:
+        """Note that the server is there, and wants nothing to be tried for so many seconds."""
+        now = time.monotonic()
+        self._busy_since = now if self._busy_since is None else self._busy_since
+        self._heard = max(self._heard, min(now + pause, self._busy_since + BUSY_SECONDS_MAX))
+
+    def remaining(self) -> float:
+        """Return the seconds left."""
+        now = time.monotonic()
+        left = self._heard + self._silence_seconds - now
+        return left if self._end is None else min(left, self._end - now)
+
+    def call_timeout(self) -> float | None:
+        """Return the seconds that a call may take, None if it may take as long as it likes."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+class Caller(Protocol):
+    """What makes file calls: a connection."""
+
+    def authorization(self) -> Metadata:
+        """Return what tells the server who is calling."""
+        ...
+
+    def files(self, timeout: float | None) -> FileCalls:
+        """Return calls, to be closed in the end."""
+        ...
+
+    def workers(self, count_max: int) -> WorkRunner:
+        """Return what makes them."""
+        ...
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """What is known of a job under way, or to be tried again."""
+
+    job: Job
+    backoff: float = _BACKOFF_SECONDS_FIRST
+    position: int = 0
+    farthest: int = -1
+    error: Exception = field(default_factory=lambda: Transient("there was no time left"))
+
+
+class Transfers:
+    """
+    Transfers over one channel. A context manager, which ends what is under way.
+
+    Args:
+        files: The replica's contents.
+        caller: The connection.
+        patience: How long to go on.
+        on_moved: Called with a job, how many more bytes of it are there than before (less, if some were lost),
+            and how many went over the network.
+    """
+
+    def __init__(
+        self, files: Files, caller: Caller, patience: Patience, on_moved: Callable[[Job, int, int], None]
+    ) -> None:
+        self._files = files
+        self._caller = caller
+        self._patience = patience
+        self._on_moved = on_moved
+        # What says who is calling, and when it was got.
+        self._metadata: tuple[Metadata, float] | None = None
+        self._calls = caller.files(patience.call_timeout())
+        self._workers = caller.workers(TRANSFERS_AT_ONCE)
+        self._at_once = 1
+        self._moved_at = 0.0
+        # Read by workers, who end then.
+        self._is_over = False
+        self.is_given_up = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._is_over = True
+        try:
+            self._calls.close()
+        finally:
+            self._workers.stop()
+        if kind is None or issubclass(kind, Exception):  # after an interrupt nothing is waited for
+            self._workers.join(_END_SECONDS_MAX)
+
+    def ask(self, contents: Sequence[Needed]) -> list[Any]:
+        """
+        Ask how contents stand.
+
+        Raises:
+            Transient: The server did not answer.
+            SynchronizationError: It refuses.
+        """
+        metadata = self._authorization()
+
+        def stat(_tell: Callable[[Any], None]) -> list[Any]:
+            return self._calls.stat(metadata, contents)
+
+        self._workers.submit(stat)
+        event = None
+        while event is None or event.work is not stat:
+            event = self._workers.next_event(self._patience.remaining())
+            if event is None:
+                raise Transient("the server did not answer")
+        if event.error is not None:
+            raise event.error
+        self._patience.note_progress()
+        found: list[Any] = event.value
+        return found
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[Result | None]:
+        """
+        Do *jobs*, several at a time, and yield how each of them ended, and None now and then meanwhile.
+
+        Where patience ends, what was begun is given up for now, and `is_given_up`. What is under way goes on while
+        nobody asks for more; *jobs* may have become more when somebody does.
+
+        Raises:
+            SynchronizationError: There is no token to be had.
+        """
+        retries: list[tuple[float, int, _Attempts]] = []
+        under_way: dict[Work, _Attempts] = {}
+        numbers = itertools.count()
+        while True:
+            while len(under_way) < self._at_once and self._patience.remaining() > 0:
+                attempts = _next(jobs, retries)
+                if attempts is None:
+                    break
+                work = self._work(attempts.job, self._authorization(), is_first=attempts.farthest < 0)
+                under_way[work] = attempts
+                self._moved_at = time.monotonic()
+                self._workers.submit(work)
+            if not under_way and not retries:
+                # Either all is done, or nothing more is begun.
+                self.is_given_up = self._patience.remaining() <= 0
+                return
+            timeout = min(self._patience.remaining(), TICK_SECONDS)
+            if retries and len(under_way) < self._at_once:
+                timeout = min(timeout, retries[0][0] - time.monotonic())
+            event = self._workers.next_event(max(0.0, timeout))
+            # What was said while nobody asked counts as well.
+            if self._patience.is_over or (event is None and self._patience.remaining() <= 0):
+                yield from _given_up(*under_way.values(), *(one for _, _, one in retries))
+                under_way, retries = {}, []
+                continue
+            if event is None or event.work not in under_way:
+                yield None
+                continue
+            if not event.is_over:
+                self._moved(under_way[event.work], event.value)
+                yield None
+                continue
+            attempts = under_way.pop(event.work)
+            result = self._ended(attempts, event)
+            if result is None:
+                heapq.heappush(retries, (self._retry_at(attempts), next(numbers), attempts))
+            else:
+                yield result
+
+    def _authorization(self) -> Metadata:
+        """Return what says who is calling. A token provider is asked now and then, and after each failure."""
+        now = time.monotonic()
+        if self._metadata is None or now > self._metadata[1] + TOKEN_SECONDS_MAX:
+            self._metadata = (self._caller.authorization(), now)
+        return self._metadata[0]
+
+    def _moved(self, attempts: _Attempts, moved: Moved) -> None:
+        self._on_moved(attempts.job, moved.position - attempts.position, moved.byte_count)
+        attempts.position = moved.position
+        if moved.position > attempts.farthest:
+            if attempts.farthest >= 0:
+                is_whole = moved.position == attempts.job.content.size
+                self._note_progress(moved.position / COMPLETED_BYTES_PER_SECOND if is_whole else 0.0)
+                attempts.backoff = _BACKOFF_SECONDS_FIRST
+            attempts.farthest = moved.position
+
+    def _note_progress(self, pause: float = 0.0) -> None:
+        self._patience.note_progress(pause)
+        now = time.monotonic()
+        if now - self._moved_at < QUICK_SECONDS:
+            self._at_once = min(self._at_once + 1, TRANSFERS_AT_ONCE)
+        self._moved_at = now
+
+    def _ended(self, attempts: _Attempts, event: Event) -> Result | None:
+        """Return how a transfer ended; None if it is to be tried again."""
+        error = event.error
+        if error is None:
+            self._note_progress()
+            self._on_moved(attempts.job, attempts.job.content.size - attempts.position, 0)
+            return Result(attempts.job, was_there=bool(event.value))
+        # A token may have expired meanwhile; the next attempt asks for another one.
+        if isinstance(error, Transient | Unauthenticated):
+            attempts.error = error
+            self._metadata = None
+            return None
+        self._on_moved(attempts.job, -attempts.position, 0)
+        if not isinstance(error, Exception):
+            raise error
+        if not isinstance(error, FileRefused | ContentLost | TidelogError):
+            _log.error("a transfer failed", sha256=attempts.job.content.sha256.hex(), exc_info=error)
+        return Result(attempts.job, error)
+
+    def _retry_at(self, attempts: _Attempts) -> float:
+        pause = attempts.backoff * random.uniform(0.5, 1.0)
+        attempts.backoff = min(attempts.backoff * 2, _BACKOFF_SECONDS_MAX)
+        retry_after = getattr(attempts.error, "retry_after_seconds", None)
+        if retry_after is not None:
+            pause = max(pause, retry_after)
+            self._patience.note_busy(pause)
+        return time.monotonic() + pause
+
+    # --- what workers do ------------------------------------------------------
+
+    def _work(self, job: Job, metadata: Metadata, *, is_first: bool) -> Work:
+        if isinstance(job, Downloading):
+            return lambda tell: self._download(job, metadata, tell)
+        offset = job.offset if is_first else None
+        return lambda tell: self._upload(job.content, offset, metadata, tell)
+
+    def _upload(self, content: Needed, offset: int | None, metadata: Metadata, tell: Callable[[Any], None]) -> bool:
+        if offset is None:
+            (status,) = self._calls.stat(metadata, [content])
+            if status.presence is Presence.PRESENT:
+                return True
+            if status.presence is Presence.TOO_LARGE:
+                raise FileRefused("the server takes no content of that size", is_too_large=True)
+            offset = status.received_bytes
+        file = self._files.contents.open(content.sha256)
+        if file is None:
+            raise ContentLost("its content is not here any more")
+        with file:
+            tell(Moved(offset, 0))
+            self._calls.upload(metadata, content, offset, self._chunks(file, content, offset, tell))
+        return False
+
+    def _chunks(self, file: BinaryIO, content: Needed, offset: int, tell: Callable[[Any], None]) -> Iterator[bytes]:
+        """Yield what follows on *offset*; the last bytes only once all have proved to be what they should be."""
+        digest = hashlib.sha256()
+        position = 0
+        while not self._is_over:
+            try:
+                chunk = file.read(UPLOAD_CHUNK_BYTES)
+            except OSError as error:
+                raise StorageError(f"its content cannot be read: {error}") from error
+            digest.update(chunk)
+            position += len(chunk)
+            is_last = position >= content.size or not chunk
+            if is_last and (position != content.size or file.read(1) or digest.digest() != content.sha256):
+                raise ContentLost("its content is not what it was: it was damaged outside tidelog")
+            rest = chunk[max(0, offset - (position - len(chunk))) :] if position > offset else b""
+            if rest:
+                yield rest
+                tell(Moved(position, len(rest)))
+            if is_last:
+                return
+        raise Transient("given up for now")
+
+    def _download(self, job: Downloading, metadata: Metadata, tell: Callable[[Any], None]) -> bool:
+        content, files = job.content, self._files
+        if files.has(*content):
+            return True
+        part = files.contents.part(content.sha256.hex())
+        with _Turn(part, lambda: self._is_over, tell):
+            if files.has(*content):  # by somebody else meanwhile
+                return True
+            if part.size > content.size:
+                part.discard()
+            tell(Moved(part.size, 0))
+            try:
+                if part.size < content.size:
+                    self._fill(part, job, metadata, tell)
+                files.adopt(part, *content)
+            except DiskFull:
+                part.discard()
+                raise
+            except ContentCorrupt as error:
+                raise FileRefused(f"the server sent another content: {error}") from error
+            finally:
+                part.close()
+        return False
+
+    def _fill(self, part: Part, job: Downloading, metadata: Metadata, tell: Callable[[Any], None]) -> None:
+        sha256, size = job.content
+        for place, key in enumerate(job.keys, start=1):
+            try:
+                for chunk in self._calls.download(metadata, sha256, key, part.size):
+                    if self._is_over:
+                        raise Transient("given up for now")
+                    if part.size + len(chunk) > size:
+                        part.discard()
+                        raise FileRefused(f"the server sent more than the {size} bytes that it should have")
+                    part.append(chunk)
+                    tell(Moved(part.size, len(chunk)))
+                break
+            except FileRefused:
+                if place == len(job.keys):
+                    raise
+        if part.size < size:
+            raise Transient(f"the server ended the download after {part.size} of {size} bytes")
+
+
+class _Turn:
+    """
+    The right to write a part: of one thread of one process at a time.
+
+    The lock's file goes with the part. Who waited for it looks whether the content is there, and so nothing is lost
+    if somebody waited for a file that is gone.
+    """
+
+    def __init__(self, part: Part, is_over: Callable[[], bool], tell: Callable[[Any], None]) -> None:
+        self._part = part
+        self._path = Path(f"{part.path}.lock")
+        self._is_over = is_over
+        self._tell = tell
+        self._lock = FileLock(self._path, is_singleton=False)
+
+    def __enter__(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                self._lock.acquire(timeout=_LOCK_POLL_SECONDS)
+                return
+            except Timeout:
+                if self._is_over():
+                    raise Transient("somebody else is about to download it") from None
+                self._tell(Moved(self._part.size, 0))  # by somebody else, but it gets ahead
+            except OSError as error:
+                raise StorageError(f"{self._path}: {error.strerror or error}") from error
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _next(source: Iterator[Job], retries: list[tuple[float, int, _Attempts]]) -> _Attempts | None:
+    """Return what is to be done next, if anything."""
+    if retries and retries[0][0] <= time.monotonic():
+        return heapq.heappop(retries)[2]
+    if len(retries) >= RETRIES_MAX:
+        return None
+    job = next(source, None)
+    return None if job is None else _Attempts(job)
+
+
+def _given_up(*left: _Attempts) -> Iterator[Result]:
+    for one in left:
+        error = one.error
+        yield Result(one.job, error if isinstance(error, Transient) else Transient(str(error)))

@@ -1,0 +1,291 @@
+"""Files between replicas and a server over real connections: cuts, slow paths, deadlines, interrupts, two replicas."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import pytest
+from tests.builders import World, quick_folder
+
+from tidelog import FailureReason
+from tidelog.testing import Proxy
+from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
+
+pytestmark = pytest.mark.slow
+
+PHOTO: Final = b"a photo" * 1000
+LARGE: Final = random.Random(5).randbytes(20 * 1024 * 1024)
+CUTS: Final = 5
+# What cuts may cost, of the bytes of a content.
+COST_MAX: Final = 1.05
+# A path on which both ends keep pace: what lies in their buffers when it is cut is little.
+PATH_BYTES_PER_SECOND: Final = 10 * 1024 * 1024
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """Give a server."""
+    with quick_folder() as folder, World(folder) as world:
+        yield world
+
+
+@pytest.fixture
+def proxy(world: World) -> Iterator[Proxy]:
+    """Give a proxy before it."""
+    with Proxy(world.server.address) as proxy:
+        yield proxy
+
+
+def read(replica: Replica, id: str, attribute: str = "photo", **options: Any) -> bytes:  # noqa: A002
+    """Return the content of a file."""
+    with replica.open_file("Task", id, attribute, **options) as file:
+        return file.read()
+
+
+def server_contents(world: World) -> list[bytes]:
+    """Return the hashes of the contents that lie in the server's directory."""
+    return [bytes.fromhex(one.name) for one in (world.folder / "server" / "files").rglob("*") if len(one.name) == 64]
+
+
+def cutting(proxy: Proxy, size: int) -> Callable[[Progress], None]:
+    """Return an observer that cuts all connections, each time another sixth of the bytes is done."""
+    cuts = [size * n // (CUTS + 1) for n in range(1, CUTS + 1)]
+
+    def observe(now: Progress) -> None:
+        if now.phase is Phase.FILES and cuts and now.done >= cuts[0]:
+            cuts.pop(0)
+            proxy.cut(resets=True)
+
+    observe.cuts = cuts  # type: ignore[attr-defined]
+    return observe
+
+
+def test_a_photo_travels_from_one_replica_to_another(world: World) -> None:
+    """What one replica attaches another one opens, and an update of it too."""
+    one, two = world.replica("one"), world.replica("two")
+    one.create("Task", {}, "t1")
+    one.attach("Task", "t1", "photo", PHOTO, name="photo.jpg")
+    report = one.synchronize_all()
+    assert (report.applied, report.rejected, report.files_uploaded) == (2, 0, 1)
+    report = two.synchronize_all()
+    assert (report.files_downloaded, report.file_bytes_received) == (1, len(PHOTO))
+    assert read(two, "t1") == PHOTO
+    two.attach("Task", "t1", "photo", b"another one")
+    two.synchronize_all()
+    one.synchronize_all()
+    assert read(one, "t1") == b"another one"
+    assert [list(replica.failures()) for replica in (one, two)] == [[], []]
+    assert [list(replica.verify()) for replica in (one, two)] == [[], []]
+
+
+@pytest.mark.timeout(120)
+def test_cuts_of_an_upload_cost_little(world: World, proxy: Proxy) -> None:
+    """A large content that is cut five times on its way up costs at most 1.05 times its bytes."""
+    replica = world.replica(server=proxy.address)
+    replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+    observe = cutting(proxy, len(LARGE))
+    proxy.up.bytes_per_second = proxy.down.bytes_per_second = PATH_BYTES_PER_SECOND
+    report = replica.synchronize_all(on_progress=observe)
+    assert observe.cuts == []  # type: ignore[attr-defined]
+    assert (report.applied, report.skipped, replica.pending_count()) == (1, [], 0)
+    assert len(LARGE) < proxy.up.byte_count <= COST_MAX * len(LARGE)
+
+
+@pytest.mark.timeout(120)
+def test_cuts_of_a_download_cost_little(world: World, proxy: Proxy) -> None:
+    """A large content that is cut five times on its way down costs at most 1.05 times its bytes."""
+    author = world.replica("author")
+    author.create("Task", {"photo": author.add_file(LARGE)}, "t1")
+    author.synchronize_all()
+    replica = world.replica(server=proxy.address)
+    observe = cutting(proxy, len(LARGE))
+    proxy.up.bytes_per_second = proxy.down.bytes_per_second = PATH_BYTES_PER_SECOND
+    report = replica.synchronize_all(on_progress=observe)
+    assert observe.cuts == []  # type: ignore[attr-defined]
+    assert report.skipped == []
+    assert read(replica, "t1") == LARGE
+    assert len(LARGE) < proxy.down.byte_count <= COST_MAX * len(LARGE)
+
+
+@pytest.mark.timeout(60)
+def test_objects_and_small_files_are_not_held_up(world: World, proxy: Proxy) -> None:
+    """While a large content is held on its way up, objects and small files are on the server, and at others."""
+    replica = world.replica(server=proxy.address)
+    replica.create("Task", {"photo": replica.add_file(LARGE)}, "large")
+    replica.create("Task", {"photo": replica.add_file(PHOTO)}, "small")
+    replica.create("Task", {}, "none")
+    reached = threading.Event()
+
+    def observe(now: Progress) -> None:
+        if now.phase is Phase.FILES and now.total and now.total >= len(LARGE) and not reached.is_set():
+            proxy.up.stall()
+            reached.set()
+
+    reports: list[Report] = []
+    thread = threading.Thread(target=lambda: reports.append(replica.synchronize_all(on_progress=observe)))
+    thread.start()
+    assert reached.wait(30)
+    other = world.replica("other")
+    other.synchronize_all()
+    assert sorted(one.id for one in other.query("Task")) == ["none", "small"]
+    assert read(other, "small") == PHOTO
+    proxy.heal()
+    thread.join()
+    assert (reports[0].applied, reports[0].skipped) == (3, [])
+    other.synchronize_all()
+    assert read(other, "large") == LARGE
+
+
+@pytest.mark.timeout(60)
+def test_a_black_hole_ends_in_a_report(world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing gets ahead for long the synchronization returns, operations stay pending, and it goes on later."""
+    monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (1.0,))
+    replica = world.replica(server=proxy.address)
+    replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+    replica.create("Task", {}, "t2")
+
+    def observe(now: Progress) -> None:
+        if now.phase is Phase.FILES and now.done > len(LARGE) // 2:
+            proxy.stall()
+
+    report = replica.synchronize_all(on_progress=observe)
+    assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, "t1")]
+    assert (report.applied, replica.pending_count()) == (1, 1)
+    proxy.heal()
+    proxy.cut()
+    sent = proxy.up.byte_count
+    report = replica.synchronize_all()
+    assert (report.applied, report.skipped) == (1, [])
+    assert proxy.up.byte_count - sent < 0.6 * len(LARGE)
+
+
+@pytest.mark.timeout(60)
+def test_a_deadline_ends_transfers(world: World, proxy: Proxy) -> None:
+    """At the caller's deadline transfers are given up for now, and a synchronization returns."""
+    author = world.replica("author")
+    author.create("Task", {"photo": author.add_file(LARGE)}, "t1")
+    author.synchronize_all()
+    replica = world.replica(server=proxy.address)
+    proxy.down.bytes_per_second = 1024 * 1024
+    report = replica.synchronize_all(timeout=2)
+    assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_DOWNLOADED, "t1")]
+    assert replica.file_state("Task", "t1", "photo") is FileState.PENDING
+    proxy.down.bytes_per_second = None
+    assert replica.synchronize_all().skipped == []
+    assert read(replica, "t1") == LARGE
+    assert proxy.down.byte_count <= COST_MAX * len(LARGE)
+
+
+def test_a_vanished_content_becomes_a_failure(world: World) -> None:
+    """An operation whose content is nowhere any more becomes a clear failure, and nothing waits for it."""
+    replica = world.replica()
+    replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+    replica.create("Task", {}, "t2")
+    replica._storage.files.contents.delete(_hash(PHOTO))
+    report = replica.synchronize_all()
+    assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "t1")]
+    assert (report.applied, replica.pending_count()) == (1, 0)
+
+
+def test_a_content_that_the_server_lost_is_had_again(world: World) -> None:
+    """A content that the server lost is reported and marked, and had as soon as the server has it again."""
+    author, replica = world.replica("author"), world.replica()
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.create("Task", {"photo": author.add_file(b"another")}, "t2")
+    author.synchronize_all()
+    (path,) = (world.folder / "server" / "files").rglob(_hash(PHOTO).hex())
+    path.rename(world.folder / "elsewhere")
+    report = replica.synchronize_all()
+    assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_DOWNLOADED, "t1")]
+    assert replica.file_state("Task", "t1", "photo") is FileState.FAILED
+    assert read(replica, "t2") == b"another"
+    (world.folder / "elsewhere").rename(path)
+    assert replica.synchronize_all().skipped == []
+    assert read(replica, "t1") == PHOTO
+
+
+def test_contents_leave_with_their_objects(world: World) -> None:
+    """When an object is deleted elsewhere its content leaves the device; one that another object has stays."""
+    author, replica = world.replica("author"), world.replica()
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.create("Task", {"photo": author.add_file(PHOTO), "plan": author.add_file(b"a plan")}, "t2")
+    author.synchronize_all()
+    replica.synchronize_all()
+    author.delete("Task", "t2")
+    author.synchronize_all()
+    replica.synchronize_all()
+    assert [one.sha256 for one in replica._storage.files.contents.contents()] == [_hash(PHOTO)]
+    assert read(replica, "t1") == PHOTO
+    assert list(replica.verify()) == []
+
+
+def test_the_reference_of_another_object_needs_no_content(world: World) -> None:
+    """An operation may refer to a content that is not here, if another object has it on the server."""
+    author, replica = world.replica("author"), world.replica(files={"Task": "lazy"})
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.synchronize_all()
+    replica.synchronize_all()
+    first = replica.get("Task", "t1")
+    assert first is not None
+    replica.create("Task", {"photo": first["photo"]}, "t2")
+    report = replica.synchronize_all()
+    assert (report.applied, report.rejected, report.file_bytes_sent) == (1, 0, 0)
+    assert read(replica, "t2") == PHOTO
+
+
+def test_a_lazy_file_comes_when_it_is_opened(world: World) -> None:
+    """Lazy contents stay on the server until somebody opens them; two threads get one download."""
+    author = world.replica("author")
+    author.create("Task", {"photo": author.add_file(LARGE)}, "t1")
+    author.synchronize_all()
+    with Proxy(world.server.address) as proxy:
+        replica = world.replica(server=proxy.address, files={"Task": "lazy"})
+        assert replica.synchronize_all().files_downloaded == 0
+        found: list[bytes] = []
+        threads = [threading.Thread(target=lambda: found.append(read(replica, "t1"))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [LARGE, LARGE]
+        assert proxy.down.byte_count < 1.1 * len(LARGE)
+
+
+def test_operations_of_all_modes_carry_their_contents(world: World) -> None:
+    """Unsynchronized and selected upload contents before operations, and download those of what they bring."""
+    one, two = world.replica("one"), world.replica("two")
+    one.create("Task", {"photo": one.add_file(PHOTO)}, "t1")
+    one.create("Task", {"photo": one.add_file(LARGE)}, "t2")
+    assert one.synchronize_selected([("Task", "t2")]).applied == 1
+    assert server_contents(world) == [_hash(LARGE)]
+    assert one.synchronize_unsynchronized().applied == 1
+    assert two.synchronize_selected([("Task", "t1")]).files_downloaded == 1
+    assert read(two, "t1") == PHOTO
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_ends_transfers(world: World, proxy: Proxy) -> None:
+    """Ctrl-C in the middle of a transfer ends the synchronization at once; the next one goes on."""
+    replica = world.replica(server=proxy.address)
+    replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+
+    def observe(now: Progress) -> None:
+        if now.phase is Phase.FILES and now.done > len(LARGE) // 2:
+            proxy.stall()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replica.synchronize_all(on_progress=observe)
+    proxy.heal()
+    proxy.cut()
+    sent = proxy.up.byte_count
+    assert replica.synchronize_all(timeout=30).applied == 1
+    assert proxy.up.byte_count - sent < 0.6 * len(LARGE)
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -1,0 +1,331 @@
+"""Contents of files that nothing refers to: when they go, and that none goes which somebody is about to refer to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, file_value, said, update, wanted
+
+from tidelog import ResourceClosed, StorageError
+from tidelog_server import DirectoryContents, Principal, Tenant
+from tidelog_server._content_store import PartMismatch
+from tidelog_server._files import Files
+from tidelog_server._records import Writes
+from tidelog_server._retention import Periods, Retention
+from tidelog_server._store import Reader
+
+PHOTO: Final = b"a photo, say"
+OTHER: Final = b"another one"
+HOUR: Final = timedelta(hours=1)
+DAY: Final = timedelta(days=1)
+
+
+@pytest.fixture
+def cabinet(tmp_path: Path) -> Cabinet:
+    """Give files with an application that allows everything."""
+    return Cabinet(Lab(), tmp_path / "files")
+
+
+def kept(cabinet: Cabinet) -> list[Path]:
+    """Return the files of the directory."""
+    return [one for one in cabinet.contents.path.rglob("*") if one.is_file()]
+
+
+def test_what_nothing_refers_to_goes_after_the_grace(cabinet: Cabinet) -> None:
+    """A content that was uploaded, or added by the service, and that nothing came to refer to, is kept for a while."""
+    cabinet.upload(PHOTO)
+    cabinet.tenant().add_file(OTHER, name="other")
+
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.collect() == 0
+    assert cabinet.has(PHOTO)
+    assert cabinet.has(OTHER)
+    cabinet.wait(2 * HOUR)
+    assert cabinet.collect() == 2
+    assert not cabinet.has(PHOTO)
+    assert not cabinet.has(OTHER)
+    assert cabinet.entries(b"g") == cabinet.entries(b"c") == []
+    assert kept(cabinet) == []
+
+
+def test_what_something_refers_to_stays(cabinet: Cabinet) -> None:
+    """A content stays as long as one object refers to it, and a while longer from when the last one let go."""
+    photo = cabinet.upload(PHOTO)
+    session = cabinet.lab.session()
+    session.batch(create(1, "a", {"photo": photo}), create(2, "b", {"photo": photo}))
+
+    cabinet.wait(10 * DAY)
+    session.batch(delete(3, "a"))
+    assert cabinet.collect() == 0
+    session.time_us = cabinet.time_us
+    session.batch(update(4, "b", {"photo": None}))
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.collect() == 0
+    assert cabinet.has(PHOTO)
+    cabinet.wait(2 * HOUR)
+    assert cabinet.collect() == 1
+    assert not cabinet.has(PHOTO)
+
+
+def test_a_right_ends_with_the_grace(cabinet: Cabinet) -> None:
+    """Who uploaded a content may refer to it for a while only, unless he asks for it again."""
+    ann, bob = Principal("ann"), Principal("bob")
+    photo = cabinet.upload(PHOTO, ann)
+    cabinet.upload(PHOTO, bob)
+    cabinet.lab.settle(create(1, "a", {"photo": photo}))
+
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.files.stat(bob, [wanted(PHOTO)])[0].is_present
+    cabinet.wait(2 * HOUR)
+    cabinet.collect()
+
+    assert cabinet.entries(b"g") == [b"g" + photo["sha256"] + b"bob"]
+    assert cabinet.has(PHOTO)
+
+
+def test_what_was_called_present_stays_for_the_grace(cabinet: Cabinet) -> None:
+    """Nobody who was told that a content is present finds it gone before the grace is over."""
+    cabinet.upload(PHOTO)
+    cabinet.wait(2 * DAY)
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+
+    for _ in range(3):
+        cabinet.wait(DAY - HOUR)
+        assert cabinet.collect() == 0
+        assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    cabinet.wait(DAY - HOUR)
+    assert cabinet.collect() == 0
+    assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
+
+
+def test_what_is_called_present_while_it_is_collected(tmp_path: Path) -> None:
+    """A content that goes right before it would be called present is called missing."""
+    lab = Lab()
+
+    class Collecting(DirectoryContents):
+        """Collects before it says that a content is there."""
+
+        def size(self, tenant: str, sha256: bytes) -> int | None:
+            size = super().size(tenant, sha256)
+            if racing.is_due:
+                racing.is_due = False
+                assert racing.collect() == 1
+            return size
+
+    class Racing(Cabinet):
+        is_due = False
+
+    racing = Racing(lab, tmp_path)
+    racing.contents = Collecting(tmp_path)
+    racing.files = Files(lab.application, lab.store, racing.contents, lambda: racing.time_us)
+    racing.upload(PHOTO)
+    racing.wait(2 * DAY)
+    racing.is_due = True
+
+    assert not racing.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    assert not racing.has(PHOTO)
+    assert racing.entries(b"g") == []
+
+
+def test_what_comes_to_be_referred_to_before_it_is_collected(cabinet: Cabinet) -> None:
+    """A content that was found unneeded, and that an operation refers to before it would go, stays."""
+    photo = cabinet.upload(PHOTO)
+    cabinet.wait(2 * DAY)
+    before_us = cabinet.time_us
+    assert said(cabinet.lab.settle(create(1, set={"photo": photo}))) == ["APPLIED"]
+    revoke = {b"g" + photo["sha256"] + b"ann": None}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, revoke), None)).result()
+
+    assert cabinet.files.collect(TENANT, photo["sha256"], before_us) == 0
+    assert cabinet.has(PHOTO)
+
+
+def test_an_upload_while_the_same_content_is_collected(tmp_path: Path) -> None:
+    """An upload that ends between the end of a record and that of its content leaves both."""
+    lab = Lab()
+    uploads: list[threading.Thread] = []
+
+    class Slow(DirectoryContents):
+        """Lets an upload of the content have all the time it wants before it deletes it."""
+
+        def delete(self, tenant: str, sha256: bytes) -> None:
+            uploads.append(threading.Thread(target=racing.upload, args=(PHOTO,)))
+            uploads[0].start()
+            uploads[0].join(0.3)
+            super().delete(tenant, sha256)
+
+    racing = Cabinet(lab, tmp_path)
+    racing.contents = Slow(tmp_path)
+    racing.files = Files(lab.application, lab.store, racing.contents, lambda: racing.time_us)
+    racing.upload(PHOTO)
+    racing.wait(2 * DAY)
+
+    assert racing.collect() == 1
+    uploads[0].join()
+
+    assert racing.has(PHOTO)
+    assert said(lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
+
+
+def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server left that ended before it wrote the record is missing to everybody, and goes after the grace."""
+
+    def ends(*_: Any, **__: Any) -> None:
+        raise ResourceClosed("the server ends here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cabinet.files, "_write", ends)
+        cabinet.files._known_tenants.add(TENANT)
+        with pytest.raises(ResourceClosed):
+            cabinet.upload(PHOTO)
+    assert len(kept(cabinet)) == 1
+    assert cabinet.files.stat(USER, [wanted(PHOTO)]) == [(False, False, 0)]
+    assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["NOT_READY"]
+
+    cabinet.lab.settle(create(2, "t2"))
+    of_the_directory(cabinet)
+    assert cabinet.collect() == 0
+    assert len(kept(cabinet)) == 1
+    cabinet.wait(2 * DAY)
+    assert cabinet.collect() == 1
+    assert kept(cabinet) == []
+
+
+def test_contents_that_were_away(cabinet: Cabinet) -> None:
+    """A content that was out of reach when somebody asked for it, and that is referred to, stays once it is back."""
+    photo, other = cabinet.upload(PHOTO), cabinet.upload(OTHER)
+    cabinet.lab.settle(create(1, set={"photo": photo}), create(2, set={"photo": other}))
+    away = cabinet.contents.path.rename(cabinet.contents.path.with_name("away"))
+    assert not any(one.is_present for one in cabinet.files.stat(USER, [wanted(PHOTO), wanted(OTHER)]))
+    away.rename(cabinet.contents.path)
+    (cabinet.contents.tenant_path(TENANT) / path_of(OTHER)).write_bytes(b"something else")
+
+    of_the_directory(cabinet)
+    cabinet.wait(10 * DAY)
+    assert cabinet.collect() == 0
+
+    assert cabinet.has(PHOTO)
+    assert cabinet.entries(b"c") == [b"c" + photo["sha256"]]
+    assert len(kept(cabinet)) == 2
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    cabinet.upload(OTHER)
+    assert cabinet.has(OTHER)
+
+
+def test_contents_without_a_record_after_a_restore(cabinet: Cabinet) -> None:
+    """What has come since a backup stays where it is for a while after it was put back: it may be offered again."""
+    cabinet.upload(PHOTO)
+    cabinet.lab.settle(create(1))
+    forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
+    store: Any = cabinet.lab.store
+    of_the_directory(cabinet)
+    store._identity = store.identity._replace(timeline="another")
+    cabinet.wait(10 * DAY)
+
+    assert cabinet.collect() == 0
+    cabinet.wait(29 * DAY)
+    assert cabinet.collect() == 0
+    assert len(kept(cabinet)) == 1
+    cabinet.wait(2 * DAY)
+    assert cabinet.collect() == 1
+    assert kept(cabinet) == []
+
+
+def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
+    """A part that nobody goes on with goes after the grace, also of a tenant that has nothing else."""
+    incoming = cabinet.files.begin_upload(USER, wanted(PHOTO), 0)
+    incoming.append(PHOTO[:5])
+    incoming.leave()
+    assert cabinet.lab.store.tenants() == [TENANT]
+
+    cabinet.collect()
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].received_bytes == 5
+    cabinet.collect(timedelta(0))
+    assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].received_bytes == 0
+    with pytest.raises(PartMismatch):
+        cabinet.files.begin_upload(USER, wanted(PHOTO), 5)
+
+
+def test_a_part_that_is_on_its_way(cabinet: Cabinet) -> None:
+    """However short the grace is, an upload that is under way goes on."""
+    incoming = cabinet.files.begin_upload(USER, wanted(PHOTO), 0)
+    incoming.append(PHOTO[:5])
+    cabinet.collect(timedelta(seconds=-1))
+    incoming.append(PHOTO[5:])
+    incoming.complete()
+    assert cabinet.has(PHOTO)
+
+
+def test_trouble_of_one_tenant(tmp_path: Path) -> None:
+    """What cannot be forgotten of one tenant, out of reach or damaged, keeps nothing of others and nothing else."""
+
+    class Away(DirectoryContents):
+        """A place of which a part cannot be reached."""
+
+        def contents(self, tenant: str) -> Any:
+            if tenant == TENANT:
+                raise StorageError("this part cannot be reached")
+            return super().contents(tenant)
+
+    lab = Lab()
+    cabinet = Cabinet(lab, tmp_path)
+    cabinet.contents = Away(tmp_path)
+    cabinet.files = Files(lab.application, lab.store, cabinet.contents, lambda: cabinet.time_us)
+    tenants = (TENANT, "other", "third")
+    for tenant in tenants:
+        cabinet.upload(PHOTO, Principal("ann", tenant))
+        bad = {b"g" + wanted(PHOTO).sha256 + b"ann": b"bad" if tenant == "other" else None}
+        lab.store.submit(tenant, lambda reader, bad=bad: (index_only(reader, bad), None)).result()  # type: ignore[misc]
+    cabinet.wait(2 * DAY)
+
+    with pytest.raises(StorageError, match="this part"):
+        cabinet.collect()
+
+    assert [cabinet.contents.size(tenant, wanted(PHOTO).sha256) for tenant in tenants] == [None, len(PHOTO), None]
+
+
+def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
+    """Where contents cannot be reached, that is told, and everything else that is due is forgotten all the same."""
+
+    class Away(DirectoryContents):
+        """A place that cannot be reached."""
+
+        def contents(self, tenant: str) -> Any:
+            raise StorageError("the place cannot be reached")
+
+    lab = Lab()
+    lab.settle(create(1), delete(2))
+    Tenant(lab.application, lab.store, "other", None, lambda: TIME_US).create("Task", {})
+    files = Files(lab.application, lab.store, Away(tmp_path), lambda: TIME_US)
+    periods = Periods(timedelta(0), timedelta(days=1), timedelta(days=1), timedelta(days=1))
+    retention = Retention(lab.store, periods, lambda: TIME_US + 1, files)
+
+    with pytest.raises(StorageError):
+        retention.collect()
+
+    for tenant in (TENANT, "other"):
+        with lab.store.read(tenant) as reader:
+            assert reader.collected() == reader.head().version > 0
+
+
+def path_of(data: bytes) -> Path:
+    """Return where a content lies in the directory of its tenant."""
+    name = wanted(data).sha256.hex()
+    return Path(name[:2], name[2:4], name)
+
+
+def of_the_directory(cabinet: Cabinet) -> None:
+    """Set the clock to that of the file system, by which contents without a record are as old as they are."""
+    cabinet.time_us = int(max(one.stat().st_mtime for one in kept(cabinet)) * 1_000_000) + 1
+    assert cabinet.time_us > TIME_US
+
+
+def index_only(reader: Reader, entries: Mapping[bytes, bytes | None]) -> Any:
+    """Return writes of the table of indexes only."""
+    return Writes({}, [], None, [], [], reader.head().version, dict(entries))
