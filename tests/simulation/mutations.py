@@ -440,7 +440,7 @@ def _refer_to_anything() -> _Patch:
 
 
 def _refer_to_whatever_is_there() -> _Patch:
-    return mock.patch.object(_file_rules.FileRules, "may_refer", return_value=True)
+    return mock.patch.object(_file_rules.FileRules, "reads", return_value=True)
 
 
 def _collect_what_is_needed() -> _Patch:
