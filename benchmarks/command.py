@@ -21,6 +21,7 @@ from benchmarks.narrow import measure_narrow
 from benchmarks.profile_runs import What, profile
 from benchmarks.profiling import Clock
 from benchmarks.resume import INTERRUPTIONS, measure_resume
+from benchmarks.steady import SAMPLES, measure_steady
 from benchmarks.summary import as_data, summarize
 
 REPEAT_SMALL: Final = 5
@@ -131,6 +132,18 @@ def run_load(
         tables.show_situations(console, situations)
         tables.show_storm(console, measure_storm(Path(name), clients))
         tables.show_pings(console, *measure_pings(Path(name), operations))
+
+
+@app.command("steady")
+def run_steady(
+    rounds: Annotated[int, typer.Option(min=SAMPLES, help="How often the replicas synchronize.")] = 6_000,
+    folder: Folder = None,
+) -> None:
+    """Measure the memory of a server and replicas that synchronize small changes again and again."""
+    console = Console(width=TABLE_WIDTH)
+    tables.show_machine(console, machine.describe(folder or Path(tempfile.gettempdir())))
+    with tempfile.TemporaryDirectory(prefix="tidelog-benchmark-", dir=folder) as name:
+        tables.show_steady(console, list(measure_steady(Path(name), rounds)))
 
 
 @app.command("resume")

@@ -14,6 +14,7 @@ from benchmarks.files import Travelled
 from benchmarks.load import Situation, Storm
 from benchmarks.narrow import Narrow
 from benchmarks.resume import Resumed
+from benchmarks.steady import Held
 from benchmarks.summary import Side, Spread, Summary
 
 
@@ -85,6 +86,16 @@ def show_pings(console: Console, alone: Sequence[float], beside: Sequence[float]
         moments = [pings[int(part * (len(pings) - 1))] for part in (0.5, 0.99, 1.0)]
         table.add_row(name, str(len(pings)), *(f"{seconds * 1e3:.1f} ms" for seconds in moments))
     _print(console, "who waits for the writer", table)
+
+
+def show_steady(console: Console, measured: Sequence[Held]) -> None:
+    """Print what processes hold as they go on; ratios to the first."""
+    table = _table("rounds", "server: own MB", "ratio", "writer: own MB", "ratio", "reader: own MB", "ratio")
+    for held in measured:
+        sizes = zip(held[1:], measured[0][1:], strict=True)
+        cells = (cell for now, first in sizes for cell in (f"{now / 1e6:.1f}", f"{now / first:.2f}"))
+        table.add_row(f"{held.rounds:,}", *cells)
+    _print(console, "memory of processes that synchronize small changes again and again", table)
 
 
 def show_resumed(console: Console, measured: Resumed) -> None:

@@ -78,6 +78,15 @@ class ReplicaWorker:
                     transaction.update(ENTITY, id_, {"status": "done", "done": True})
         return len(chosen)
 
+    def exchange(self, count: int) -> None:
+        """Delete the oldest objects and create as many."""
+        oldest = [one.id for one in islice(self._replica.query(ENTITY), count)]
+        with self._replica.transaction() as transaction:
+            for id_ in oldest:
+                transaction.delete(ENTITY, id_)
+            for one in tasks(0, count):
+                transaction.create(ENTITY, one)
+
     def synchronize(self) -> Work:
         """
         Synchronize everything.

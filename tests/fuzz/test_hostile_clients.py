@@ -149,9 +149,13 @@ class Stream:
 
     def cancel(self) -> None:
         """Hang up."""
+        self._ended()
+        self._call.cancel()
+
+    def _ended(self) -> None:
+        # A thread of gRPC waits for the next request until it is told that there is none.
         self.is_open = False
         self._requests.put(None)
-        self._call.cancel()
 
     def receive(self) -> sync_pb2.SynchronizeResponse | None:
         """Return the next answer; None at the end, or if the server refuses."""
@@ -159,10 +163,9 @@ class Stream:
             data = next(self._call, None)
         except grpc.RpcError as error:
             check_refusal(error)
-            self.is_open = False
-            return None
+            data = None
         if data is None:
-            self.is_open = False
+            self._ended()
             return None
         return sync_pb2.SynchronizeResponse.FromString(data)
 
