@@ -21,7 +21,7 @@ import grpc
 # library. In C, that of gRPC included, no interrupt comes; but in what it calls of Python.
 _ROOT: Final = str(Path(__file__).resolve().parents[1])
 _OWN: Final = tuple(f"{_ROOT}/{root}/" for root in ("changelog", "client", "server"))
-_GRPC: Final = tuple(f"{Path(grpc.__file__).parent}/{name}.py" for name in ("_channel", "_common"))
+_GRPC: Final = (f"{Path(grpc.__file__).parent}/",)
 _LIBRARY: Final = tuple(sys.modules[name].__file__ or "" for name in ("contextlib", "threading"))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import _thread
+import queue
 import ssl
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import grpc
 
@@ -44,6 +44,8 @@ _OPTIONS: Final = (
 
 # How long to wait for a channel to close. It is a matter of milliseconds, or of ever.
 CLOSE_SECONDS_MAX: Final = 5.0
+
+_Result = TypeVar("_Result")
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -107,26 +109,33 @@ def channel_opener(address: str, tls: ClientTls | None = None) -> Callable[[], g
     return partial(grpc.secure_channel, address, tls.credentials(), options=options)
 
 
-def close_aside(channel: grpc.Channel, call: grpc.Call | None = None) -> threading.Lock:
+def aside(work: Callable[[], _Result], seconds_max: float | None = None) -> _Result:
     """
-    Close a channel in a thread that no exit waits for; return a lock that it releases then.
+    Do something of gRPC's in a thread to which no interrupt (Ctrl-C) comes; return or raise what it returns or raises.
 
-    The thread keeps both while they do not answer: they would stop whoever lets go of them last. `threading.Thread`
-    will not do: an interrupt while it starts may leave it standing, or end as a RuntimeError.
+    In the middle of gRPC an interrupt may leave a lock taken that every later call waits for, or end the process. What
+    is waited for may be interrupted. No exit waits for the thread; `threading.Thread` will not do: an interrupt while
+    it starts may leave it standing.
+
+    Raises:
+        TimeoutError: It takes longer, and goes on.
     """
-    closing = threading.Lock()
-    closing.acquire()
-    _thread.start_new_thread(_close, (channel, call, closing))
-    return closing
-
-
-def _close(channel: grpc.Channel, call: grpc.Call | None, closing: threading.Lock) -> None:
+    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    _thread.start_new_thread(_do, (work, outcome))
     try:
-        channel.close()
-        if call is not None:
-            call.cancel()
-    finally:
-        closing.release()
+        result, error = outcome.get(timeout=seconds_max)
+    except queue.Empty:
+        raise TimeoutError(f"it takes longer than {seconds_max} seconds") from None
+    if error is not None:
+        raise error
+    return cast(_Result, result)
+
+
+def _do(work: Callable[[], object], outcome: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
+    try:
+        outcome.put((work(), None))
+    except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        outcome.put((None, error))
 
 
 def check_token(token: str) -> str:

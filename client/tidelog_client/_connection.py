@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import queue
-import traceback
+import threading
 import weakref
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from contextlib import suppress
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -15,10 +17,10 @@ from tidelog._channel import (
     CLOSE_SECONDS_MAX,
     ClientTls,
     Metadata,
+    aside,
     authorization,
     channel_opener,
     check_token,
-    close_aside,
 )
 from tidelog._errors import ResourceClosed, TokenUnavailable
 from tidelog._logging import get_logger
@@ -38,9 +40,8 @@ class Connection:
     """
     A channel to "host:port". Connects when it is used, and again after an outage.
 
-    An interrupt (Ctrl-C) in the middle of gRPC may leave a lock taken, or a thread not started, that every later call
-    of the channel waits for. So a channel is not used again unless what was begun on it has come to its end, and its
-    calls are not waited for: another one is opened.
+    Nothing of gRPC runs in a thread of the caller's, who may be interrupted (Ctrl-C): in the middle of gRPC an
+    interrupt may leave a lock taken that every later call waits for, or end the process.
 
     Args:
         address: Where the server is.
@@ -56,9 +57,9 @@ class Connection:
         self.address = address
         self._token = check_token(token) if token is not None and not callable(token) else token
         self._open = channel_opener(address, tls)
+        self._opening = threading.Lock()
         self._channel: grpc.Channel | None = None
-        # Also where an interrupt was in the way of everything that would mend it.
-        self._is_in_use = False
+        self._stream: Stream | None = None
         self._is_closed = False
         self._file_channels: weakref.WeakSet[FileChannel] = weakref.WeakSet()
         if token is not None and tls is None and not is_loopback(host_of(address)):
@@ -92,22 +93,13 @@ class Connection:
         Raises:
             ResourceClosed: The connection was closed.
         """
-        if self._is_in_use:
-            self.abandon_channel()
-        channel = self._channel
-        if channel is None:
-            channel = self._channel = self._open()
+        if self._stream is not None:
+            self._stream.cancel()  # an interrupt may have been in the way
         if self._is_closed:
-            self.close()
             raise ResourceClosed("the connection is closed")
-        self._is_in_use = True
-        try:
-            return Stream(self, channel, metadata, timeout)
-        except BaseException as error:
-            self.abandon_channel()
-            # The frames that an interrupt left may hold a lock of all of gRPC as long as somebody keeps the error.
-            traceback.clear_frames(error.__traceback__)
-            raise
+        self._stream = stream = Stream(self.address, self._opened)
+        stream.start(metadata, timeout)
+        return stream
 
     def files(self, timeout: float | None) -> FileCalls:
         """
@@ -126,42 +118,51 @@ class Connection:
         """Return what makes such calls."""
         return Workers(count_max)
 
-    def release_channel(self) -> None:
-        """Let the channel be used for the next stream."""
-        self._is_in_use = False
-
-    def abandon_channel(self, call: grpc.Call | None = None) -> None:
-        """Have the next stream get another channel. *call* of this one is ended, if it can still do that."""
-        if self._channel is not None:
-            close_aside(self._channel, call)
-            self._channel = None
-        self._is_in_use = False
-
     def close(self) -> None:
         """Close the channel; calls under way end."""
         self._is_closed = True
-        channel = self._channel
-        if channel is not None:
-            close_aside(channel).acquire(timeout=CLOSE_SECONDS_MAX)
+        with suppress(TimeoutError):
+            aside(self._close_channel, CLOSE_SECONDS_MAX)
         for calls in list(self._file_channels):
             calls.close()
 
+    def _opened(self) -> grpc.Channel:
+        # In a stream's thread.
+        with self._opening:
+            if self._is_closed:
+                raise ResourceClosed("the connection is closed")
+            if self._channel is None:
+                self._channel = self._open()
+            return self._channel
+
+    def _close_channel(self) -> None:
+        with self._opening:
+            if self._channel is not None:
+                self._channel.close()
+
 
 class Stream:
-    """One session's messages. Cancel it in the end."""
+    """
+    One session's messages. Start it, and cancel it in the end.
 
-    def __init__(
-        self, connection: Connection, channel: grpc.Channel, metadata: Metadata, timeout: float | None
-    ) -> None:
-        self._connection = connection
+    Args:
+        address: Where the server is.
+        channel: Gives the channel.
+    """
+
+    def __init__(self, address: str, channel: Callable[[], grpc.Channel]) -> None:
+        self._address = address
+        self._channel = channel
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._is_receiving = False
-        try:
-            call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SYNCHRONIZE)
-            self._call = call(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
-        except BaseException:
-            self._requests.put(None)  # a thread of gRPC's may wait for it already
-            raise
+        # The next message is waited for while the last one is looked at, and none is taken ahead of that.
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
+        self._call: Any = None
+        self._is_over = False
+
+    def start(self, metadata: Metadata, timeout: float | None) -> None:
+        """Open the stream."""
+        _thread.start_new_thread(self._run, (metadata, timeout))
 
     def send(self, messages: list[bytes | None]) -> None:
         """Send messages; None closes this side of the stream."""
@@ -173,28 +174,42 @@ class Stream:
         Wait for the next message; None when the server has closed the stream.
 
         Raises:
+            ResourceClosed: The connection was closed.
             Transient: The stream broke; another one may do better.
             SynchronizationError: The server refuses.
         """
-        self._is_receiving = True
-        try:
-            data = next(self._call, None)
-        except grpc.RpcError as error:
-            failure = error_of(error, self._connection.address)
-            self._is_receiving = False
-            raise failure from error
-        self._is_receiving = False
-        return data
+        answer = self._answers.get()
+        self._wanted.put(True)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def cancel(self) -> None:
-        """End the call, whatever its state: also after an interrupt, and then without a wait."""
-        self._requests.put(None)
-        if self._is_receiving:  # no longer, but it did not come back
-            self._connection.abandon_channel(self._call)
-            return
+        """End the stream, whatever its state, and without a wait."""
+        self._is_over = True
+        self._wanted.put(True)
+        if self._call is not None:
+            _thread.start_new_thread(self._call.cancel, ())
+        # The thread of gRPC's that waits for a message is told by `_run`, once the call is cancelled: a server that
+        # sees the end of the messages first would take it for a mistake.
+
+    def _run(self, metadata: Metadata, timeout: float | None) -> None:
         try:
-            self._call.cancel()
-        except BaseException:
-            self._connection.abandon_channel(self._call)
-            raise
-        self._connection.release_channel()
+            method: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(_SYNCHRONIZE)
+            self._call = method(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
+            if self._is_over:  # `cancel` may have missed it
+                self._call.cancel()
+            for data in self._call:
+                self._answers.put(data)
+                self._wanted.get()
+            self._answers.put(None)
+        except grpc.RpcError as error:
+            failure = error_of(error, self._address)
+            failure.__cause__ = error
+            self._answers.put(failure)
+        except ValueError:  # what gRPC says of a channel that was closed meanwhile
+            self._answers.put(ResourceClosed("the connection is closed"))
+        except BaseException as error:  # noqa: BLE001 - raised where the answer is waited for
+            self._answers.put(error)
+        finally:
+            self._requests.put(None)  # a thread of gRPC's may wait for it

@@ -6,7 +6,7 @@ import enum
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Annotated, Any, Final, TypeVar
@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from tidelog import InvalidConstraint, InvalidValue, Operation, Schema
-from tidelog._channel import CLOSE_SECONDS_MAX, Metadata, authorization, check_token, close_aside, open_channel
+from tidelog._channel import CLOSE_SECONDS_MAX, Metadata, aside, authorization, check_token, open_channel
 from tidelog._constraint_text import parse_value
 from tidelog._failure import FailureReason, SynchronizationFailure, moment_of, operation_as_data, operation_in_short
 from tidelog._operation import OperationKind, decode_operation
@@ -249,7 +249,7 @@ class _Server:
 
     def call(self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request) -> _Response:
         """Call a method as the user."""
-        return method(request, timeout=CALL_SECONDS_MAX, metadata=self._metadata)
+        return aside(functools.partial(method, request, timeout=CALL_SECONDS_MAX, metadata=self._metadata))
 
     def schema(self) -> Schema | None:
         """Return the application's schema, or None if it has none."""
@@ -275,14 +275,15 @@ def _server(
     token = given_token(token_file)
     metadata = authorization(None if token is None else check_token(token))
     tls_given = given_tls(tls=tls, ca=tls_ca, certificate=tls_certificate, key=tls_key)
-    channel = open_channel(server, tls_given)
+    channel = aside(functools.partial(open_channel, server, tls_given))
     try:
         yield _Server(channel, metadata)
     except grpc.RpcError as error:
         exit_code = _EXIT_CODES.get(error.code(), ExitCode.REFUSED)
         raise CommandFailed(f"{server}: {error.details()}", exit_code) from error
     finally:
-        close_aside(channel).acquire(timeout=CLOSE_SECONDS_MAX)
+        with suppress(TimeoutError):
+            aside(channel.close, CLOSE_SECONDS_MAX)
 
 
 def _calling(command: Callable[..., None]) -> Callable[..., None]:

@@ -388,7 +388,7 @@ class TestUploads:
 
     def test_that_stand_still(self, folder: Path) -> None:
         """A client that sends nothing for too long loses its place, and keeps what it has sent."""
-        with World(folder, limits=ServerLimits(idle_seconds=0.2)) as world:
+        with World(folder, limits=ServerLimits(idle_seconds=1)) as world:
             client = Client(world)
             sending = Sending(client, messages(PHOTO, until=FILE_CHUNK_BYTES))
 
