@@ -88,7 +88,15 @@ class Outcome(NamedTuple):
 
 
 class SettledCounts(NamedTuple):
-    """What a set of results brought: how many were applied, refused, settled again, and the failures."""
+    """
+    What a set of results brought.
+
+    Attributes:
+        applied: How many pending operations were applied.
+        rejected: How many operations the failures are about, settled again or not.
+        reoffered: How many operations were settled again.
+        failures: The failures that the replica did not have.
+    """
 
     applied: int
     rejected: int
@@ -384,9 +392,10 @@ class Storage:
         self.view.settle_applied(transaction, applied, rebasing=self.lineage.is_rebasing)
         members = [member for group in refused.values() for member in group]
         self.view.settle_refused(transaction, [(key, result.seq) for result, key in members])
-        failures = [self._record_failure(transaction, group) for group in (*refused.values(), *again.values())]
+        groups = [*refused.values(), *again.values()]
+        failures = [self._record_failure(transaction, group) for group in groups]
         self._note_newest_settled(transaction, max((result.seq for result in results), default=0))
-        return SettledCounts(len(applied), len(members), reoffered_count, failures)
+        return SettledCounts(len(applied), sum(map(len, groups)), reoffered_count, failures)
 
     def _forget_failure(self, transaction: LmdbTransaction, result: operation_pb2.OperationResult) -> None:
         """Forget the failure that an operation was until now, if something else has become of it."""

@@ -522,6 +522,40 @@ class TestRestoredServers:
         site.sync("b")
         assert contents(site.device("b")) == truth
 
+    def test_the_report_counts_what_became_a_failure(self, site: Site) -> None:
+        """Of what is settled anew the report counts what is refused now as such; a former refusal is no news."""
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"title": "x"}, "t1")
+        a.synchronize_all()
+        b.synchronize_all()
+        site.shut("a")
+        site.shut("b")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", {"title": "of a"})
+        a.create("Task", {}, "t2")
+        a.create("Task", {"bad": True}, "refused")
+        with a.transaction(atomic=True) as transaction:
+            transaction.update("Task", "t1", {"title": "of a, in a group"})
+            transaction.create("Task", {}, "t3")
+        a.synchronize_all()
+        a.create("Task", {}, "pending")
+        a.create("Task", {"bad": True}, "refused as well")
+        site.shut("a")
+        site.restore()
+        b = site.device("b")
+        b.update("Task", "t1", {"title": "of b"})
+        b.synchronize_all()
+
+        report = site.sync("a")
+
+        reasons = {one.object_id: one.reason for one in report.failures}
+        assert reasons == {"t1": FailureReason.SUPERSEDED, "refused as well": FailureReason.HOOK_REJECTED}
+        assert (report.reoffered, report.applied, report.rejected) == (5, 1, 4)
+        assert report.rejected == sum(len(one.group_operations) or 1 for one in report.failures)
+        again = site.sync("a")
+        assert (again.reoffered, again.applied, again.rejected, list(again.failures)) == (0, 0, 0, [])
+
     def test_two_devices_offer_again(self, site: Site) -> None:
         """Operations of two devices come together again, in the order they had, whichever of the two comes first."""
         for first, second in (("a", "b"), ("b", "a")):
