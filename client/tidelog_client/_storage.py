@@ -582,15 +582,16 @@ class Storage:
 
     def trim(self, oldest_us: float, size_bytes_max: int, *, count_max: int) -> int:
         """
-        Remove settled operations from the oldest on, at most *count_max*, and return how many went.
+        Remove settled operations from the oldest on, about *count_max* at most, and return how many went.
 
         Those go that were made before *oldest_us*, and any while the log is larger
-        than *size_bytes_max*. The first one that must stay ends it.
+        than *size_bytes_max*. The first one that must stay ends it. A commit group
+        goes whole: a part of it could not be offered again to a server that lost it.
         """
 
         def work(transaction: LmdbTransaction) -> list[int]:
             trimmed = self.log.trim(
-                transaction, may_go=self._trimmable(transaction, oldest_us, size_bytes_max), count_max=count_max
+                transaction, going=self._trimmable(transaction, oldest_us, size_bytes_max), count_max=count_max
             )
             for seq in trimmed:
                 transaction.delete(pack_position(seq), db=self._outcomes)
@@ -604,25 +605,35 @@ class Storage:
 
     def _trimmable(
         self, transaction: LmdbTransaction, oldest_us: float, size_bytes_max: int
-    ) -> Callable[[int, bytes], bool]:
+    ) -> Callable[[int, bytes], int]:
         size_bytes = self.log.size_bytes(transaction)
         excess_bytes = size_bytes - size_bytes_max
         share_bytes = size_bytes // max(1, self.log.entry_count(transaction))
 
-        def may_go(seq: int, data: bytes) -> bool:
+        def going(seq: int, data: bytes) -> int:
             nonlocal excess_bytes
-            try:
-                operation = decode_operation(data)
-            except InvalidValue as error:
-                raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
-            if self.lineage.is_reoffered(transaction, seq):
-                return False
+            operation = _decoded(seq, data)
             if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
-                return False
-            excess_bytes -= share_bytes
-            return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
+                return 0
+            members = {seq: operation}
+            if operation.group is not None:
+                behind = range(seq + 1, seq + operation.group.size - operation.group.position)
+                members |= {at: _decoded(at, stored) for at in behind if (stored := self.log.stored(transaction, at))}
+            excess_bytes -= share_bytes * len(members)
+            return 0 if any(must_stay(*one) for one in members.items()) else len(members)
 
-        return may_go
+        def must_stay(seq: int, operation: Operation) -> bool:
+            key = pack_object_key(*operation.key)
+            return self.lineage.is_reoffered(transaction, seq) or self.view.is_needed(transaction, key, seq)
+
+        return going
+
+
+def _decoded(seq: int, data: bytes) -> Operation:
+    try:
+        return decode_operation(data)
+    except InvalidValue as error:
+        raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
 
 
 def _packed_outcome(result: operation_pb2.OperationResult) -> bytes:

@@ -42,6 +42,7 @@ from tidelog_server._units import (
     Member,
     Unit,
     contents_of,
+    is_whole,
     keys_of,
     read_member,
     size_bytes,
@@ -282,6 +283,9 @@ class _Evaluator:
             return outcomes.record_former(unit)
         if outcomes.is_parked(unit):
             return outcomes.park(unit, BEHIND_ANOTHER)
+        if former is not None and not is_whole(unit):
+            message = "a part of its commit group is not kept any more: what is left of it is not applied on its own"
+            return outcomes.refuse(unit, Refused(FailureReason.SUPERSEDED, message))
         if self._is_fragmented and self._is_behind_gap(unit):
             return outcomes.park(unit, FRAGMENTED)
         if len(unit) > 1 and size_bytes(unit) > GROUP_BYTES_MAX:

@@ -556,6 +556,36 @@ class TestRestoredServers:
         again = site.sync("a")
         assert (again.reoffered, again.applied, again.rejected, list(again.failures)) == (0, 0, 0, [])
 
+    @pytest.mark.parametrize("bad", [False, True])
+    def test_a_commit_group_at_the_end_of_what_is_kept(self, site: Site, *, bad: bool) -> None:
+        """The log forgets commit groups whole: what it has of one is offered again whole, refused ones too."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {}, "forgotten")
+        for group in range(2):
+            with a.transaction(atomic=True) as transaction:
+                for number in range(3):
+                    transaction.create("Task", {"bad": bad and number == 1}, f"{group} {number}")
+        known = [one.id for one in a.synchronize_all().failures]
+        with a._storage.environment.read() as reader:
+            size_bytes = a._storage.log.size_bytes(reader)
+        assert a._storage.trim(1e18, size_bytes, count_max=3) == 5
+        assert [one.operation.seq for one in a.log()] == [6, 7, 8]
+        site.shut("a")
+
+        site.restore()
+        report = site.sync("a")
+
+        assert (report.reoffered, report.rejected) == (3, 0)
+        expected = {"t1"} if bad else {"t1", "1 0", "1 1", "1 2"}
+        assert contents(site.device("a")).keys() == site.truth().keys() == expected
+        with site.store.read("default") as reader:
+            assert [id_.hex() for id_, _ in reader.failures(b"", 10, 1 << 20)] == [UUID(one).hex for one in known[1:]]
+
     def test_two_devices_offer_again(self, site: Site) -> None:
         """Operations of two devices come together again, in the order they had, whichever of the two comes first."""
         for first, second in (("a", "b"), ("b", "a")):
