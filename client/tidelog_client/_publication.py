@@ -95,7 +95,8 @@ class Publication:
         *,
         complete: sync_pb2.SessionComplete,
         plans: Plans,
-        removals_accepted: bool = True,
+        guards_removals: bool,
+        removals_accepted: bool,
     ) -> PublishedCounts:
         """
         Put the staged pages, then *pages*, into the view, and the cursor with them.
@@ -108,7 +109,8 @@ class Publication:
             object_count: How many objects they bring.
             complete: Where the download ends.
             plans: What was downloaded of which entity, and what is reconciled.
-            removals_accepted: Whether much may be removed without a cause that the server states.
+            guards_removals: Whether much may be removed only for a cause that the server states, or with consent.
+            removals_accepted: Whether there is that consent.
 
         Raises:
             StateLost: A confirmation has nothing to confirm. Nothing was published.
@@ -117,7 +119,7 @@ class Publication:
         if not pages and self._stands_at(complete.cursor, plans):
             return PublishedCounts()
         if not removals_accepted:
-            self._check_removals(pages, plans)
+            self._check_removals(pages, plans, guards_removals=guards_removals)
         staged_count = unpack_position(self._meta.read("staged_count"))
         staged_bytes = unpack_position(self._meta.read("staged_bytes"))
         end = _PublishingEnd(
@@ -127,6 +129,7 @@ class Publication:
             plans,
             track_seen=plans.reconcile_any and self._has_objects(),
             rebases=self._lineage.is_rebasing,
+            asks_later=guards_removals and plans.is_unexplained,
         )
         if staged_count + object_count <= PUBLISH_OBJECTS_MAX and staged_bytes <= PUBLISH_BYTES_MAX:
             counts = self._environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
@@ -143,13 +146,17 @@ class Publication:
             counts = counts.plus(self._environment.write(partial(self._publish_step, end=end)))
         return counts
 
-    def _check_removals(self, pages: Sequence[bytes], plans: Plans) -> None:
+    def _check_removals(self, pages: Sequence[bytes], plans: Plans, *, guards_removals: bool) -> None:
         """Raise MassRemoval if a reconciliation lacks more than half of an entity, and more than 20 objects."""
         with self._environment.read() as transaction:
+            unexplained = self._unexplained(transaction)
+            if not guards_removals and not unexplained:
+                return
             known = {
                 entity: self._view.server_known_count(transaction, entity)
                 for entity in self._view.entities(transaction)
-                if plans.reconciles(entity) and not plans.states_cause(entity)
+                if plans.reconciles(entity)
+                and (entity in unexplained or (guards_removals and not plans.states_cause(entity)))
             }
             kept = dict.fromkeys(known, 0)
             staged = (page for _, page in transaction.cursor(self._incoming))
@@ -162,6 +169,24 @@ class Publication:
         lost = {entity: count - kept[entity] for entity, count in known.items()}
         if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):
             raise MassRemoval(removed=lost, present=known)
+
+    def _unexplained(self, transaction: LmdbTransaction) -> set[str]:
+        """Return the entities that were not downloaded when all was reconciled and the server did not say why."""
+        data = self._meta.get(transaction, "unexplained")
+        return set(msgpack.unpackb(data)) if data else set()
+
+    def _note_unexplained(self, transaction: LmdbTransaction, end: _PublishingEnd) -> None:
+        """
+        Note whose objects are still as a history has them that the server may have lost.
+
+        That the replica wants them again is then no cause for what goes with it.
+        """
+        known = self._unexplained(transaction)
+        noted = {entity for entity in known if not end.plans.reconciles(entity)}
+        if end.asks_later:
+            noted.update(entity for entity in self._view.entities(transaction) if not end.plans.downloads(entity))
+        if noted != known:
+            self._meta.put(transaction, unexplained=cast("bytes", msgpack.packb(sorted(noted))))
 
     def stage_merge(self, pages: Sequence[bytes]) -> None:
         """Keep pages of a download without a cursor on disk until it is complete."""
@@ -329,6 +354,7 @@ class Publication:
             publishing=b"",
             state_lost=b"",
         )
+        self._note_unexplained(transaction, end)
         if end.rebases:
             self._lineage.adopt(transaction)
         self._lineage.note_checkpoint(transaction, end.checkpoint)
@@ -350,6 +376,7 @@ class _PublishingEnd(NamedTuple):
         track_seen: Whether what a reconciliation lacks is removed. An empty replica has
             nothing to remove; decided before the first object is written.
         rebases: Whether the replica's state is of the server's new timeline from then on.
+        asks_later: Whether what was not downloaded is removed later only with consent, if it is much.
     """
 
     cursor: bytes
@@ -358,6 +385,7 @@ class _PublishingEnd(NamedTuple):
     plans: Plans
     track_seen: bool
     rebases: bool
+    asks_later: bool = False
 
     def covered(self, version: int) -> int:
         """Return up to where what was applied is in a state of *version*: all, if it was in an older timeline."""

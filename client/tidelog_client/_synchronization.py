@@ -503,7 +503,8 @@ class Synchronization:
                 self._pages_objects,
                 complete=complete,
                 plans=self._plans,
-                removals_accepted=self._consent.mass_removal or not self._guards_removals,
+                guards_removals=self._guards_removals,
+                removals_accepted=self._consent.mass_removal,
             )
         else:
             counts = self._storage.publication.merge(self._pages, complete.cursor, complete.checkpoint)

@@ -939,6 +939,47 @@ class TestRestoredServers:
         b.synchronize_all()
         assert len(contents(b)) == 32
 
+    @pytest.mark.parametrize("wish", ["nothing_preserve", "never"])
+    def test_it_asks_whatever_is_wished_meanwhile(self, site: Site, wish: str) -> None:
+        """Not wanting an entity for one session is no way round the question, nor is a fork after that."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        for number in range(30):
+            a.create("Task", {}, f"of a {number}")
+        a.synchronize_all()
+        site.sync("b")
+        site.shut("a")
+        site.shut("b")
+        site.restore()
+        with pytest.raises(MassRemoval):
+            site.sync("b")
+
+        site.device("b", download={"Task": wish}).synchronize_all()
+
+        b = site.device("b")
+        for _ in range(2):
+            with pytest.raises(MassRemoval) as caught:
+                b.synchronize_all()
+            assert (caught.value.removed, caught.value.present) == ({"Task": 30}, {"Task": 31})
+            b._storage.fork()
+        assert len(contents(b)) == 31
+        b.synchronize_all(accept_mass_removal=True)
+        assert contents(b) == site.truth() == {"t1": {}}
+        for number in range(30):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        c = site.device("c")
+        c.synchronize_all()
+        for number in range(30):
+            c.delete("Task", f"of b {number}")
+        c.synchronize_all()
+        site.device("b", download={"Task": wish}).synchronize_all()
+        assert site.sync("b").removed == 30  # it is not asked for ever
+
 
 class TestForeignServers:
     """A server with another store changes nothing unless that is agreed to."""
