@@ -83,6 +83,11 @@ class OperationLog:
         seq = unpack_position(cursor.key())
         return seq, checked(seq, cursor.value())
 
+    def first_seq(self, transaction: LmdbTransaction) -> int:
+        """Return the position of the oldest entry that is kept, 0 if there is none."""
+        cursor = transaction.cursor(self._database)
+        return unpack_position(cursor.key()) if cursor.first() else 0
+
     def last_seq(self, transaction: LmdbTransaction) -> int:
         """Return the position of the newest entry that is kept, 0 if there is none."""
         cursor = transaction.cursor(self._database)

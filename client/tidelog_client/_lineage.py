@@ -69,13 +69,14 @@ class Lineage:
         """The server's timeline, as far as the replica knows it; empty before the first contact."""
         return (self._meta.read("next_timeline") or self._meta.read("timeline")).decode()
 
-    def introduce(self, start: sync_pb2.SessionStart, first_seq: int) -> None:
+    def introduce(self, start: sync_pb2.SessionStart, *, first_seq: int, first_kept: int) -> None:
         """
         Say at the start of a session who this is.
 
         Args:
             start: Gets it.
             first_seq: The oldest operation that may be uploaded. 0: nothing will.
+            first_kept: The oldest operation in the log, that may be offered again one day. 0: there is none.
         """
         with self._environment.read() as transaction:
             get = self._meta.get
@@ -89,12 +90,14 @@ class Lineage:
                 start.old_bases.timeline = get(transaction, "old_bases_timeline").decode()
             newest_seq = unpack_position(get(transaction, "last_seq"))
             formers = self._formers(transaction)[-FORMER_IDENTITIES_MAX:]
-            for place, (replica_id, known_seq, settled_seq) in enumerate(formers, start=1):
+            for place, (replica_id, known_seq, settled_seq, nonce) in enumerate(formers, start=1):
                 # Until the server's state was taken in under the new id, all is committed on that of the former one.
                 is_looked_at = place == len(formers) and get(transaction, "state_lost")
                 last_seq = newest_seq if is_looked_at else known_seq
-                if 0 < first_seq <= last_seq:
-                    start.former_identities.add(replica_id=replica_id, last_seq=last_seq, settled_seq=settled_seq)
+                if first_seq and 0 < first_kept <= last_seq:
+                    start.former_identities.add(
+                        replica_id=replica_id, last_seq=last_seq, settled_seq=settled_seq, settled_nonce=nonce
+                    )
 
     def note_checkpoint(self, transaction: LmdbTransaction, checkpoint: bytes) -> None:
         """Remember what the server said of its history."""
@@ -103,10 +106,10 @@ class Lineage:
 
     # --- forks ----------------------------------------------------------------
 
-    def fork(self, transaction: LmdbTransaction, *, last_seq: int, settled_seq: int) -> str:
+    def fork(self, transaction: LmdbTransaction, *, last_seq: int, newest_settled: tuple[int, int]) -> str:
         """Take a new id, because another copy of the directory goes on under the present one. Returns the former."""
         former = self._meta.get(transaction, "replica_id").decode()
-        formers = [*self._formers(transaction), (former, last_seq, settled_seq)]
+        formers = [*self._formers(transaction), (former, last_seq, *newest_settled)]
         self._meta.put(
             transaction, replica_id=str(uuid.uuid4()).encode(), former_identities=cast("bytes", msgpack.packb(formers))
         )
@@ -116,13 +119,16 @@ class Lineage:
         """Note that the replica has the server's state under its present id, and looks at the former one's no more."""
         formers = self._formers(transaction)
         if formers:
-            replica_id, _, settled_seq = formers[-1]
-            formers[-1] = (replica_id, unpack_position(self._meta.get(transaction, "last_seq")), settled_seq)
+            replica_id, _, settled_seq, nonce = formers[-1]
+            formers[-1] = (replica_id, unpack_position(self._meta.get(transaction, "last_seq")), settled_seq, nonce)
             self._meta.put(transaction, former_identities=cast("bytes", msgpack.packb(formers)))
 
-    def _formers(self, transaction: LmdbTransaction) -> list[tuple[str, int, int]]:
+    def _formers(self, transaction: LmdbTransaction) -> list[tuple[str, int, int, int]]:
+        """Return id, newest seq, and seq and nonce of the newest settled operation, of each former id."""
         data = self._meta.get(transaction, "former_identities")
-        return [tuple(one) for one in msgpack.unpackb(data)] if data else []
+        # Replicas of older versions did not note the nonce.
+        listed = [(*one, 0) for one in msgpack.unpackb(data)] if data else []
+        return [(replica_id, last_seq, settled_seq, nonce) for replica_id, last_seq, settled_seq, nonce, *_ in listed]
 
     def _make_replica_id(self, transaction: LmdbTransaction) -> None:
         if not self._meta.get(transaction, "replica_id"):

@@ -450,8 +450,11 @@ class Storage:
         """Go on under another replica id, and have all states sent again. Returns the former id."""
 
         def work(transaction: LmdbTransaction) -> str:
-            settled_seq, _ = self.newest_settled(transaction)
-            former = self.lineage.fork(transaction, last_seq=self.last_seq(transaction), settled_seq=settled_seq)
+            former = self.lineage.fork(
+                transaction,
+                last_seq=self.last_seq(transaction),
+                newest_settled=self.newest_settled(transaction),
+            )
             self.publication.forget_states(transaction)
             return former
 
@@ -480,9 +483,35 @@ class Storage:
         cursor = transaction.cursor(self._outcomes)
         for key in cursor.iternext(keys=True, values=False):
             seq = unpack_position(key)
-            place = bisect_right(ranges, (seq, _SEQ_MAX)) - 1
-            if (place < 0 or seq > ranges[place][1]) and seq not in set_aside:
+            if not _is_among(seq, ranges) and seq not in set_aside:
                 yield seq
+
+    def keep_settled(self, formers: Sequence[sync_pb2.FormerSettled]) -> int:
+        """
+        Offer nothing again that a server still has as it was settled under a former id.
+
+        It may have forgotten by now what became of it, and could only refuse it.
+
+        Args:
+            formers: What is settled under each former id.
+
+        Returns:
+            How many operations are not offered again after all.
+        """
+
+        def work(transaction: LmdbTransaction) -> int:
+            kept: set[int] = set()
+            for former in formers:
+                ranges = [(one.first, one.last) for one in former.ranges]
+                reoffers = self.lineage.reoffers(transaction, 0)
+                kept.update(seq for seq in reoffers if seq <= former.common_seq and _is_among(seq, ranges))
+            for seq in kept:
+                self.lineage.note_reoffered(transaction, seq)
+                outcome = self.outcome(transaction, seq)
+                self.files.settle_operation(transaction, seq, applied=outcome is not None and not outcome.failure_id)
+            return len(kept)
+
+        return self.environment.write(work) if formers else 0
 
     def reoffer_batch(self, *, after: int, count_max: int, bytes_max: int) -> list[Reoffer]:
         """
@@ -634,6 +663,12 @@ def _decoded(seq: int, data: bytes) -> Operation:
         return decode_operation(data)
     except InvalidValue as error:
         raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
+
+
+def _is_among(seq: int, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether a seq is in one of some ascending ranges."""
+    place = bisect_right(ranges, (seq, _SEQ_MAX)) - 1
+    return place >= 0 and seq <= ranges[place][1]
 
 
 def _packed_outcome(result: operation_pb2.OperationResult) -> bytes:

@@ -335,6 +335,83 @@ class TestCopiedReplicas:
         assert [one.reason for one in report.failures] == reasons
         assert site.truth() == {"t1": {}, "1": {"owner": "a"}}
 
+    @pytest.mark.parametrize("forks_again", [False, True])
+    @pytest.mark.parametrize("is_retired", [False, True])
+    def test_what_is_in_force_under_a_former_id(self, site: Site, *, is_retired: bool, forks_again: bool) -> None:
+        """What a restored server has settled under a former id is not offered again, though it forgot how."""
+        a = site.device("a")
+        for number in range(5):
+            a.create("Task", {}, f"t{number}")
+        a.create("Task", {"bad": True}, "refused")
+        a.synchronize_all()
+        later_us = server_time_us() + 10**13
+        if is_retired:
+            collect(site.store, later_us, replicas=timedelta(0))
+        else:
+            site.shut("a")
+            site.copy("a", "old")
+            site.device("a").create("Task", {}, "of the lost directory")
+            site.sync("a")
+            site.shut("a")
+            site.copy("old", "a")
+        site.device("a").create("Task", {}, "t5")
+        assert site.sync("a").former_replica_id
+        b = site.device("b")
+        b.create("Task", {}, "of b")
+        b.synchronize_all()
+        assert collect(site.store, later_us).outcomes
+        if forks_again:
+            site.device("a")._storage.fork()
+            site.device("a").create("Task", {}, "of the third id")
+            site.sync("a")
+        site.shut("a")
+        site.back_up()
+        site.device("a").create("Task", {}, "t6")
+        site.sync("a")
+        site.shut("a")
+        site.restore()
+
+        report = site.sync("a")
+
+        assert report.server_restored
+        assert (report.reoffered, report.rejected, list(report.failures)) == (1, 0, [])
+        assert contents(site.device("a")) == site.truth()
+        assert {f"t{number}" for number in range(7)} <= site.truth().keys()
+
+    @pytest.mark.parametrize("is_forgotten", [False, True])
+    def test_what_a_copy_settled_in_ones_place_under_a_former_id(self, site: Site, *, is_forgotten: bool) -> None:
+        """What another copy has in the place of what was lost is not taken for it, nor where that was forgotten."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("a", "b")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {}, "t2")
+        a.create("Task", {}, "t3")
+        a.synchronize_all()
+        site.sync("c")
+        site.shut("a")
+        site.shut("c")
+        site.restore()
+        assert site.sync("c").server_restored
+        b = site.device("b")
+        for number in range(3):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        if is_forgotten:
+            site.device("c").create("Task", {}, "of c")
+            site.sync("c")
+            assert collect(site.store, server_time_us() + 10**13).outcomes
+
+        report = site.sync("a")
+
+        assert report.former_replica_id
+        assert report.reoffered == 3
+        found = {one.object_id for one in report.failures} if is_forgotten else site.truth().keys()
+        assert {"t2", "t3"} <= found
+
     def test_an_edit_while_it_forks(self, site: Site) -> None:
         """What is edited after the new id was taken, and before the server's state came, is one's own as before."""
         a = site.device("a")
