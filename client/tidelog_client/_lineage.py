@@ -1,7 +1,8 @@
 """
 Lineage: the ids that a replica has had, and the histories of the server that its states are of.
 
-    reoffers     seq            -> what is left to be offered again to a server that was put back
+    reoffers     seq            -> (to be offered again to a server that was put back) object key if it
+                                   was applied, nothing if it was refused
 
 A directory that was copied, or put back from a copy, goes on under an id of its own: the
 other one may have used the next positions of the log for something else. What is pending
@@ -136,7 +137,9 @@ class Lineage:
 
     # --- timelines ------------------------------------------------------------
 
-    def begin_rebase(self, transaction: LmdbTransaction, *, epoch: str, timeline: str, lost: Iterable[int]) -> None:
+    def begin_rebase(
+        self, transaction: LmdbTransaction, *, epoch: str, timeline: str, lost: Iterable[tuple[int, bytes]]
+    ) -> None:
         """
         Note that the server has begun another timeline, or is another one.
 
@@ -144,7 +147,8 @@ class Lineage:
             transaction: The caller's.
             epoch: The server's store.
             timeline: Its timeline.
-            lost: Seqs of the operations that are settled here and that the server does not know.
+            lost: The operations that are settled here and that the server does not know: seq, and object key
+                if it was applied, nothing if it was refused.
         """
         get, put = self._meta.get, self._meta.put
         if self._has_old_bases(transaction):
@@ -155,7 +159,7 @@ class Lineage:
                 old_bases_checkpoint=get(transaction, "checkpoint"),
                 old_bases_timeline=get(transaction, "timeline"),
             )
-        put_many(transaction, self._reoffers, [(pack_position(seq), b"") for seq in lost])
+        put_many(transaction, self._reoffers, [(pack_position(seq), key) for seq, key in lost])
         put(
             transaction,
             next_epoch=epoch.encode(),
@@ -204,10 +208,20 @@ class Lineage:
             for key in cursor.iternext(keys=True, values=False):
                 yield unpack_position(key)
 
+    def waiting(self, transaction: LmdbTransaction) -> Iterator[tuple[int, bytes]]:
+        """Iterate over the operations that were applied and are to be offered again: seq and object key."""
+        for seq, key in transaction.cursor(self._reoffers):
+            if key:
+                yield unpack_position(seq), key
+
     def is_reoffered(self, transaction: LmdbTransaction, seq: int) -> bool:
         """Tell whether an operation is to be offered again."""
         return transaction.get(pack_position(seq), db=self._reoffers) is not None
 
-    def note_reoffered(self, transaction: LmdbTransaction, seq: int) -> bool:
-        """Note that an operation is settled; tell whether it was to be offered again."""
-        return bool(transaction.delete(pack_position(seq), db=self._reoffers))
+    def note_reoffered(self, transaction: LmdbTransaction, seq: int) -> bytes | None:
+        """
+        Note that an operation is not to be offered again, or not any more.
+
+        Returns its object key if it was applied, nothing if it was refused; None if it was not to be offered again.
+        """
+        return transaction.pop(pack_position(seq), db=self._reoffers)

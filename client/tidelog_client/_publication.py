@@ -159,13 +159,18 @@ class Publication:
                 and (entity in unexplained or (guards_removals and not plans.states_cause(entity)))
             }
             kept = dict.fromkeys(known, 0)
+            # What is created anew as soon as the server takes it stays in the view until then.
+            waiting = {key for seq, key in self._lineage.waiting(transaction) if self._view.creates(transaction, seq)}
             staged = (page for _, page in transaction.cursor(self._incoming))
-            for data in chain(staged, pages):
-                for one in sync_pb2.SnapshotPage.FromString(data).snapshots:
-                    if one.entity in kept and self._view.is_server_known(
-                        transaction, pack_object_key(one.entity, one.id)
-                    ):
-                        kept[one.entity] += 1
+            brought = (
+                pack_object_key(one.entity, one.id)
+                for data in chain(staged, pages)
+                for one in sync_pb2.SnapshotPage.FromString(data).snapshots
+            )
+            for key in chain((key for key in brought if key not in waiting), waiting):
+                entity, _ = unpack_object_key(key)
+                if entity in kept and self._view.is_server_known(transaction, key):
+                    kept[entity] += 1
         lost = {entity: count - kept[entity] for entity, count in known.items()}
         if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):
             raise MassRemoval(removed=lost, present=known)
@@ -361,7 +366,7 @@ class Publication:
         return PublishedCounts(removed=removed)
 
     def _publisher(self, transaction: LmdbTransaction, end: _PublishingEnd) -> _Publisher:
-        return _Publisher(self._view, self._seen, self._ahead, transaction, end)
+        return _Publisher(self._view, self._lineage, self._seen, self._ahead, transaction, end)
 
 
 class _PublishingEnd(NamedTuple):
@@ -410,15 +415,17 @@ _MERGE: Final = _PublishingEnd(b"", 0, b"", Plans(), track_seen=False, rebases=F
 class _Publisher:
     """Puts pages into the view, in one transaction."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - where what is put, then what
         self,
         view: View,
+        lineage: Lineage,
         seen: LmdbDatabase,
         ahead: LmdbDatabase,
         transaction: LmdbTransaction,
         end: _PublishingEnd,
     ) -> None:
         self._view = view
+        self._lineage = lineage
         self._seen = seen
         self._ahead = ahead
         self._transaction = transaction
@@ -483,6 +490,7 @@ class _Publisher:
         view, transaction, plans = self._view, self._transaction, self._end.plans
         version = self._end.covered(self._end.version)
         cleared = plans.in_mode(DownloadMode.NOTHING_CLEAR)
+        yield from self._replay_waiting(version)
         for key in view.stale_keys(transaction, version):
             entity, _ = unpack_object_key(key)
             if plans.downloads(entity):
@@ -511,9 +519,23 @@ class _Publisher:
         if self._end.track_seen:
             for entity in filter(plans.reconciles, view.entities(transaction)):
                 for key in view.keys(transaction, entity):
-                    is_seen = transaction.get(key, db=self._seen) is not None
-                    if not is_seen and view.remove(transaction, key, version, force=True):
+                    if self._is_gone(key) and view.remove(transaction, key, version, force=True):
                         yield True
+
+    def _replay_waiting(self, version: int) -> Iterator[bool]:
+        """Keep in view what the server lost and has not taken again yet. Of what is not downloaded it still is."""
+        view, transaction = self._view, self._transaction
+        for seq, key in self._lineage.waiting(transaction):
+            entity, _ = unpack_object_key(key)
+            if not self._end.plans.reconciles(entity) or view.is_open(transaction, key, seq):
+                continue
+            has_left = self._is_gone(key) and view.remove(transaction, key, version, force=True)
+            view.replay_again(transaction, key, seq)
+            yield has_left and view.get(transaction, key) is None
+
+    def _is_gone(self, key: bytes) -> bool:
+        """Tell whether a reconciliation lacks an object."""
+        return self._end.track_seen and self._transaction.get(key, db=self._seen) is None
 
 
 def _append_pages(transaction: LmdbTransaction, database: LmdbDatabase, pages: Sequence[bytes]) -> None:

@@ -363,6 +363,9 @@ class Storage:
         refused: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
         reoffered_count = 0
         again: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
+        # Of what is settled again, what waited for it in the view.
+        shown: list[tuple[bytes, int, int]] = []
+        taken_back: list[tuple[bytes, int]] = []
         self.lineage.note_checkpoint(transaction, checkpoint)
         any_files = self.files.any_uploads(transaction)
         for result in results:
@@ -372,14 +375,20 @@ class Storage:
                 is_applied = result.status == operation_pb2.OPERATION_STATUS_APPLIED
                 self.files.settle_operation(transaction, result.seq, applied=is_applied)
             if value is None:
-                # The view gets what became of it with the download of the new timeline.
-                if self.lineage.note_reoffered(transaction, result.seq):
+                key = self.lineage.note_reoffered(transaction, result.seq)
+                if key is not None:
+                    # Otherwise the view gets what became of it with the download of the new timeline.
+                    if key and self.view.is_open(transaction, key, result.seq):
+                        if result.status == operation_pb2.OPERATION_STATUS_APPLIED:
+                            shown.append((key, result.seq, result.version))
+                        else:
+                            taken_back.append((key, result.seq))
                     reoffered_count += 1
                     self._forget_failure(transaction, result)
                     outcomes.append((position, _packed_outcome(result)))
                     if result.failure_id and transaction.get(result.failure_id.encode(), db=self._failures) is None:
                         again.setdefault(result.failure_id, []).append(
-                            (result, self._logged_key(transaction, result.seq))
+                            (result, key or self._logged_key(transaction, result.seq))
                         )
                 continue
             key = value[_PLACE.size :]
@@ -389,9 +398,9 @@ class Storage:
             else:
                 refused.setdefault(result.failure_id, []).append((result, key))
         put_many(transaction, self._outcomes, outcomes)
-        self.view.settle_applied(transaction, applied, rebasing=self.lineage.is_rebasing)
+        self.view.settle_applied(transaction, [*applied, *shown], rebasing=self.lineage.is_rebasing)
         members = [member for group in refused.values() for member in group]
-        self.view.settle_refused(transaction, [(key, result.seq) for result, key in members])
+        self.view.settle_refused(transaction, [*((key, result.seq) for result, key in members), *taken_back])
         groups = [*refused.values(), *again.values()]
         failures = [self._record_failure(transaction, group) for group in groups]
         self._note_newest_settled(transaction, max((result.seq for result in results), default=0))
@@ -470,21 +479,27 @@ class Storage:
 
         def work(transaction: LmdbTransaction) -> int:
             lost = list(self._settled_outside(transaction, settled_ranges))
-            self.lineage.begin_rebase(transaction, epoch=epoch, timeline=timeline, lost=lost)
-            self.files.note_operations(transaction, ((seq, self.log.get(transaction, seq) or b"") for seq in lost))
+            keys = [self._logged_key(transaction, seq) if is_applied else b"" for seq, is_applied in lost]
+            seqs = [seq for seq, _ in lost]
+            self.lineage.begin_rebase(
+                transaction, epoch=epoch, timeline=timeline, lost=list(zip(seqs, keys, strict=True))
+            )
+            self.files.note_operations(transaction, ((seq, self.log.get(transaction, seq) or b"") for seq in seqs))
             self.publication.forget_states(transaction)
             return self.lineage.reoffer_count(transaction)
 
         return self.environment.write(work)
 
-    def _settled_outside(self, transaction: LmdbTransaction, ranges: Sequence[tuple[int, int]]) -> Iterator[int]:
+    def _settled_outside(
+        self, transaction: LmdbTransaction, ranges: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, bool]]:
+        """Yield the seqs of what is settled here and not in some ranges, with whether it was applied."""
         # Of what was set aside nothing is left to be offered.
         set_aside = self._meta.positions(transaction, "set_aside")
-        cursor = transaction.cursor(self._outcomes)
-        for key in cursor.iternext(keys=True, values=False):
+        for key, value in transaction.cursor(self._outcomes):
             seq = unpack_position(key)
             if not _is_among(seq, ranges) and seq not in set_aside:
-                yield seq
+                yield seq, not unpack_outcome(value).failure_id
 
     def keep_settled(self, formers: Sequence[sync_pb2.FormerSettled]) -> int:
         """
@@ -506,9 +521,12 @@ class Storage:
                 reoffers = self.lineage.reoffers(transaction, 0)
                 kept.update(seq for seq in reoffers if seq <= former.common_seq and _is_among(seq, ranges))
             for seq in kept:
-                self.lineage.note_reoffered(transaction, seq)
+                key = self.lineage.note_reoffered(transaction, seq)
+                self.files.settle_operation(transaction, seq, applied=bool(key))
                 outcome = self.outcome(transaction, seq)
-                self.files.settle_operation(transaction, seq, applied=outcome is not None and not outcome.failure_id)
+                if key and outcome is not None and self.view.is_open(transaction, key, seq):
+                    # It comes with the data of the new timeline, and stays in view until then.
+                    self.view.settle_applied(transaction, [(key, seq, outcome.version)], rebasing=True)
             return len(kept)
 
         return self.environment.write(work) if formers else 0
@@ -602,6 +620,8 @@ class Storage:
             failures.append(failure.id)
         for seq in seqs:
             self.log.remove(transaction, seq)
+            self.lineage.note_reoffered(transaction, seq)
+            self.files.settle_operation(transaction, seq, applied=False)
         self.view.settle_refused(transaction, list(dict.fromkeys(lost)))
         known = self._meta.get(transaction, "set_aside")
         self._meta.put(transaction, set_aside=known + b"".join(map(pack_position, sorted(seqs))))

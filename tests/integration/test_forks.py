@@ -14,9 +14,9 @@ from uuid import UUID
 import pytest
 from tests.builders import collect, contents, quick_folder
 
-from tidelog import FailureReason, ForeignServer, MassRemoval
-from tidelog._keys import POSITION_BYTES
-from tidelog_client import Phase, Progress, Replica, Report, _file_exchange
+from tidelog import Entity, FailureReason, ForeignServer, Integer, LogCorrupt, MassRemoval, Schema, String
+from tidelog._keys import POSITION_BYTES, pack_position
+from tidelog_client import Phase, Progress, Replica, Report, _file_exchange, _publication
 from tidelog_client._connection import Stream
 from tidelog_client._lineage import FORMER_IDENTITIES_MAX
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, verify_store
@@ -663,6 +663,140 @@ class TestRestoredServers:
         with site.store.read("default") as reader:
             assert [id_.hex() for id_, _ in reader.failures(b"", 10, 1 << 20)] == [UUID(one).hex for one in known[1:]]
 
+    def test_what_waits_to_be_offered_again_stays_in_view(self, site: Site) -> None:
+        """What a server cannot take yet that was put back stays in view, with later edits, until it is settled."""
+        former, newer = (Application(schema=_task_schema(version)) for version in (1, 2))
+        schema = _task_schema(2)
+        site.stop()
+        site.application = former
+        site.start()
+        b = site.device("b", schema=_task_schema(1))
+        b.create("Task", {"n": 0}, "t0")
+        b.create("Task", {"n": 0}, "goes")
+        b.synchronize_all()
+        site.shut("b")
+        site.back_up()
+        site.stop()
+        site.application = newer
+        site.start()
+        a = site.device("a", schema=schema)
+        a.synchronize_all()
+        a.update("Task", "t0", {"z": "new"}, increment={"n": 1})
+        a.create("Task", {"n": 5}, "t1")
+        a.delete("Task", "goes")
+        a.create("Task", {"n": 0}, "theirs")
+        a.synchronize_all()
+        a.update("Task", "t0", increment={"n": 10})
+        a.update("Task", "t1", {"z": "x"})
+        before = {one.id: one.to_dict() for one in a.query("Task")}
+        assert before.keys() == {"t0", "t1", "theirs"}
+        site.shut("a")
+        site.application = former
+        site.restore()
+        b = site.device("b", schema=_task_schema(1))
+        b.create("Task", {"n": 7}, "theirs")
+        b.synchronize_all()
+
+        a = site.device("a", schema=schema)
+        for _ in range(2):
+            report = a.synchronize_all()
+            assert (report.reoffered, report.applied, report.removed) == (0, 0, 0)
+            assert {one.id: one.to_dict() for one in a.query("Task")} == before
+            assert list(a.verify()) == []
+        site.shut("a")
+        site.shut("b")
+        site.restore()  # once more: it all begins anew
+        a = site.device("a", schema=schema)
+        a.synchronize_unsynchronized()
+        assert {one.id: one.to_dict() for one in a.query("Task")} == before
+        assert site.device("b", schema=_task_schema(1)).synchronize_all().reoffered == 1
+        site.shut("a")
+        site.shut("b")
+        site.stop()
+        site.application = newer
+        site.start()
+
+        report = site.device("a", schema=schema).synchronize_all()
+
+        assert (report.reoffered, report.applied, report.rejected) == (4, 2, 1)
+        assert [one.object_id for one in report.failures] == ["theirs"]
+        a = site.device("a", schema=schema)
+        expected = before | {"theirs": {"n": 7}}
+        assert {one.id: one.to_dict() for one in a.query("Task")} == expected
+        c = site.device("c", schema=schema)
+        c.synchronize_all()
+        assert {one.id: one.to_dict() for one in c.query("Task")} == expected
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    @pytest.mark.parametrize("lags", [True, False])
+    def test_objects_that_wait_for_contents_stay_in_view(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, *, lags: bool, at_once: bool
+    ) -> None:
+        """Objects whose contents have to be uploaded again are in view all the time, and are no mass removal."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1)
+        if not at_once:
+            monkeypatch.setattr(_publication, "PUBLISH_OBJECTS_MAX", 0)
+            monkeypatch.setattr(_publication, "END_STEP_OBJECTS", 1)
+        a = site.device("a")
+        a.create("Task", {}, "other")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        for number in range(30):
+            a.create("Task", {"photo": a.add_file(b"a photo %d" % number), "n": 1}, f"t{number}")
+        a.synchronize_all()
+        before = contents(a)
+        site.shut("a")
+        site.restore()
+        seen = []
+
+        def look(progress: Progress) -> None:
+            seen.append(len(contents(a)))
+
+        a = site.device("a")
+        if lags:
+            with monkeypatch.context() as patch:
+                patch.setattr(_file_exchange.FileExchange, "exchange", lambda *_, **__: False)
+                assert a.synchronize_all(on_progress=look).reoffered == 0
+            assert list(a.verify()) == []
+        step = _publication.Publication._end_step
+
+        def end_step(*args: Any) -> Any:
+            look(Progress(Phase.PUBLISH, 0, None))
+            return step(*args)
+
+        monkeypatch.setattr(_publication.Publication, "_end_step", end_step)
+        report = a.synchronize_all(on_progress=look)
+
+        assert set(seen) == {31}
+        assert (report.reoffered, report.rejected, report.removed) == (30, 0, 0)
+        assert contents(a) == site.truth() == before
+
+    def test_what_was_to_be_offered_again_is_damaged(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An operation that cannot be read any more and is set aside does not keep the others from being offered."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        for number in range(3):
+            a.create("Task", {}, f"new {number}")
+        a.synchronize_all()
+        site.shut("a")
+        site.restore()
+        a = site.device("a")
+        assert not cut_session(a, monkeypatch, after_messages=1)
+        storage = a._storage
+        storage.environment.write(lambda writer: writer.put(pack_position(3), b"damaged", db=storage.log._database))
+        with pytest.raises(LogCorrupt):
+            a.synchronize_all()
+        assert list(a.set_aside_damaged().files) == [3]
+
+        assert a.synchronize_all().reoffered == 2
+        assert contents(a) == site.truth() == {"t1": {}, "new 0": {}, "new 2": {}}
+
     def test_two_devices_offer_again(self, site: Site) -> None:
         """Operations of two devices come together again, in the order they had, whichever of the two comes first."""
         for first, second in (("a", "b"), ("b", "a")):
@@ -1112,6 +1246,11 @@ class TestForeignServers:
         assert b.pending_count() == 0
         assert {one.reason for one in b.failures()} == {FailureReason.OBJECT_GONE, FailureReason.ALREADY_EXISTS}
         assert not report.failures
+
+
+def _task_schema(version: int) -> Schema:
+    later = {"z": String()} if version > 1 else {}
+    return Schema([Entity("Task", {"n": Integer(), **later})], version=version)
 
 
 def _notes_about(store: LmdbStore, replica_id: str) -> list[bytes]:
