@@ -48,6 +48,7 @@ from tidelog_server import (
     TransientError,
 )
 from tidelog_server._attempts import Attempt, UnderWay
+from tidelog_server._author import FormerIdentity
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
 from tidelog_server._file_records import content_record
 from tidelog_server._files import Files, Wanted
@@ -578,13 +579,18 @@ class Lab:
     time_us: int = TIME_US
 
     def session(
-        self, replica: bytes = REPLICA_A, *, principal: Principal = USER, leaves_earlier: bool = False
+        self,
+        replica: bytes = REPLICA_A,
+        *,
+        principal: Principal = USER,
+        leaves_earlier: bool = False,
+        formers: tuple[FormerIdentity, ...] = (),
     ) -> Session:
         """Begin to upload as a replica."""
         begun = self.store.submit(
             TENANT, lambda reader: begin_upload(reader, replica, principal, self.time_us)
         ).result()
-        uploader = Uploader(replica, principal, begun.session_number, leaves_earlier)
+        uploader = Uploader(replica, principal, begun.session_number, leaves_earlier, formers)
         return Session(self.store, self.application, uploader, time_us=self.time_us)
 
     def settle(self, *operations: bytes, replica: bytes = REPLICA_A) -> list[Result]:

@@ -83,6 +83,11 @@ class OperationLog:
         seq = unpack_position(cursor.key())
         return seq, checked(seq, cursor.value())
 
+    def first_seq(self, transaction: LmdbTransaction) -> int:
+        """Return the position of the oldest entry that is kept, 0 if there is none."""
+        cursor = transaction.cursor(self._database)
+        return unpack_position(cursor.key()) if cursor.first() else 0
+
     def last_seq(self, transaction: LmdbTransaction) -> int:
         """Return the position of the newest entry that is kept, 0 if there is none."""
         cursor = transaction.cursor(self._database)
@@ -119,22 +124,29 @@ class OperationLog:
         stat = transaction.stat(self._database)
         return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))
 
-    def trim(self, transaction: LmdbTransaction, *, may_go: Callable[[int, bytes], bool], count_max: int) -> list[int]:
+    def trim(self, transaction: LmdbTransaction, *, going: Callable[[int, bytes], int], count_max: int) -> list[int]:
         """
-        Remove entries from the oldest on, at most *count_max*, and return their positions.
+        Remove entries from the oldest on, and return their positions.
 
-        *may_go* is asked with seq and serialized operation; at its first refusal the
-        trimming ends.
+        Args:
+            transaction: The caller's.
+            going: Asked with seq and serialized operation of the oldest entry. Returns how many
+                entries go together, it and those behind it; 0 ends the trimming.
+            count_max: At how many the trimming ends; the last ones that go together go whole.
         """
         trimmed: list[int] = []
+        left = 0
         cursor = transaction.cursor(self._database)
         found = cursor.first()
-        while found and len(trimmed) < count_max:
+        while found:
             seq = unpack_position(cursor.key())
-            if not may_go(seq, cursor.value()[_CRC_BYTES:]):
-                break
+            if not left:
+                left = going(seq, cursor.value()[_CRC_BYTES:]) if len(trimmed) < count_max else 0
+                if not left:
+                    break
             found = cursor.delete() and bool(cursor.key())
             trimmed.append(seq)
+            left -= 1
         return trimmed
 
     def _page(self, after: int, until: int | None) -> list[tuple[int, bytes]]:

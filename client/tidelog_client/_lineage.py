@@ -1,7 +1,8 @@
 """
 Lineage: the ids that a replica has had, and the histories of the server that its states are of.
 
-    reoffers     seq            -> what is left to be offered again to a server that was put back
+    reoffers     seq            -> (to be offered again to a server that was put back) object key if it
+                                   was applied, nothing if it was refused
 
 A directory that was copied, or put back from a copy, goes on under an id of its own: the
 other one may have used the next positions of the log for something else. What is pending
@@ -69,13 +70,14 @@ class Lineage:
         """The server's timeline, as far as the replica knows it; empty before the first contact."""
         return (self._meta.read("next_timeline") or self._meta.read("timeline")).decode()
 
-    def introduce(self, start: sync_pb2.SessionStart, first_seq: int) -> None:
+    def introduce(self, start: sync_pb2.SessionStart, *, first_seq: int, first_kept: int) -> None:
         """
         Say at the start of a session who this is.
 
         Args:
             start: Gets it.
             first_seq: The oldest operation that may be uploaded. 0: nothing will.
+            first_kept: The oldest operation in the log, that may be offered again one day. 0: there is none.
         """
         with self._environment.read() as transaction:
             get = self._meta.get
@@ -89,12 +91,14 @@ class Lineage:
                 start.old_bases.timeline = get(transaction, "old_bases_timeline").decode()
             newest_seq = unpack_position(get(transaction, "last_seq"))
             formers = self._formers(transaction)[-FORMER_IDENTITIES_MAX:]
-            for place, (replica_id, known_seq, settled_seq) in enumerate(formers, start=1):
+            for place, (replica_id, known_seq, settled_seq, nonce) in enumerate(formers, start=1):
                 # Until the server's state was taken in under the new id, all is committed on that of the former one.
                 is_looked_at = place == len(formers) and get(transaction, "state_lost")
                 last_seq = newest_seq if is_looked_at else known_seq
-                if 0 < first_seq <= last_seq:
-                    start.former_identities.add(replica_id=replica_id, last_seq=last_seq, settled_seq=settled_seq)
+                if first_seq and 0 < first_kept <= last_seq:
+                    start.former_identities.add(
+                        replica_id=replica_id, last_seq=last_seq, settled_seq=settled_seq, settled_nonce=nonce
+                    )
 
     def note_checkpoint(self, transaction: LmdbTransaction, checkpoint: bytes) -> None:
         """Remember what the server said of its history."""
@@ -103,10 +107,10 @@ class Lineage:
 
     # --- forks ----------------------------------------------------------------
 
-    def fork(self, transaction: LmdbTransaction, *, last_seq: int, settled_seq: int) -> str:
+    def fork(self, transaction: LmdbTransaction, *, last_seq: int, newest_settled: tuple[int, int]) -> str:
         """Take a new id, because another copy of the directory goes on under the present one. Returns the former."""
         former = self._meta.get(transaction, "replica_id").decode()
-        formers = [*self._formers(transaction), (former, last_seq, settled_seq)]
+        formers = [*self._formers(transaction), (former, last_seq, *newest_settled)]
         self._meta.put(
             transaction, replica_id=str(uuid.uuid4()).encode(), former_identities=cast("bytes", msgpack.packb(formers))
         )
@@ -116,13 +120,16 @@ class Lineage:
         """Note that the replica has the server's state under its present id, and looks at the former one's no more."""
         formers = self._formers(transaction)
         if formers:
-            replica_id, _, settled_seq = formers[-1]
-            formers[-1] = (replica_id, unpack_position(self._meta.get(transaction, "last_seq")), settled_seq)
+            replica_id, _, settled_seq, nonce = formers[-1]
+            formers[-1] = (replica_id, unpack_position(self._meta.get(transaction, "last_seq")), settled_seq, nonce)
             self._meta.put(transaction, former_identities=cast("bytes", msgpack.packb(formers)))
 
-    def _formers(self, transaction: LmdbTransaction) -> list[tuple[str, int, int]]:
+    def _formers(self, transaction: LmdbTransaction) -> list[tuple[str, int, int, int]]:
+        """Return id, newest seq, and seq and nonce of the newest settled operation, of each former id."""
         data = self._meta.get(transaction, "former_identities")
-        return [tuple(one) for one in msgpack.unpackb(data)] if data else []
+        # Replicas of older versions did not note the nonce.
+        listed = [(*one, 0) for one in msgpack.unpackb(data)] if data else []
+        return [(replica_id, last_seq, settled_seq, nonce) for replica_id, last_seq, settled_seq, nonce, *_ in listed]
 
     def _make_replica_id(self, transaction: LmdbTransaction) -> None:
         if not self._meta.get(transaction, "replica_id"):
@@ -130,7 +137,9 @@ class Lineage:
 
     # --- timelines ------------------------------------------------------------
 
-    def begin_rebase(self, transaction: LmdbTransaction, *, epoch: str, timeline: str, lost: Iterable[int]) -> None:
+    def begin_rebase(
+        self, transaction: LmdbTransaction, *, epoch: str, timeline: str, lost: Iterable[tuple[int, bytes]]
+    ) -> None:
         """
         Note that the server has begun another timeline, or is another one.
 
@@ -138,7 +147,8 @@ class Lineage:
             transaction: The caller's.
             epoch: The server's store.
             timeline: Its timeline.
-            lost: Seqs of the operations that are settled here and that the server does not know.
+            lost: The operations that are settled here and that the server does not know: seq, and object key
+                if it was applied, nothing if it was refused.
         """
         get, put = self._meta.get, self._meta.put
         if self._has_old_bases(transaction):
@@ -149,7 +159,7 @@ class Lineage:
                 old_bases_checkpoint=get(transaction, "checkpoint"),
                 old_bases_timeline=get(transaction, "timeline"),
             )
-        put_many(transaction, self._reoffers, [(pack_position(seq), b"") for seq in lost])
+        put_many(transaction, self._reoffers, [(pack_position(seq), key) for seq, key in lost])
         put(
             transaction,
             next_epoch=epoch.encode(),
@@ -198,10 +208,20 @@ class Lineage:
             for key in cursor.iternext(keys=True, values=False):
                 yield unpack_position(key)
 
+    def waiting(self, transaction: LmdbTransaction) -> Iterator[tuple[int, bytes]]:
+        """Iterate over the operations that were applied and are to be offered again: seq and object key."""
+        for seq, key in transaction.cursor(self._reoffers):
+            if key:
+                yield unpack_position(seq), key
+
     def is_reoffered(self, transaction: LmdbTransaction, seq: int) -> bool:
         """Tell whether an operation is to be offered again."""
         return transaction.get(pack_position(seq), db=self._reoffers) is not None
 
-    def note_reoffered(self, transaction: LmdbTransaction, seq: int) -> bool:
-        """Note that an operation is settled; tell whether it was to be offered again."""
-        return bool(transaction.delete(pack_position(seq), db=self._reoffers))
+    def note_reoffered(self, transaction: LmdbTransaction, seq: int) -> bytes | None:
+        """
+        Note that an operation is not to be offered again, or not any more.
+
+        Returns its object key if it was applied, nothing if it was refused; None if it was not to be offered again.
+        """
+        return transaction.pop(pack_position(seq), db=self._reoffers)

@@ -37,6 +37,11 @@ class Plans:
         """Whether there may be an entity that is reconciled."""
         return self.reconcile or any(map(self.reconciles, self._entities))
 
+    @property
+    def is_unexplained(self) -> bool:
+        """Whether everything is reconciled and the server does not say why."""
+        return self.reconcile and self._cause == _NO_CAUSE
+
     def downloads(self, entity: str) -> bool:
         """Tell whether objects of an entity are downloaded."""
         return self.modes.get(entity, DownloadMode.ALL).downloads

@@ -95,7 +95,8 @@ class Publication:
         *,
         complete: sync_pb2.SessionComplete,
         plans: Plans,
-        removals_accepted: bool = True,
+        guards_removals: bool,
+        removals_accepted: bool,
     ) -> PublishedCounts:
         """
         Put the staged pages, then *pages*, into the view, and the cursor with them.
@@ -108,7 +109,8 @@ class Publication:
             object_count: How many objects they bring.
             complete: Where the download ends.
             plans: What was downloaded of which entity, and what is reconciled.
-            removals_accepted: Whether much may be removed without a cause that the server states.
+            guards_removals: Whether much may be removed only for a cause that the server states, or with consent.
+            removals_accepted: Whether there is that consent.
 
         Raises:
             StateLost: A confirmation has nothing to confirm. Nothing was published.
@@ -117,7 +119,7 @@ class Publication:
         if not pages and self._stands_at(complete.cursor, plans):
             return PublishedCounts()
         if not removals_accepted:
-            self._check_removals(pages, plans)
+            self._check_removals(pages, plans, guards_removals=guards_removals)
         staged_count = unpack_position(self._meta.read("staged_count"))
         staged_bytes = unpack_position(self._meta.read("staged_bytes"))
         end = _PublishingEnd(
@@ -127,6 +129,7 @@ class Publication:
             plans,
             track_seen=plans.reconcile_any and self._has_objects(),
             rebases=self._lineage.is_rebasing,
+            asks_later=guards_removals and plans.is_unexplained,
         )
         if staged_count + object_count <= PUBLISH_OBJECTS_MAX and staged_bytes <= PUBLISH_BYTES_MAX:
             counts = self._environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
@@ -143,25 +146,52 @@ class Publication:
             counts = counts.plus(self._environment.write(partial(self._publish_step, end=end)))
         return counts
 
-    def _check_removals(self, pages: Sequence[bytes], plans: Plans) -> None:
+    def _check_removals(self, pages: Sequence[bytes], plans: Plans, *, guards_removals: bool) -> None:
         """Raise MassRemoval if a reconciliation lacks more than half of an entity, and more than 20 objects."""
         with self._environment.read() as transaction:
+            unexplained = self._unexplained(transaction)
+            if not guards_removals and not unexplained:
+                return
             known = {
                 entity: self._view.server_known_count(transaction, entity)
                 for entity in self._view.entities(transaction)
-                if plans.reconciles(entity) and not plans.states_cause(entity)
+                if plans.reconciles(entity)
+                and (entity in unexplained or (guards_removals and not plans.states_cause(entity)))
             }
             kept = dict.fromkeys(known, 0)
+            # What is created anew as soon as the server takes it stays in the view until then.
+            waiting = {key for seq, key in self._lineage.waiting(transaction) if self._view.creates(transaction, seq)}
             staged = (page for _, page in transaction.cursor(self._incoming))
-            for data in chain(staged, pages):
-                for one in sync_pb2.SnapshotPage.FromString(data).snapshots:
-                    if one.entity in kept and self._view.is_server_known(
-                        transaction, pack_object_key(one.entity, one.id)
-                    ):
-                        kept[one.entity] += 1
+            brought = (
+                pack_object_key(one.entity, one.id)
+                for data in chain(staged, pages)
+                for one in sync_pb2.SnapshotPage.FromString(data).snapshots
+            )
+            for key in chain((key for key in brought if key not in waiting), waiting):
+                entity, _ = unpack_object_key(key)
+                if entity in kept and self._view.is_server_known(transaction, key):
+                    kept[entity] += 1
         lost = {entity: count - kept[entity] for entity, count in known.items()}
         if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):
             raise MassRemoval(removed=lost, present=known)
+
+    def _unexplained(self, transaction: LmdbTransaction) -> set[str]:
+        """Return the entities that were not downloaded when all was reconciled and the server did not say why."""
+        data = self._meta.get(transaction, "unexplained")
+        return set(msgpack.unpackb(data)) if data else set()
+
+    def _note_unexplained(self, transaction: LmdbTransaction, end: _PublishingEnd) -> None:
+        """
+        Note whose objects are still as a history has them that the server may have lost.
+
+        That the replica wants them again is then no cause for what goes with it.
+        """
+        known = self._unexplained(transaction)
+        noted = {entity for entity in known if not end.plans.reconciles(entity)}
+        if end.asks_later:
+            noted.update(entity for entity in self._view.entities(transaction) if not end.plans.downloads(entity))
+        if noted != known:
+            self._meta.put(transaction, unexplained=cast("bytes", msgpack.packb(sorted(noted))))
 
     def stage_merge(self, pages: Sequence[bytes]) -> None:
         """Keep pages of a download without a cursor on disk until it is complete."""
@@ -329,13 +359,14 @@ class Publication:
             publishing=b"",
             state_lost=b"",
         )
+        self._note_unexplained(transaction, end)
         if end.rebases:
             self._lineage.adopt(transaction)
         self._lineage.note_checkpoint(transaction, end.checkpoint)
         return PublishedCounts(removed=removed)
 
     def _publisher(self, transaction: LmdbTransaction, end: _PublishingEnd) -> _Publisher:
-        return _Publisher(self._view, self._seen, self._ahead, transaction, end)
+        return _Publisher(self._view, self._lineage, self._seen, self._ahead, transaction, end)
 
 
 class _PublishingEnd(NamedTuple):
@@ -350,6 +381,7 @@ class _PublishingEnd(NamedTuple):
         track_seen: Whether what a reconciliation lacks is removed. An empty replica has
             nothing to remove; decided before the first object is written.
         rebases: Whether the replica's state is of the server's new timeline from then on.
+        asks_later: Whether what was not downloaded is removed later only with consent, if it is much.
     """
 
     cursor: bytes
@@ -358,6 +390,7 @@ class _PublishingEnd(NamedTuple):
     plans: Plans
     track_seen: bool
     rebases: bool
+    asks_later: bool = False
 
     def covered(self, version: int) -> int:
         """Return up to where what was applied is in a state of *version*: all, if it was in an older timeline."""
@@ -382,15 +415,17 @@ _MERGE: Final = _PublishingEnd(b"", 0, b"", Plans(), track_seen=False, rebases=F
 class _Publisher:
     """Puts pages into the view, in one transaction."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - where what is put, then what
         self,
         view: View,
+        lineage: Lineage,
         seen: LmdbDatabase,
         ahead: LmdbDatabase,
         transaction: LmdbTransaction,
         end: _PublishingEnd,
     ) -> None:
         self._view = view
+        self._lineage = lineage
         self._seen = seen
         self._ahead = ahead
         self._transaction = transaction
@@ -455,6 +490,7 @@ class _Publisher:
         view, transaction, plans = self._view, self._transaction, self._end.plans
         version = self._end.covered(self._end.version)
         cleared = plans.in_mode(DownloadMode.NOTHING_CLEAR)
+        yield from self._replay_waiting(version)
         for key in view.stale_keys(transaction, version):
             entity, _ = unpack_object_key(key)
             if plans.downloads(entity):
@@ -483,9 +519,23 @@ class _Publisher:
         if self._end.track_seen:
             for entity in filter(plans.reconciles, view.entities(transaction)):
                 for key in view.keys(transaction, entity):
-                    is_seen = transaction.get(key, db=self._seen) is not None
-                    if not is_seen and view.remove(transaction, key, version, force=True):
+                    if self._is_gone(key) and view.remove(transaction, key, version, force=True):
                         yield True
+
+    def _replay_waiting(self, version: int) -> Iterator[bool]:
+        """Keep in view what the server lost and has not taken again yet. Of what is not downloaded it still is."""
+        view, transaction = self._view, self._transaction
+        for seq, key in self._lineage.waiting(transaction):
+            entity, _ = unpack_object_key(key)
+            if not self._end.plans.reconciles(entity) or view.is_open(transaction, key, seq):
+                continue
+            has_left = self._is_gone(key) and view.remove(transaction, key, version, force=True)
+            view.replay_again(transaction, key, seq)
+            yield has_left and view.get(transaction, key) is None
+
+    def _is_gone(self, key: bytes) -> bool:
+        """Tell whether a reconciliation lacks an object."""
+        return self._end.track_seen and self._transaction.get(key, db=self._seen) is None
 
 
 def _append_pages(transaction: LmdbTransaction, database: LmdbDatabase, pages: Sequence[bytes]) -> None:

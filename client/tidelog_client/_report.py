@@ -105,8 +105,8 @@ class Report:
     What a synchronization did.
 
     Attributes:
-        applied: Operations that the server applied.
-        rejected: Operations that the server refused.
+        applied: Operations that were pending and that the server applied.
+        rejected: Operations that the server refused: those that `failures` are about.
         held: Operations that had to wait for others in this synchronization.
         downloaded: Snapshots taken in.
         confirmed: Objects of which the server said that they are as this replica made them.
@@ -125,7 +125,8 @@ class Report:
         former_replica_id: The id under which the replica went until now, if its directory turned out to
             be a copy, or put back from one, or if the server had given the replica up; empty otherwise.
         server_restored: Whether the server turned out to be put back from a backup, or another one.
-        reoffered: Operations that had been settled, that the server had lost, and that it settled anew.
+        reoffered: Operations that had been settled, that the server had lost, and that it settled anew. It
+            applied them again or recorded their failures again, but for those that are `rejected`.
         files_uploaded: Contents of files that were uploaded.
         files_downloaded: Contents of files that were downloaded.
         file_bytes_sent: Bytes of contents that were sent.

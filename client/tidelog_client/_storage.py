@@ -88,7 +88,15 @@ class Outcome(NamedTuple):
 
 
 class SettledCounts(NamedTuple):
-    """What a set of results brought: how many were applied, refused, settled again, and the failures."""
+    """
+    What a set of results brought.
+
+    Attributes:
+        applied: How many pending operations were applied.
+        rejected: How many operations the failures are about, settled again or not.
+        reoffered: How many operations were settled again.
+        failures: The failures that the replica did not have.
+    """
 
     applied: int
     rejected: int
@@ -355,6 +363,9 @@ class Storage:
         refused: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
         reoffered_count = 0
         again: dict[str, list[tuple[operation_pb2.OperationResult, bytes]]] = {}
+        # Of what is settled again, what waited for it in the view.
+        shown: list[tuple[bytes, int, int]] = []
+        taken_back: list[tuple[bytes, int]] = []
         self.lineage.note_checkpoint(transaction, checkpoint)
         any_files = self.files.any_uploads(transaction)
         for result in results:
@@ -364,14 +375,20 @@ class Storage:
                 is_applied = result.status == operation_pb2.OPERATION_STATUS_APPLIED
                 self.files.settle_operation(transaction, result.seq, applied=is_applied)
             if value is None:
-                # The view gets what became of it with the download of the new timeline.
-                if self.lineage.note_reoffered(transaction, result.seq):
+                key = self.lineage.note_reoffered(transaction, result.seq)
+                if key is not None:
+                    # Otherwise the view gets what became of it with the download of the new timeline.
+                    if key and self.view.is_open(transaction, key, result.seq):
+                        if result.status == operation_pb2.OPERATION_STATUS_APPLIED:
+                            shown.append((key, result.seq, result.version))
+                        else:
+                            taken_back.append((key, result.seq))
                     reoffered_count += 1
                     self._forget_failure(transaction, result)
                     outcomes.append((position, _packed_outcome(result)))
                     if result.failure_id and transaction.get(result.failure_id.encode(), db=self._failures) is None:
                         again.setdefault(result.failure_id, []).append(
-                            (result, self._logged_key(transaction, result.seq))
+                            (result, key or self._logged_key(transaction, result.seq))
                         )
                 continue
             key = value[_PLACE.size :]
@@ -381,12 +398,13 @@ class Storage:
             else:
                 refused.setdefault(result.failure_id, []).append((result, key))
         put_many(transaction, self._outcomes, outcomes)
-        self.view.settle_applied(transaction, applied, rebasing=self.lineage.is_rebasing)
+        self.view.settle_applied(transaction, [*applied, *shown], rebasing=self.lineage.is_rebasing)
         members = [member for group in refused.values() for member in group]
-        self.view.settle_refused(transaction, [(key, result.seq) for result, key in members])
-        failures = [self._record_failure(transaction, group) for group in (*refused.values(), *again.values())]
+        self.view.settle_refused(transaction, [*((key, result.seq) for result, key in members), *taken_back])
+        groups = [*refused.values(), *again.values()]
+        failures = [self._record_failure(transaction, group) for group in groups]
         self._note_newest_settled(transaction, max((result.seq for result in results), default=0))
-        return SettledCounts(len(applied), len(members), reoffered_count, failures)
+        return SettledCounts(len(applied), sum(map(len, groups)), reoffered_count, failures)
 
     def _forget_failure(self, transaction: LmdbTransaction, result: operation_pb2.OperationResult) -> None:
         """Forget the failure that an operation was until now, if something else has become of it."""
@@ -441,8 +459,11 @@ class Storage:
         """Go on under another replica id, and have all states sent again. Returns the former id."""
 
         def work(transaction: LmdbTransaction) -> str:
-            settled_seq, _ = self.newest_settled(transaction)
-            former = self.lineage.fork(transaction, last_seq=self.last_seq(transaction), settled_seq=settled_seq)
+            former = self.lineage.fork(
+                transaction,
+                last_seq=self.last_seq(transaction),
+                newest_settled=self.newest_settled(transaction),
+            )
             self.publication.forget_states(transaction)
             return former
 
@@ -458,22 +479,57 @@ class Storage:
 
         def work(transaction: LmdbTransaction) -> int:
             lost = list(self._settled_outside(transaction, settled_ranges))
-            self.lineage.begin_rebase(transaction, epoch=epoch, timeline=timeline, lost=lost)
-            self.files.note_operations(transaction, ((seq, self.log.get(transaction, seq) or b"") for seq in lost))
+            keys = [self._logged_key(transaction, seq) if is_applied else b"" for seq, is_applied in lost]
+            seqs = [seq for seq, _ in lost]
+            self.lineage.begin_rebase(
+                transaction, epoch=epoch, timeline=timeline, lost=list(zip(seqs, keys, strict=True))
+            )
+            self.files.note_operations(transaction, ((seq, self.log.get(transaction, seq) or b"") for seq in seqs))
             self.publication.forget_states(transaction)
             return self.lineage.reoffer_count(transaction)
 
         return self.environment.write(work)
 
-    def _settled_outside(self, transaction: LmdbTransaction, ranges: Sequence[tuple[int, int]]) -> Iterator[int]:
+    def _settled_outside(
+        self, transaction: LmdbTransaction, ranges: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, bool]]:
+        """Yield the seqs of what is settled here and not in some ranges, with whether it was applied."""
         # Of what was set aside nothing is left to be offered.
         set_aside = self._meta.positions(transaction, "set_aside")
-        cursor = transaction.cursor(self._outcomes)
-        for key in cursor.iternext(keys=True, values=False):
+        for key, value in transaction.cursor(self._outcomes):
             seq = unpack_position(key)
-            place = bisect_right(ranges, (seq, _SEQ_MAX)) - 1
-            if (place < 0 or seq > ranges[place][1]) and seq not in set_aside:
-                yield seq
+            if not _is_among(seq, ranges) and seq not in set_aside:
+                yield seq, not unpack_outcome(value).failure_id
+
+    def keep_settled(self, formers: Sequence[sync_pb2.FormerSettled]) -> int:
+        """
+        Offer nothing again that a server still has as it was settled under a former id.
+
+        It may have forgotten by now what became of it, and could only refuse it.
+
+        Args:
+            formers: What is settled under each former id.
+
+        Returns:
+            How many operations are not offered again after all.
+        """
+
+        def work(transaction: LmdbTransaction) -> int:
+            kept: set[int] = set()
+            for former in formers:
+                ranges = [(one.first, one.last) for one in former.ranges]
+                reoffers = self.lineage.reoffers(transaction, 0)
+                kept.update(seq for seq in reoffers if seq <= former.common_seq and _is_among(seq, ranges))
+            for seq in kept:
+                key = self.lineage.note_reoffered(transaction, seq)
+                self.files.settle_operation(transaction, seq, applied=bool(key))
+                outcome = self.outcome(transaction, seq)
+                if key and outcome is not None and self.view.is_open(transaction, key, seq):
+                    # It comes with the data of the new timeline, and stays in view until then.
+                    self.view.settle_applied(transaction, [(key, seq, outcome.version)], rebasing=True)
+            return len(kept)
+
+        return self.environment.write(work) if formers else 0
 
     def reoffer_batch(self, *, after: int, count_max: int, bytes_max: int) -> list[Reoffer]:
         """
@@ -564,6 +620,8 @@ class Storage:
             failures.append(failure.id)
         for seq in seqs:
             self.log.remove(transaction, seq)
+            self.lineage.note_reoffered(transaction, seq)
+            self.files.settle_operation(transaction, seq, applied=False)
         self.view.settle_refused(transaction, list(dict.fromkeys(lost)))
         known = self._meta.get(transaction, "set_aside")
         self._meta.put(transaction, set_aside=known + b"".join(map(pack_position, sorted(seqs))))
@@ -573,15 +631,16 @@ class Storage:
 
     def trim(self, oldest_us: float, size_bytes_max: int, *, count_max: int) -> int:
         """
-        Remove settled operations from the oldest on, at most *count_max*, and return how many went.
+        Remove settled operations from the oldest on, about *count_max* at most, and return how many went.
 
         Those go that were made before *oldest_us*, and any while the log is larger
-        than *size_bytes_max*. The first one that must stay ends it.
+        than *size_bytes_max*. The first one that must stay ends it. A commit group
+        goes whole: a part of it could not be offered again to a server that lost it.
         """
 
         def work(transaction: LmdbTransaction) -> list[int]:
             trimmed = self.log.trim(
-                transaction, may_go=self._trimmable(transaction, oldest_us, size_bytes_max), count_max=count_max
+                transaction, going=self._trimmable(transaction, oldest_us, size_bytes_max), count_max=count_max
             )
             for seq in trimmed:
                 transaction.delete(pack_position(seq), db=self._outcomes)
@@ -595,25 +654,41 @@ class Storage:
 
     def _trimmable(
         self, transaction: LmdbTransaction, oldest_us: float, size_bytes_max: int
-    ) -> Callable[[int, bytes], bool]:
+    ) -> Callable[[int, bytes], int]:
         size_bytes = self.log.size_bytes(transaction)
         excess_bytes = size_bytes - size_bytes_max
         share_bytes = size_bytes // max(1, self.log.entry_count(transaction))
 
-        def may_go(seq: int, data: bytes) -> bool:
+        def going(seq: int, data: bytes) -> int:
             nonlocal excess_bytes
-            try:
-                operation = decode_operation(data)
-            except InvalidValue as error:
-                raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
-            if self.lineage.is_reoffered(transaction, seq):
-                return False
+            operation = _decoded(seq, data)
             if excess_bytes <= 0 and operation.client_time_us >= oldest_us:
-                return False
-            excess_bytes -= share_bytes
-            return not self.view.is_needed(transaction, pack_object_key(*operation.key), seq)
+                return 0
+            members = {seq: operation}
+            if operation.group is not None:
+                behind = range(seq + 1, seq + operation.group.size - operation.group.position)
+                members |= {at: _decoded(at, stored) for at in behind if (stored := self.log.stored(transaction, at))}
+            excess_bytes -= share_bytes * len(members)
+            return 0 if any(must_stay(*one) for one in members.items()) else len(members)
 
-        return may_go
+        def must_stay(seq: int, operation: Operation) -> bool:
+            key = pack_object_key(*operation.key)
+            return self.lineage.is_reoffered(transaction, seq) or self.view.is_needed(transaction, key, seq)
+
+        return going
+
+
+def _decoded(seq: int, data: bytes) -> Operation:
+    try:
+        return decode_operation(data)
+    except InvalidValue as error:
+        raise LogCorrupt(f"the operation at seq {seq} cannot be read: {error}", seq=seq) from error
+
+
+def _is_among(seq: int, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether a seq is in one of some ascending ranges."""
+    place = bisect_right(ranges, (seq, _SEQ_MAX)) - 1
+    return place >= 0 and seq <= ranges[place][1]
 
 
 def _packed_outcome(result: operation_pb2.OperationResult) -> bytes:

@@ -132,6 +132,7 @@ class Synchronization:
         self._consent = consent
         self._files = files
         self._reoffer_count = 0
+        self._is_uploading = False
         self._guards_removals = False
         self._plans = Plans()
         self._stage = _Stage.OPENING
@@ -170,6 +171,7 @@ class Synchronization:
         with storage.environment.read() as transaction:
             self._until = storage.last_seq(transaction) if self._files.until is None else self._files.until
             first_seq = storage.first_unsettled(transaction)
+            first_kept = storage.log.first_seq(transaction)
             if self._mode is not Mode.SELECTED:
                 self._reoffer_count = storage.lineage.reoffer_count(transaction)
         storage.lineage.forget_old_bases(first_seq)
@@ -188,13 +190,14 @@ class Synchronization:
             bound_tenant=storage.meta("tenant").decode(),
             bound_user_id=storage.meta("user_id").decode(),
         )
-        storage.lineage.introduce(start, first_seq)
+        storage.lineage.introduce(start, first_seq=first_seq, first_kept=first_kept)
         if self._mode is Mode.ALL:
             start.resume_token = storage.meta("resume_token")
         # What is removed from a state that the server itself has followed up to here, it has reason to remove.
         self._guards_removals = storage.lineage.is_rebasing or bool(start.cursor)
         self._on_progress(Progress(Phase.CONNECT, 0, None))
         messages: list[bytes | None] = [_request(start=start.SerializeToString())]
+        self._is_uploading = start.uploading
         if not start.uploading:
             messages.extend(self._end_of_upload())  # nothing to wait for: saves a round trip
         return messages
@@ -240,6 +243,8 @@ class Synchronization:
         check_started(started)
         self._adopt(started)
         self._check_log(started.settled)
+        if self._reoffer_count:
+            self._reoffer_count -= self._storage.keep_settled(started.former_settled)
         self._limits = batch_limits(started.limits)
         self._limits.batch_bytes = min(self._limits.batch_bytes, self._batch_bytes)
         self._check_upload(Plans(started))
@@ -247,7 +252,7 @@ class Synchronization:
         self._storage.publication.discard_merge()
         if self._mode is Mode.ALL and not started.resumed:
             self._storage.publication.discard_staged()
-        if not self._upload.operation_count + self._reoffer_count:
+        if not self._is_uploading:
             self._stage = _Stage.SETTLING
             return []
         self._stage = _Stage.UPLOADING
@@ -503,7 +508,8 @@ class Synchronization:
                 self._pages_objects,
                 complete=complete,
                 plans=self._plans,
-                removals_accepted=self._consent.mass_removal or not self._guards_removals,
+                guards_removals=self._guards_removals,
+                removals_accepted=self._consent.mass_removal,
             )
         else:
             counts = self._storage.publication.merge(self._pages, complete.cursor, complete.checkpoint)

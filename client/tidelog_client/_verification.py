@@ -246,7 +246,8 @@ class _Verification:
             return ("to be logged", "none")
         is_pending = self._transaction.get(position, db=self._positions[_PENDING]) is not None
         if not version:
-            return None if is_pending else ("to be pending", "not")
+            is_open = is_pending or self._transaction.get(position, db=self._reoffers) is not None
+            return None if is_open else ("to be pending", "not")
         outcome = self._outcome_at(seq) or Outcome(0, "")
         # An outcome of the new timeline may be here before its state is.
         is_rebasing = bool(self._meta.get(self._transaction, "next_timeline"))

@@ -3,11 +3,13 @@ The view: what a replica shows, and how the server's answers change it.
 
     objects      object key          -> version, dirty mark, attributes: the view
     base         object key          -> version, attributes: the server's state, only while dirty
-    unconfirmed  object key NUL seq  -> version it was applied at, 0 while pending
+    unconfirmed  object key NUL seq  -> version it was applied at, 0 while pending, or waiting to be offered again
 
 The view of an object is its base with every operation replayed that is pending, or
 applied at a version above the base's. So an own edit neither vanishes nor counts
-twice between its acknowledgement and its snapshot. An object is dirty as long as it
+twice between its acknowledgement and its snapshot. So is what
+had been applied, was lost by the server, and waits for being applied again, once the server's
+state without it is here. An object is dirty as long as it
 has such an operation in `unconfirmed`; then its base is kept beside its view (there
 is no base entry if the server has no such object). Whoever changes one of the two
 changes the other in the same transaction, and leaves a mark where files may be concerned
@@ -139,6 +141,14 @@ class View:
         """Tell whether an operation is still replayed, so that the log must keep it."""
         return transaction.get(_entry(key, seq), db=self._unconfirmed) is not None
 
+    def is_open(self, transaction: LmdbTransaction, key: bytes, seq: int) -> bool:
+        """Tell whether an operation is replayed as one that the server has not applied."""
+        return transaction.get(_entry(key, seq), db=self._unconfirmed) == _PENDING
+
+    def creates(self, transaction: LmdbTransaction, seq: int) -> bool:
+        """Tell whether the operation at *seq* is a creation."""
+        return self._operation(transaction, seq).kind is OperationKind.CREATE
+
     def replaying(self, transaction: LmdbTransaction, seqs: Container[int]) -> list[tuple[bytes, int]]:
         """Return (object key, seq) of those operations that are still replayed."""
         entries = transaction.cursor(self._unconfirmed).iternext(keys=True, values=False)
@@ -254,6 +264,14 @@ class View:
             else:
                 confirmed.append((_entry(key, seq), position))
         put_many(transaction, self._unconfirmed, confirmed)
+
+    def replay_again(self, transaction: LmdbTransaction, key: bytes, seq: int) -> None:
+        """Replay an operation that the server's state, as it is here now, does not contain any more."""
+        shown = transaction.get(key, db=self._objects)
+        if shown is not None and not _unpack(shown).dirty:
+            transaction.put(key, shown, db=self._base)
+        transaction.put(_entry(key, seq), _PENDING, db=self._unconfirmed)
+        self._rebuild(transaction, key)
 
     def settle_refused(self, transaction: LmdbTransaction, refused: Sequence[tuple[bytes, int]]) -> None:
         """Take operations (object key, seq) back out of the view."""

@@ -532,7 +532,10 @@ def _print_report(report: Report) -> None:
     if report.former_replica_id:
         print(f"the replica was {report.former_replica_id} until now: it is a copy, or was away for too long")
     if report.server_restored or report.reoffered:
-        print(f"the server was put back from a backup: {report.reoffered} operations were offered to it again")
+        print(
+            "the server was put back from a backup, or is another one: "
+            f"operations that it had lost and settled anew: {report.reoffered}"
+        )
     print_table(_FAILURE_COLUMNS, map(_failure_row, report.failures))
     print_table(_SKIPPED_COLUMNS, ((one.reason.value, one.entity, one.id, one.message) for one in report.skipped))
     print_table((Column("ALSO SYNCHRONIZED"), Column("ID")), report.added)
@@ -589,7 +592,7 @@ def _failure_as_data(failure: SynchronizationFailure) -> dict[str, Any]:
 
 
 def _report_as_data(report: Report) -> dict[str, Any]:
-    data = {field.name: getattr(report, field.name) for field in fields(report)}
+    data = {field.name: getattr(report, field.name) for field in fields(report) if not field.name.startswith("_")}
     data["failures"] = [_failure_as_data(one) for one in report.failures]
     data["skipped"] = [asdict(one) for one in report.skipped]
     data["added"] = [{"entity": entity, "id": id_} for entity, id_ in report.added]

@@ -24,11 +24,13 @@ class FormerIdentity(NamedTuple):
         last_seq: The newest seq committed under it.
         settled_seq: The newest seq settled under it, as far as the replica knows.
             Beyond it, another copy may have gone on under the id.
+        settled_nonce: That operation's nonce. 0: not known.
     """
 
     replica: bytes
     last_seq: int
     settled_seq: int
+    settled_nonce: int = 0
 
 
 class OldBases(NamedTuple):

@@ -42,6 +42,7 @@ from tidelog_server._units import (
     Member,
     Unit,
     contents_of,
+    is_whole,
     keys_of,
     read_member,
     size_bytes,
@@ -249,8 +250,9 @@ class _Evaluator:
                 raise OperationForked(f"seq {member.seq} of this replica was settled before as another operation")
         has_settled = self._replica_state.has_settled
         forgotten = {seq for seq in seqs if seq not in former and has_settled(seq)}
-        if self._formers.exist:
-            rest = {member.seq: member.nonce for member in members if member.seq and member.seq not in former}
+        concern = self._formers.concern
+        rest = {one.seq: one.nonce for one in members if one.seq and one.seq not in former and concern(one.seq)}
+        if rest:
             former |= self._formers.settled(rest)
             forgotten.update(filter(self._formers.is_forgotten, rest))
             forgotten.difference_update(former)
@@ -282,6 +284,9 @@ class _Evaluator:
             return outcomes.record_former(unit)
         if outcomes.is_parked(unit):
             return outcomes.park(unit, BEHIND_ANOTHER)
+        if former is not None and not is_whole(unit):
+            message = "a part of its commit group is not kept any more: what is left of it is not applied on its own"
+            return outcomes.refuse(unit, Refused(FailureReason.SUPERSEDED, message))
         if self._is_fragmented and self._is_behind_gap(unit):
             return outcomes.park(unit, FRAGMENTED)
         if len(unit) > 1 and size_bytes(unit) > GROUP_BYTES_MAX:

@@ -17,7 +17,7 @@ import msgpack
 from tidelog._keys import POSITION_BYTES, pack_position, unpack_position
 from tidelog_server._author import FormerIdentity
 from tidelog_server._indexes import IndexWrites, twin_key, twins_prefix
-from tidelog_server._records import REPLICA_ID_BYTES, Settled
+from tidelog_server._records import REPLICA_ID_BYTES, ReplicaState, Settled
 from tidelog_server._store import Reader
 
 
@@ -36,11 +36,11 @@ class Formers:
         self._identities = identities
         self._reader = reader
         self._has_copies = bool(reader.index_range(twins_prefix(replica), b"", 1))
+        self._last_seq = max((one.last_seq for one in identities), default=0)
 
-    @property
-    def exist(self) -> bool:
-        """Whether there may be anything."""
-        return self._has_copies or bool(self._identities)
+    def concern(self, seq: int) -> bool:
+        """Tell whether there may be anything about an operation."""
+        return self._has_copies or seq <= self._last_seq
 
     def settled(self, nonces: Mapping[int, int]) -> dict[int, Settled]:
         """Return which operations were settled under another id, given their nonces by seq."""
@@ -78,6 +78,33 @@ class Formers:
 
     def _formers_of(self, seq: int) -> Iterator[bytes]:
         return (identity.replica for identity in self._identities if 0 < seq <= identity.last_seq)
+
+
+def common_seqs(reader: Reader, known: ReplicaState, formers: Sequence[FormerIdentity]) -> dict[bytes, int]:
+    """
+    Return up to where what is settled under former ids of a replica is surely of its own log.
+
+    Copies of a log part for good, and each uploads under an id only on top of what it has itself. So
+    where one operation is the same, all before it are. The operation may be forgotten later: what was
+    found out is noted with the replica, and holds for those that went by its id before them.
+    """
+    states = {former.replica: reader.replica(former.replica) for former in formers}
+    noted: dict[bytes, int] = {}
+    for state in (known, *filter(None, states.values())):
+        for replica, seq in state.common_seqs:
+            noted[replica] = max(seq, noted.get(replica, 0))
+    for replica, _last_seq, seq, nonce in formers:
+        settled = states[replica]
+        if settled is not None and nonce and _nonce_at(reader, replica, settled, seq) == nonce:
+            noted[replica] = max(seq, noted.get(replica, 0))
+    return {replica: noted[replica] for replica in states if replica in noted}
+
+
+def _nonce_at(reader: Reader, replica: bytes, state: ReplicaState, seq: int) -> int | None:
+    if seq == state.newest_seq:
+        return state.newest_nonce
+    settled = reader.settled(replica, (seq,)).get(seq)
+    return settled.nonce if settled is not None else None
 
 
 class Note(NamedTuple):

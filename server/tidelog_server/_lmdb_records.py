@@ -199,6 +199,9 @@ def _checked_replica(state: ReplicaState | None) -> ReplicaState | None:
         _check_types((state.session_number, state.newest_seq, state.newest_nonce), int)
         for first, last in state.settled_ranges:
             _check_types((first, last), int)
+        for former, seq in state.common_seqs:
+            _check_types((former,), bytes)
+            _check_types((seq,), int)
     return state
 
 

@@ -18,7 +18,7 @@ import uuid_utils
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT
-from tidelog._operation import OperationKind
+from tidelog._operation import OperationKind, identity_of
 from tidelog.v1 import failure_pb2
 from tidelog_server._author import Author, FormerIdentity, OldBases
 from tidelog_server._indexes import IndexWrites, dependents_prefix
@@ -200,8 +200,12 @@ class Outcomes:
 
     def has_applied(self, seq: int, version: int) -> bool:
         """Tell whether it was this operation of the replica that was applied at a version."""
+        return any(one.version == version for one in self._settled_at(seq))
+
+    def _settled_at(self, seq: int) -> list[Settled]:
+        """Return what is known, or new, of an operation under the replica's present id."""
         known = self._reader.settled(self._uploader.replica, (seq,)).values()
-        return any(one.version == version for one in (*known, *(one for at, one in self.settled if at == seq)))
+        return [*known, *(one for at, one in self.settled if at == seq)]
 
     def record_former(self, unit: Unit) -> list[Result]:
         """Record a failure again that was recorded before the store was put back from a backup."""
@@ -238,8 +242,21 @@ class Outcomes:
     def _own_refused_creation(self, key: ObjectKey) -> bytes | None:
         if known := self._refused_creations.get(key):
             return known
-        identities = (self._uploader.replica, *(one.replica for one in self._uploader.formers))
-        return next(filter(None, (self._reader.refused_creation(one, key) for one in identities)), None)
+        if known := self._reader.refused_creation(self._uploader.replica, key):
+            return known
+        for former in self._uploader.formers:
+            known = self._reader.refused_creation(former.replica, key)
+            if known and self._is_own(known, former):
+                return known
+        return None
+
+    def _is_own(self, failure_id: bytes, former: FormerIdentity) -> bool:
+        """Tell whether a failure under a former id is about this copy's operations, not about those of another one."""
+        record = failure_pb2.SynchronizationFailure.FromString(self._reader.failure(failure_id) or b"")
+        seqs = [identity_of(data)[0] for data in (record.operation, *record.group_operations)]
+        return any(0 < seq <= former.settled_seq for seq in seqs) or any(
+            one.failure_id == failure_id for seq in seqs for one in self._settled_at(seq)
+        )
 
     def give_up(self, unit: Unit, wait: Waits) -> list[Result]:
         """Refuse a unit that waited in vain; or park it, if what it waits for may still come."""

@@ -127,6 +127,7 @@ class ReplicaState(NamedTuple):
         settled_ranges: Ranges (first, last) of settled seqs, ascending.
         heard_us: The server's clock when the replica last began to upload. 0: not known.
         retired: Whether it was away for so long that what became of its operations is forgotten.
+        common_seqs: Up to where what is settled under former ids is surely of its own log, by these ids.
     """
 
     session_number: int
@@ -136,6 +137,7 @@ class ReplicaState(NamedTuple):
     settled_ranges: tuple[tuple[int, int], ...]
     heard_us: int = 0
     retired: bool = False
+    common_seqs: tuple[tuple[bytes, int], ...] = ()
 
     @property
     def watermark(self) -> int:

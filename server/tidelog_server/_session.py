@@ -39,6 +39,7 @@ from tidelog_server._errors import (
     SessionSuperseded,
     for_people,
 )
+from tidelog_server._formers import common_seqs
 from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import Principal
 from tidelog_server._projection import Projection
@@ -100,7 +101,10 @@ def parse_formers(identities: Sequence[sync_pb2.FormerIdentity]) -> tuple[Former
     """Return the former ids of a replica. Raises RequestInvalid."""
     if len(identities) > FORMER_IDENTITIES_MAX:
         raise RequestInvalid(f"{len(identities)} former ids of the replica: the limit is {FORMER_IDENTITIES_MAX}")
-    return tuple(FormerIdentity(parse_replica_id(one.replica_id), one.last_seq, one.settled_seq) for one in identities)
+    return tuple(
+        FormerIdentity(parse_replica_id(one.replica_id), one.last_seq, one.settled_seq, one.settled_nonce)
+        for one in identities
+    )
 
 
 def parse_former_outcome(data: bytes) -> FormerOutcome:
@@ -459,7 +463,7 @@ class Session:
         check_owner(known, self._principal)
         writes = Writes({}, [], None, [], [], reader.head().version)
         if self._request.uploading:
-            writes, known = begin_upload(reader, self._replica, self._principal, self._clock())
+            writes, known = begin_upload(reader, self._replica, self._principal, self._clock(), self._formers)
         if self._checkpoints.contradicts(reader, self._request.checkpoint):
             writes = writes._replace(timeline=found_timeline())
             _log.warning(
@@ -484,6 +488,23 @@ class Session:
         is_one_timeline = len(found) == 1 and not is_found(self._store.identity.timeline)
         return OldBases(through_seq, common, found[0].timeline if is_one_timeline else "")
 
+    def _settled_under_formers(self, reader: Reader, known: ReplicaState) -> Iterator[sync_pb2.FormerSettled]:
+        """Yield what is settled under the former ids, the newest of which are the last."""
+        common = dict(known.common_seqs)
+        room = _engine.SETTLED_RANGES_MAX
+        for former in reversed(self._formers):
+            state = reader.replica(former.replica)
+            if state is None or former.replica not in common:
+                continue
+            room -= len(state.settled_ranges)
+            if room < 0:
+                break
+            yield sync_pb2.FormerSettled(
+                replica_id=str(uuid_utils.UUID(bytes=former.replica)),
+                ranges=_range_messages(state),
+                common_seq=common[former.replica],
+            )
+
     def _started(self, known: ReplicaState | None) -> sync_pb2.SessionStarted:
         identity = self._store.identity
         self._timeline = identity.timeline
@@ -493,6 +514,8 @@ class Session:
             self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
             self._checkpoints.begin(reader)
             old_bases = self._old_bases = self._found_old_bases(reader)
+            may_offer_again = known is not None and request.uploading and request.HasField("old_bases")
+            former_settled = list(self._settled_under_formers(reader, known)) if known and may_offer_again else []
         cause = sync_pb2.RECONCILE_CAUSE_UNSPECIFIED
         if self._start.collected:
             cause = sync_pb2.RECONCILE_CAUSE_HISTORY_COLLECTED
@@ -509,6 +532,7 @@ class Session:
             tenant=self._principal.tenant,
             user_id=self._principal.user_id,
             common_version=old_bases.common_version if old_bases is not None else 0,
+            former_settled=former_settled,
         )
         if self._application.has_schema:
             started.schema.CopyFrom(self._application.schema.to_message())
@@ -516,8 +540,7 @@ class Session:
         if known is not None:
             started.settled.newest_seq = known.newest_seq
             started.settled.newest_nonce = known.newest_nonce
-            for first, last in known.settled_ranges:
-                started.settled.ranges.add(first=first, last=last)
+            started.settled.ranges.extend(_range_messages(known))
             if request.uploading:
                 started.session_number = known.session_number
                 self._upload = Upload(
@@ -538,7 +561,13 @@ class Session:
         return started
 
 
-def begin_upload(reader: Reader, replica: bytes, principal: Principal, time_us: int) -> tuple[Writes, ReplicaState]:
+def _range_messages(known: ReplicaState) -> list[sync_pb2.SeqRange]:
+    return [sync_pb2.SeqRange(first=first, last=last) for first, last in known.settled_ranges]
+
+
+def begin_upload(
+    reader: Reader, replica: bytes, principal: Principal, time_us: int, formers: Sequence[FormerIdentity] = ()
+) -> tuple[Writes, ReplicaState]:
     """Take the replica's next session number, binding a new replica to its principal."""
     known = reader.replica(replica)
     check_owner(known, principal)
@@ -550,6 +579,8 @@ def begin_upload(reader: Reader, replica: bytes, principal: Principal, time_us: 
             "it goes on under another replica id"
         )
     begun = known._replace(session_number=known.session_number + 1, heard_us=time_us)
+    if formers:
+        begun = begun._replace(common_seqs=tuple(common_seqs(reader, known, formers).items()))
     return Writes({}, [], (replica, begun), [], [], reader.head().version), begun
 
 

@@ -104,17 +104,28 @@ def split_units(members: list[Member]) -> Iterator[Unit]:
             yield (member,)
             position += 1
             continue
-        unit = []
-        for place, candidate in enumerate(members[position : position + group.size]):
+        unit = [member]
+        place = group.position
+        for candidate in members[position + 1 : position + group.size]:
+            place += 1
             # Unreadable bytes between members of a group can only be one of them.
-            if candidate.operation is not None and candidate.operation.group != group._replace(position=place):
-                break
+            if candidate.operation is not None:
+                other = candidate.operation.group
+                if other is None or other.position < place or other != group._replace(position=other.position):
+                    break
+                place = other.position
             unit.append(candidate)
         if len(unit) < group.size:
             error = InvalidValue(f"its commit group of {group.size} operations is not whole in this batch")
-            unit = [(unit or [member])[0]._replace(error=error), *unit[1:]]
+            unit[0] = member._replace(error=error)
         yield tuple(unit)
         position += len(unit)
+
+
+def is_whole(unit: Unit) -> bool:
+    """Tell whether nothing of a commit group is missing in a unit."""
+    group = unit[0].operation.group if unit[0].operation is not None else None
+    return group is None or len(unit) >= group.size
 
 
 def keys_of(unit: Unit) -> list[ObjectKey]:

@@ -169,7 +169,8 @@ class StoreContract:
             new_names={"ö": "oe"},
             moved_from=6,
         )
-        replica = ReplicaState(4, "änn", 2**62, 2**64 - 1, ((1, 5), (9, 2**62)), 2**62, retired=True)
+        ranges, common = ((1, 5), (9, 2**62)), ((REPLICA_B, 2**62),)
+        replica = ReplicaState(4, "änn", 2**62, 2**64 - 1, ranges, 2**62, retired=True, common_seqs=common)
         settled = Settled(2**64 - 1, 7, changed_by_server=True, failure_id=b"", culprit=False)
         failure = FailureRecord(b"f" * 16, b"\x00\xff", REPLICA_B, (task("x"), ("Note", "y")))
 

@@ -756,7 +756,9 @@ def _starts() -> Iterable[bytes]:
             timeline="first",
             checkpoint=b"sealed",
             former_identities=[
-                sync_pb2.FormerIdentity(replica_id="62626262-6262-6262-6262-626262626262", last_seq=9, settled_seq=7)
+                sync_pb2.FormerIdentity(
+                    replica_id="62626262-6262-6262-6262-626262626262", last_seq=9, settled_seq=7, settled_nonce=77
+                )
             ],
             old_bases=sync_pb2.OldBases(through_seq=9, checkpoint=b"sealed"),
         ).SerializeToString()

@@ -106,6 +106,15 @@ starts = st.builds(
     ),
     tenant=st.sampled_from(["default"] * 8 + ["", "another"]),
     user_id=st.sampled_from(["ann"] * 8 + ["", "bob"]),
+    former_settled=st.lists(
+        st.builds(
+            sync_pb2.FormerSettled,
+            replica_id=texts,
+            ranges=st.lists(st.builds(sync_pb2.SeqRange, first=small_numbers, last=small_numbers), max_size=2),
+            common_seq=numbers,
+        ),
+        max_size=2,
+    ),
 )
 
 

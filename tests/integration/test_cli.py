@@ -152,6 +152,33 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("json_", [True, False])
+def test_a_server_that_was_put_back(folder: Path, *, json_: bool) -> None:
+    """What is refused when it is offered again is told, and is in the exit code; what is as before is counted."""
+    with Replica(folder / "device") as replica:
+        replica.create("Task", {"title": "theirs as well"}, id="same")
+    with serving(cwd=folder) as address:
+        run("sync", "--replica", "device", "--server", address, cwd=folder)
+    with serving(cwd=folder, data="other") as address:
+        with Replica(folder / "other-device", server=address) as other:
+            other.create("Task", {"title": "first"}, id="same")
+            other.synchronize_all()
+        options = ("--accept-foreign-server", *(["--json"] if json_ else []))
+        result = run("sync", "--replica", "device", "--server", address, *options, cwd=folder)
+
+    assert result.returncode == ExitCode.REJECTED
+    if json_:
+        (report,) = read_json(result.stdout)
+        assert not [name for name in report if name.startswith("_")]
+        assert (report["server_restored"], report["reoffered"], report["former_replica_id"]) == (True, 5, "")
+        assert (report["applied"], report["rejected"]) == (0, 1)
+        assert [one["reason"] for one in report["failures"]] == ["SUPERSEDED"]
+    else:
+        assert result.stdout.startswith("applied 0, rejected 1, ")
+        assert "operations that it had lost and settled anew: 5\n" in result.stdout
+        assert "\nSUPERSEDED " in result.stdout
+
+
 def test_synchronize_and_look(folder: Path) -> None:
     """A replica's work reaches another one, the refusal is reported, and every reading command shows it."""
     assert [one["seq"] for one in read_json(succeed("pending", "--replica", "device", "--json", cwd=folder))] == [

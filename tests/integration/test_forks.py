@@ -14,9 +14,9 @@ from uuid import UUID
 import pytest
 from tests.builders import collect, contents, quick_folder
 
-from tidelog import FailureReason, ForeignServer, MassRemoval
-from tidelog._keys import POSITION_BYTES
-from tidelog_client import Phase, Progress, Replica, Report, _file_exchange
+from tidelog import Entity, FailureReason, ForeignServer, Integer, LogCorrupt, MassRemoval, Schema, String
+from tidelog._keys import POSITION_BYTES, pack_position
+from tidelog_client import Phase, Progress, Replica, Report, _file_exchange, _publication
 from tidelog_client._connection import Stream
 from tidelog_client._lineage import FORMER_IDENTITIES_MAX
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, verify_store
@@ -335,6 +335,83 @@ class TestCopiedReplicas:
         assert [one.reason for one in report.failures] == reasons
         assert site.truth() == {"t1": {}, "1": {"owner": "a"}}
 
+    @pytest.mark.parametrize("forks_again", [False, True])
+    @pytest.mark.parametrize("is_retired", [False, True])
+    def test_what_is_in_force_under_a_former_id(self, site: Site, *, is_retired: bool, forks_again: bool) -> None:
+        """What a restored server has settled under a former id is not offered again, though it forgot how."""
+        a = site.device("a")
+        for number in range(5):
+            a.create("Task", {}, f"t{number}")
+        a.create("Task", {"bad": True}, "refused")
+        a.synchronize_all()
+        later_us = server_time_us() + 10**13
+        if is_retired:
+            collect(site.store, later_us, replicas=timedelta(0))
+        else:
+            site.shut("a")
+            site.copy("a", "old")
+            site.device("a").create("Task", {}, "of the lost directory")
+            site.sync("a")
+            site.shut("a")
+            site.copy("old", "a")
+        site.device("a").create("Task", {}, "t5")
+        assert site.sync("a").former_replica_id
+        b = site.device("b")
+        b.create("Task", {}, "of b")
+        b.synchronize_all()
+        assert collect(site.store, later_us).outcomes
+        if forks_again:
+            site.device("a")._storage.fork()
+            site.device("a").create("Task", {}, "of the third id")
+            site.sync("a")
+        site.shut("a")
+        site.back_up()
+        site.device("a").create("Task", {}, "t6")
+        site.sync("a")
+        site.shut("a")
+        site.restore()
+
+        report = site.sync("a")
+
+        assert report.server_restored
+        assert (report.reoffered, report.rejected, list(report.failures)) == (1, 0, [])
+        assert contents(site.device("a")) == site.truth()
+        assert {f"t{number}" for number in range(7)} <= site.truth().keys()
+
+    @pytest.mark.parametrize("is_forgotten", [False, True])
+    def test_what_a_copy_settled_in_ones_place_under_a_former_id(self, site: Site, *, is_forgotten: bool) -> None:
+        """What another copy has in the place of what was lost is not taken for it, nor where that was forgotten."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("a", "b")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {}, "t2")
+        a.create("Task", {}, "t3")
+        a.synchronize_all()
+        site.sync("c")
+        site.shut("a")
+        site.shut("c")
+        site.restore()
+        assert site.sync("c").server_restored
+        b = site.device("b")
+        for number in range(3):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        if is_forgotten:
+            site.device("c").create("Task", {}, "of c")
+            site.sync("c")
+            assert collect(site.store, server_time_us() + 10**13).outcomes
+
+        report = site.sync("a")
+
+        assert report.former_replica_id
+        assert report.reoffered == 3
+        found = {one.object_id for one in report.failures} if is_forgotten else site.truth().keys()
+        assert {"t2", "t3"} <= found
+
     def test_an_edit_while_it_forks(self, site: Site) -> None:
         """What is edited after the new id was taken, and before the server's state came, is one's own as before."""
         a = site.device("a")
@@ -521,6 +598,204 @@ class TestRestoredServers:
         assert contents(site.device("a")) == truth
         site.sync("b")
         assert contents(site.device("b")) == truth
+
+    def test_the_report_counts_what_became_a_failure(self, site: Site) -> None:
+        """Of what is settled anew the report counts what is refused now as such; a former refusal is no news."""
+        a, b = site.device("a"), site.device("b")
+        a.create("Task", {"title": "x"}, "t1")
+        a.synchronize_all()
+        b.synchronize_all()
+        site.shut("a")
+        site.shut("b")
+        site.back_up()
+        a = site.device("a")
+        a.update("Task", "t1", {"title": "of a"})
+        a.create("Task", {}, "t2")
+        a.create("Task", {"bad": True}, "refused")
+        with a.transaction(atomic=True) as transaction:
+            transaction.update("Task", "t1", {"title": "of a, in a group"})
+            transaction.create("Task", {}, "t3")
+        a.synchronize_all()
+        a.create("Task", {}, "pending")
+        a.create("Task", {"bad": True}, "refused as well")
+        site.shut("a")
+        site.restore()
+        b = site.device("b")
+        b.update("Task", "t1", {"title": "of b"})
+        b.synchronize_all()
+
+        report = site.sync("a")
+
+        reasons = {one.object_id: one.reason for one in report.failures}
+        assert reasons == {"t1": FailureReason.SUPERSEDED, "refused as well": FailureReason.HOOK_REJECTED}
+        assert (report.reoffered, report.applied, report.rejected) == (5, 1, 4)
+        assert report.rejected == sum(len(one.group_operations) or 1 for one in report.failures)
+        again = site.sync("a")
+        assert (again.reoffered, again.applied, again.rejected, list(again.failures)) == (0, 0, 0, [])
+
+    @pytest.mark.parametrize("bad", [False, True])
+    def test_a_commit_group_at_the_end_of_what_is_kept(self, site: Site, *, bad: bool) -> None:
+        """The log forgets commit groups whole: what it has of one is offered again whole, refused ones too."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {}, "forgotten")
+        for group in range(2):
+            with a.transaction(atomic=True) as transaction:
+                for number in range(3):
+                    transaction.create("Task", {"bad": bad and number == 1}, f"{group} {number}")
+        known = [one.id for one in a.synchronize_all().failures]
+        with a._storage.environment.read() as reader:
+            size_bytes = a._storage.log.size_bytes(reader)
+        assert a._storage.trim(1e18, size_bytes, count_max=3) == 5
+        assert [one.operation.seq for one in a.log()] == [6, 7, 8]
+        site.shut("a")
+
+        site.restore()
+        report = site.sync("a")
+
+        assert (report.reoffered, report.rejected) == (3, 0)
+        expected = {"t1"} if bad else {"t1", "1 0", "1 1", "1 2"}
+        assert contents(site.device("a")).keys() == site.truth().keys() == expected
+        with site.store.read("default") as reader:
+            assert [id_.hex() for id_, _ in reader.failures(b"", 10, 1 << 20)] == [UUID(one).hex for one in known[1:]]
+
+    def test_what_waits_to_be_offered_again_stays_in_view(self, site: Site) -> None:
+        """What a server cannot take yet that was put back stays in view, with later edits, until it is settled."""
+        former, newer = (Application(schema=_task_schema(version)) for version in (1, 2))
+        schema = _task_schema(2)
+        site.stop()
+        site.application = former
+        site.start()
+        b = site.device("b", schema=_task_schema(1))
+        b.create("Task", {"n": 0}, "t0")
+        b.create("Task", {"n": 0}, "goes")
+        b.synchronize_all()
+        site.shut("b")
+        site.back_up()
+        site.stop()
+        site.application = newer
+        site.start()
+        a = site.device("a", schema=schema)
+        a.synchronize_all()
+        a.update("Task", "t0", {"z": "new"}, increment={"n": 1})
+        a.create("Task", {"n": 5}, "t1")
+        a.delete("Task", "goes")
+        a.create("Task", {"n": 0}, "theirs")
+        a.synchronize_all()
+        a.update("Task", "t0", increment={"n": 10})
+        a.update("Task", "t1", {"z": "x"})
+        before = {one.id: one.to_dict() for one in a.query("Task")}
+        assert before.keys() == {"t0", "t1", "theirs"}
+        site.shut("a")
+        site.application = former
+        site.restore()
+        b = site.device("b", schema=_task_schema(1))
+        b.create("Task", {"n": 7}, "theirs")
+        b.synchronize_all()
+
+        a = site.device("a", schema=schema)
+        for _ in range(2):
+            report = a.synchronize_all()
+            assert (report.reoffered, report.applied, report.removed) == (0, 0, 0)
+            assert {one.id: one.to_dict() for one in a.query("Task")} == before
+            assert list(a.verify()) == []
+        site.shut("a")
+        site.shut("b")
+        site.restore()  # once more: it all begins anew
+        a = site.device("a", schema=schema)
+        a.synchronize_unsynchronized()
+        assert {one.id: one.to_dict() for one in a.query("Task")} == before
+        assert site.device("b", schema=_task_schema(1)).synchronize_all().reoffered == 1
+        site.shut("a")
+        site.shut("b")
+        site.stop()
+        site.application = newer
+        site.start()
+
+        report = site.device("a", schema=schema).synchronize_all()
+
+        assert (report.reoffered, report.applied, report.rejected) == (4, 2, 1)
+        assert [one.object_id for one in report.failures] == ["theirs"]
+        a = site.device("a", schema=schema)
+        expected = before | {"theirs": {"n": 7}}
+        assert {one.id: one.to_dict() for one in a.query("Task")} == expected
+        c = site.device("c", schema=schema)
+        c.synchronize_all()
+        assert {one.id: one.to_dict() for one in c.query("Task")} == expected
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    @pytest.mark.parametrize("lags", [True, False])
+    def test_objects_that_wait_for_contents_stay_in_view(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, *, lags: bool, at_once: bool
+    ) -> None:
+        """Objects whose contents have to be uploaded again are in view all the time, and are no mass removal."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1)
+        if not at_once:
+            monkeypatch.setattr(_publication, "PUBLISH_OBJECTS_MAX", 0)
+            monkeypatch.setattr(_publication, "END_STEP_OBJECTS", 1)
+        a = site.device("a")
+        a.create("Task", {}, "other")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        for number in range(30):
+            a.create("Task", {"photo": a.add_file(b"a photo %d" % number), "n": 1}, f"t{number}")
+        a.synchronize_all()
+        before = contents(a)
+        site.shut("a")
+        site.restore()
+        seen = []
+
+        def look(progress: Progress) -> None:
+            seen.append(len(contents(a)))
+
+        a = site.device("a")
+        if lags:
+            with monkeypatch.context() as patch:
+                patch.setattr(_file_exchange.FileExchange, "exchange", lambda *_, **__: False)
+                assert a.synchronize_all(on_progress=look).reoffered == 0
+            assert list(a.verify()) == []
+        step = _publication.Publication._end_step
+
+        def end_step(*args: Any) -> Any:
+            look(Progress(Phase.PUBLISH, 0, None))
+            return step(*args)
+
+        monkeypatch.setattr(_publication.Publication, "_end_step", end_step)
+        report = a.synchronize_all(on_progress=look)
+
+        assert set(seen) == {31}
+        assert (report.reoffered, report.rejected, report.removed) == (30, 0, 0)
+        assert contents(a) == site.truth() == before
+
+    def test_what_was_to_be_offered_again_is_damaged(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An operation that cannot be read any more and is set aside does not keep the others from being offered."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        for number in range(3):
+            a.create("Task", {}, f"new {number}")
+        a.synchronize_all()
+        site.shut("a")
+        site.restore()
+        a = site.device("a")
+        assert not cut_session(a, monkeypatch, after_messages=1)
+        storage = a._storage
+        storage.environment.write(lambda writer: writer.put(pack_position(3), b"damaged", db=storage.log._database))
+        with pytest.raises(LogCorrupt):
+            a.synchronize_all()
+        assert list(a.set_aside_damaged().files) == [3]
+
+        assert a.synchronize_all().reoffered == 2
+        assert contents(a) == site.truth() == {"t1": {}, "new 0": {}, "new 2": {}}
 
     def test_two_devices_offer_again(self, site: Site) -> None:
         """Operations of two devices come together again, in the order they had, whichever of the two comes first."""
@@ -875,6 +1150,47 @@ class TestRestoredServers:
         b.synchronize_all()
         assert len(contents(b)) == 32
 
+    @pytest.mark.parametrize("wish", ["nothing_preserve", "never"])
+    def test_it_asks_whatever_is_wished_meanwhile(self, site: Site, wish: str) -> None:
+        """Not wanting an entity for one session is no way round the question, nor is a fork after that."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        for number in range(30):
+            a.create("Task", {}, f"of a {number}")
+        a.synchronize_all()
+        site.sync("b")
+        site.shut("a")
+        site.shut("b")
+        site.restore()
+        with pytest.raises(MassRemoval):
+            site.sync("b")
+
+        site.device("b", download={"Task": wish}).synchronize_all()
+
+        b = site.device("b")
+        for _ in range(2):
+            with pytest.raises(MassRemoval) as caught:
+                b.synchronize_all()
+            assert (caught.value.removed, caught.value.present) == ({"Task": 30}, {"Task": 31})
+            b._storage.fork()
+        assert len(contents(b)) == 31
+        b.synchronize_all(accept_mass_removal=True)
+        assert contents(b) == site.truth() == {"t1": {}}
+        for number in range(30):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        c = site.device("c")
+        c.synchronize_all()
+        for number in range(30):
+            c.delete("Task", f"of b {number}")
+        c.synchronize_all()
+        site.device("b", download={"Task": wish}).synchronize_all()
+        assert site.sync("b").removed == 30  # it is not asked for ever
+
 
 class TestForeignServers:
     """A server with another store changes nothing unless that is agreed to."""
@@ -930,6 +1246,11 @@ class TestForeignServers:
         assert b.pending_count() == 0
         assert {one.reason for one in b.failures()} == {FailureReason.OBJECT_GONE, FailureReason.ALREADY_EXISTS}
         assert not report.failures
+
+
+def _task_schema(version: int) -> Schema:
+    later = {"z": String()} if version > 1 else {}
+    return Schema([Entity("Task", {"n": Integer(), **later})], version=version)
 
 
 def _notes_about(store: LmdbStore, replica_id: str) -> list[bytes]:

@@ -80,6 +80,7 @@ class Commit(enum.StrEnum):
     START_OVER = "a replica: it asks for all states"
     FORK = "a replica: another id, because its log is a copy"
     REBASE = "a replica: a new timeline of the server's"
+    KEEP = "a replica: what the server has of its former ids"
     TRIM = "a replica: its log is trimmed"
     NUMBER = "the server: a session's number"
     BATCH = "the server: a batch"
@@ -168,6 +169,7 @@ _CLIENT_WRITES = {
     "Publication.forget_states": Commit.START_OVER,
     "Storage.fork": Commit.FORK,
     "Storage.begin_rebase": Commit.REBASE,
+    "Storage.keep_settled": Commit.KEEP,
     "Storage.trim": Commit.TRIM,
 }
 _CLIENT_FILE_WRITES = {

@@ -490,10 +490,16 @@ class World(FileHappenings):
         record = device.record()
         committed = len(device.committed.data) - call.committed_before
         settled = call.pending_before + committed - len(record.pending)
-        if report.applied + report.rejected != settled:
+        refused = sum(len(failure.group_operations) or 1 for failure in report.failures)
+        # Of what was offered again those are counted that became failures by it.
+        counted_again = report.applied + report.rejected - settled
+        if report.rejected != refused or not 0 <= counted_again <= report.reoffered:
             raise PromiseBroken(
                 "Settled once: a report counts what was settled",
-                [f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled"],
+                [
+                    f"{device.name} reports {report.applied}+{report.rejected}, {settled} were settled",
+                    f"and {report.reoffered} again; its failures are about {refused}",
+                ],
             )
         # What was offered again, and has become something else by another copy, is that failure no more.
         has_changed_its_mind = report.reoffered and device.is_copied

@@ -36,6 +36,7 @@ from tidelog._values import decode_trusted, encode
 from tidelog.v1 import failure_pb2, operation_pb2
 from tidelog_server import Application, HookContext, HookObject, Principal, Reject, TransientError
 from tidelog_server import _engine as engine
+from tidelog_server._author import FormerIdentity
 from tidelog_server._engine import evaluate_batch
 from tidelog_server._errors import (
     OperationForked,
@@ -1588,6 +1589,23 @@ class TestReferences:
         results = lab.settle(line(1, "l1").encode(), order(2, title="x").encode(), replica=REPLICA_B)
 
         assert said(results) == ["APPLIED", "APPLIED"]
+
+    @pytest.mark.parametrize(
+        ("settled_seq", "is_pending", "is_own"), [(1, False, True), (0, True, True), (0, False, False)]
+    )
+    def test_a_creation_refused_under_a_former_id(self, settled_seq: int, *, is_pending: bool, is_own: bool) -> None:
+        """It counts if this copy made it: settled before the fork, or pending then; not if another copy did."""
+        lab = with_orders()
+        lab.application.before_commit("Order")(needs_a_title)
+        refused = order(1).encode()
+        [cause] = lab.settle(refused)
+        pending = [refused] if is_pending else []
+        formers = (FormerIdentity(REPLICA_A, 1, settled_seq),)
+
+        *_, result = lab.session(REPLICA_B, formers=formers).settle(*pending, line(2, "l1").encode())
+
+        assert said([result]) == ["DEPENDENCY_FAILED" if is_own else "DANGLING_REFERENCE"]
+        assert lab.failure(result).cause_failure_id == (lab.failure(cause).id if is_own else "")
 
     def test_a_creation_tried_again(self) -> None:
         """Once the object exists after all, what refers to it is no longer held against the former failure."""

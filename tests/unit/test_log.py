@@ -154,7 +154,7 @@ class TestTrimming:
 
         def trim(below: int, count_max: int) -> list[int]:
             return environment.write(
-                lambda transaction: log.trim(transaction, may_go=lambda seq, _: seq < below, count_max=count_max)
+                lambda transaction: log.trim(transaction, going=lambda seq, _: seq < below, count_max=count_max)
             )
 
         assert trim(4, 100) == [1, 2, 3]
@@ -165,15 +165,23 @@ class TestTrimming:
         assert trim(100, 100) == []
         assert seqs_of(log) == []
 
+    def test_what_goes_together(self, environment: Environment, log: OperationLog) -> None:
+        """Of entries that go together all go, also beyond the number at the most."""
+        append(environment, log, *range(1, 11))
+
+        trimmed = environment.write(lambda transaction: log.trim(transaction, going=lambda *_: 3, count_max=4))
+
+        assert trimmed == [1, 2, 3, 4, 5, 6]
+
     def test_who_decides_sees_the_operation(self, environment: Environment, log: OperationLog) -> None:
         """Whoever decides what may go is asked with position and bytes."""
         append(environment, log, 1, 2)
         asked: list[tuple[int, bytes]] = []
 
-        def may_go(seq: int, data: bytes) -> bool:
+        def going(seq: int, data: bytes) -> int:
             asked.append((seq, data))
-            return False
+            return 0
 
-        environment.write(lambda transaction: log.trim(transaction, may_go=may_go, count_max=10))
+        environment.write(lambda transaction: log.trim(transaction, going=going, count_max=10))
 
         assert asked == [(1, make_operation(seq=1, id="t1").encode())]

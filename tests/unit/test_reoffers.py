@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, USER, Lab, create, delete, update
+from tests.builders import (
+    REPLICA_A,
+    REPLICA_B,
+    TENANT,
+    TIME_US,
+    USER,
+    Lab,
+    create,
+    delete,
+    group,
+    make_operation,
+    update,
+)
 
 from tidelog import FailureReason
 from tidelog_server._author import OldBases
@@ -110,6 +122,19 @@ def test_a_former_failure_is_recorded_and_not_executed(lab: Lab) -> None:
     record = lab.failure(result)
     assert (record.message, record.code, record.operation) == ("no", "CODE", update(1, "t1", {"title": "refused"}))
     assert lab.attributes("t1") == {"title": "x", "n": 0}
+
+
+@pytest.mark.parametrize("kept", [[1, 2], [0, 2], [0, 1]])
+def test_what_is_left_of_a_commit_group(lab: Lab, kept: list[int]) -> None:
+    """Where a part of a group is lost for good, the rest is one failure with all that is left, for a person."""
+    whole = group(*(make_operation("create", seq=place + 1, id=f"g{place}") for place in range(3)))
+    left = [whole[place] for place in kept]
+
+    results = offer(lab, *left, create(9, "a"))
+
+    assert reasons(results) == [FailureReason.SUPERSEDED, FailureReason.GROUP_REJECTED, None]
+    assert list(lab.failure(results[0]).group_operations) == left
+    assert lab.attributes("g2") is None
 
 
 def test_a_failure_id_that_is_taken(lab: Lab) -> None:

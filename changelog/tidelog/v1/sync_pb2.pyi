@@ -337,6 +337,7 @@ class FormerIdentity(_message.Message):
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     LAST_SEQ_FIELD_NUMBER: _builtins.int
     SETTLED_SEQ_FIELD_NUMBER: _builtins.int
+    SETTLED_NONCE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The id."""
     last_seq: _builtins.int
@@ -345,16 +346,21 @@ class FormerIdentity(_message.Message):
     """
     settled_seq: _builtins.int
     """The newest `seq` that was settled under it, as far as this copy knows."""
+    settled_nonce: _builtins.int
+    """The nonce of that operation. 0: not known. Tells the server that what is
+    settled up to there is of this copy's log.
+    """
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         last_seq: _builtins.int = ...,
         settled_seq: _builtins.int = ...,
+        settled_nonce: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_seq", b"last_seq", "replica_id", b"replica_id", "settled_seq", b"settled_seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_seq", b"last_seq", "replica_id", b"replica_id", "settled_nonce", b"settled_nonce", "settled_seq", b"settled_seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -491,6 +497,7 @@ class SessionStarted(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     COMMON_VERSION_FIELD_NUMBER: _builtins.int
     RECONCILE_CAUSE_FIELD_NUMBER: _builtins.int
+    FORMER_SETTLED_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The protocol the server speaks."""
     session_number: _builtins.int
@@ -541,6 +548,13 @@ class SessionStarted(_message.Message):
         others are downloaded whole, and reconciled if `reconcile` says so.
         """
 
+    @_builtins.property
+    def former_settled(self) -> _containers.RepeatedCompositeFieldContainer[Global___FormerSettled]:
+        """What is settled under former ids that the client named, if it named old
+        bases too: what may be offered again was settled under these. Newest ids
+        first, as far as there is room: 10,000 ranges. Of the others nothing is known.
+        """
+
     def __init__(
         self,
         *,
@@ -559,14 +573,49 @@ class SessionStarted(_message.Message):
         user_id: _builtins.str = ...,
         common_version: _builtins.int = ...,
         reconcile_cause: Global___ReconcileCause.ValueType = ...,
+        former_settled: _abc.Iterable[Global___FormerSettled] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "schema", b"schema", "settled", b"settled"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_version", b"common_version", "entities", b"entities", "epoch", b"epoch", "limits", b"limits", "protocol_version", b"protocol_version", "reconcile", b"reconcile", "reconcile_cause", b"reconcile_cause", "resumed", b"resumed", "schema", b"schema", "session_number", b"session_number", "settled", b"settled", "tenant", b"tenant", "timeline", b"timeline", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_version", b"common_version", "entities", b"entities", "epoch", b"epoch", "former_settled", b"former_settled", "limits", b"limits", "protocol_version", b"protocol_version", "reconcile", b"reconcile", "reconcile_cause", b"reconcile_cause", "resumed", b"resumed", "schema", b"schema", "session_number", b"session_number", "settled", b"settled", "tenant", b"tenant", "timeline", b"timeline", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionStarted: _TypeAlias = SessionStarted  # noqa: Y015
+
+@_typing.final
+class FormerSettled(_message.Message):
+    """What the server has settled under an id that a replica has given up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    COMMON_SEQ_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """The id."""
+    common_seq: _builtins.int
+    """Up to where these are surely operations of the client's own log. Behind it,
+    they may be those of another copy of the replica. 0: everywhere.
+    """
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeqRange]:
+        """Ranges of settled `seq`, ascending, neither overlapping nor adjacent."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        ranges: _abc.Iterable[Global___SeqRange] | None = ...,
+        common_seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["common_seq", b"common_seq", "ranges", b"ranges", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FormerSettled: _TypeAlias = FormerSettled  # noqa: Y015
 
 @_typing.final
 class SettledOperations(_message.Message):
