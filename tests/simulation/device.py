@@ -63,6 +63,7 @@ class Call:
         fiber: Where it runs.
         pending_before: How many operations were pending when it began.
         committed_before: How many had ever been committed then.
+        has_consent: Whether most of an entity may go.
         link: The present attempt's; None between attempts.
         last_link: The newest attempt's.
         is_asleep: Whether it waits before its next attempt.
@@ -83,6 +84,7 @@ class Call:
     mode: Mode | None
     pending_before: int
     committed_before: int
+    has_consent: bool = False
     fiber: Fiber = field(init=False)
     link: Link | None = None
     last_link: Link | None = None
@@ -117,6 +119,7 @@ class Aside:
     seen: SeenHistory
     committed: Committed
     life: int
+    sessions: tuple[Link, ...]
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,8 @@ class Device:
         clock_jump: How far its clock is from the world's.
         seconds: How long its process has run, as its monotonic clock says.
         has_stale_token: Whether the server will refuse its next token.
+        is_asked: Whether its user was asked whether most of an entity may go, and has not said so yet.
+        sessions: The links of which pages may be kept that are not published.
     """
 
     def __init__(  # noqa: PLR0917 - a device is put together once
@@ -173,6 +178,8 @@ class Device:
         self.clock_jump = timedelta(0)
         self.seconds = 0.0
         self.has_stale_token = False
+        self.is_asked = False
+        self.sessions: list[Link] = []
         self.eyes = eyes
         self.wishes: Mapping[str, Download] = {}
         self._history = history
@@ -229,6 +236,7 @@ class Device:
             self.seen,
             self.committed.copy(),
             self.life,
+            tuple(self.sessions),
         )
 
     def put_back(self, aside: Aside) -> None:
@@ -240,6 +248,7 @@ class Device:
         self.is_between_wishes = aside.is_between_wishes
         self.committed, self.life, self.is_copied = aside.committed.copy(), aside.life, True
         self.cursor_at = ("", "", 0)
+        self.sessions = list(aside.sessions)
 
     def needed_contents(self) -> list[tuple[int, list[Needed]]]:
         """Return what its pending operations need, by seq."""

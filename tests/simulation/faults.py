@@ -152,6 +152,8 @@ SETTINGS = (
     "files lazy",
     "files never",
 )
+# What has to come of it now and then.
+TURNS = ("mass removals asked for", "mass removals agreed to")
 
 _CLIENT_WRITES = {
     "Lineage._make_replica_id": Commit.OPEN,
@@ -283,6 +285,7 @@ class Coverage:
         yield from (f"reason {one.name}" for one in REASONS if not self.reasons[one.name])
         yield from (f"mode {one}" for one in MODES if not self.modes[one])
         yield from (f"setting {one}" for one in SETTINGS if not self.settings[one])
+        yield from (f"turn {one}" for one in TURNS if not self.totals[one])
         yield from (f"crash {one}" for one in CRASH_POINTS if one not in SELDOM_REACHED and not self.crashes[str(one)])
 
     def lines(self) -> Iterator[str]:

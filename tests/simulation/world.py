@@ -22,7 +22,7 @@ from unittest import mock
 from uuid import UUID
 
 import grpc
-from tests.simulation import chance, copies, disk, promises
+from tests.simulation import chance, copies, disk, promises, removals
 from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
@@ -53,6 +53,7 @@ from tidelog import (
     FailureReason,
     FileUnavailable,
     InvalidValue,
+    MassRemoval,
     ObjectExists,
     ObjectNotFound,
     Operation,
@@ -64,7 +65,8 @@ from tidelog import (
 from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Report, SkipReason, _replica
+from tidelog_client import Object, Report, SkipReason, _publication, _replica
+from tidelog_client._report import PublishedCounts
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
 from tidelog_server import OperationRefused, TransientError
@@ -92,6 +94,8 @@ TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS
 ADOPTING: Final = (Commit.NOTE, Commit.MIGRATION, Commit.INDEXES)
 COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_INDEX, Commit.RETIRE)
 STEP_SECONDS: Final = 0.001
+# How often who was asked says yes the next time.
+AGREEING: Final = 0.3
 # Longer than the synchronizer goes on trying while it hears nothing.
 SILENCE_SECONDS: Final = 20.0
 # How often a content moves on while a session does.
@@ -123,7 +127,8 @@ class World(FileHappenings):
         self._random = Random(seed)
         self._steps = steps
         self._focus = focus or {}
-        self.settings = Settings.drawn(self._random).with_files(Random(f"{seed} files"))
+        settings = Settings.drawn(self._random).with_files(Random(f"{seed} files"))
+        self.settings = settings.with_guard(Random(f"{seed} guard"))
         self.coverage.settings.update(self.settings.business.names())
         if self.settings.has_third_party:
             self.coverage.settings["third party"] += 1
@@ -165,6 +170,7 @@ class World(FileHappenings):
             settings.applied(),
             chance.from_seed(Random(f"{self.seed} ids"), self, self._clock),
             mock.patch.object(_replica, "select", self._recorded(select)),
+            mock.patch.object(_publication.Publication, "publish", self._judged(_publication.Publication.publish)),
         ):
             self._server = SimulatedServer(
                 self._directory / "server",
@@ -238,6 +244,7 @@ class World(FileHappenings):
             lambda answer: self._overhear(device, answer),
         )
         call.link = call.last_link = link
+        device.sessions.append(link)
         call.life = self._history.lives
         call.selection, call.selected = call.selected, None
         until, call.waited_since = call.waited_since, None
@@ -273,6 +280,39 @@ class World(FileHappenings):
             return selected
 
         return recorded
+
+    def _judged(self, publish: Callable[..., PublishedCounts]) -> Callable[..., PublishedCounts]:
+        """Return *publish* with somebody who looks on: was anybody to be asked?"""
+
+        def judged(*arguments: Any, **options: Any) -> PublishedCounts:
+            device = self._acting
+            if device is None or (call := device.call) is None or (link := call.link) is None:
+                raise AssertionError("a download is published, and nobody asked for it")
+            before = device.record()
+            expected = self._loss(device, link, before)
+            try:
+                counts = publish(*arguments, **options)
+            except MassRemoval as error:
+                removals.check_refused(expected, error, before, device.record(), has_consent=call.has_consent)
+                raise
+            device.sessions.clear()
+            if not call.has_consent:
+                removals.check_adopted(expected, device.record())
+            elif any(expected.is_mass(entity, len(keys)) for entity, keys in expected.surely.items()):
+                self.coverage.totals["mass removals agreed to"] += 1
+            return counts
+
+        return judged
+
+    def _loss(self, device: Device, link: Link, record: ReplicaRecord) -> removals.Loss:
+        """Return what a download takes away that has just come to its end."""
+        self._read_history()
+        is_rebasing = device.replica._storage.lineage.is_rebasing
+        reconciled = removals.Reconciled(link.started, is_rebasing, had_cursor=record.cursor is not None)
+        # What was kept of earlier ones was the server's state when they came.
+        since = min(one.settled_version for one in (device.sessions if link.started.resumed else [link]))
+        unasked_max = self.settings.limits["removed_unasked"]
+        return removals.loss(reconciled, record, device.eyes, self._history, since, unasked_max=unasked_max)
 
     # --- what can happen ----------------------------------------------------------------
 
@@ -354,7 +394,7 @@ class World(FileHappenings):
         if device.call is not None:
             self._call_again(device, mode, picked)
             return
-        self._begin(device, mode, picked, timeout)
+        self._begin(device, mode, picked, timeout, has_consent=mode is Mode.ALL and self._agrees(device))
         if self.settings.is_hasty:
             self._advance(device, moves=HASTY_MOVES)
 
@@ -367,18 +407,26 @@ class World(FileHappenings):
         else:
             raise PromiseBroken("One at a time: a second synchronization fails at once", [device.name])
 
-    def _begin(self, device: Device, mode: Mode, picked: list[Object | Key], timeout: float | None) -> None:
+    def _begin(
+        self, device: Device, mode: Mode, picked: list[Object | Key], timeout: float | None, *, has_consent: bool
+    ) -> None:
         keys = [(one.entity, one.id) if isinstance(one, Object) else one for one in picked]
         self._say(f"{device.name} synchronizes {mode.name} {keys or ''}")
         if device.replica._synchronizer._schema_version > self._schema_version:
             self.coverage.faults[Fault.ROLLOUT.name] += 1
-        call = Call(mode, device.replica.pending_count(), len(device.committed.data))
-        synchronize = device.synchronization(mode, picked, timeout, accepts_removal=self.settings.has_copies)
+        call = Call(mode, device.replica.pending_count(), len(device.committed.data), has_consent)
+        synchronize = device.synchronization(mode, picked, timeout, accepts_removal=has_consent)
 
         def work() -> None:
             call.report = synchronize()
 
         self._start(device, call, work)
+
+    def _agrees(self, device: Device) -> bool:
+        """Tell whether a device's program agrees that most of an entity goes: at once, or after it was asked."""
+        if not self.settings.has_copies:
+            return False
+        return self.settings.consents_at_once or (device.is_asked and self._random.random() < AGREEING)
 
     def _start(self, device: Device, call: Call, work: Callable[[], None]) -> None:
         call.fiber = Fiber(work)
@@ -430,6 +478,10 @@ class World(FileHappenings):
         elif isinstance(error, ServerUnavailable | Unauthenticated):
             self._say(f"{device.name} gives up: {error}")
             self.coverage.totals["given up"] += 1
+        elif isinstance(error, MassRemoval):
+            self._say(f"{device.name} is asked: {error}")
+            self.coverage.totals["mass removals asked for"] += 1
+            device.is_asked = True
         else:
             raise error or AssertionError(f"{device.name} synchronized without a stream")
 
@@ -502,6 +554,7 @@ class World(FileHappenings):
         if call.mode is Mode.ALL:
             device.see_as_wished()
             device.life = call.life
+            device.is_asked = False
         if call.mode is Mode.SELECTED:
             # What holds at any moment shows best while a part of the log is settled.
             self._check_everything(device, record)
@@ -1040,11 +1093,10 @@ class World(FileHappenings):
     def _synchronize_to_the_end(self, device: Device) -> Report:
         # There may be a session more for each content that is uploaded.
         content_count = sum(len(some) for _, some in device.needed_contents()) if self.witness is not None else 0
-        self._begin(device, Mode.ALL, [], None)
-        call = device.call
-        if call is None:
-            raise AssertionError(f"{device.name} could not begin")
-        self._advance(device, moves=CALL_MOVES_MAX)
+        agrees, device.is_asked = self._agrees(device), False
+        call = self._call_to_the_end(device, has_consent=agrees)
+        if device.is_asked:
+            call = self._call_to_the_end(device, has_consent=True)
         if device.call is not None or call.report is None:
             raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
         attempts_max = COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1
@@ -1055,6 +1107,14 @@ class World(FileHappenings):
                 "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
             )
         return call.report
+
+    def _call_to_the_end(self, device: Device, *, has_consent: bool) -> Call:
+        self._begin(device, Mode.ALL, [], None, has_consent=has_consent)
+        call = device.call
+        if call is None:
+            raise AssertionError(f"{device.name} could not begin")
+        self._advance(device, moves=CALL_MOVES_MAX)
+        return call
 
     def _check_everything(self, device: Device, record: ReplicaRecord) -> None:
         """Check what must hold at any moment of the server, and of it and one replica."""
