@@ -188,6 +188,7 @@ class Settings:
                 (_synchronization, "STAGE_BYTES", limits["stage_bytes"]),
                 (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
                 (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
+                (_publication, "GUARD_OBJECTS_AT_ONCE", limits["publish_pages"]),
                 (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "MERGE_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),
