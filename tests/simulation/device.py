@@ -260,6 +260,13 @@ class Device:
         return FileWishes(self._model.files)
 
     @property
+    def is_new_with_work(self) -> bool:
+        """Whether it has something to upload, does not do it just now, and has never got everything."""
+        storage = self.replica._storage
+        is_new = not (storage.meta("cursor") or storage.meta("state_lost"))
+        return self.call is None and is_new and self.replica.pending_count() > 0
+
+    @property
     def has_staged_pages(self) -> bool:
         """Whether it keeps pages of an interrupted download of everything."""
         return bool(self.replica._storage.meta("resume_token"))

@@ -57,6 +57,7 @@ from tidelog import (
     ObjectExists,
     ObjectNotFound,
     Operation,
+    ReplicaRetired,
     ServerUnavailable,
     StorageError,
     SynchronizationInProgress,
@@ -87,6 +88,7 @@ SELDOM: Final = frozenset(
 )
 DEVICES_MAX: Final = 5
 ASIDES_MAX: Final = 4
+MONTH: Final = timedelta(days=31)
 BACKUPS_MAX: Final = 3
 # What is noted by the way of a copy or a restore takes attempts of its own.
 COPIES_ATTEMPTS_MAX: Final = 5
@@ -352,6 +354,7 @@ class World(FileHappenings):
                 ("copy", 0.8 if len(self._devices) < DEVICES_MAX else 0.0, lambda: self._copy_device(device)),
                 ("put aside", 0.8, lambda: self._put_aside(device)),
                 ("put back", 1.2 if self._asides else 0.0, lambda: self._put_back(device)),
+                ("relapse", 2.0 if device.is_new_with_work else 0.0, lambda: self._relapse(device)),
                 ("back up", 0.8, self._back_up),
                 ("restore", 0.8 if self._backups else 0.0, self._restore),
             ]
@@ -478,6 +481,8 @@ class World(FileHappenings):
         elif isinstance(error, ServerUnavailable | Unauthenticated):
             self._say(f"{device.name} gives up: {error}")
             self.coverage.totals["given up"] += 1
+        elif isinstance(error, ReplicaRetired) and error.report is not None and error.report.former_replica_id:
+            self._say(f"{device.name} cannot take two new ids at once")
         elif isinstance(error, MassRemoval):
             self._say(f"{device.name} is asked: {error}")
             self.coverage.totals["mass removals asked for"] += 1
@@ -677,9 +682,9 @@ class World(FileHappenings):
         self._say(f"the directory of {device.name} is put aside")
         self._asides = [*self._asides, device.put_aside(self._next_copy("aside of"))][-ASIDES_MAX:]
 
-    def _put_back(self, device: Device) -> None:
-        """Put a copy in the place of a directory: what was done there since is gone."""
-        aside = self._random.choice(self._asides)
+    def _put_back(self, device: Device, aside: Aside | None = None) -> None:
+        """Put a copy, whichever or a certain one, in the place of a directory: what was done there since is gone."""
+        aside = aside or self._random.choice(self._asides)
         self._say(f"{aside.path.name} is put back as {device.name}")
         self.coverage.faults[Fault.PUT_BACK.name] += 1
         call = device.call
@@ -694,6 +699,23 @@ class World(FileHappenings):
         self._open(device)
         self._note_commits(device)
         self._check(device)
+
+    def _relapse(self, device: Device) -> None:
+        """
+        Put a directory back to what it was before its first synchronization, which the server has forgotten.
+
+        What it creates is there, nobody can tell whether by this very operation, and it gets no state of it.
+        """
+        self._put_aside(device)
+        aside = self._asides[-1]
+        self._begin(device, Mode.ALL, [], None, has_consent=self._agrees(device))
+        self._advance(device, moves=HASTY_MOVES)
+        self._server_time_us += MONTH // timedelta(microseconds=1)
+        self._forget()
+        self._put_back(device, aside)
+        device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.START_OVER, self._moment())
+        self._begin(device, Mode.ALL, [], None, has_consent=self._agrees(device))
+        self._advance(device, moves=HASTY_MOVES)
 
     def _back_up(self) -> None:
         is_raw = self._random.random() < 0.5
@@ -964,6 +986,9 @@ class World(FileHappenings):
             # There is seldom much to be forgotten of some.
             commit = self._random.choices(COLLECTING, [1, 1, 8, 3])[0]
             self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, commit, self._moment())
+        self._forget()
+
+    def _forget(self) -> None:
         self._read_history()
         self.coverage.faults[Fault.COLLECTED.name] += 1
         try:
