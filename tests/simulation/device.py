@@ -34,7 +34,11 @@ class ReplicaDied(BaseException):
 
 
 class Network(Protocol):
-    """What connects a device with the server."""
+    """What connects a device with the server, and with the time."""
+
+    def time_us(self) -> int:
+        """Return the microseconds since 1970 on the clock of the device that acts."""
+        ...
 
     def connect(self, device: Device) -> Link:
         """Open a stream."""
@@ -203,6 +207,7 @@ class Device:
                 log_retention=model.log_retention,
                 map_bytes=model.map_bytes,
                 files=model.files,
+                clock=self._network.time_us,
             )
         except ReplicaDied:
             abandon(self.path)

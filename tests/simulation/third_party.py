@@ -171,7 +171,8 @@ class ThirdParty:
 
     @contextmanager
     def _services(self, server: SimulatedServer) -> Iterator[Services]:
-        services = Services(server.application, server.store, cast("Callers", _Caller(self._principal)))
+        callers = cast("Callers", _Caller(self._principal))
+        services = Services(server.application, server.store, callers, clock=server.clock)
         try:
             yield services
         finally:

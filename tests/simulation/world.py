@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -65,6 +65,7 @@ from tidelog import (
 )
 from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
+from tidelog.testing import ManualClock
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _publication, _replica
 from tidelog_client._report import PublishedCounts
@@ -95,6 +96,8 @@ COPIES_ATTEMPTS_MAX: Final = 5
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
 ADOPTING: Final = (Commit.NOTE, Commit.MIGRATION, Commit.INDEXES)
 COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_INDEX, Commit.RETIRE)
+BEGINNING: Final = datetime(2027, 1, 15, 8, tzinfo=UTC)
+MICROSECOND: Final = timedelta(microseconds=1)
 STEP_SECONDS: Final = 0.001
 # How often who was asked says yes the next time.
 AGREEING: Final = 0.3
@@ -143,7 +146,7 @@ class World(FileHappenings):
         self._directory = directory.resolve()
         self._weather = Weather()
         self._schema_version = 1
-        self._server_time_us = 1_800_000_000_000_000
+        self._server_clock = ManualClock(BEGINNING)
         self._history = History()
         self._devices: list[Device] = []
         self._acting: Device | None = None
@@ -170,7 +173,7 @@ class World(FileHappenings):
         self._server: SimulatedServer
         with (
             settings.applied(),
-            chance.from_seed(Random(f"{self.seed} ids"), self, self._clock),
+            chance.from_seed(Random(f"{self.seed} ids"), self),
             mock.patch.object(_replica, "select", self._recorded(select)),
             mock.patch.object(_publication.Publication, "publish", self._judged(_publication.Publication.publish)),
         ):
@@ -220,7 +223,7 @@ class World(FileHappenings):
     def time_us(self) -> int:
         """See `chance.Clocks`."""
         jump = self._acting.clock_jump if self._acting is not None else timedelta(0)
-        return self._server_time_us + jump // timedelta(microseconds=1)
+        return self._server_clock() + jump // MICROSECOND
 
     def monotonic(self) -> float:
         """See `chance.Clocks`."""
@@ -710,7 +713,7 @@ class World(FileHappenings):
         aside = self._asides[-1]
         self._begin(device, Mode.ALL, [], None, has_consent=self._agrees(device))
         self._advance(device, moves=HASTY_MOVES)
-        self._server_time_us += MONTH // timedelta(microseconds=1)
+        self._server_clock.advance(MONTH)
         self._forget()
         self._put_back(device, aside)
         device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.START_OVER, self._moment())
@@ -980,7 +983,7 @@ class World(FileHappenings):
         if not self.settings.has_copies and self._is_anything_in_doubt():
             return
         if self._random.random() < 0.3:
-            self._server_time_us += YEAR // timedelta(microseconds=1)
+            self._server_clock.advance(YEAR)
             self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
         if self._random.random() < 0.5:
             # There is seldom much to be forgotten of some.
@@ -1028,7 +1031,7 @@ class World(FileHappenings):
             self.coverage.faults[Fault.CLIENT_CLOCK.name] += 1
             self._say(f"the clock of {device.name} jumps by {jump.days} days")
         else:
-            self._server_time_us += jump // timedelta(microseconds=1)
+            self._server_clock.advance(jump)
             self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
             self._say(f"the server's clock jumps by {jump.days} days")
 
@@ -1318,8 +1321,9 @@ class World(FileHappenings):
         return ThirdParty(str(UUID(bytes=random.randbytes(16), version=4)), principal, eyes, random)
 
     def _clock(self) -> int:
-        self._server_time_us += 1
-        return self._server_time_us
+        """Return what time it is on the server, where no two things happen at the same time."""
+        self._server_clock.advance(MICROSECOND)
+        return self._server_clock()
 
     def _say(self, event: str) -> None:
         self.events.append(event)
