@@ -140,7 +140,7 @@ class Settings:
             random.choice([256 * 1024, 1024 * MIB]),
             random.choice([256 * 1024, 1024 * MIB]),
             random.random() < 0.3,
-            random.random() < 0.3 and not has_copies,
+            random.random() < 0.3,
             has_copies,
             Periods(history, random.choice([timedelta(days=300), NEVER]) if has_copies else NEVER),
             Business.drawn(random),

@@ -626,7 +626,7 @@ class World(FileHappenings):
         happening: Callable[[], str] = random.choices(
             [
                 party.act,
-                lambda: party.upload(self._server, is_answer_lost=random.random() < 0.2),
+                lambda: self._upload_of_third_party(party, is_answer_lost=random.random() < 0.2),
                 lambda: party.download(self._server),
             ],
             [3, 2, 1],
@@ -638,7 +638,13 @@ class World(FileHappenings):
                 self._restart_server(Fault.SERVER_CRASH)
                 return
             self._say(f"the third party is told to come again: {error}")
+        self._ledger.update((one.nonce, party.committed.data[seq]) for seq, one in party.committed.operations.items())
         self._read_history()
+
+    def _upload_of_third_party(self, party: ThirdParty, *, is_answer_lost: bool) -> str:
+        if self.settings.has_copies:
+            self._say(party.download(self._server))
+        return party.upload(self._server, is_answer_lost=is_answer_lost)
 
     # --- copies and restores ----------------------------------------------------------------
 
@@ -1086,17 +1092,19 @@ class World(FileHappenings):
             device.die()
             device.has_stale_token = False
             self._open(device)
-        self._settle_third_party()
         reports: dict[str, Report] = {}
+        party = self._third_party
         for round_ in range(1, QUIET_ROUNDS_MAX + 1):
             pending = sum(device.replica.pending_count() for device in self._devices)
             version = self._history.version
+            self._settle_third_party()
             for device in self._devices:
                 reports[device.name] = self._synchronize_to_the_end(device)
             done = pending == sum(device.replica.pending_count() for device in self._devices)
             if self.settings.has_copies:
                 # What was lost is offered again by one after the other.
                 done = done and version == self._history.version and all(map(self._is_current, self._devices))
+                done = done and (party is None or party.timeline == self._server.lmdb.identity.timeline)
             if round_ >= QUIET_ROUNDS and done:
                 break
         else:
@@ -1109,6 +1117,8 @@ class World(FileHappenings):
     def _settle_third_party(self) -> None:
         if (party := self._third_party) is None:
             return
+        if self.settings.has_copies:
+            self._say(party.download(self._server))
         for _ in range(QUIET_ROUNDS_MAX):
             pending = 0
             while len(party.pending) != pending:
@@ -1178,15 +1188,8 @@ class World(FileHappenings):
         business = self.settings.business
         chronicle = self._server.chronicle
         promises.check_references(server, business.schema(2))
-        if (party := self._third_party) is not None:
-            self._say(party.download(self._server))
-            party.check(server)
-            committed_by, settlements = party.committed, chronicle.settlements
-            promises.check_order(server, party.replica_id, committed_by)
-            promises.check_groups(server, party.replica_id, committed_by, settlements)
-            promises.check_settlement_order(party.replica_id, committed_by, settlements)
-            rules = Rules(business.schema(1), may_hooks_refuse, business, party.eyes)
-            promises.check_refusals(server, party.replica_id, committed_by, settlements, rules)
+        if self._third_party is not None:
+            self._check_third_party(self._third_party, server)
         if self._history.lives:
             self._check_offered_again(server)
         for device in self._devices:
@@ -1202,6 +1205,38 @@ class World(FileHappenings):
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
         if self.witness is not None:
             self._check_files(self.witness)
+
+    def _check_third_party(self, party: ThirdParty, server: ServerRecord) -> None:
+        business, chronicle, replica_id, committed = (
+            self.settings.business,
+            self._server.chronicle,
+            party.replica_id,
+            party.committed,
+        )
+        settlements, lost = chronicle.settlements, party.abandoned
+        if self.settings.has_copies:
+            server, settlements = copies.as_of_one_id(server, chronicle, replica_id, committed)
+        if self._history.lives:
+            lost = lost | (committed.operations.keys() - server.settled[replica_id].keys())
+        self._say(party.download(self._server))
+        party.check(server, lost)
+        if not chronicle.doubted.isdisjoint(one.nonce for one in committed.operations.values()):
+            return
+        promises.check_groups(server, replica_id, committed, settlements, lost)
+        rules = Rules(
+            business.schema(1),
+            may_hooks_refuse,
+            business,
+            party.eyes,
+            is_put_back=self._history.lives > 0,
+            has_copies=self.settings.has_copies,
+            former_failures=self._former_failures,
+        )
+        promises.check_refusals(server, replica_id, committed, settlements, rules)
+        if not self._history.lives:
+            # It cannot know of a store that was put back behind everybody's back, and fills no gaps then.
+            promises.check_order(server, replica_id, committed, lost)
+            promises.check_settlement_order(replica_id, committed, settlements)
 
     def _check_offered_again(self, server: ServerRecord) -> None:
         """Check what became of what replicas knew, unless there are copies of them that knew it otherwise."""
