@@ -131,9 +131,9 @@ class ContentDirectory:
                         found = entry.stat()
                         yield Content(bytes.fromhex(entry.name), found.st_size, found.st_mtime)
 
-    def delete_leftovers(self, older_than_seconds: float) -> int:
-        """Delete parts that nothing was appended to for so long; return how many."""
-        before = time.time() - older_than_seconds
+    def delete_leftovers(self, older_than_seconds: float, now: float | None = None) -> int:
+        """Delete parts that nothing was appended to for so long, *now* or by the machine's clock; return how many."""
+        before = (time.time() if now is None else now) - older_than_seconds
         count = 0
         with _storage_errors(self.path):
             for entry in _files(self.path / _INCOMING, depth=0):

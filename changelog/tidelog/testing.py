@@ -1,5 +1,5 @@
 """
-Testing: what programs need to try how they behave when the network does not.
+Testing: what programs need to try how they behave when the network does not, and when time goes by.
 
 A `Proxy` stands between a replica and a server, whatever processes they are in, and
 does to connections what networks do to them. It has faults for either way separately:
@@ -7,6 +7,8 @@ does to connections what networks do to them. It has faults for either way separ
 
     with Proxy(server.address) as proxy, Replica(path, server=proxy.address) as replica:
         proxy.down.cut_after(1_000)
+
+A `ManualClock` is the clock of a server or a replica that nobody wants to wait for.
 """
 
 from __future__ import annotations
@@ -17,17 +19,54 @@ import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-__all__ = ["Proxy", "Way"]
+from tidelog._errors import InvalidValue
 
+__all__ = ["ManualClock", "Proxy", "Way"]
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 CHUNK_BYTES: Final = 64 * 1024
 POLL_SECONDS: Final = 0.05
 # Closing with nothing lingering makes a connection end with RST.
 _ABORTIVE: Final = struct.pack("ii", 1, 0)
 
 T = TypeVar("T")
+
+
+class ManualClock:
+    """
+    A clock that stands still until somebody moves it, to be given to a `Server` or a `Replica` as its `clock`.
+
+    What is kept for so long goes by it: history, tombstones, replicas that are away, payloads of failures,
+    contents of files, the log. Timeouts, and the ends of tokens and certificates, do not.
+
+    Args:
+        now: What it shows at first. None: what time it is.
+
+    Raises:
+        InvalidValue: *now* does not say in which time zone.
+    """
+
+    def __init__(self, now: datetime | None = None) -> None:
+        self._lock = threading.Lock()
+        self._now = datetime.now(UTC) if now is None else _aware(now)
+
+    @property
+    def now(self) -> datetime:
+        """What it shows."""
+        return self._now
+
+    def advance(self, by: timedelta) -> None:
+        """Move it on, or, by a negative time, back."""
+        with self._lock:
+            self._now += by
+
+    def __call__(self) -> int:
+        """Return the microseconds since 1970."""
+        return (self._now - EPOCH) // timedelta(microseconds=1)
 
 
 class Way:
@@ -253,6 +292,12 @@ class _Connection:
                 writer.close()
         for way in self.ways:
             way.cancel()
+
+
+def _aware(time: datetime) -> datetime:
+    if time.tzinfo is None:
+        raise InvalidValue(f"{time} does not say in which time zone: give it a tzinfo")
+    return time.astimezone(UTC)
 
 
 def _socket(writer: asyncio.StreamWriter) -> socket.socket:

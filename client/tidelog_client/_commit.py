@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -190,7 +189,7 @@ class _Builder:
     def build(self, intents: Sequence[Intent], *, atomic: bool) -> None:
         first_seq = self._storage.last_seq(self._transaction) + 1
         schema_version = self._schema.version if self._schema is not None else 0
-        client_time_us = time.time_ns() // 1000
+        client_time_us = self._storage.clock()
         nonces = iter(struct.unpack(f"{len(intents)}Q", secrets.token_bytes(8 * len(intents))))
         is_group = atomic and len(intents) > 1
         if is_group and len(intents) > GROUP_OPERATIONS_MAX:

@@ -383,7 +383,7 @@ class FileExchange:
     def finish(self) -> None:
         """Report which operations had to stay behind, and delete contents that nobody refers to any more."""
         if self._files.any_contents():
-            now = time.time()
+            now = self._storage.clock() / 1e6
             swept = float(self._storage.meta("files_swept") or 0)
             if not swept <= now <= swept + SWEEP_SECONDS:
                 self._files.sweep()

@@ -24,7 +24,6 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from uuid import uuid4
 
 from filelock import FileLock
 
+from tidelog._clock import Clock, system_time_us
 from tidelog._contents import READ_BYTES, SHA256_BYTES, Content, ContentDirectory, Part
 from tidelog._environment import SCAN_PAGE_KEYS, put_many, scan_keys
 from tidelog._errors import InvalidValue, damaged
@@ -147,7 +147,8 @@ class Files:
         contents: The contents.
     """
 
-    def __init__(self, environment: Environment, view: View) -> None:
+    def __init__(self, environment: Environment, view: View, clock: Clock = system_time_us) -> None:
+        self._clock = clock
         self.contents = ContentDirectory(environment.path / FOLDER)
         self._environment = environment
         self._view = view
@@ -434,7 +435,7 @@ class Files:
         if transaction.stat(self._marks)["entries"]:
             return 0, b""
         count = 0
-        old = time.time() - GRACE_SECONDS
+        old = self._clock() / 1e6 - GRACE_SECONDS
         cursor = transaction.cursor(self._garbage)
         found = cursor.set_range(start) if start else cursor.first()
         for _ in range(COLLECT_STEP_CONTENTS):
@@ -456,7 +457,7 @@ class Files:
     def sweep(self) -> None:
         """Find contents that nobody ever referred to, and what broken off transfers left, for `collect`."""
         stray: list[tuple[bytes, bytes]] = []
-        old = time.time() - GRACE_SECONDS
+        old = self._clock() / 1e6 - GRACE_SECONDS
         for content in self.contents.contents():
             if content.time <= old:
                 with self._environment.read() as transaction:
@@ -466,7 +467,7 @@ class Files:
                 self._note_garbage(stray)
                 stray = []
         self._note_garbage(stray)
-        self.contents.delete_leftovers(LEFTOVER_SECONDS)
+        self.contents.delete_leftovers(LEFTOVER_SECONDS, self._clock() / 1e6)
 
     def is_idle(self) -> bool:
         """Tell whether nothing is to be looked at again, uploaded, downloaded or deleted: there are no files, say."""

@@ -13,10 +13,11 @@ again after a crash: how the publication ends is on disk before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence, Set
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from zlib import crc32
 
 import msgpack
 
@@ -43,6 +44,8 @@ END_STEP_OBJECTS: Final = 100_000
 
 # More objects of an entity, and more than half of them, are not removed without a stated cause, or consent.
 REMOVED_OBJECTS_UNASKED: Final = 20
+# Of so many objects at a time, which is memory, it is looked up whether a download brings them.
+GUARD_OBJECTS_AT_ONCE: Final = 100_000
 
 _NEWEST: Final = (1 << 63) - 1
 
@@ -158,22 +161,40 @@ class Publication:
                 if plans.reconciles(entity)
                 and (entity in unexplained or (guards_removals and not plans.states_cause(entity)))
             }
-            kept = dict.fromkeys(known, 0)
             # What is created anew as soon as the server takes it stays in the view until then.
             waiting = {key for seq, key in self._lineage.waiting(transaction) if self._view.creates(transaction, seq)}
-            staged = (page for _, page in transaction.cursor(self._incoming))
-            brought = (
-                pack_object_key(one.entity, one.id)
-                for data in chain(staged, pages)
-                for one in sync_pb2.SnapshotPage.FromString(data).snapshots
-            )
-            for key in chain((key for key in brought if key not in waiting), waiting):
-                entity, _ = unpack_object_key(key)
-                if entity in kept and self._view.is_server_known(transaction, key):
-                    kept[entity] += 1
-        lost = {entity: count - kept[entity] for entity, count in known.items()}
+            lost = dict(known)
+            part_count = sum(known.values()) // GUARD_OBJECTS_AT_ONCE + 1
+            for part in range(part_count if known else 0):
+                for key in self._kept(transaction, pages, waiting, known, part, part_count):
+                    lost[unpack_object_key(key)[0]] -= 1
         if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):
             raise MassRemoval(removed=lost, present=known)
+
+    def _kept(
+        self,
+        transaction: LmdbTransaction,
+        pages: Sequence[bytes],
+        waiting: Set[bytes],
+        entities: Container[str],
+        part: int,
+        part_count: int,
+    ) -> set[bytes]:
+        """Return the known objects, of one of several parts, that a download brings, maybe twice, or that wait."""
+        staged = (page for _, page in transaction.cursor(self._incoming))
+        brought = (
+            pack_object_key(one.entity, one.id)
+            for data in chain(staged, pages)
+            for one in sync_pb2.SnapshotPage.FromString(data).snapshots
+            if one.entity in entities
+        )
+        return {
+            key
+            for key in chain(brought, waiting)
+            if crc32(key) % part_count == part
+            and unpack_object_key(key)[0] in entities
+            and self._view.is_server_known(transaction, key)
+        }
 
     def _unexplained(self, transaction: LmdbTransaction) -> set[str]:
         """Return the entities that were not downloaded when all was reconciled and the server did not say why."""

@@ -15,6 +15,7 @@ import uuid_utils
 
 from tidelog._address import check_address
 from tidelog._channel import ClientTls
+from tidelog._clock import Clock, system_time_us
 from tidelog._constraints import Constraint, Where, attribute, constraint_of
 from tidelog._downloads import Download, DownloadMode, DownloadWish, downloads_of
 from tidelog._environment import MAP_BYTES_DEFAULT
@@ -112,6 +113,8 @@ class Replica:
         log_retention_bytes: How large the log may get before settled operations
             leave it earlier.
         map_bytes: Address space for the data at first; it grows by itself.
+        clock: Returns the time in microseconds since 1970: how long the log, and contents that nobody refers to, are
+            kept goes by it. For tests, see `tidelog.testing.ManualClock`.
 
     Raises:
         InvalidValue: *server*, *durability*, *download* or *files* is none, no header can carry
@@ -136,6 +139,7 @@ class Replica:
         log_retention: timedelta = LOG_RETENTION_DEFAULT,
         log_retention_bytes: int = LOG_RETENTION_BYTES_DEFAULT,
         map_bytes: int = MAP_BYTES_DEFAULT,
+        clock: Clock = system_time_us,
     ) -> None:
         if durability not in ("full", "relaxed"):
             raise InvalidValue(f"durability is 'full' or 'relaxed', got {durability!r}")
@@ -149,7 +153,7 @@ class Replica:
         self._schema = schema
         self._log_retention = log_retention
         self._log_retention_bytes = log_retention_bytes
-        self._storage = Storage(self.path, relaxed=durability == "relaxed", map_bytes=map_bytes)
+        self._storage = Storage(self.path, relaxed=durability == "relaxed", map_bytes=map_bytes, clock=clock)
         schema_version = schema.version if schema is not None else 0
         never = [entity for entity, one in downloads.items() if one.mode is DownloadMode.NEVER]
         self._committer = Committer(self._storage, schema, never)
@@ -459,7 +463,7 @@ class Replica:
         Every synchronization does this. Pending operations, and those that a view
         still needs, always stay.
         """
-        oldest_us = (time.time() - self._log_retention.total_seconds()) * 1e6
+        oldest_us = self._storage.clock() - self._log_retention // timedelta(microseconds=1)
         trimmed = 0
         while step := self._storage.trim(oldest_us, self._log_retention_bytes, count_max=TRIM_STEP_OPERATIONS):
             trimmed += step

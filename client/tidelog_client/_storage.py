@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import uuid_utils
 from google.protobuf.message import DecodeError
 
+from tidelog._clock import Clock, system_time_us
 from tidelog._downloads import DownloadMode
 from tidelog._environment import Environment, put_many
 from tidelog._errors import InvalidValue, LogCorrupt, damaged
@@ -105,14 +106,20 @@ class SettledCounts(NamedTuple):
 
 
 class Storage:
-    """A replica directory. Safe to use from many threads and from several processes."""
+    """
+    A replica directory. Safe to use from many threads and from several processes.
 
-    def __init__(self, path: Path, *, relaxed: bool, map_bytes: int) -> None:
+    Attributes:
+        clock: The device's clock.
+    """
+
+    def __init__(self, path: Path, *, relaxed: bool, map_bytes: int, clock: Clock = system_time_us) -> None:
+        self.clock = clock
         self.environment = Environment.open(path, format_name=FORMAT, relaxed=relaxed, map_bytes=map_bytes)
         try:
             self.log = OperationLog(self.environment)
             self.view = View(self.environment, self.log)
-            self.files = Files(self.environment, self.view)
+            self.files = Files(self.environment, self.view, clock)
             database = self.environment.database
             self._pending = database("pending")
             self._outcomes = database("outcomes")
@@ -449,7 +456,7 @@ class Storage:
             group_operations=payloads if len(payloads) > 1 else [],
             status=failure_pb2.FAILURE_STATUS_OPEN,
         )
-        failure.create_time.GetCurrentTime()
+        failure.create_time.FromMicroseconds(self.clock())
         transaction.put(failure.id.encode(), failure.SerializeToString(), db=self._failures)
         return failure
 
@@ -605,7 +612,7 @@ class Storage:
                 message=message,
                 status=failure_pb2.FAILURE_STATUS_OPEN,
             )
-            failure.create_time.GetCurrentTime()
+            failure.create_time.FromMicroseconds(self.clock())
             members = range(first, first + max(1, broken.group_size))
             payloads = [self.log.stored(transaction, seq) for seq in members]
             failure.operation = payloads[broken.group_position]

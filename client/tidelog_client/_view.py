@@ -178,7 +178,11 @@ class View:
 
     def server_known_count(self, transaction: LmdbTransaction, entity: str) -> int:
         """Return how many objects of an entity the server had, as far as is known here."""
-        return sum(self.is_server_known(transaction, key) for key in dict.fromkeys(self.keys(transaction, entity)))
+        prefix = entity_prefix(entity)
+        count = sum(self.is_server_known(transaction, key) for key in scan_keys(transaction, self._objects, prefix))
+        # What its user has deleted has a base alone.
+        bases = scan_keys(transaction, self._base, prefix)
+        return count + sum(transaction.get(key, db=self._objects) is None for key in bases)
 
     def limit_version(self, transaction: LmdbTransaction, key: bytes, version: int) -> bool:
         """Take an object as of *version* if it claims to be of a newer one; tell whether it did."""

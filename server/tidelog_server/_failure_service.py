@@ -10,6 +10,7 @@ from typing import Final
 import uuid_utils
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from tidelog._clock import Clock
 from tidelog._errors import InvalidValue
 from tidelog._failure import operation_as_data
 from tidelog._limits import MESSAGE_BYTES_MAX, PAGE_BYTES_MAX, REASON_BYTES_MAX
@@ -23,7 +24,7 @@ from tidelog_server._errors import NotFound, OperatorRequired, RequestInvalid
 from tidelog_server._principal import Principal
 from tidelog_server._requests import LIST_PAGE_MAX, page_size, parsed, uuid_bytes
 from tidelog_server._sealing import PageTokens
-from tidelog_server._session import Clock, parse_replica_id, server_time_us
+from tidelog_server._session import parse_replica_id, server_time_us
 from tidelog_server._store import Reader, Store
 
 # With room for the framing, and for the fields around what is counted.

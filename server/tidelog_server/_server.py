@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tidelog._address import check_address, host_of, is_loopback
 from tidelog._channel import PATIENT_OPTIONS
+from tidelog._clock import Clock, system_time_us
 from tidelog._errors import InvalidValue, ResourceClosed, StorageError
 from tidelog._logging import get_logger
 from tidelog._values import check_id
@@ -48,7 +49,6 @@ from tidelog_server._retention import (
     Retention,
 )
 from tidelog_server._services import Load, Services
-from tidelog_server._session import server_time_us
 from tidelog_server._store import Store
 from tidelog_server._tenant import Tenant
 from tidelog_server._tls import ServerTls
@@ -105,6 +105,8 @@ class Server:
         limits: How many are served at once. None: as many as `ServerLimits()` says.
         contents: Keeps the contents of files. None: the directory `files` in that of the embedded store.
         file_grace: How long the content of a file is kept that nothing refers to, or not yet.
+        clock: Returns the time in microseconds since 1970: what is kept, and for how long, goes by it, and nothing
+            else. For tests, see `tidelog.testing.ManualClock`.
 
     Raises:
         InvalidValue: *listen* is no address, a file of *tls* is not what it should be,
@@ -131,6 +133,7 @@ class Server:
         limits: ServerLimits | None = None,
         contents: ContentStore | None = None,
         file_grace: timedelta = FILE_GRACE_DEFAULT,
+        clock: Clock = system_time_us,
     ) -> None:
         asks_for_certificates = tls is not None and tls.client_ca is not None
         if isinstance(authenticator, CertificateAuthenticator) and not asks_for_certificates:
@@ -144,6 +147,7 @@ class Server:
         self._authenticator = authenticator
         self._limits = limits or ServerLimits()
         self._contents_given = contents
+        self._clock = clock
         self._credentials = tls.credentials() if tls is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -169,23 +173,25 @@ class Server:
         self._pid = os.getpid()
         self._store = LmdbStore(given) if isinstance(given, str | Path) else given
         try:
-            adopt_schema(self._application, self._store, migrate=self._migrate, time_us=server_time_us())
+            adopt_schema(self._application, self._store, migrate=self._migrate, time_us=self._clock())
             self._callers = Callers(self._authenticator)
             self._files = Files(
                 self._application,
                 self._store,
                 self._contents_of(self._store),
-                server_time_us,
+                self._clock,
                 bytes_max=self._limits.file_bytes,
             )
             self._files.note_timeline()
-            self._services = Services(self._application, self._store, self._callers, self._limits, self._files)
+            self._services = Services(
+                self._application, self._store, self._callers, self._limits, self._files, clock=self._clock
+            )
             self._loop = asyncio.new_event_loop()
             note_makers(self._loop)
             self._thread = threading.Thread(target=self._loop.run_forever, name="tidelog-server", daemon=True)
             self._thread.start()
             asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
-            self._retention = Retention(self._store, self._periods, server_time_us, self._files)
+            self._retention = Retention(self._store, self._periods, self._clock, self._files)
             self._retention.start()
         except BaseException:
             self._end_loop()
@@ -231,7 +237,7 @@ class Server:
         check_id(name, "a tenant")
         if principal is not None and principal.tenant != name:
             raise InvalidValue(f"{principal.user_id!r} belongs to the tenant {principal.tenant!r}, not to {name!r}")
-        return Tenant(self._application, self._store, name, principal, server_time_us, self._files)
+        return Tenant(self._application, self._store, name, principal, self._clock, self._files)
 
     def collect(self) -> Collected:
         """

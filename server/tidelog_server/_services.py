@@ -25,6 +25,7 @@ from google.rpc.status_pb2 import Status as RpcStatus
 from grpc_status import rpc_status
 
 from tidelog import _limits
+from tidelog._clock import Clock
 from tidelog._contents import SHA256_BYTES
 from tidelog._errors import StorageError
 from tidelog._logging import get_logger
@@ -115,6 +116,7 @@ class Services:
         callers: Tell who is calling.
         limits: How many are served at once. None: as many as `ServerLimits()` says.
         files: The contents of files. None: there is no `FileService`.
+        clock: The server's clock.
     """
 
     def __init__(
@@ -124,17 +126,20 @@ class Services:
         callers: Callers,
         limits: ServerLimits | None = None,
         files: Files | None = None,
+        *,
+        clock: Clock = server_time_us,
     ) -> None:
         self._application = application
         self._store = store
         self._callers = callers
+        self._clock = clock
         self._suspects = Suspects(store)
         self._limits = limits or ServerLimits()
         self._admission = Admission(self._limits)
         self._queue_room = QueueRoom()
         self._page_room = PageRoom()
         self._slow_links = SlowLinks()
-        self._failures = FailureService(application, store)
+        self._failures = FailureService(application, store, clock)
         self._objects = ObjectService(application, store)
         self._files = FileService(files) if files is not None else None
         # Calls have a pool of their own: they must not wait behind the pages of a thousand sessions.
@@ -257,6 +262,7 @@ class Services:
                     self._store,
                     principal,
                     start,
+                    self._clock,
                     suspects=self._suspects,
                     page_bytes=held.page_bytes,
                     file_bytes_max=self._limits.file_bytes,
@@ -355,7 +361,7 @@ class Services:
         with self._admission.session_of(principal), self._admission.upload():
             begun: ReplicaState = await asyncio.wrap_future(
                 self._store.submit(
-                    principal.tenant, lambda reader: begin_upload(reader, replica, principal, server_time_us())
+                    principal.tenant, lambda reader: begin_upload(reader, replica, principal, self._clock())
                 )
             )
             upload = Upload(
@@ -368,7 +374,7 @@ class Services:
                     leaves_earlier=request.more_follow,
                     file_bytes_max=self._limits.file_bytes,
                 ),
-                server_time_us,
+                self._clock,
                 suspects=self._suspects,
             )
             submit = partial(upload.submit, operations, lost_contents=_checked_hashes(request.lost_contents))
@@ -403,7 +409,7 @@ class Services:
                     reconcile=start.reconcile,
                     epoch=identity.epoch,
                     timeline=identity.timeline,
-                    entities=projection.plans(server_time_us(), start.reconciled),
+                    entities=projection.plans(self._clock(), start.reconciled),
                 )
                 if self._application.has_schema:
                     started.schema.CopyFrom(self._application.schema.to_message())

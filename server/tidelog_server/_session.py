@@ -8,7 +8,6 @@ so that several batches can be under way.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
@@ -18,6 +17,7 @@ import uuid_utils
 from google.protobuf.message import DecodeError
 
 from tidelog import _limits
+from tidelog._clock import Clock, system_time_us
 from tidelog._downloads import Download as Wish
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
@@ -68,14 +68,11 @@ LIMITS: Final = sync_pb2.Limits(
     group_bytes=_limits.GROUP_BYTES_MAX,
 )
 
-Clock = Callable[[], int]
-
 _log = get_logger("tidelog.session")
 
 
-def server_time_us() -> int:
-    """Return the server's clock in microseconds since 1970."""
-    return time.time_ns() // 1000
+# The clock of a server that was given none.
+server_time_us: Final[Clock] = system_time_us
 
 
 def check_protocol_version(version: int) -> None:

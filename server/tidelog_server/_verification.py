@@ -235,8 +235,13 @@ class _Verification:
                 )
 
     def _is_forgotten(self, replica: bytes, seq: int) -> bool:
-        """Tell whether an outcome may be missing: they are forgotten from the oldest operation on."""
-        return next((kept > seq for kept, _ in self._records.settled(replica)), True)
+        """
+        Tell whether an outcome may be missing: they are forgotten from the oldest operation on.
+
+        What came again after that has an outcome anew, and those behind it need not have come again too.
+        """
+        kept = (one for one, mark in self._records.settled(replica) if not self._is_in_doubt(mark))
+        return next(kept, seq + 1) > seq
 
     def _commits(self) -> Iterator[Finding]:
         newest = (0, b"")

@@ -153,6 +153,21 @@ class TestReturn:
         assert reasons == [FailureReason.ALREADY_EXISTS.number, FailureReason.SUPERSEDED.number]
         assert list(verify_store(world.store.path)) == []
 
+    def test_some_of_it_comes_again(self, world: World) -> None:
+        """Where some forgotten operations are repeated, and others between them are not, the store is sound too."""
+        a, b = world.replica("a"), world.replica("b")
+        for name in ("x", "y", "z"):
+            a.create("Task", {}, name)
+        a.synchronize_selected([("Task", "y")])
+        world.lose_answers(a)
+        b.create("Task", {}, "later")
+        b.synchronize_all()
+        forget(world)
+
+        assert a.synchronize_all().rejected == 2
+
+        assert list(verify_store(world.store.path)) == []
+
     @pytest.mark.parametrize("mode", MODES)
     def test_in_other_modes_too(self, world: World, mode: str) -> None:
         """Whatever the first session of a replica that was away is, the next one of mode all makes it whole."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from random import Random
 from typing import Protocol
@@ -12,8 +12,8 @@ from unittest import mock
 import uuid_utils
 
 from tidelog import _contents
-from tidelog_client import _commit, _file_exchange, _files, _lineage, _replica, _synchronizer, _transfer
-from tidelog_server import _hooks, _lmdb_store, _outcomes, _services, _tenant
+from tidelog_client import _commit, _file_exchange, _lineage, _replica, _synchronizer, _transfer
+from tidelog_server import _hooks, _lmdb_store, _outcomes, _tenant
 
 UUID_BYTES = 16
 
@@ -42,9 +42,6 @@ class _Time:
         self.sleep = clocks.sleep
         self._time_us = clocks.time_us
 
-    def time_ns(self) -> int:
-        return self._time_us() * 1000
-
     def time(self) -> float:
         return self._time_us() / 1e6
 
@@ -71,18 +68,16 @@ class _Chance:
 
 
 @contextmanager
-def from_seed(random: Random, clocks: Clocks, server_time_us: Callable[[], int]) -> Iterator[None]:
+def from_seed(random: Random, clocks: Clocks) -> Iterator[None]:
     """Let nothing that the product does depend on anything but a seed."""
     time, chance = _Time(clocks), _Chance(random)
     with ExitStack() as stack:
         for module, name, value in (
-            (_commit, "time", time),
             (_replica, "time", time),
             (_synchronizer, "time", time),
             (_synchronizer, "random", random),
             (_contents, "time", time),
             (_file_exchange, "time", time),
-            (_files, "time", time),
             (_transfer, "time", time),
             (_transfer, "random", random),
             (_commit, "secrets", chance),
@@ -94,7 +89,6 @@ def from_seed(random: Random, clocks: Clocks, server_time_us: Callable[[], int])
             (_hooks, "uuid_utils", chance),
             (_outcomes, "uuid_utils", chance),
             (_tenant, "uuid_utils", chance),
-            (_services, "server_time_us", server_time_us),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield

@@ -34,7 +34,11 @@ class ReplicaDied(BaseException):
 
 
 class Network(Protocol):
-    """What connects a device with the server."""
+    """What connects a device with the server, and with the time."""
+
+    def time_us(self) -> int:
+        """Return the microseconds since 1970 on the clock of the device that acts."""
+        ...
 
     def connect(self, device: Device) -> Link:
         """Open a stream."""
@@ -63,6 +67,7 @@ class Call:
         fiber: Where it runs.
         pending_before: How many operations were pending when it began.
         committed_before: How many had ever been committed then.
+        has_consent: Whether most of an entity may go.
         link: The present attempt's; None between attempts.
         last_link: The newest attempt's.
         is_asleep: Whether it waits before its next attempt.
@@ -83,6 +88,7 @@ class Call:
     mode: Mode | None
     pending_before: int
     committed_before: int
+    has_consent: bool = False
     fiber: Fiber = field(init=False)
     link: Link | None = None
     last_link: Link | None = None
@@ -117,6 +123,7 @@ class Aside:
     seen: SeenHistory
     committed: Committed
     life: int
+    sessions: tuple[Link, ...]
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,8 @@ class Device:
         clock_jump: How far its clock is from the world's.
         seconds: How long its process has run, as its monotonic clock says.
         has_stale_token: Whether the server will refuse its next token.
+        is_asked: Whether its user was asked whether most of an entity may go, and has not said so yet.
+        sessions: The links of which pages may be kept that are not published.
     """
 
     def __init__(  # noqa: PLR0917 - a device is put together once
@@ -173,6 +182,8 @@ class Device:
         self.clock_jump = timedelta(0)
         self.seconds = 0.0
         self.has_stale_token = False
+        self.is_asked = False
+        self.sessions: list[Link] = []
         self.eyes = eyes
         self.wishes: Mapping[str, Download] = {}
         self._history = history
@@ -196,6 +207,7 @@ class Device:
                 log_retention=model.log_retention,
                 map_bytes=model.map_bytes,
                 files=model.files,
+                clock=self._network.time_us,
             )
         except ReplicaDied:
             abandon(self.path)
@@ -229,6 +241,7 @@ class Device:
             self.seen,
             self.committed.copy(),
             self.life,
+            tuple(self.sessions),
         )
 
     def put_back(self, aside: Aside) -> None:
@@ -240,6 +253,7 @@ class Device:
         self.is_between_wishes = aside.is_between_wishes
         self.committed, self.life, self.is_copied = aside.committed.copy(), aside.life, True
         self.cursor_at = ("", "", 0)
+        self.sessions = list(aside.sessions)
 
     def needed_contents(self) -> list[tuple[int, list[Needed]]]:
         """Return what its pending operations need, by seq."""
@@ -249,6 +263,13 @@ class Device:
     def file_wishes(self) -> FileWishes:
         """Which contents its user wants."""
         return FileWishes(self._model.files)
+
+    @property
+    def is_new_with_work(self) -> bool:
+        """Whether it has something to upload, does not do it just now, and has never got everything."""
+        storage = self.replica._storage
+        is_new = not (storage.meta("cursor") or storage.meta("state_lost"))
+        return self.call is None and is_new and self.replica.pending_count() > 0
 
     @property
     def has_staged_pages(self) -> bool:

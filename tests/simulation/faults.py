@@ -133,11 +133,6 @@ class CrashPoint(NamedTuple):
 
 CRASH_POINTS = tuple(CrashPoint(commit, moment) for commit, moment in product(Commit, Moment))
 
-# A replica that lacks a state which the server confirms asks for all states. One history in a thousand leads there: an
-# old copy, put back, repeats a creation of which it is forgotten that it was applied. The unit tests walk that path;
-# two thousand worlds need not die on it.
-SELDOM_REACHED = frozenset(point for point in CRASH_POINTS if point.commit is Commit.START_OVER)
-
 # Not of a record's own are the reasons of a commit group's other members.
 REASONS = tuple(one for one in FailureReason if one is not FailureReason.GROUP_REJECTED)
 MODES = ("ALL", "UNSYNCHRONIZED", "SELECTED")
@@ -153,6 +148,8 @@ SETTINGS = (
     "files lazy",
     "files never",
 )
+# What has to come of it now and then.
+TURNS = ("mass removals asked for", "mass removals agreed to")
 
 _CLIENT_WRITES = {
     "Lineage._make_replica_id": Commit.OPEN,
@@ -285,7 +282,8 @@ class Coverage:
         yield from (f"reason {one.name}" for one in REASONS if not self.reasons[one.name])
         yield from (f"mode {one}" for one in MODES if not self.modes[one])
         yield from (f"setting {one}" for one in SETTINGS if not self.settings[one])
-        yield from (f"crash {one}" for one in CRASH_POINTS if one not in SELDOM_REACHED and not self.crashes[str(one)])
+        yield from (f"turn {one}" for one in TURNS if not self.totals[one])
+        yield from (f"crash {one}" for one in CRASH_POINTS if not self.crashes[str(one)])
 
     def lines(self) -> Iterator[str]:
         """Yield lines for people."""

@@ -36,6 +36,7 @@ from tests.simulation.witness import (
 )
 
 from tidelog import FailureReason, Operation, StorageError
+from tidelog.testing import ManualClock
 from tidelog_client._files import Needed
 from tidelog_client._verification import verify_replica
 from tidelog_server import verify_store
@@ -64,7 +65,7 @@ class FileHappenings(ABC):
     _directory: Path
     _devices: list[Device]
     _server: SimulatedServer
-    _server_time_us: int
+    _server_clock: ManualClock
     _history: History
     # None: there are no files in this world.
     witness: Witness | None
@@ -324,7 +325,7 @@ class FileHappenings(ABC):
         if self.settings.files is None:
             return
         if self._random.random() < 0.3:
-            self._server_time_us += YEAR // timedelta(microseconds=1)
+            self._server_clock.advance(YEAR)
         if self._random.random() < 0.5:
             commit = self._random.choice(COLLECTING_FILES)
             self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, commit, self._moment())
@@ -365,7 +366,7 @@ class FileHappenings(ABC):
             witness.check_had_when_quiet(device.replica, device.file_wishes, record, server, device.eyes)
             self._open_to_the_end(witness, device, server)
         for _ in range(2):  # what a restored store does not know is kept until long after that was noticed
-            self._server_time_us += AGES // timedelta(microseconds=1)
+            self._server_clock.advance(AGES)
             self._server.collect(self._only_files(timedelta(0)))
         for device in self._devices:
             self._synchronize_to_the_end(device)

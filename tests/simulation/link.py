@@ -79,6 +79,7 @@ class ServerEnd:
         file_bytes_max: int = FILE_BYTES_MAX_DEFAULT,
     ) -> None:
         self.settled_version = 0  # the tenant's version when the upload was settled
+        self.started = sync_pb2.SessionStarted()  # what it said of the session
         self._application = application
         self._store = store
         self._principal = principal
@@ -108,8 +109,8 @@ class ServerEnd:
                 self._clock,
                 file_bytes_max=self._file_bytes_max,
             )
-            started = self._session.open().result(STORE_TIMEOUT_SECONDS)
-            return _response(started=started.SerializeToString())
+            self.started = self._session.open().result(STORE_TIMEOUT_SECONDS)
+            return _response(started=self.started.SerializeToString())
         if which == "batch":
             return self.submit(data)()
         session = self._opened()
@@ -201,6 +202,11 @@ class Link:
     def settled_version(self) -> int:
         """The tenant's version when the server had settled the upload."""
         return self._server.settled_version
+
+    @property
+    def started(self) -> sync_pb2.SessionStarted:
+        """What the server said of the session when it began."""
+        return self._server.started
 
     @property
     def is_lost(self) -> bool:

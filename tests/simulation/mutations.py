@@ -15,10 +15,10 @@ from unittest import mock
 from tests.simulation.run import run_seed
 from tests.simulation.world import STEPS_DEFAULT
 
-from tidelog import FailureReason, StorageError
+from tidelog import FailureReason, MassRemoval, StorageError
 from tidelog._keys import pack_position
 from tidelog_client import _files as client_files
-from tidelog_client import _lineage, _publication, _storage, _synchronization, _synchronizer, _view
+from tidelog_client import _lineage, _plans, _publication, _storage, _synchronization, _synchronizer, _view
 from tidelog_server import (
     _action,
     _applier,
@@ -60,6 +60,7 @@ CALM: Final = dict.fromkeys(
     ),
     0,
 )
+RESTORES: Final = {"restore": 3, "back up": 2}
 ONLY_RESTORES: Final = {"restore": 4, "back up": 3, "copy": 0, "put aside": 0, "put back": 0}
 
 _Patch = AbstractContextManager[Any]
@@ -288,6 +289,38 @@ def _fork_in_name_only() -> _Patch:
         return str(self._meta.get(transaction, "replica_id").decode())
 
     return mock.patch.object(_lineage.Lineage, "fork", keeping)
+
+
+def _no_guard() -> _Patch:
+    return mock.patch.object(_publication.Publication, "_check_removals")
+
+
+def _guard_the_whole() -> _Patch:
+    check_each = _publication.Publication._check_removals
+
+    def check_all(self: Any, *arguments: Any) -> None:
+        try:
+            check_each(self, *arguments)
+        except MassRemoval as error:
+            if 2 * sum(error.removed.values()) > sum(error.present.values()):
+                raise
+
+    return mock.patch.object(_publication.Publication, "_check_removals", check_all)
+
+
+def _let_more_go() -> _Patch:
+    check = _publication.Publication._check_removals
+
+    def check_late(self: Any, *arguments: Any) -> None:
+        unasked_max = _publication.REMOVED_OBJECTS_UNASKED
+        with mock.patch.object(_publication, "REMOVED_OBJECTS_UNASKED", 2 * unasked_max + 1):
+            check(self, *arguments)
+
+    return mock.patch.object(_publication.Publication, "_check_removals", check_late)
+
+
+def _ask_whatever_the_cause() -> _Patch:
+    return mock.patch.object(_plans.Plans, "states_cause", return_value=False)
 
 
 def _forget_former_ids() -> _Patch:
@@ -519,6 +552,10 @@ MUTATIONS: Final = (
         _overwrite_after_restore,
         {**ONLY_RESTORES, **CALM, "service": 10, "act": 2, "synchronize": 3},
     ),
+    Mutation("nobody is asked before most of an entity goes", _no_guard, RESTORES),
+    Mutation("the guard looks at all entities together", _guard_the_whole, RESTORES),
+    Mutation("the guard lets twice as many objects go", _let_more_go, RESTORES),
+    Mutation("consent is asked for although the server says why", _ask_whatever_the_cause),
     Mutation("an operation is taken for the one that another copy has in its place", _trust_any_log),
     Mutation("a copy keeps its id", _fork_in_name_only),
     Mutation("a copy does not say whose it is", _forget_former_ids),

@@ -147,13 +147,14 @@ class SimulatedServer:
         files: The contents of files.
         chronicle: What was settled.
         defects: What the store's own thread saw that must not be.
+        clock: What time it is there.
 
     Args:
         directory: The store's.
         application: See there.
         coverage: Counts what happens.
         periods: How long the server remembers.
-        clock: Its clock.
+        clock: See above.
         map_bytes: Size of the store's map.
         file_bytes_max: How large the content of a file may be. None: there are no files.
     """
@@ -175,7 +176,7 @@ class SimulatedServer:
         self.store = SimulatedStore(self)
         self._directory = directory
         self._periods = periods
-        self._clock = clock
+        self.clock = clock
         self._map_bytes = map_bytes
         self._has_files = file_bytes_max is not None
         self._file_bytes_max = FILE_BYTES_MAX_DEFAULT if file_bytes_max is None else file_bytes_max
@@ -211,14 +212,14 @@ class SimulatedServer:
 
     def adopt(self) -> None:
         """Make the store ready for the application's schema, as a server does that starts. Raises StorageError."""
-        adopt_schema(self.application, self.store, migrate=True, time_us=self._clock())
+        adopt_schema(self.application, self.store, migrate=True, time_us=self.clock())
         Sealer(self.store, "")  # makes the key
 
     def collect(self, periods: Periods | None = None) -> Collected:
         """Forget what is due, after its own periods or others. Raises StorageError."""
         files = self.files if self._has_files else None
         try:
-            return Retention(self.store, periods or self._periods, self._clock, files).collect()
+            return Retention(self.store, periods or self._periods, self.clock, files).collect()
         finally:
             if not self.has_died:
                 self._note_forgotten()
@@ -321,7 +322,7 @@ class SimulatedServer:
         self.disk.trap = None
         self._queued = []
         contents = DirectoryContents(self._directory / CONTENTS_DIRECTORY)
-        self.files = Files(self.application, self.store, contents, self._clock, bytes_max=self._file_bytes_max)
+        self.files = Files(self.application, self.store, contents, self.clock, bytes_max=self._file_bytes_max)
         return InlineStore(self._directory, map_bytes=self._map_bytes)
 
 

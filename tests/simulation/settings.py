@@ -31,6 +31,7 @@ from tidelog_server._retention import Periods
 MIB: Final = 1024 * 1024
 COPIES_SHARE: Final = 0.25
 FILES_SHARE: Final = 0.33
+CONSENT_SHARE: Final = 0.4
 NEVER: Final = timedelta(days=100_000)
 
 
@@ -124,6 +125,7 @@ class Settings:
     periods: Periods
     business: Business
     limits: dict[str, int]
+    consents_at_once: bool = True
     files: FileSettings | None = None
 
     @classmethod
@@ -138,7 +140,7 @@ class Settings:
             random.choice([256 * 1024, 1024 * MIB]),
             random.choice([256 * 1024, 1024 * MIB]),
             random.random() < 0.3,
-            random.random() < 0.3 and not has_copies,
+            random.random() < 0.3,
             has_copies,
             Periods(history, random.choice([timedelta(days=300), NEVER]) if has_copies else NEVER),
             Business.drawn(random),
@@ -163,6 +165,11 @@ class Settings:
             return self
         return replace(self, files=FileSettings.drawn(random, self.replica_count))
 
+    def with_guard(self, random: Random) -> Settings:
+        """Return the settings of a world with some way to deal with the loss of most of an entity; see above."""
+        limits = {**self.limits, "removed_unasked": random.choices([0, 1, 3, 20], [3, 2, 1, 1])[0]}
+        return replace(self, limits=limits, consents_at_once=random.random() < CONSENT_SHARE)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the limits in force."""
@@ -181,9 +188,11 @@ class Settings:
                 (_synchronization, "STAGE_BYTES", limits["stage_bytes"]),
                 (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
                 (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
+                (_publication, "GUARD_OBJECTS_AT_ONCE", limits["publish_pages"]),
                 (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "MERGE_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),
+                (_publication, "REMOVED_OBJECTS_UNASKED", limits["removed_unasked"]),
                 (_storage, "READ_PAGE_ENTRIES", limits["replica_page"]),
                 (_view, "PAGE_OBJECTS", limits["replica_page"]),
                 (_log, "_SCAN_PAGE_ENTRIES", limits["replica_page"]),

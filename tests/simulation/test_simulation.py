@@ -36,8 +36,9 @@ TIMEOUT_SECONDS = 1_200
 MUTATION_SEEDS = range(150)
 PROMISES = {
     "By version", "Change log", "Commit group", "Converges", "Cursor", "Cursor behind state", "Durable", "Files",
-    "Forks and restores", "Fresh", "In order", "Incarnation", "No poison", "Nothing lost on refusal", "One at a time",
-    "Private", "Projection", "References", "Settled marks", "Settled once", "Sole writer", "Verification", "View",
+    "Forks and restores", "Fresh", "In order", "Incarnation", "No mass delete", "No poison", "Nothing lost on refusal",
+    "One at a time", "Private", "Projection", "References", "Settled marks", "Settled once", "Sole writer",
+    "Verification", "View",
     # What the product itself says of an id that cannot be used any more.
     "ReplicaForked", "ReplicaRetired",
 }  # fmt: skip

@@ -3,15 +3,20 @@ A program in another language: it knows the unary calls only, and keeps its own 
 
 It drives the very methods that gRPC calls, with a log and a copy of its own, so that
 replicas meet writers whose operations come without a session.
+
+Where stores are put back it looks before it writes: if the server has begun another timeline, what it was told is
+worth nothing, and it sends all of that again. A single call cannot name a former id: when the server has retired the
+one that it had, it goes on as somebody else, and leaves what it got no answer to for a person to look up.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import Any, Final, TypeVar, cast
+from uuid import UUID
 
 import grpc
 from tests.simulation.actions import IDS
@@ -29,6 +34,7 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_server import Principal
 from tidelog_server._callers import Callers
+from tidelog_server._errors import ReplicaRetired
 from tidelog_server._services import Services
 
 UPLOAD_MAX: Final = 5
@@ -49,7 +55,9 @@ class ThirdParty:
     Attributes:
         replica_id: As whose log it writes.
         committed: All operations that it ever made.
-        pending: Those of which it does not know what became of them.
+        pending: Those of which it does not know what became of them, and which it will send.
+        abandoned: Those of which it will never know.
+        timeline: The server's, when it last looked.
         eyes: What it may do and see.
     """
 
@@ -57,6 +65,9 @@ class ThirdParty:
         self.replica_id = replica_id
         self.committed = Committed()
         self.pending: dict[int, bytes] = {}
+        self.abandoned: set[int] = set()
+        self.timeline = ""
+        self._sent_as: dict[int, str] = {}
         self._outcomes: dict[int, tuple[int, str]] = {}
         self._principal = principal
         self.eyes = eyes
@@ -95,14 +106,18 @@ class ThirdParty:
             if len(sent) >= count_max and (group is None or group.position == 0):
                 break
             sent[seq] = data
+        self._sent_as.update(dict.fromkeys(sent, self.replica_id))
         request = splice_pb2.UploadOperationsRequestSplice(
             protocol_version=PROTOCOL_VERSION,
             replica_id=self.replica_id,
             operations=list(sent.values()),
             more_follow=len(sent) < len(self.pending),
         )
-        with self._services(server) as services:
-            response = self._run(services._upload_operations(request.SerializeToString(), self._principal))
+        try:
+            with self._services(server) as services:
+                response = self._run(services._upload_operations(request.SerializeToString(), self._principal))
+        except ReplicaRetired:
+            return self._become_another()
         if is_answer_lost:
             return f"the third party sends {len(sent)} operations, and the answer is lost"
         if [result.seq for result in response.results] != list(sent):
@@ -111,6 +126,8 @@ class ThirdParty:
             if result.status in (operation_pb2.OPERATION_STATUS_APPLIED, operation_pb2.OPERATION_STATUS_REJECTED):
                 self._outcomes[result.seq] = (result.version, result.failure_id)
                 del self.pending[result.seq]
+            else:
+                del self._sent_as[result.seq]
         return f"the third party sends {len(sent)} operations, {len(self.pending)} are pending"
 
     def download(self, server: SimulatedServer) -> str:
@@ -119,6 +136,9 @@ class ThirdParty:
         with self._services(server) as services:
             messages = self._run(self._all(services, request.SerializeToString()))
         started = messages[0].started
+        if self.timeline not in ("", started.timeline):
+            self._doubt_what_it_was_told()
+        self.timeline = started.timeline
         reconciled = {one.entity for one in started.entities if one.reconcile}
         if started.reconcile:
             self._copy = {}
@@ -131,10 +151,12 @@ class ThirdParty:
         self._cursor = messages[-1].complete.cursor
         return f"the third party has {len(self._copy)} objects of version {messages[-1].complete.version}"
 
-    def check(self, server: ServerRecord) -> None:
-        """Compare what it was told with what is so. After a download that nothing has followed."""
+    def check(self, server: ServerRecord, lost: Collection[int] = ()) -> None:
+        """Compare what it was told, unless it is *lost*, with what is so. After a download that nothing followed."""
         settled = server.settled[self.replica_id]
         for seq, (version, failure_id) in self._outcomes.items():
+            if seq in lost and seq not in settled:
+                continue
             if settled[seq].version != version or bool(settled[seq].failure_id) is not bool(failure_id):
                 raise AssertionError(f"the third party was told {version, failure_id} of seq {seq}: {settled[seq]}")
         shown = {
@@ -146,6 +168,20 @@ class ThirdParty:
             self._copy[key][0] == version and same(self._copy[key][1], seen) for key, (version, seen) in shown.items()
         ):
             raise AssertionError(f"the third party has {self._copy}, and should have {shown}")
+
+    def _doubt_what_it_was_told(self) -> None:
+        """Let what it sent under its present id be sent again: the server may have lost it."""
+        again = {seq for seq in self._outcomes if self._sent_as[seq] == self.replica_id}
+        self.abandoned |= self._outcomes.keys() - again
+        self._outcomes = {}
+        self.pending = {seq: self.committed.data[seq] for seq in sorted({*again, *self.pending})}
+
+    def _become_another(self) -> str:
+        self.replica_id = str(UUID(bytes=self._random.randbytes(16), version=4))
+        in_doubt = self.pending.keys() & self._sent_as.keys()
+        self.abandoned |= in_doubt
+        self.pending = {seq: data for seq, data in self.pending.items() if seq not in in_doubt}
+        return f"the third party goes on as {self.replica_id}, and leaves {len(in_doubt)} operations in doubt"
 
     def _operation(self, seq: int) -> Operation:
         random = self._random
@@ -171,7 +207,8 @@ class ThirdParty:
 
     @contextmanager
     def _services(self, server: SimulatedServer) -> Iterator[Services]:
-        services = Services(server.application, server.store, cast("Callers", _Caller(self._principal)))
+        callers = cast("Callers", _Caller(self._principal))
+        services = Services(server.application, server.store, callers, clock=server.clock)
         try:
             yield services
         finally:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -22,7 +22,7 @@ from unittest import mock
 from uuid import UUID
 
 import grpc
-from tests.simulation import chance, copies, disk, promises
+from tests.simulation import chance, copies, disk, promises, removals
 from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
@@ -53,9 +53,11 @@ from tidelog import (
     FailureReason,
     FileUnavailable,
     InvalidValue,
+    MassRemoval,
     ObjectExists,
     ObjectNotFound,
     Operation,
+    ReplicaRetired,
     ServerUnavailable,
     StorageError,
     SynchronizationInProgress,
@@ -63,8 +65,10 @@ from tidelog import (
 )
 from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
+from tidelog.testing import ManualClock
 from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Report, SkipReason, _replica
+from tidelog_client import Object, Report, SkipReason, _publication, _replica
+from tidelog_client._report import PublishedCounts
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
 from tidelog_server import OperationRefused, TransientError
@@ -85,13 +89,18 @@ SELDOM: Final = frozenset(
 )
 DEVICES_MAX: Final = 5
 ASIDES_MAX: Final = 4
+MONTH: Final = timedelta(days=31)
 BACKUPS_MAX: Final = 3
 # What is noted by the way of a copy or a restore takes attempts of its own.
 COPIES_ATTEMPTS_MAX: Final = 5
 TRAP_WEIGHTS: Final = [4 if commit in SELDOM else 1 for commit in CLIENT_COMMITS]
 ADOPTING: Final = (Commit.NOTE, Commit.MIGRATION, Commit.INDEXES)
 COLLECTING: Final = (Commit.COLLECT, Commit.COLLECT_OUTCOMES, Commit.COLLECT_INDEX, Commit.RETIRE)
+BEGINNING: Final = datetime(2027, 1, 15, 8, tzinfo=UTC)
+MICROSECOND: Final = timedelta(microseconds=1)
 STEP_SECONDS: Final = 0.001
+# How often who was asked says yes the next time.
+AGREEING: Final = 0.3
 # Longer than the synchronizer goes on trying while it hears nothing.
 SILENCE_SECONDS: Final = 20.0
 # How often a content moves on while a session does.
@@ -123,7 +132,8 @@ class World(FileHappenings):
         self._random = Random(seed)
         self._steps = steps
         self._focus = focus or {}
-        self.settings = Settings.drawn(self._random).with_files(Random(f"{seed} files"))
+        settings = Settings.drawn(self._random).with_files(Random(f"{seed} files"))
+        self.settings = settings.with_guard(Random(f"{seed} guard"))
         self.coverage.settings.update(self.settings.business.names())
         if self.settings.has_third_party:
             self.coverage.settings["third party"] += 1
@@ -136,7 +146,7 @@ class World(FileHappenings):
         self._directory = directory.resolve()
         self._weather = Weather()
         self._schema_version = 1
-        self._server_time_us = 1_800_000_000_000_000
+        self._server_clock = ManualClock(BEGINNING)
         self._history = History()
         self._devices: list[Device] = []
         self._acting: Device | None = None
@@ -163,8 +173,9 @@ class World(FileHappenings):
         self._server: SimulatedServer
         with (
             settings.applied(),
-            chance.from_seed(Random(f"{self.seed} ids"), self, self._clock),
+            chance.from_seed(Random(f"{self.seed} ids"), self),
             mock.patch.object(_replica, "select", self._recorded(select)),
+            mock.patch.object(_publication.Publication, "publish", self._judged(_publication.Publication.publish)),
         ):
             self._server = SimulatedServer(
                 self._directory / "server",
@@ -212,7 +223,7 @@ class World(FileHappenings):
     def time_us(self) -> int:
         """See `chance.Clocks`."""
         jump = self._acting.clock_jump if self._acting is not None else timedelta(0)
-        return self._server_time_us + jump // timedelta(microseconds=1)
+        return self._server_clock() + jump // MICROSECOND
 
     def monotonic(self) -> float:
         """See `chance.Clocks`."""
@@ -238,6 +249,7 @@ class World(FileHappenings):
             lambda answer: self._overhear(device, answer),
         )
         call.link = call.last_link = link
+        device.sessions.append(link)
         call.life = self._history.lives
         call.selection, call.selected = call.selected, None
         until, call.waited_since = call.waited_since, None
@@ -273,6 +285,39 @@ class World(FileHappenings):
             return selected
 
         return recorded
+
+    def _judged(self, publish: Callable[..., PublishedCounts]) -> Callable[..., PublishedCounts]:
+        """Return *publish* with somebody who looks on: was anybody to be asked?"""
+
+        def judged(*arguments: Any, **options: Any) -> PublishedCounts:
+            device = self._acting
+            if device is None or (call := device.call) is None or (link := call.link) is None:
+                raise AssertionError("a download is published, and nobody asked for it")
+            before = device.record()
+            expected = self._loss(device, link, before)
+            try:
+                counts = publish(*arguments, **options)
+            except MassRemoval as error:
+                removals.check_refused(expected, error, before, device.record(), has_consent=call.has_consent)
+                raise
+            device.sessions.clear()
+            if not call.has_consent:
+                removals.check_adopted(expected, device.record())
+            elif any(expected.is_mass(entity, len(keys)) for entity, keys in expected.surely.items()):
+                self.coverage.totals["mass removals agreed to"] += 1
+            return counts
+
+        return judged
+
+    def _loss(self, device: Device, link: Link, record: ReplicaRecord) -> removals.Loss:
+        """Return what a download takes away that has just come to its end."""
+        self._read_history()
+        is_rebasing = device.replica._storage.lineage.is_rebasing
+        reconciled = removals.Reconciled(link.started, is_rebasing, had_cursor=record.cursor is not None)
+        # What was kept of earlier ones was the server's state when they came.
+        since = min(one.settled_version for one in (device.sessions if link.started.resumed else [link]))
+        unasked_max = self.settings.limits["removed_unasked"]
+        return removals.loss(reconciled, record, device.eyes, self._history, since, unasked_max=unasked_max)
 
     # --- what can happen ----------------------------------------------------------------
 
@@ -312,6 +357,7 @@ class World(FileHappenings):
                 ("copy", 0.8 if len(self._devices) < DEVICES_MAX else 0.0, lambda: self._copy_device(device)),
                 ("put aside", 0.8, lambda: self._put_aside(device)),
                 ("put back", 1.2 if self._asides else 0.0, lambda: self._put_back(device)),
+                ("relapse", 2.0 if device.is_new_with_work else 0.0, lambda: self._relapse(device)),
                 ("back up", 0.8, self._back_up),
                 ("restore", 0.8 if self._backups else 0.0, self._restore),
             ]
@@ -354,7 +400,7 @@ class World(FileHappenings):
         if device.call is not None:
             self._call_again(device, mode, picked)
             return
-        self._begin(device, mode, picked, timeout)
+        self._begin(device, mode, picked, timeout, has_consent=mode is Mode.ALL and self._agrees(device))
         if self.settings.is_hasty:
             self._advance(device, moves=HASTY_MOVES)
 
@@ -367,18 +413,26 @@ class World(FileHappenings):
         else:
             raise PromiseBroken("One at a time: a second synchronization fails at once", [device.name])
 
-    def _begin(self, device: Device, mode: Mode, picked: list[Object | Key], timeout: float | None) -> None:
+    def _begin(
+        self, device: Device, mode: Mode, picked: list[Object | Key], timeout: float | None, *, has_consent: bool
+    ) -> None:
         keys = [(one.entity, one.id) if isinstance(one, Object) else one for one in picked]
         self._say(f"{device.name} synchronizes {mode.name} {keys or ''}")
         if device.replica._synchronizer._schema_version > self._schema_version:
             self.coverage.faults[Fault.ROLLOUT.name] += 1
-        call = Call(mode, device.replica.pending_count(), len(device.committed.data))
-        synchronize = device.synchronization(mode, picked, timeout, accepts_removal=self.settings.has_copies)
+        call = Call(mode, device.replica.pending_count(), len(device.committed.data), has_consent)
+        synchronize = device.synchronization(mode, picked, timeout, accepts_removal=has_consent)
 
         def work() -> None:
             call.report = synchronize()
 
         self._start(device, call, work)
+
+    def _agrees(self, device: Device) -> bool:
+        """Tell whether a device's program agrees that most of an entity goes: at once, or after it was asked."""
+        if not self.settings.has_copies:
+            return False
+        return self.settings.consents_at_once or (device.is_asked and self._random.random() < AGREEING)
 
     def _start(self, device: Device, call: Call, work: Callable[[], None]) -> None:
         call.fiber = Fiber(work)
@@ -430,6 +484,12 @@ class World(FileHappenings):
         elif isinstance(error, ServerUnavailable | Unauthenticated):
             self._say(f"{device.name} gives up: {error}")
             self.coverage.totals["given up"] += 1
+        elif isinstance(error, ReplicaRetired) and error.report is not None and error.report.former_replica_id:
+            self._say(f"{device.name} cannot take two new ids at once")
+        elif isinstance(error, MassRemoval):
+            self._say(f"{device.name} is asked: {error}")
+            self.coverage.totals["mass removals asked for"] += 1
+            device.is_asked = True
         else:
             raise error or AssertionError(f"{device.name} synchronized without a stream")
 
@@ -508,6 +568,7 @@ class World(FileHappenings):
         if call.mode is Mode.ALL:
             device.see_as_wished()
             device.life = call.life
+            device.is_asked = False
         if call.mode is Mode.SELECTED:
             # What holds at any moment shows best while a part of the log is settled.
             self._check_everything(device, record)
@@ -571,7 +632,7 @@ class World(FileHappenings):
         happening: Callable[[], str] = random.choices(
             [
                 party.act,
-                lambda: party.upload(self._server, is_answer_lost=random.random() < 0.2),
+                lambda: self._upload_of_third_party(party, is_answer_lost=random.random() < 0.2),
                 lambda: party.download(self._server),
             ],
             [3, 2, 1],
@@ -583,7 +644,13 @@ class World(FileHappenings):
                 self._restart_server(Fault.SERVER_CRASH)
                 return
             self._say(f"the third party is told to come again: {error}")
+        self._ledger.update((one.nonce, party.committed.data[seq]) for seq, one in party.committed.operations.items())
         self._read_history()
+
+    def _upload_of_third_party(self, party: ThirdParty, *, is_answer_lost: bool) -> str:
+        if self.settings.has_copies:
+            self._say(party.download(self._server))
+        return party.upload(self._server, is_answer_lost=is_answer_lost)
 
     # --- copies and restores ----------------------------------------------------------------
 
@@ -630,9 +697,9 @@ class World(FileHappenings):
         self._say(f"the directory of {device.name} is put aside")
         self._asides = [*self._asides, device.put_aside(self._next_copy("aside of"))][-ASIDES_MAX:]
 
-    def _put_back(self, device: Device) -> None:
-        """Put a copy in the place of a directory: what was done there since is gone."""
-        aside = self._random.choice(self._asides)
+    def _put_back(self, device: Device, aside: Aside | None = None) -> None:
+        """Put a copy, whichever or a certain one, in the place of a directory: what was done there since is gone."""
+        aside = aside or self._random.choice(self._asides)
         self._say(f"{aside.path.name} is put back as {device.name}")
         self.coverage.faults[Fault.PUT_BACK.name] += 1
         call = device.call
@@ -647,6 +714,23 @@ class World(FileHappenings):
         self._open(device)
         self._note_commits(device)
         self._check(device)
+
+    def _relapse(self, device: Device) -> None:
+        """
+        Put a directory back to what it was before its first synchronization, which the server has forgotten.
+
+        What it creates is there, nobody can tell whether by this very operation, and it gets no state of it.
+        """
+        self._put_aside(device)
+        aside = self._asides[-1]
+        self._begin(device, Mode.ALL, [], None, has_consent=self._agrees(device))
+        self._advance(device, moves=HASTY_MOVES)
+        self._server_clock.advance(MONTH)
+        self._forget()
+        self._put_back(device, aside)
+        device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.START_OVER, self._moment())
+        self._begin(device, Mode.ALL, [], None, has_consent=self._agrees(device))
+        self._advance(device, moves=HASTY_MOVES)
 
     def _back_up(self) -> None:
         is_raw = self._random.random() < 0.5
@@ -911,12 +995,15 @@ class World(FileHappenings):
         if not self.settings.has_copies and self._is_anything_in_doubt():
             return
         if self._random.random() < 0.3:
-            self._server_time_us += YEAR // timedelta(microseconds=1)
+            self._server_clock.advance(YEAR)
             self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
         if self._random.random() < 0.5:
             # There is seldom much to be forgotten of some.
             commit = self._random.choices(COLLECTING, [1, 1, 8, 3])[0]
             self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, commit, self._moment())
+        self._forget()
+
+    def _forget(self) -> None:
         self._read_history()
         self.coverage.faults[Fault.COLLECTED.name] += 1
         try:
@@ -956,7 +1043,7 @@ class World(FileHappenings):
             self.coverage.faults[Fault.CLIENT_CLOCK.name] += 1
             self._say(f"the clock of {device.name} jumps by {jump.days} days")
         else:
-            self._server_time_us += jump // timedelta(microseconds=1)
+            self._server_clock.advance(jump)
             self.coverage.faults[Fault.SERVER_CLOCK.name] += 1
             self._say(f"the server's clock jumps by {jump.days} days")
 
@@ -1011,17 +1098,19 @@ class World(FileHappenings):
             device.die()
             device.has_stale_token = False
             self._open(device)
-        self._settle_third_party()
         reports: dict[str, Report] = {}
+        party = self._third_party
         for round_ in range(1, QUIET_ROUNDS_MAX + 1):
             pending = sum(device.replica.pending_count() for device in self._devices)
             version = self._history.version
+            self._settle_third_party()
             for device in self._devices:
                 reports[device.name] = self._synchronize_to_the_end(device)
             done = pending == sum(device.replica.pending_count() for device in self._devices)
             if self.settings.has_copies:
                 # What was lost is offered again by one after the other.
                 done = done and version == self._history.version and all(map(self._is_current, self._devices))
+                done = done and (party is None or party.timeline == self._server.lmdb.identity.timeline)
             if round_ >= QUIET_ROUNDS and done:
                 break
         else:
@@ -1034,6 +1123,8 @@ class World(FileHappenings):
     def _settle_third_party(self) -> None:
         if (party := self._third_party) is None:
             return
+        if self.settings.has_copies:
+            self._say(party.download(self._server))
         for _ in range(QUIET_ROUNDS_MAX):
             pending = 0
             while len(party.pending) != pending:
@@ -1046,11 +1137,10 @@ class World(FileHappenings):
     def _synchronize_to_the_end(self, device: Device) -> Report:
         # There may be a session more for each content that is uploaded.
         content_count = sum(len(some) for _, some in device.needed_contents()) if self.witness is not None else 0
-        self._begin(device, Mode.ALL, [], None)
-        call = device.call
-        if call is None:
-            raise AssertionError(f"{device.name} could not begin")
-        self._advance(device, moves=CALL_MOVES_MAX)
+        agrees, device.is_asked = self._agrees(device), False
+        call = self._call_to_the_end(device, has_consent=agrees)
+        if device.is_asked:
+            call = self._call_to_the_end(device, has_consent=True)
         if device.call is not None or call.report is None:
             raise PromiseBroken("Converges: a synchronization ends when nothing fails", [device.name])
         attempts_max = COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1
@@ -1061,6 +1151,14 @@ class World(FileHappenings):
                 "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
             )
         return call.report
+
+    def _call_to_the_end(self, device: Device, *, has_consent: bool) -> Call:
+        self._begin(device, Mode.ALL, [], None, has_consent=has_consent)
+        call = device.call
+        if call is None:
+            raise AssertionError(f"{device.name} could not begin")
+        self._advance(device, moves=CALL_MOVES_MAX)
+        return call
 
     def _check_everything(self, device: Device, record: ReplicaRecord) -> None:
         """Check what must hold at any moment of the server, and of it and one replica."""
@@ -1096,15 +1194,8 @@ class World(FileHappenings):
         business = self.settings.business
         chronicle = self._server.chronicle
         promises.check_references(server, business.schema(2))
-        if (party := self._third_party) is not None:
-            self._say(party.download(self._server))
-            party.check(server)
-            committed_by, settlements = party.committed, chronicle.settlements
-            promises.check_order(server, party.replica_id, committed_by)
-            promises.check_groups(server, party.replica_id, committed_by, settlements)
-            promises.check_settlement_order(party.replica_id, committed_by, settlements)
-            rules = Rules(business.schema(1), may_hooks_refuse, business, party.eyes)
-            promises.check_refusals(server, party.replica_id, committed_by, settlements, rules)
+        if self._third_party is not None:
+            self._check_third_party(self._third_party, server)
         if self._history.lives:
             self._check_offered_again(server)
         for device in self._devices:
@@ -1120,6 +1211,38 @@ class World(FileHappenings):
             promises.check_converged_when_quiet(server, record, not_ready, device.eyes)
         if self.witness is not None:
             self._check_files(self.witness)
+
+    def _check_third_party(self, party: ThirdParty, server: ServerRecord) -> None:
+        business, chronicle, replica_id, committed = (
+            self.settings.business,
+            self._server.chronicle,
+            party.replica_id,
+            party.committed,
+        )
+        settlements, lost = chronicle.settlements, party.abandoned
+        if self.settings.has_copies:
+            server, settlements = copies.as_of_one_id(server, chronicle, replica_id, committed)
+        if self._history.lives:
+            lost = lost | (committed.operations.keys() - server.settled[replica_id].keys())
+        self._say(party.download(self._server))
+        party.check(server, lost)
+        if not chronicle.doubted.isdisjoint(one.nonce for one in committed.operations.values()):
+            return
+        promises.check_groups(server, replica_id, committed, settlements, lost)
+        rules = Rules(
+            business.schema(1),
+            may_hooks_refuse,
+            business,
+            party.eyes,
+            is_put_back=self._history.lives > 0,
+            has_copies=self.settings.has_copies,
+            former_failures=self._former_failures,
+        )
+        promises.check_refusals(server, replica_id, committed, settlements, rules)
+        if not self._history.lives:
+            # It cannot know of a store that was put back behind everybody's back, and fills no gaps then.
+            promises.check_order(server, replica_id, committed, lost)
+            promises.check_settlement_order(replica_id, committed, settlements)
 
     def _check_offered_again(self, server: ServerRecord) -> None:
         """Check what became of what replicas knew, unless there are copies of them that knew it otherwise."""
@@ -1239,8 +1362,9 @@ class World(FileHappenings):
         return ThirdParty(str(UUID(bytes=random.randbytes(16), version=4)), principal, eyes, random)
 
     def _clock(self) -> int:
-        self._server_time_us += 1
-        return self._server_time_us
+        """Return what time it is on the server, where no two things happen at the same time."""
+        self._server_clock.advance(MICROSECOND)
+        return self._server_clock()
 
     def _say(self, event: str) -> None:
         self.events.append(event)

@@ -9,7 +9,15 @@ import pytest
 from tests.builders import contents, quick_folder
 from tests.sessions import ServerEnd, begin, page, plan, synchronize
 
-from tidelog import InvalidConstraint, InvalidValue, LimitExceeded, ObjectNotFound, PermissionRefused, attribute
+from tidelog import (
+    InvalidConstraint,
+    InvalidValue,
+    LimitExceeded,
+    MassRemoval,
+    ObjectNotFound,
+    PermissionRefused,
+    attribute,
+)
 from tidelog._downloads import Download, DownloadMode
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Replica, Report, SkipReason
@@ -648,6 +656,29 @@ class TestSteps:
 
         assert server.start.resume_token == b"1"
         assert sorted(contents(replica)) == ["t2"]
+
+
+class TestMassRemoval:
+    """Most of an entity does not go without a stated cause."""
+
+    @pytest.mark.parametrize("at_once", [1, 7, 1_000])
+    def test_an_object_that_comes_twice_counts_once(
+        self, replica: Replica, server: ServerEnd, monkeypatch: pytest.MonkeyPatch, at_once: int
+    ) -> None:
+        """Objects that change while they are downloaded do not make up for others that are gone."""
+        monkeypatch.setattr(publication, "GUARD_OBJECTS_AT_ONCE", at_once)
+        server.reconcile = True
+        server.pages = [page(*(("Task", f"t{number}", 1 + number, {}) for number in range(40)))]
+        synchronize(replica, server)
+        server.pages = [
+            page(*(("Task", f"t{number}", 50 + 10 * again + number, {}) for number in range(10))) for again in range(4)
+        ]
+
+        with pytest.raises(MassRemoval) as caught:
+            synchronize(replica, server)
+
+        assert (caught.value.removed, caught.value.present) == ({"Task": 30}, {"Task": 40})
+        assert len(contents(replica)) == 40
 
 
 class TestNewerServers:
