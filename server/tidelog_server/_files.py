@@ -51,13 +51,19 @@ from tidelog_server._store import Reader, Store
 
 # What a server notes in its store about when its timeline began.
 TIMELINE_NOTE: Final = "timeline began"
-# How long after a timeline began contents are kept that are not on record: as long as replicas
-# offer again what a restored store has lost.
+# How long contents are kept that are not on record, after they came and after a timeline began: as long
+# as replicas offer again what a restored store has lost.
 UNKNOWN_KEPT: Final = timedelta(days=30)
+# Who has looked at nothing for longer than this may have been put back without being told.
+UNSEEN_MAX: Final = timedelta(days=1)
+# Whoever looks through many contents pauses after so many, for those who want to stop it.
+LOOKED_AT_ONCE: Final = 1_000
 # How long nothing was appended to a part that goes while there are uploads, however short the grace is.
 PART_SECONDS_MIN: Final = 3600.0
 
-_TIME: Final = struct.Struct(">Q")
+_TIMES: Final = struct.Struct(">QQ")  # when a timeline began, and when a server last had a look
+_NOTED_EVERY: Final = timedelta(hours=1)
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 T = TypeVar("T")
 
@@ -229,17 +235,23 @@ class Files:
 
     def collect_unknown(self, tenant: str, before_us: int) -> Iterator[int]:
         """
-        Delete contents that are not on record since a time, one after the other; yield how many were.
+        Delete contents that have not been on record for long, one after the other; yield how many were.
 
         What somebody refers to comes back on record, if it is whole: its place was out of reach for a while.
+        What nobody knows may be what a store that was put back has lost, and is kept for as long as that
+        may be offered again, however it was put back.
         """
         is_settled = self.note_timeline()
-        for content in self.contents.contents(tenant):
-            if content.time * 1_000_000 < before_us and not self._is_on_record(tenant, content.sha256):
+        gone_before_us = min(before_us, self._clock() - UNKNOWN_KEPT // _MICROSECOND)
+        for number, content in enumerate(self.contents.contents(tenant)):
+            if not number % LOOKED_AT_ONCE:
+                yield 0
+            time_us = content.time * 1_000_000
+            if time_us < before_us and not self._is_on_record(tenant, content.sha256):
                 with self._alone(tenant, content.sha256):
                     if self._is_needed(tenant, content.sha256):
                         self._record_again(tenant, content)
-                    elif is_settled and not self._is_on_record(tenant, content.sha256):
+                    elif is_settled and time_us < gone_before_us and not self._is_on_record(tenant, content.sha256):
                         self.contents.delete(tenant, content.sha256)
                         yield 1
 
@@ -254,16 +266,19 @@ class Files:
         Note when the store's timeline began, unless that is known; tell whether it is a while ago.
 
         After a restore the store does not know what has come since the backup, and may come to know it
-        once more: from those who offer it again. Till then contents without a record are kept.
+        once more: from those who offer it again. Till then contents without a record are kept. A store that
+        nobody has looked at for a while may be an older state of itself, of which it knows nothing: the same.
         """
         timeline, now_us = self._store.identity.timeline.encode(), self._clock()
         known = self._store.note(TIMELINE_NOTE)
-        if known[_TIME.size :] == timeline:
-            (began_us,) = _TIME.unpack_from(known)
-        else:
-            began_us = now_us if known or self._store.tenants() else 0
-            self._store.set_note(TIMELINE_NOTE, _TIME.pack(began_us) + timeline)
-        return not began_us or now_us - began_us > UNKNOWN_KEPT // timedelta(microseconds=1)
+        began_us, looked_us = 0, 0
+        if known[_TIMES.size :] == timeline:
+            began_us, looked_us = _TIMES.unpack_from(known)
+        if now_us - looked_us > UNSEEN_MAX // _MICROSECOND and (known or self._store.tenants()):
+            began_us = now_us
+        if now_us - looked_us > _NOTED_EVERY // _MICROSECOND:
+            self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
+        return not began_us or now_us - began_us > UNKNOWN_KEPT // _MICROSECOND
 
     @contextmanager
     def _alone(self, tenant: str, sha256: bytes) -> Iterator[None]:

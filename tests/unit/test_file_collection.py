@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,9 +13,10 @@ import pytest
 from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, file_value, said, update, wanted
 
 from tidelog import ResourceClosed, StorageError
+from tidelog._contents import Content
 from tidelog_server import DirectoryContents, Principal, Tenant
 from tidelog_server._content_store import PartMismatch
-from tidelog_server._files import Files
+from tidelog_server._files import LOOKED_AT_ONCE, TIMELINE_NOTE, Files
 from tidelog_server._records import Writes
 from tidelog_server._retention import Periods, Retention
 from tidelog_server._store import Reader
@@ -173,7 +175,7 @@ def test_an_upload_while_the_same_content_is_collected(tmp_path: Path) -> None:
 
 
 def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a server left that ended before it wrote the record is missing to everybody, and goes after the grace."""
+    """What a server left that ended before it wrote the record is missing to everybody, and goes in the end."""
 
     def ends(*_: Any, **__: Any) -> None:
         raise ResourceClosed("the server ends here")
@@ -189,10 +191,10 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
 
     cabinet.lab.settle(create(2, "t2"))
     of_the_directory(cabinet)
-    assert cabinet.collect() == 0
+    cabinet.files.note_timeline()
+    assert collected_in(cabinet, days=30) == 0
     assert len(kept(cabinet)) == 1
-    cabinet.wait(2 * DAY)
-    assert cabinet.collect() == 1
+    assert collected_in(cabinet, days=1) == 1
     assert kept(cabinet) == []
 
 
@@ -221,20 +223,57 @@ def test_contents_without_a_record_after_a_restore(cabinet: Cabinet) -> None:
     """What has come since a backup stays where it is for a while after it was put back: it may be offered again."""
     cabinet.upload(PHOTO)
     cabinet.lab.settle(create(1))
-    forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
-    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
-    store: Any = cabinet.lab.store
+    forget_files(cabinet)
     of_the_directory(cabinet)
+    cabinet.files.note_timeline()
+    collected_in(cabinet, days=29)
+    store: Any = cabinet.lab.store
     store._identity = store.identity._replace(timeline="another")
-    cabinet.wait(10 * DAY)
 
-    assert cabinet.collect() == 0
-    cabinet.wait(29 * DAY)
-    assert cabinet.collect() == 0
+    assert collected_in(cabinet, days=30) == 0
     assert len(kept(cabinet)) == 1
-    cabinet.wait(2 * DAY)
-    assert cabinet.collect() == 1
+    assert collected_in(cabinet, days=2) == 1
     assert kept(cabinet) == []
+
+
+@pytest.mark.parametrize("age", [HOUR, 3 * DAY, 40 * DAY])
+def test_contents_without_a_record_after_a_silent_restore(cabinet: Cabinet, age: timedelta) -> None:
+    """What a store that was put back behind the server's back has lost stays for a while, however old the store is."""
+    cabinet.lab.settle(create(1))
+    collected_in(cabinet, days=40)
+    noted = cabinet.lab.store.note(TIMELINE_NOTE)
+    cabinet.upload(PHOTO)
+    os.utime(kept(cabinet)[0], (cabinet.time_us / 1_000_000,) * 2)
+    cabinet.wait(age)
+
+    forget_files(cabinet)
+    cabinet.lab.store.set_note(TIMELINE_NOTE, noted)
+    assert cabinet.collect(timedelta(0)) == 0
+    assert collected_in(cabinet, days=28) == 0
+    assert len(kept(cabinet)) == 1
+    assert collected_in(cabinet, days=4) == 1
+
+
+def test_ends_soon_when_the_server_stops(tmp_path: Path) -> None:
+    """However many contents there are, a server that stops does not wait until all are looked at."""
+    left = [Content(bytes(32), 1, TIME_US)] * 5 * LOOKED_AT_ONCE
+
+    class Large(DirectoryContents):
+        """Has more than anybody wants to look at."""
+
+        def contents(self, tenant: str) -> Any:
+            retention._stopped.set()
+            while left:
+                yield left.pop()
+
+    lab = Lab()
+    lab.settle(create(1))
+    files = Files(lab.application, lab.store, Large(tmp_path), lambda: TIME_US)
+    retention = Retention(lab.store, Periods(), lambda: TIME_US, files)
+
+    with pytest.raises(ResourceClosed):
+        retention.collect()
+    assert len(left) >= 4 * LOOKED_AT_ONCE
 
 
 def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
@@ -312,6 +351,21 @@ def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
     for tenant in (TENANT, "other"):
         with lab.store.read(tenant) as reader:
             assert reader.collected() == reader.head().version > 0
+
+
+def collected_in(cabinet: Cabinet, *, days: int) -> int:
+    """Let days pass of a server that collects; return how many contents went."""
+    count = 0
+    for _ in range(days):
+        cabinet.wait(DAY)
+        count += cabinet.collect()
+    return count
+
+
+def forget_files(cabinet: Cabinet) -> None:
+    """Take all that is on record of contents off it."""
+    forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
 
 
 def path_of(data: bytes) -> Path:
