@@ -209,20 +209,28 @@ class Files:
         raise ContentLost(f"the content {wanted.sha256.hex()} ended early")
 
     def add(self, tenant: str, source: BinaryIO, user_id: str = SERVICE) -> Wanted:
-        """Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it."""
+        """
+        Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it.
+
+        Raises:
+            StorageError: It cannot be stored; or a hook adds it, on whose end the store waits.
+        """
+        # Before anything waits: whoever completes the same content may wait for the store with its lock.
+        self._store.check_outside_of_jobs()
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
-        try:
-            while piece := source.read(FILE_CHUNK_BYTES):
-                self.contents.append(tenant, part, size, piece)
-                digest.update(piece)
-                size += len(piece)
-        except BaseException:
-            self.contents.discard(tenant, part)
-            raise
-        wanted = Wanted(digest.digest(), size)
-        self._complete(tenant, part, wanted, user_id)
+        with self._parts.being_added(tenant, part):
+            try:
+                while piece := source.read(FILE_CHUNK_BYTES):
+                    self.contents.append(tenant, part, size, piece)
+                    digest.update(piece)
+                    size += len(piece)
+            except BaseException:
+                self.contents.discard(tenant, part)
+                raise
+            wanted = Wanted(digest.digest(), size)
+            self._complete(tenant, part, wanted, user_id)
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Mapping
@@ -299,6 +300,20 @@ def test_a_part_that_is_on_its_way(cabinet: Cabinet) -> None:
     incoming.append(PHOTO[5:])
     incoming.complete()
     assert cabinet.has(PHOTO)
+
+
+def test_what_the_service_is_adding(cabinet: Cabinet) -> None:
+    """However short the grace is, a stream that the service adds comes to its end."""
+
+    class Slow(io.BytesIO):
+        """Gives a server the time to collect while it is read."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            cabinet.collect(timedelta(seconds=-1))
+            return super().read(5)
+
+    cabinet.lab.settle(create(1))
+    assert cabinet.tenant().add_file(Slow(PHOTO), name="photo.jpg") == file_value(PHOTO)
 
 
 def test_trouble_of_one_tenant(tmp_path: Path) -> None:

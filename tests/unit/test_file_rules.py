@@ -435,6 +435,21 @@ class TestHooks:
         cabinet.upload(PHOTO, Principal("somebody"))
         assert said(cabinet.lab.settle(create(2))) == ["APPLIED"]
 
+    def test_cannot_add_files(self, tmp_path: Path) -> None:
+        """A hook that adds a file is broken: nothing of it is read, and nobody waits for it."""
+        application = Application()
+        source = io.BytesIO(PHOTO)
+
+        @application.before_commit("Task")
+        def adds(task: HookObject, context: HookContext) -> None:
+            task["photo"] = cabinet.tenant().add_file(source, name="photo.jpg")
+
+        cabinet = cabinet_of(tmp_path, application)
+
+        assert said(cabinet.lab.settle(create(1))) == ["HOOK_ERROR"]
+        assert source.tell() == 0
+        assert list(cabinet.contents.contents(TENANT)) == []
+
     def test_see_no_reference_whose_author_has_no_right(self, tmp_path: Path) -> None:
         """What a hook makes of a reference tells nobody whether somebody has the content."""
         application = Application()
