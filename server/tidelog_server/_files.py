@@ -54,8 +54,8 @@ TIMELINE_NOTE: Final = "timeline began"
 # How long contents are kept that are not on record, after they came and after a timeline began: as long
 # as replicas offer again what a restored store has lost.
 UNKNOWN_KEPT: Final = timedelta(days=30)
-# Who has looked at nothing for longer than this may have been put back without being told.
-UNSEEN_MAX: Final = timedelta(days=1)
+# What nobody has looked at for longer than this may have been put back without being told.
+UNSEEN_MAX: Final = timedelta(days=7)
 # Whoever looks through many contents pauses after so many, for those who want to stop it.
 LOOKED_AT_ONCE: Final = 1_000
 # How long nothing was appended to a part that goes while there are uploads, however short the grace is.
@@ -273,18 +273,17 @@ class Files:
         """
         Note when the store's timeline began, unless that is known; tell whether it is a while ago.
 
-        After a restore the store does not know what has come since the backup, and may come to know it
-        once more: from those who offer it again. Till then contents without a record are kept. A store that
-        nobody has looked at for a while may be an older state of itself, of which it knows nothing: the same.
+        After a restore the store does not know what has come since the backup, nor what has come to refer to
+        what it knows, and may come to know it once more: from those who offer it again. Till then contents are
+        kept. A store that nobody has looked at for a while may be an older state of itself and not know that.
         """
         timeline, now_us = self._store.identity.timeline.encode(), self._clock()
         known = self._store.note(TIMELINE_NOTE)
-        began_us, looked_us = 0, 0
-        if known[_TIMES.size :] == timeline:
-            began_us, looked_us = _TIMES.unpack_from(known)
-        if now_us - looked_us > UNSEEN_MAX // _MICROSECOND and (known or self._store.tenants()):
-            began_us = now_us
-        if now_us - looked_us > _NOTED_EVERY // _MICROSECOND:
+        is_new = known[_TIMES.size :] != timeline
+        began_us, looked_us = (0, 0) if is_new else _TIMES.unpack_from(known)
+        if is_new or now_us - looked_us > UNSEEN_MAX // _MICROSECOND:
+            began_us = now_us if known or self._store.tenants() else 0
+        if is_new or now_us - looked_us > _NOTED_EVERY // _MICROSECOND:
             self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
         return not began_us or now_us - began_us > UNKNOWN_KEPT // _MICROSECOND
 

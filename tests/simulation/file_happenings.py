@@ -40,7 +40,6 @@ from tidelog_client._files import Needed
 from tidelog_client._verification import verify_replica
 from tidelog_server import verify_store
 from tidelog_server._errors import NotFound
-from tidelog_server._files import UNKNOWN_KEPT, UNSEEN_MAX
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._retention import Periods
 from tidelog_server._tenant import Tenant
@@ -365,14 +364,9 @@ class FileHappenings(ABC):
             record = device.record()
             witness.check_had_when_quiet(device.replica, device.file_wishes, record, server, device.eyes)
             self._open_to_the_end(witness, device, server)
-        self._server_time_us += AGES // timedelta(microseconds=1)
-        self._server.collect(self._only_files(timedelta(0)))
-        # What a restored store does not know is kept until long after that was noticed, by who looks often.
-        look = UNSEEN_MAX / 2
-        for _ in range(UNKNOWN_KEPT // look + 1):
-            self._server_time_us += look // timedelta(microseconds=1)
-            self._server.files.note_timeline()
-        self._server.collect(self._only_files(timedelta(0)))
+        for _ in range(2):  # what a restored store does not know is kept until long after that was noticed
+            self._server_time_us += AGES // timedelta(microseconds=1)
+            self._server.collect(self._only_files(timedelta(0)))
         for device in self._devices:
             self._synchronize_to_the_end(device)
         server = self._server_record()
