@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tracemalloc
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -416,6 +417,24 @@ class TestRights:
             assert [one.is_present for one in standings] == [False] * 5_000 + [True]
             looked_at.append(exists.call_count)
         assert looked_at == [3 + 1, 1]  # each object once
+
+    def test_what_is_looked_at_is_not_kept(self, cabinet: Cabinet) -> None:
+        """However many contents large objects refer to, a question about them holds few objects in memory at once."""
+        asked = []
+        for number in range(40):
+            photo = cabinet.upload(b"%d" % number)
+            cabinet.tenant().create("Task", {"photo": photo, "text": "x" * 200_000}, f"t{number}")
+            asked.append(wanted_of(b"%d" % number))
+
+        tracemalloc.start()
+        try:
+            standings = cabinet.files.stat(BOB, asked)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+        assert all(one.is_present for one in standings)
+        assert peak_bytes < 2_000_000
 
     def test_access_is_asked_before_contents(self, ruled: Cabinet) -> None:
         """Who may not write the object is refused for that, content or not."""
