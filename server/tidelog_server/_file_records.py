@@ -2,7 +2,7 @@
 File records: what the table of indexes says of contents, and of who refers to them. No I/O.
 
     c sha256                -> size time    a content is in the content store, all of it
-    g sha256 user           -> time upload  operations of this user may refer to it
+    g sha256 user           -> time upload  operations of this user may refer to it, uploaded by him then
     f sha256 kind referrer  -> nothing      who refers to it
 
 The time of a content is when it came, or when the last one stopped referring to it:
@@ -42,6 +42,7 @@ _FAILURE: Final = b"x"
 _CONTENT: Final = struct.Struct(">QQ")
 _TIME: Final = struct.Struct(">Q")
 _UPLOAD: Final = b"u"
+_UPLOAD_TIME: Final = _TIME.size + len(_UPLOAD)
 
 Lookup = Callable[[bytes], bytes | None]
 
@@ -119,21 +120,33 @@ def grantee(key: bytes) -> str:
 
 
 def pack_grant(time_us: int, *, is_upload: bool = False) -> bytes:
-    """Return the value of a grant; *is_upload*: the user uploaded the content, else was told that it is there."""
-    return _TIME.pack(time_us) + (_UPLOAD if is_upload else b"")
+    """Return the value of a grant; *is_upload*: the user uploads the content, else is told that it is there."""
+    return _TIME.pack(time_us) + (_UPLOAD + _TIME.pack(time_us) if is_upload else b"")
+
+
+def renewed_grant(value: bytes | None, time_us: int) -> bytes:
+    """Return the value of a grant, if there is any, that is given again because the user is told that it is there."""
+    return _TIME.pack(time_us) + (value or b"")[_TIME.size :]
 
 
 def unpack_grant(value: bytes) -> int:
     """Return when a grant was given. Raises ValueError if it is none."""
     try:
-        return int(_TIME.unpack(value[: _TIME.size] if is_upload_grant(value) else value)[0])
+        if is_upload_grant(value):
+            _TIME.unpack(value[_UPLOAD_TIME:])
+            return int(_TIME.unpack_from(value)[0])
+        return int(_TIME.unpack(value)[0])
     except struct.error as error:
         raise ValueError(str(error)) from error
 
 
-def is_upload_grant(value: bytes | None) -> bool:
-    """Tell whether there is a grant, and it was given for an upload."""
-    return value is not None and value[_TIME.size :] == _UPLOAD
+def is_upload_grant(value: bytes | None, since_us: int = 0) -> bool:
+    """Tell whether there is a grant, and it was given for an upload, at a time or later."""
+    return (
+        value is not None
+        and value[_TIME.size : _UPLOAD_TIME] == _UPLOAD
+        and value[_UPLOAD_TIME:] >= _TIME.pack(since_us)
+    )
 
 
 def referrers_prefix(sha256: bytes) -> bytes:

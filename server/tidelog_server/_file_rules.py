@@ -44,8 +44,9 @@ class FileRules:
         user_id: The user. None: the service itself, which may refer to all that is there.
         bytes_max: How large a content may be.
         lost: Contents that the user's replica says it has lost.
-        vouching: Other users whose uploads count as the user's.
+        vouching: Other users whose uploads count as the user's, from `vouching_since_us` on.
         asked: The only contents that are asked about. None: any may be.
+        reads: Whether the user may refer to what the rights let him read: they may be somebody else's.
     """
 
     def __init__(
@@ -58,15 +59,18 @@ class FileRules:
         lost: Collection[bytes] = (),
         vouching: Collection[str] = (),
         asked: Collection[bytes] | None = None,
+        reads: bool = True,
     ) -> None:
         self._overlay = overlay
         self._rights = rights
         self._user_id = user_id
         self._vouching = vouching
+        self.vouching_since_us = 0
         self._bytes_max = bytes_max
         # Objects that may have come to refer to a content since the overlay was made, in their order.
         self._noted: defaultdict[bytes, dict[ObjectKey, None]] = defaultdict(dict)
         self._asked = asked
+        self._may_read = reads
         self._said = b""
         # What was decided of contents that the author refers to.
         self._judged: dict[bytes, bool] = {}
@@ -121,7 +125,7 @@ class FileRules:
                 continue
             if sha256 not in self._judged:
                 if held is None:
-                    held = self._readable_contents(key, before)
+                    held = self._readable_contents(key, before) if self._may_read else frozenset()
                 # Asked of a content that is not there too: the time it takes should not tell.
                 self._judged[sha256] = sha256 in held or self.may_refer(sha256)
             self._check_reference(where, f"the file {reference.name!r}", reference, self._judged[sha256])
@@ -179,17 +183,17 @@ class FileRules:
         return (
             self._user_id is None
             or self._overlay.index(grant_key(sha256, self._user_id)) is not None
-            or any(self.has_uploaded(sha256, user_id) for user_id in self._vouching)
+            or any(self.has_uploaded(sha256, user_id, self.vouching_since_us) for user_id in self._vouching)
             or self.reads(sha256)
         )
 
-    def has_uploaded(self, sha256: bytes, user_id: str) -> bool:
-        """Tell whether a user uploaded a content not long ago."""
-        return is_upload_grant(self._overlay.index(grant_key(sha256, user_id)))
+    def has_uploaded(self, sha256: bytes, user_id: str, since_us: int = 0) -> bool:
+        """Tell whether a user uploaded a content not long ago, at a time or later."""
+        return is_upload_grant(self._overlay.index(grant_key(sha256, user_id)), since_us)
 
     def reads(self, sha256: bytes) -> bool:
         """Tell whether the user may read a content by some object."""
-        return any(
+        return self._may_read and any(
             self._overlay.exists(one) and sha256 in self._contents_read(one) for one in self._candidates(sha256)
         )
 

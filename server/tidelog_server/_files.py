@@ -37,9 +37,9 @@ from tidelog_server._file_records import (
     content_key,
     content_record,
     grant_key,
-    is_upload_grant,
     pack_content,
     pack_grant,
+    renewed_grant,
 )
 from tidelog_server._file_rules import FileRules
 from tidelog_server._incoming import Incoming, KeyedLocks, Parts, part_name
@@ -351,9 +351,7 @@ class Files:
             kept = {one for one in there if content_record(one.sha256, reader.index) is not None}
             keys = [grant_key(one.sha256, principal.user_id) for one in kept]
             time_us = self._clock()
-            entries: IndexWrites = {
-                key: pack_grant(time_us, is_upload=is_upload_grant(reader.index(key))) for key in keys
-            }
+            entries: IndexWrites = {key: renewed_grant(reader.index(key), time_us) for key in keys}
             return _entries(reader, entries), kept
 
         return self._write(principal.tenant, job)

@@ -687,13 +687,17 @@ class TestFailures:
         desk.upload(PHOTO)
         assert retry(desk, failed)[0].version == 1
 
-    def test_a_retry_gives_nobody_a_content(self, desk: Cabinet) -> None:
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_a_retry_gives_nobody_a_content(self, desk: Cabinet, *, is_known: bool) -> None:
         """A failure that refers to a content its author has no right to is not applied by who merely reads it."""
         operation = create(1, set={"photo": file_value(PHOTO)})
         (failed,) = desk.lab.session().settle(operation, lost=[sha256(PHOTO)])
         desk.upload(PHOTO, BOB)
         self.is_accepting = True
         desk.tenant().create("Task", {"photo": file_value(PHOTO)}, "of bob")
+        if not is_known:
+            desk.lab.application.users(lambda _tenant, _user_id: None)
+        desk.lab.application.allow("operator", "Task", read="*")
         assert desk.files.stat(OPERATOR, [wanted_of(PHOTO)])[0].is_present
 
         assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
@@ -707,6 +711,23 @@ class TestFailures:
         assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
 
         desk.tenant(OPERATOR if who == "operator" else None).add_file(PHOTO, name="photo.jpg")
+        assert retry(desk, failed)[0].version == 1
+
+    @pytest.mark.parametrize("who", ["operator", "service"])
+    def test_a_retry_gives_nobody_what_was_there_before(self, desk: Cabinet, who: str) -> None:
+        """What the operator or the service had added before a failure was not put there for its author."""
+        adder = desk.tenant(OPERATOR if who == "operator" else None)
+        adder.add_file(PHOTO, name="salaries.pdf")
+        desk.wait(timedelta(hours=1))
+        session = desk.lab.session()
+        session.time_us = desk.time_us
+        (failed,) = session.settle(create(1, set={"photo": file_value(PHOTO)}), lost=[sha256(PHOTO)])
+        self.is_accepting = True
+        desk.wait(timedelta(hours=1))
+        desk.files.stat(OPERATOR, [wanted_of(PHOTO)])
+
+        assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
+        adder.add_file(PHOTO, name="salaries.pdf")
         assert retry(desk, failed)[0].version == 1
 
     def test_a_failure_keeps_what_its_author_may_have(self, desk: Cabinet) -> None:
