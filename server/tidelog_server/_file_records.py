@@ -7,8 +7,8 @@ File records: what the table of indexes says of contents, and of who refers to t
 
 The time of a content is when it came, or when the last one stopped referring to it:
 from then on it is kept for a while. A referrer is an object, by its key, or a failure
-that is open, by its id: what it holds may have to be applied one day. So as long as it
-is open its author's grant stays, and with a grant its content; that of nobody else.
+that is open, by its author and its id: what it holds may have to be applied one day. So
+as long as it is open its author's grant stays, and with a grant its content; that of nobody else.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ SERVICE: Final = "\0"
 
 _OBJECT: Final = b"o"
 _FAILURE: Final = b"x"
+# Behind a user's id, which has none.
+_END: Final = b"\0"
 
 _CONTENT: Final = struct.Struct(">QQ")
 _TIME: Final = struct.Struct(">Q")
@@ -159,9 +161,9 @@ def objects_prefix(sha256: bytes) -> bytes:
     return REFERRERS + sha256 + _OBJECT
 
 
-def failures_prefix(sha256: bytes) -> bytes:
-    """Return the same for failures only; their ids follow."""
-    return REFERRERS + sha256 + _FAILURE
+def failures_prefix(sha256: bytes, user_id: str) -> bytes:
+    """Return the same for failures of a user only; their ids follow."""
+    return REFERRERS + sha256 + _failures_of(user_id)
 
 
 def referring_object(key: bytes) -> ObjectKey:
@@ -175,7 +177,10 @@ def split_referrer(key: bytes) -> tuple[bytes, ObjectKey | bytes]:
     if kind == _OBJECT:
         return sha256, unpack_object_key(rest)
     if kind == _FAILURE:
-        return sha256, rest
+        _user, separator, failure_id = rest.partition(_END)
+        if not separator:
+            raise ValueError("no user")
+        return sha256, failure_id
     raise ValueError(f"the kind {kind!r}")
 
 
@@ -184,9 +189,9 @@ def object_referrer(key: ObjectKey) -> bytes:
     return _OBJECT + pack_object_key(*key)
 
 
-def failure_referrer(failure_id: bytes) -> bytes:
-    """Return how a failure is spelled as a referrer."""
-    return _FAILURE + failure_id
+def failure_referrer(failure_id: bytes, data: bytes) -> bytes:
+    """Return how a failure is spelled as a referrer, given its serialized record."""
+    return _failures_of(failure_pb2.SynchronizationFailure.FromString(data).user_id) + failure_id
 
 
 def entries_of(referrer: bytes, contents: Iterable[bytes]) -> dict[bytes, bytes]:
@@ -222,7 +227,7 @@ def failure_referral(failure: FailureRecord) -> Iterator[Referral]:
     if may_refer_to_files(failure.data):
         record = failure_pb2.SynchronizationFailure.FromString(failure.data)
         held = _contents_of_payload(record)
-        yield Referral(failure_referrer(failure.id), held, held if _is_retryable(record) else _NONE)
+        yield Referral(_failures_of(record.user_id) + failure.id, held, held if _is_retryable(record) else _NONE)
 
 
 def referral_writes(changed: Iterable[Referral], lookup: Lookup, time_us: int) -> IndexWrites:
@@ -245,6 +250,10 @@ def referral_writes(changed: Iterable[Referral], lookup: Lookup, time_us: int) -
 def file_writes(overlay: Overlay, failures: Sequence[FailureRecord], time_us: int) -> IndexWrites:
     """Return what changes in the table of indexes because of what a transaction writes."""
     return referral_writes(referrals(overlay, failures), overlay.index, time_us)
+
+
+def _failures_of(user_id: str) -> bytes:
+    return _FAILURE + user_id.encode() + _END
 
 
 def _is_retryable(record: failure_pb2.SynchronizationFailure) -> bool:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import pytest
 from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, file_value, said, update, wanted
 
 from tidelog import ResourceClosed, StorageError
 from tidelog._contents import Content
-from tidelog_server import DirectoryContents, Principal, Tenant
+from tidelog_server import Application, DirectoryContents, HookContext, HookObject, Principal, Reject, Tenant
+from tidelog_server._collection import old_grants
 from tidelog_server._content_store import PartMismatch
 from tidelog_server._files import LOOKED_AT_ONCE, TIMELINE_NOTE, Files
 from tidelog_server._records import Writes
@@ -89,6 +91,23 @@ def test_a_right_ends_with_the_grace(cabinet: Cabinet) -> None:
 
     assert cabinet.entries(b"g") == [b"g" + photo["sha256"] + b"bob"]
     assert cabinet.has(PHOTO)
+
+
+def test_a_right_stays_while_there_is_a_failure(tmp_path: Path) -> None:
+    """Whether a failure keeps its author's right is seen at once, for him only, and without reading it."""
+    application = Application()
+    application.before_commit("Task")(refusing)
+    cabinet = Cabinet(Lab(application), tmp_path)
+    ann, an = Principal("ann"), Principal("an")
+    photo = cabinet.upload(PHOTO, ann)
+    cabinet.upload(PHOTO, an)
+    cabinet.lab.session(principal=ann).settle(*(create(seq, f"t{seq}", {"photo": photo}) for seq in range(1, 20)))
+    cabinet.wait(2 * DAY)
+
+    with cabinet.lab.store.read(TENANT) as reader, mock.patch.object(type(reader), "failure", side_effect=LookupError):
+        assert old_grants(reader, b"", cabinet.time_us) == ([b"g" + photo["sha256"] + b"an"], mock.ANY)
+    assert cabinet.collect() == 0
+    assert cabinet.entries(b"g") == [b"g" + photo["sha256"] + b"ann"]
 
 
 def test_what_was_called_present_stays_for_the_grace(cabinet: Cabinet) -> None:
@@ -402,6 +421,11 @@ def forget_files(cabinet: Cabinet) -> None:
     """Take all that is on record of contents off it."""
     forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
     cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
+
+
+def refusing(task: HookObject, context: HookContext) -> None:
+    """Refuse everything."""
+    raise Reject("never")
 
 
 def path_of(data: bytes) -> Path:

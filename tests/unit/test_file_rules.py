@@ -753,7 +753,7 @@ class TestFailures:
     def test_a_settled_failure_lets_its_content_go(self, desk: Cabinet, how: str) -> None:
         """What only a settled failure refers to is collected after the grace."""
         (failed,) = desk.lab.settle(create(1, set={"photo": desk.upload(PHOTO)}))
-        assert desk.entries(b"f") == [b"f" + sha256(PHOTO) + b"x" + failed.failure_id]
+        assert desk.entries(b"f") == [b"f" + sha256(PHOTO) + b"xann\0" + failed.failure_id]
         desk.wait(WEEK)
         decision = failures.Decision(OPERATOR, desk.time_us)
 
@@ -901,7 +901,7 @@ class TestReferrers:
             create(1, set={"photo": photo}, entity="Refused"), create(2, set={"photo": photo})
         )
         expected = cabinet.entries(b"f")
-        assert expected == [b"f" + sha256(PHOTO) + b"oTask\0t1", b"f" + sha256(PHOTO) + b"x" + failed.failure_id]
+        assert expected == [b"f" + sha256(PHOTO) + b"oTask\0t1", b"f" + sha256(PHOTO) + b"xann\0" + failed.failure_id]
         forget: dict[bytes, bytes | None] = dict.fromkeys(expected)
         wrong: dict[bytes, bytes | None] = {b"f" + sha256(PHOTO) + b"oTask\0gone": b""}
         cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, {**forget, **wrong}), None)).result()
