@@ -395,6 +395,7 @@ class MemoryStore:
         self._notes: dict[str, bytes] = self._disk.setdefault("notes", {})
         self._left: list[tuple[str, Attempt]] = self._disk.get("under way", [])
         self._lock = threading.RLock()
+        self._is_running_job = False
         self._closed = False
 
     @property
@@ -421,6 +422,7 @@ class MemoryStore:
         future.set_running_or_notify_cancel()
         with self._lock:
             data = self._tenants.get(tenant, _Data()).copy()
+            self._is_running_job = True
             try:
                 writes, result = job(_MemoryReader(data))
                 if writes is not None:
@@ -438,8 +440,16 @@ class MemoryStore:
                         self._identity = self._identity._replace(timeline=writes.timeline)
                         self._disk["identity"] = self._identity
                 future.set_result(result)
+            finally:
+                self._is_running_job = False
         self._disk["under way"] = []
         return future
+
+    def check_outside_of_jobs(self) -> None:
+        """Raise StorageError inside a job."""
+        with self._lock:  # it is the thread of whoever runs a job
+            if self._is_running_job:
+                raise StorageError("this is inside of a job")
 
     def announce(self, tenant: str, attempt: Attempt) -> None:
         """Say what is under way more precisely."""

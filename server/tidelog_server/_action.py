@@ -137,7 +137,7 @@ class Action:
         self._replica = author.replica
         self._time_us = time_us
         self._references = references
-        self._files = files
+        self.files = files
         self._failure = b""
         self._former_version = 0
         self._position = 0
@@ -170,7 +170,7 @@ class Action:
         self._failure = failure
         self._former_version = former_version
         self._position = position
-        self._files.begin(operation.patch)
+        self.files.begin(operation.patch)
         if self._rights is not None:
             self._own_keys.add(operation.key)
 
@@ -212,7 +212,7 @@ class Action:
         sets_files = encoded is None or may_refer_to_files(encoded)
         if sets_files and not self.depth:
             # Before hooks see it: what they do with it must not tell anybody what is there.
-            self._files.check_authored(key, wanted, before=_NOTHING)
+            self.files.check_authored(key, wanted, before=_NOTHING)
         if self._has_hooks and (hooks := self._hooks("before_commit", entity)):
             attributes = self._run_before(hooks, key, attributes, state)
         if attributes is not wanted:
@@ -231,7 +231,7 @@ class Action:
         if self._has_references:
             self._check_references(key, attributes, before=_NOTHING, authored=Patch(wanted))
         if sets_files:
-            self._files.check_there(key, attributes)
+            self.files.check_there(key, attributes, after=attributes)
         version = self.overlay.version + 1
         sole_writer = self.depth == 0 and not self.changed_own_object and self._replica != NO_REPLICA
         new_state = ObjectState(version, version, self._replica, False, sole_writer, encoded)
@@ -257,7 +257,7 @@ class Action:
         except Denied as denied:
             raise self._denied(key, "changed", denied) from denied
         if self.depth == 0 and may_refer_to_files(encoded):
-            self._files.check_authored(key, patch.set, before=before)
+            self.files.check_authored(key, patch.set, before=before)
         if self._policies and self.depth == 0:
             merged = self._merged(key, state, before, patch, after)
             if merged is None:
@@ -352,6 +352,7 @@ class Action:
         authored: Patch,
     ) -> int:
         if self._has_hooks and (hooks := self._hooks("before_commit", key[0])):
+            self.files.note_seen(before, is_stored=True)
             wanted, after = after, self._run_before(hooks, key, after, state)
             if after is not wanted:
                 patch = _difference(before, after)
@@ -366,7 +367,7 @@ class Action:
             new = {name: after[name] for name in written if name in after}
             self._check_references(key, new, before=before, authored=authored)
         if sets_files := may_refer_to_files(encoded):
-            self._files.check_there(key, {name: after[name] for name in written if name in after})
+            self.files.check_there(key, {name: after[name] for name in written if name in after}, after=after)
         after_encoded = encode(after)
         self._check_size(key, after_encoded)
         images = encode(
@@ -430,6 +431,8 @@ class Action:
                 f"attribute {found.attribute!r} of {key[0]} {key[1]!r}" if found.attribute else f"{key[0]} {key[1]!r}"
             )
             raise Refused(FailureReason.CONFLICT, f"{what} was changed by somebody else since its author saw it")
+        for seen in (before, found.base):
+            self.files.note_seen(seen, is_stored=True)
         try:
             mine = None if patch is None else patch.apply(found.mine)
         except InvalidValue as error:
@@ -621,7 +624,7 @@ class Action:
     ) -> Attributes:
         """Run before-commit hooks and return the attributes as they leave them: the same object if unchanged."""
         hooked = HookedObject(key, attributes)
-        self._run(hooks, hooked)
+        self._run(hooks, hooked, is_stored=False)
         if self.overlay.state(key) is not state:
             raise Refused(
                 FailureReason.HOOK_ERROR,
@@ -642,7 +645,8 @@ class Action:
         if self._has_hooks and (hooks := self._hooks(moment, key[0])):
             self._run(hooks, HookedObject(key, attributes, frozen=True))
 
-    def _run(self, hooks: list[Hook], hooked: HookedObject) -> None:
+    def _run(self, hooks: list[Hook], hooked: HookedObject, *, is_stored: bool = True) -> None:
+        self.files.note_seen(hooked.attributes, is_stored=is_stored)
         for hook in hooks:
             call(
                 hook,

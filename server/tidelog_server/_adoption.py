@@ -392,7 +392,7 @@ def _note_referrers(store: Store, tenant: str) -> None:
         after = page[-1][0]
         index: dict[bytes, bytes | None] = {}
         for failure_id, data in page:
-            index.update(entries_of(failure_referrer(failure_id), contents_of_failure(data)))
+            index.update(entries_of(failure_referrer(failure_id, data), contents_of_failure(data)))
         if index:
             store.submit(tenant, partial(_indexed, index=index)).result()
 

@@ -209,20 +209,9 @@ def _is_old_grant(reader: Reader, key: bytes, before_us: int) -> bool:
     return (
         given is not None
         and unpack_grant(given) < before_us
-        and not _has_failure(reader, content_of(key), grantee(key))
+        # Asked in one step, however many failures there are: those who write wait for it.
+        and not reader.index_range(failures_prefix(content_of(key), grantee(key)), b"", 1)
     )
-
-
-def _has_failure(reader: Reader, sha256: bytes, user_id: str) -> bool:
-    """Tell whether a failure of a user's operation refers to a content."""
-    prefix = failures_prefix(sha256)
-    after = b""
-    while page := reader.index_range(prefix, after, STEP_ENTRIES):
-        for after, _ in page:
-            data = reader.failure(after[len(prefix) :])
-            if data is not None and failure_pb2.SynchronizationFailure.FromString(data).user_id == user_id:
-                return True
-    return False
 
 
 def _is_old(reader: Reader, settled: Settled, collected: int, before_us: int) -> bool:

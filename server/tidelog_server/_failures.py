@@ -197,7 +197,8 @@ class _Retry:
         record = _load_open(reader, failure_id)
         operator, time_us = decision.operator, decision.time_us
         replica = uuid_utils.UUID(record.replica_id).bytes
-        author = application.user(operator.tenant, record.user_id) or operator
+        known_author = application.user(operator.tenant, record.user_id)
+        author = known_author or operator
         overlay = Overlay(reader)
         references = References()
         uploader = Uploader(replica, author, 0, leaves_earlier=False)
@@ -212,6 +213,16 @@ class _Retry:
         self._references = references
         self._outcomes = outcomes
         self._head_version = overlay.version
+        # What the author uploaded, the author may refer to, whoever retries; and what the operator has put in its
+        # place since. What an operator may merely read, or had before, is for nobody else.
+        self._files = FileRules(
+            overlay,
+            application.rights(author) if application.access_rules else None,
+            user_id=record.user_id,
+            bytes_max=MAX_POSITION,
+            vouching=(operator.user_id, SERVICE),
+            reads=known_author is not None or not application.access_rules,
+        )
         self._units = UnitApplier(
             application,
             overlay,
@@ -221,15 +232,7 @@ class _Retry:
             principal=author,
             rights=application.rights(author),
             time_us=time_us,
-            # What the author uploaded, the author may refer to, whoever retries; and what the operator has put
-            # in its place. What an operator may merely read is for nobody else.
-            files=FileRules(
-                overlay,
-                application.rights(author) if application.access_rules else None,
-                user_id=record.user_id,
-                bytes_max=MAX_POSITION,
-                vouching=(operator.user_id, SERVICE),
-            ),
+            files=self._files,
         )
         self._results: list[RetryOutcome] = []
         self._records: list[FailureRecord] = []
@@ -343,6 +346,7 @@ class _Retry:
     def _apply(
         self, failure_id: bytes, record: failure_pb2.SynchronizationFailure, unit: Unit, edited: bytes = b""
     ) -> RetryOutcome:
+        self._files.vouching_since_us = record.create_time.ToMicroseconds()
         try:
             applied = self._units.apply(unit, failure_id)
         except Refused as refusal:

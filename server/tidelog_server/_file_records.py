@@ -2,13 +2,13 @@
 File records: what the table of indexes says of contents, and of who refers to them. No I/O.
 
     c sha256                -> size time    a content is in the content store, all of it
-    g sha256 user           -> time upload  operations of this user may refer to it
+    g sha256 user           -> time upload  operations of this user may refer to it, uploaded by him then
     f sha256 kind referrer  -> nothing      who refers to it
 
 The time of a content is when it came, or when the last one stopped referring to it:
 from then on it is kept for a while. A referrer is an object, by its key, or a failure
-that is open, by its id: what it holds may have to be applied one day. So as long as it
-is open its author's grant stays, and with a grant its content; that of nobody else.
+that is open, by its author and its id: what it holds may have to be applied one day. So
+as long as it is open its author's grant stays, and with a grant its content; that of nobody else.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ SERVICE: Final = "\0"
 
 _OBJECT: Final = b"o"
 _FAILURE: Final = b"x"
+# Behind a user's id, which has none.
+_END: Final = b"\0"
 
 _CONTENT: Final = struct.Struct(">QQ")
 _TIME: Final = struct.Struct(">Q")
 _UPLOAD: Final = b"u"
+_UPLOAD_TIME: Final = _TIME.size + len(_UPLOAD)
 
 Lookup = Callable[[bytes], bytes | None]
 
@@ -119,21 +122,33 @@ def grantee(key: bytes) -> str:
 
 
 def pack_grant(time_us: int, *, is_upload: bool = False) -> bytes:
-    """Return the value of a grant; *is_upload*: the user uploaded the content, else was told that it is there."""
-    return _TIME.pack(time_us) + (_UPLOAD if is_upload else b"")
+    """Return the value of a grant; *is_upload*: the user uploads the content, else is told that it is there."""
+    return _TIME.pack(time_us) + (_UPLOAD + _TIME.pack(time_us) if is_upload else b"")
+
+
+def renewed_grant(value: bytes | None, time_us: int) -> bytes:
+    """Return the value of a grant, if there is any, that is given again because the user is told that it is there."""
+    return _TIME.pack(time_us) + (value or b"")[_TIME.size :]
 
 
 def unpack_grant(value: bytes) -> int:
     """Return when a grant was given. Raises ValueError if it is none."""
     try:
-        return int(_TIME.unpack(value[: _TIME.size] if is_upload_grant(value) else value)[0])
+        if is_upload_grant(value):
+            _TIME.unpack(value[_UPLOAD_TIME:])
+            return int(_TIME.unpack_from(value)[0])
+        return int(_TIME.unpack(value)[0])
     except struct.error as error:
         raise ValueError(str(error)) from error
 
 
-def is_upload_grant(value: bytes | None) -> bool:
-    """Tell whether there is a grant, and it was given for an upload."""
-    return value is not None and value[_TIME.size :] == _UPLOAD
+def is_upload_grant(value: bytes | None, since_us: int = 0) -> bool:
+    """Tell whether there is a grant, and it was given for an upload, at a time or later."""
+    return (
+        value is not None
+        and value[_TIME.size : _UPLOAD_TIME] == _UPLOAD
+        and value[_UPLOAD_TIME:] >= _TIME.pack(since_us)
+    )
 
 
 def referrers_prefix(sha256: bytes) -> bytes:
@@ -146,9 +161,9 @@ def objects_prefix(sha256: bytes) -> bytes:
     return REFERRERS + sha256 + _OBJECT
 
 
-def failures_prefix(sha256: bytes) -> bytes:
-    """Return the same for failures only; their ids follow."""
-    return REFERRERS + sha256 + _FAILURE
+def failures_prefix(sha256: bytes, user_id: str) -> bytes:
+    """Return the same for failures of a user only; their ids follow."""
+    return REFERRERS + sha256 + _failures_of(user_id)
 
 
 def referring_object(key: bytes) -> ObjectKey:
@@ -162,7 +177,10 @@ def split_referrer(key: bytes) -> tuple[bytes, ObjectKey | bytes]:
     if kind == _OBJECT:
         return sha256, unpack_object_key(rest)
     if kind == _FAILURE:
-        return sha256, rest
+        _user, separator, failure_id = rest.partition(_END)
+        if not separator:
+            raise ValueError("no user")
+        return sha256, failure_id
     raise ValueError(f"the kind {kind!r}")
 
 
@@ -171,9 +189,9 @@ def object_referrer(key: ObjectKey) -> bytes:
     return _OBJECT + pack_object_key(*key)
 
 
-def failure_referrer(failure_id: bytes) -> bytes:
-    """Return how a failure is spelled as a referrer."""
-    return _FAILURE + failure_id
+def failure_referrer(failure_id: bytes, data: bytes) -> bytes:
+    """Return how a failure is spelled as a referrer, given its serialized record."""
+    return _failures_of(failure_pb2.SynchronizationFailure.FromString(data).user_id) + failure_id
 
 
 def entries_of(referrer: bytes, contents: Iterable[bytes]) -> dict[bytes, bytes]:
@@ -209,7 +227,7 @@ def failure_referral(failure: FailureRecord) -> Iterator[Referral]:
     if may_refer_to_files(failure.data):
         record = failure_pb2.SynchronizationFailure.FromString(failure.data)
         held = _contents_of_payload(record)
-        yield Referral(failure_referrer(failure.id), held, held if _is_retryable(record) else _NONE)
+        yield Referral(_failures_of(record.user_id) + failure.id, held, held if _is_retryable(record) else _NONE)
 
 
 def referral_writes(changed: Iterable[Referral], lookup: Lookup, time_us: int) -> IndexWrites:
@@ -232,6 +250,10 @@ def referral_writes(changed: Iterable[Referral], lookup: Lookup, time_us: int) -
 def file_writes(overlay: Overlay, failures: Sequence[FailureRecord], time_us: int) -> IndexWrites:
     """Return what changes in the table of indexes because of what a transaction writes."""
     return referral_writes(referrals(overlay, failures), overlay.index, time_us)
+
+
+def _failures_of(user_id: str) -> bytes:
+    return _FAILURE + user_id.encode() + _END
 
 
 def _is_retryable(record: failure_pb2.SynchronizationFailure) -> bool:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
+from tidelog._contents import SHA256_BYTES
 from tidelog._failure import FailureReason
 from tidelog._file_reference import FileReference, file_references
 from tidelog._keys import ObjectKey
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT
+from tidelog._logging import get_logger
 from tidelog._values import Attributes
 from tidelog_server._access import Rights
 from tidelog_server._file_records import content_record, grant_key, is_upload_grant, objects_prefix, referring_object
@@ -26,6 +28,10 @@ from tidelog_server._refusal import NotReady, Refused
 # Objects that are looked at to find one that somebody may read, for each content: so few that the time it takes
 # tells next to nothing of whether there are any, and never as many for one content because of another.
 REFERRERS_MAX: Final = 32
+
+_NOT_THERE: Final = "what hooks write refers to a file whose content is not there"
+
+_log = get_logger("tidelog.engine")
 
 
 class FileRules:
@@ -38,7 +44,9 @@ class FileRules:
         user_id: The user. None: the service itself, which may refer to all that is there.
         bytes_max: How large a content may be.
         lost: Contents that the user's replica says it has lost.
-        vouching: Other users whose uploads count as the user's.
+        vouching: Other users whose uploads count as the user's, from `vouching_since_us` on.
+        asked: The only contents that are asked about. None: any may be.
+        reads: Whether the user may refer to what the rights let him read: they may be somebody else's.
     """
 
     def __init__(
@@ -50,22 +58,50 @@ class FileRules:
         bytes_max: int = FILE_BYTES_MAX_DEFAULT,
         lost: Collection[bytes] = (),
         vouching: Collection[str] = (),
+        asked: Collection[bytes] | None = None,
+        reads: bool = True,
     ) -> None:
         self._overlay = overlay
         self._rights = rights
         self._user_id = user_id
         self._vouching = vouching
+        self.vouching_since_us = 0
         self._bytes_max = bytes_max
         # Objects that may have come to refer to a content since the overlay was made, in their order.
         self._noted: defaultdict[bytes, dict[ObjectKey, None]] = defaultdict(dict)
+        self._asked = asked
+        self._may_read = reads
         self._said = b""
-        self._judged: set[bytes] = set()
+        # What was decided of contents that the author refers to.
+        self._judged: dict[bytes, bool] = {}
+        # To what objects refer as far as the user may read them, with the version that they have.
+        self._read: dict[ObjectKey, tuple[int, frozenset[bytes]]] = {}
+        # What hooks have seen: contents that objects refer to, and other bytes that may name one.
+        self._seen_referred: set[bytes] = set()
+        self._seen_otherwise: set[bytes] = set()
         self.lost = lost
 
     def begin(self, said: bytes) -> None:
         """Take note of what the author of the operation that follows says: its patch, encoded."""
         self._said = said
-        self._judged = set()
+        self._judged = {}
+        self._read = {}
+        self._seen_referred, self._seen_otherwise = set(), set()
+
+    def note_seen(self, attributes: Attributes, *, is_stored: bool) -> None:
+        """
+        Take note of what a hook gets to see of an object, which it may make references of.
+
+        Args:
+            attributes: The object's.
+            is_stored: Whether the object refers to what they say already, else it may come to.
+        """
+        for value in attributes.values():
+            if type(value) is dict and (reference := FileReference.of(value)) is not None:
+                if is_stored:
+                    self._seen_referred.add(reference.sha256)
+            elif type(value) in {bytes, list, dict}:
+                self._seen_otherwise.update(_hashes_in(value))
 
     def check_authored(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> None:
         """
@@ -80,67 +116,106 @@ class FileRules:
             Refused: The user may not.
             NotReady: The user has to upload a content before.
         """
+        held: frozenset[bytes] | None = None
         for attribute, reference in file_references(authored):
+            where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
+            sha256 = reference.sha256
             if self._user_id is None:
-                self._require(key, attribute, reference, FailureReason.FILE_MISSING, FailureReason.VALIDATION_FAILED)
-            else:
-                where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
+                self._require(where, reference, FailureReason.FILE_MISSING, FailureReason.VALIDATION_FAILED)
+                continue
+            if sha256 not in self._judged:
+                if held is None:
+                    held = self._readable_contents(key, before) if self._may_read else frozenset()
                 # Asked of a content that is not there too: the time it takes should not tell.
-                self._check_reference(where, reference, self.may_refer(reference.sha256, key, before))
-                self._judged.add(reference.sha256)
+                self._judged[sha256] = sha256 in held or self.may_refer(sha256)
+            self._check_reference(where, f"the file {reference.name!r}", reference, self._judged[sha256])
 
-    def check_there(self, key: ObjectKey, written: Attributes) -> None:
+    def check_there(self, key: ObjectKey, written: Attributes, *, after: Attributes) -> None:
         """
         Require that contents are there, whoever has an object refer to them.
 
-        A hash that the author named in any way is the author's, whatever hooks made of it.
+        A hash that the author named in any way is the author's, whatever hooks made of it; so is one that
+        waited in an object for a hook to make a reference of it. If a hook has seen an object that refers to
+        it, the application may as well have moved that: then it only matters whether the author can read it.
+
+        A content that the server has lost keeps hooks from nothing: what referred to it may be moved.
+
+        Args:
+            key: The object.
+            written: The attributes that are written.
+            after: All that it holds then.
 
         Raises:
             Refused: One is not there, or the author may not refer to it.
             NotReady: The author has to upload it before.
         """
+        readable: frozenset[bytes] | None = None
         for attribute, reference in file_references(written):
-            if self._user_id is not None and reference.sha256 in self._said and reference.sha256 not in self._judged:
-                # Which object hooks write is not for everybody to know.
-                self._check_reference("what hooks write", reference, self.may_refer(reference.sha256))
-            self._require(key, attribute, reference, FailureReason.HOOK_ERROR, FailureReason.HOOK_ERROR)
-            self._noted[reference.sha256][key] = None
+            sha256 = reference.sha256
+            if self._is_the_authors(sha256):
+                if readable is None:
+                    readable = self._readable_contents(key, after)
+                if sha256 in readable or sha256 not in self._seen_referred:
+                    self._check_made(reference)
+            record = content_record(sha256, self._overlay.index)
+            if record is not None or not self._is_referred_to(sha256):
+                where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
+                self._require(where, reference, FailureReason.HOOK_ERROR, FailureReason.HOOK_ERROR)
+            self._noted[sha256][key] = None
 
     def lost_in(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> list[str]:
         """Return the attributes that refer to contents which the user's replica has lost, and which are not there."""
-        return [
-            attribute
-            for attribute, reference in file_references(authored)
-            if reference.sha256 in self.lost
-            and not (
-                content_record(reference.sha256, self._overlay.index) is not None
-                and self.may_refer(reference.sha256, key, before)
-            )
-        ]
+        held = self._readable_contents(key, before)
+        there: dict[bytes, bool] = {}
+        lost = []
+        for attribute, reference in file_references(authored):
+            sha256 = reference.sha256
+            if sha256 in self.lost:
+                if sha256 not in there:
+                    is_on_record = content_record(sha256, self._overlay.index) is not None
+                    there[sha256] = is_on_record and (sha256 in held or self.may_refer(sha256))
+                if not there[sha256]:
+                    lost.append(attribute)
+        return lost
 
-    def may_refer(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
-        """Tell whether the user may have an object, which held some attributes *before*, refer to a content."""
+    def may_refer(self, sha256: bytes) -> bool:
+        """Tell whether the user may have an object refer to a content."""
         return (
             self._user_id is None
             or self._overlay.index(grant_key(sha256, self._user_id)) is not None
-            or any(self.has_uploaded(sha256, user_id) for user_id in self._vouching)
-            or self.reads(sha256, key, before)
+            or any(self.has_uploaded(sha256, user_id, self.vouching_since_us) for user_id in self._vouching)
+            or self.reads(sha256)
         )
 
-    def has_uploaded(self, sha256: bytes, user_id: str) -> bool:
-        """Tell whether a user uploaded a content not long ago."""
-        return is_upload_grant(self._overlay.index(grant_key(sha256, user_id)))
+    def has_uploaded(self, sha256: bytes, user_id: str, since_us: int = 0) -> bool:
+        """Tell whether a user uploaded a content not long ago, at a time or later."""
+        return is_upload_grant(self._overlay.index(grant_key(sha256, user_id)), since_us)
 
-    def reads(self, sha256: bytes, key: ObjectKey | None = None, before: Attributes | None = None) -> bool:
-        """Tell whether the user may read a content by some object: as it was *before*, or as it is."""
-        if key is not None and before and self._refers(key, before, sha256):
-            return True
-        return any(
-            self._overlay.exists(one) and self._refers(one, self._overlay.attributes(one), sha256)
-            for one in self._candidates(sha256)
+    def reads(self, sha256: bytes) -> bool:
+        """Tell whether the user may read a content by some object."""
+        return self._may_read and any(
+            self._overlay.exists(one) and sha256 in self._contents_read(one) for one in self._candidates(sha256)
         )
 
-    def _check_reference(self, where: str, reference: FileReference, may_refer: bool) -> None:  # noqa: FBT001
+    def _is_the_authors(self, sha256: bytes) -> bool:
+        """Tell whether a hash that a hook writes may come from the author, who is still to be asked for a right."""
+        return (
+            self._user_id is not None
+            and not self._judged.get(sha256)
+            and (sha256 in self._said or sha256 in self._seen_otherwise)
+        )
+
+    def _check_made(self, reference: FileReference) -> None:
+        """Require that the author may refer to what a hook made a reference of."""
+        sha256 = reference.sha256
+        self._judged[sha256] = self.may_refer(sha256)
+        if sha256 in self._said:
+            # Which object hooks write, and what they call its file, is not for everybody to know.
+            self._check_reference("what hooks write", "a file", reference, self._judged[sha256])
+        elif not self._judged[sha256]:
+            raise Refused(FailureReason.HOOK_ERROR, _NOT_THERE)  # as if nobody had it; no upload helps
+
+    def _check_reference(self, where: str, what: str, reference: FileReference, may_refer: bool) -> None:  # noqa: FBT001
         record = content_record(reference.sha256, self._overlay.index)
         if record is not None and may_refer:
             if record.size != reference.size:
@@ -150,26 +225,45 @@ class FileRules:
             message = f"{where} refers to a file of {reference.size} bytes: the limit is {self._bytes_max}"
             raise Refused(FailureReason.TOO_LARGE, message)
         elif reference.sha256 in self.lost:
-            message = f"{where} refers to the file {reference.name!r}, whose content was lost before it was uploaded"
+            message = f"{where} refers to {what}, whose content was lost before it was uploaded"
             raise Refused(FailureReason.FILE_MISSING, message)
         else:
-            raise NotReady(f"{where} refers to the file {reference.name!r}: its content was not uploaded yet")
+            raise NotReady(f"{where} refers to {what}: its content was not uploaded yet")
 
-    def _require(
-        self, key: ObjectKey, attribute: str, reference: FileReference, missing: FailureReason, wrong: FailureReason
-    ) -> None:
+    def _require(self, where: str, reference: FileReference, missing: FailureReason, wrong: FailureReason) -> None:
         """Require that a content is there, whoever uploaded it."""
-        where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
         record = content_record(reference.sha256, self._overlay.index)
         if record is None:
-            raise Refused(missing, f"{where} refers to the file {reference.name!r}, whose content is not there")
-        if record.size != reference.size:
-            raise Refused(wrong, f"{where} says that its file has {reference.size} bytes: it has {record.size}")
+            reason, message = missing, f"{where} refers to the file {reference.name!r}, whose content is not there"
+        elif record.size != reference.size:
+            reason = wrong
+            message = f"{where} says that its file has {reference.size} bytes: it has {record.size}"
+        else:
+            return
+        if self._rights is not None:
+            # What hooks write, and where, is not for everybody to know.
+            _log.warning("a hook refers to a content that is not there", detail=message)
+            message = _NOT_THERE
+        raise Refused(reason, message)
 
-    def _refers(self, key: ObjectKey, attributes: Attributes, sha256: bytes) -> bool:
-        """Tell whether an object refers to a content as far as the user may read it."""
+    def _is_referred_to(self, sha256: bytes) -> bool:
+        """Tell whether any object refers to a content."""
+        return any(self._overlay.exists(one) for one in self._candidates(sha256))
+
+    def _contents_read(self, key: ObjectKey) -> frozenset[bytes]:
+        """Return the contents that an object refers to, which exists, as far as the user may read it."""
+        state = self._overlay.state(key)
+        version = state.version if state is not None else 0
+        known = self._read.get(key)
+        if known is None or known[0] != version:
+            known = self._read[key] = (version, self._readable_contents(key, self._overlay.attributes(key)))
+        return known[1]
+
+    def _readable_contents(self, key: ObjectKey, attributes: Attributes) -> frozenset[bytes]:
+        """Return the contents that an object with some attributes refers to, as far as the user may read them."""
         readable = attributes if self._rights is None else self._rights.entity(key[0]).readable(attributes)
-        return readable is not None and any(one.sha256 == sha256 for _, one in file_references(readable))
+        found = (one.sha256 for _, one in file_references(readable or {}))
+        return frozenset(found if self._asked is None else (sha256 for sha256 in found if sha256 in self._asked))
 
     def _candidates(self, sha256: bytes) -> Iterator[ObjectKey]:
         """Yield objects that may refer to a content, as many as may be looked at, the newest of this batch first."""
@@ -177,3 +271,13 @@ class FileRules:
         entries = self._overlay.index_entries(objects_prefix(sha256), REFERRERS_MAX)
         for entry in islice(entries, REFERRERS_MAX):
             yield referring_object(entry)
+
+
+def _hashes_in(value: Any) -> Iterator[bytes]:
+    """Yield what may be the hash of a content in a value."""
+    if type(value) is bytes:
+        if len(value) == SHA256_BYTES:
+            yield value
+    elif type(value) in {list, dict}:
+        for one in value if type(value) is list else value.values():
+            yield from _hashes_in(one)

@@ -87,7 +87,7 @@ class FileVerification:
 
     def of_failure(self, where: str, failure_id: bytes, data: bytes) -> Iterator[Finding]:
         """Yield what is wrong with the references of a failure."""
-        yield from self._missing(where, failure_referrer(failure_id), contents_of_failure(data))
+        yield from self._missing(where, failure_referrer(failure_id, data), contents_of_failure(data))
 
     def expected(self, key: bytes, value: bytes) -> str:
         """Return what was to be expected in place of an entry of `FILE_TABLES`; empty if it is right."""
@@ -107,7 +107,9 @@ class FileVerification:
             return "an entry of its table"
         if isinstance(referrer, bytes):
             data = self._records.failure(referrer)
-            refers = data is not None and sha256 in contents_of_failure(data)
+            refers = data is not None and key in entries_of(
+                failure_referrer(referrer, data), contents_of_failure(data)
+            )
         else:
             state = self._records.state(referrer)
             refers = state is not None and sha256 in contents_of_object(state.attributes)

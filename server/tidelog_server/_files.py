@@ -37,9 +37,9 @@ from tidelog_server._file_records import (
     content_key,
     content_record,
     grant_key,
-    is_upload_grant,
     pack_content,
     pack_grant,
+    renewed_grant,
 )
 from tidelog_server._file_rules import FileRules
 from tidelog_server._incoming import Incoming, KeyedLocks, Parts, part_name
@@ -51,13 +51,19 @@ from tidelog_server._store import Reader, Store
 
 # What a server notes in its store about when its timeline began.
 TIMELINE_NOTE: Final = "timeline began"
-# How long after a timeline began contents are kept that are not on record: as long as replicas
-# offer again what a restored store has lost.
+# How long contents are kept that are not on record, after they came and after a timeline began: as long
+# as replicas offer again what a restored store has lost.
 UNKNOWN_KEPT: Final = timedelta(days=30)
+# What nobody has looked at for longer than this may have been put back without being told.
+UNSEEN_MAX: Final = timedelta(days=7)
+# Whoever looks through many contents pauses after so many, for those who want to stop it.
+LOOKED_AT_ONCE: Final = 1_000
 # How long nothing was appended to a part that goes while there are uploads, however short the grace is.
 PART_SECONDS_MIN: Final = 3600.0
 
-_TIME: Final = struct.Struct(">Q")
+_TIMES: Final = struct.Struct(">QQ")  # when a timeline began, and when a server last had a look
+_NOTED_EVERY: Final = timedelta(hours=1)
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 T = TypeVar("T")
 
@@ -203,20 +209,28 @@ class Files:
         raise ContentLost(f"the content {wanted.sha256.hex()} ended early")
 
     def add(self, tenant: str, source: BinaryIO, user_id: str = SERVICE) -> Wanted:
-        """Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it."""
+        """
+        Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it.
+
+        Raises:
+            StorageError: It cannot be stored; or a hook adds it, on whose end the store waits.
+        """
+        # Before anything waits: whoever completes the same content may wait for the store with its lock.
+        self._store.check_outside_of_jobs()
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
-        try:
-            while piece := source.read(FILE_CHUNK_BYTES):
-                self.contents.append(tenant, part, size, piece)
-                digest.update(piece)
-                size += len(piece)
-        except BaseException:
-            self.contents.discard(tenant, part)
-            raise
-        wanted = Wanted(digest.digest(), size)
-        self._complete(tenant, part, wanted, user_id)
+        with self._parts.being_added(tenant, part):
+            try:
+                while piece := source.read(FILE_CHUNK_BYTES):
+                    self.contents.append(tenant, part, size, piece)
+                    digest.update(piece)
+                    size += len(piece)
+            except BaseException:
+                self.contents.discard(tenant, part)
+                raise
+            wanted = Wanted(digest.digest(), size)
+            self._complete(tenant, part, wanted, user_id)
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
@@ -229,17 +243,23 @@ class Files:
 
     def collect_unknown(self, tenant: str, before_us: int) -> Iterator[int]:
         """
-        Delete contents that are not on record since a time, one after the other; yield how many were.
+        Delete contents that have not been on record for long, one after the other; yield how many were.
 
         What somebody refers to comes back on record, if it is whole: its place was out of reach for a while.
+        What nobody knows may be what a store that was put back has lost, and is kept for as long as that
+        may be offered again, however it was put back.
         """
         is_settled = self.note_timeline()
-        for content in self.contents.contents(tenant):
-            if content.time * 1_000_000 < before_us and not self._is_on_record(tenant, content.sha256):
+        gone_before_us = min(before_us, self._clock() - UNKNOWN_KEPT // _MICROSECOND)
+        for number, content in enumerate(self.contents.contents(tenant)):
+            if not number % LOOKED_AT_ONCE:
+                yield 0
+            time_us = content.time * 1_000_000
+            if time_us < before_us and not self._is_on_record(tenant, content.sha256):
                 with self._alone(tenant, content.sha256):
                     if self._is_needed(tenant, content.sha256):
                         self._record_again(tenant, content)
-                    elif is_settled and not self._is_on_record(tenant, content.sha256):
+                    elif is_settled and time_us < gone_before_us and not self._is_on_record(tenant, content.sha256):
                         self.contents.delete(tenant, content.sha256)
                         yield 1
 
@@ -253,17 +273,19 @@ class Files:
         """
         Note when the store's timeline began, unless that is known; tell whether it is a while ago.
 
-        After a restore the store does not know what has come since the backup, and may come to know it
-        once more: from those who offer it again. Till then contents without a record are kept.
+        After a restore the store does not know what has come since the backup, nor what has come to refer to
+        what it knows, and may come to know it once more: from those who offer it again. Till then contents are
+        kept. A store that nobody has looked at for a while may be an older state of itself and not know that.
         """
         timeline, now_us = self._store.identity.timeline.encode(), self._clock()
         known = self._store.note(TIMELINE_NOTE)
-        if known[_TIME.size :] == timeline:
-            (began_us,) = _TIME.unpack_from(known)
-        else:
+        is_new = known[_TIMES.size :] != timeline
+        began_us, looked_us = (0, 0) if is_new else _TIMES.unpack_from(known)
+        if is_new or now_us - looked_us > UNSEEN_MAX // _MICROSECOND:
             began_us = now_us if known or self._store.tenants() else 0
-            self._store.set_note(TIMELINE_NOTE, _TIME.pack(began_us) + timeline)
-        return not began_us or now_us - began_us > UNKNOWN_KEPT // timedelta(microseconds=1)
+        if is_new or now_us - looked_us > _NOTED_EVERY // _MICROSECOND:
+            self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
+        return not began_us or now_us - began_us > UNKNOWN_KEPT // _MICROSECOND
 
     @contextmanager
     def _alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
@@ -308,16 +330,19 @@ class Files:
         What he was told before is no reason: who asks every day would never lose what he may not read any more.
         """
         rights = self._application.rights(principal) if self._application.access_rules else None
+        asked = frozenset(one.sha256 for one in wanted)
+        entitled = set()
         with self._store.read(principal.tenant) as reader:
-            rules = FileRules(Overlay(reader), rights, user_id=principal.user_id)
-            return {
-                one
-                for one in wanted
-                # The first is asked of what is not there too: the time it takes should not tell.
-                if (rules.has_uploaded(one.sha256, principal.user_id) or rules.reads(one.sha256))
-                and (record := content_record(one.sha256, reader.index)) is not None
-                and record.size == one.size
-            }
+            overlay = Overlay(reader)
+            rules = FileRules(overlay, rights, user_id=principal.user_id, asked=asked)
+            for one in wanted:
+                # Asked of what is not there too: the time it takes should not tell.
+                may_refer = rules.has_uploaded(one.sha256, principal.user_id) or rules.reads(one.sha256)
+                overlay.let_go()  # of a thousand contents, referred to by large objects
+                record = content_record(one.sha256, reader.index)
+                if may_refer and record is not None and record.size == one.size:
+                    entitled.add(one)
+        return entitled
 
     def _granted(self, principal: Principal, there: set[Wanted]) -> set[Wanted]:
         """Let a user refer to contents, as far as they are still on record; return which."""
@@ -326,9 +351,7 @@ class Files:
             kept = {one for one in there if content_record(one.sha256, reader.index) is not None}
             keys = [grant_key(one.sha256, principal.user_id) for one in kept]
             time_us = self._clock()
-            entries: IndexWrites = {
-                key: pack_grant(time_us, is_upload=is_upload_grant(reader.index(key))) for key in keys
-            }
+            entries: IndexWrites = {key: renewed_grant(reader.index(key), time_us) for key in keys}
             return _entries(reader, entries), kept
 
         return self._write(principal.tenant, job)

@@ -125,14 +125,14 @@ class ActionContext:
 
     def get(self, entity: str, id: str) -> dict[str, Any] | None:  # noqa: A002
         overlay = self._action.overlay
-        return copied(overlay.attributes((entity, id))) if overlay.exists((entity, id)) else None
+        return self._shown(overlay.attributes((entity, id))) if overlay.exists((entity, id)) else None
 
     def query(self, entity: str, where: Where = None) -> Iterator[tuple[str, dict[str, Any]]]:
         constraint = constraint_of(where)
         overlay = self._action.overlay
         for key, attributes in overlay.entity_objects(entity):
             if constraint is None or constraint.matches(attributes):
-                yield key[1], copied(attributes)
+                yield key[1], self._shown(attributes)
 
     def create(self, entity: str, attributes: dict[str, Any], id: str | None = None) -> str:  # noqa: A002
         id_ = str(uuid_utils.uuid7()) if id is None else id
@@ -152,3 +152,7 @@ class ActionContext:
     def delete(self, entity: str, id: str) -> None:  # noqa: A002
         with self._action.deeper():
             self._action.delete((entity, id))
+
+    def _shown(self, attributes: Attributes) -> dict[str, Any]:
+        self._action.files.note_seen(attributes, is_stored=True)
+        return copied(attributes)  # type: ignore[no-any-return]

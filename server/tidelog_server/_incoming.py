@@ -64,12 +64,22 @@ class Parts:
         self.contents = contents
         self.locks: KeyedLocks[tuple[str, str]] = KeyedLocks()
         self.turns: dict[tuple[str, str], Incoming] = {}
+        self.added: set[tuple[str, str]] = set()
         self.completing: set[tuple[str, str]] = set()
         self.guard = threading.Lock()
 
     def is_any_on_its_way(self, tenant: str) -> bool:
         """Tell whether anybody uploads to a tenant."""
-        return any(owner == tenant for owner, _ in list(self.turns))
+        return any(owner == tenant for owner, _ in [*list(self.turns), *self.added.copy()])
+
+    @contextmanager
+    def being_added(self, tenant: str, part: str) -> Iterator[None]:
+        """Add to a part, which nobody else knows, till the end of the block."""
+        self.added.add((tenant, part))
+        try:
+            yield
+        finally:
+            self.added.discard((tenant, part))
 
     def begin(self, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None]) -> Incoming:
         """

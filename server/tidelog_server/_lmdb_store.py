@@ -230,7 +230,7 @@ class LmdbStore:
     def check_outside_of_jobs(self) -> None:
         """Raise StorageError inside a job, which must not wait for what only comes after it."""
         if threading.current_thread() is self._writer:
-            raise StorageError("a hook can neither stop its server nor wait for what comes after it")
+            raise StorageError("a hook can neither stop its server nor add a file: that waits for its end")
 
     def _check_process(self) -> None:
         # Its writer did not come along into a forked child: a job would wait for ever.

@@ -73,6 +73,11 @@ class Overlay:
             attributes = self._decoded[key] = decode_trusted(state.attributes)
         return attributes
 
+    def let_go(self) -> None:
+        """Keep no object that was only looked at."""
+        self._states = {key: self._states[key] for key in self._written}
+        self._decoded.clear()
+
     def change(self, version: int) -> Change | None:
         """Return the change of a version, or None if it is not kept."""
         if version >= self._first_version:

@@ -236,8 +236,8 @@ class Retention:
             yield Collected(payloads=len(due))
 
     def _contents(self, tenant: str) -> Iterator[Collected]:
-        """Delete contents that nobody refers to."""
-        if self._files is None:
+        """Delete contents that nobody refers to, unless a store that was put back does not know who does."""
+        if self._files is None or not self._files.note_timeline():
             return
         before_us = self._before(self._periods.files)
         after = b""
@@ -259,6 +259,8 @@ class Retention:
         self._files.delete_leftovers(tenant, self._periods.files.total_seconds())
 
     def _grants(self, tenant: str) -> Iterator[Collected]:
+        if self._files is not None and not self._files.note_timeline():
+            return  # who offers again what refers to a content has to have the right once more
         before_us = self._before(self._periods.files)
         after = b""
         more = True

@@ -207,7 +207,7 @@ class Server:
         """Stop serving: sessions under way have *grace_seconds* to end. Does nothing if stopped already."""
         if self._loop is None or self._grpc is None or self._pid != os.getpid():
             return  # stopped already; or in a forked child, where there is nothing that could be stopped
-        self._check_outside_of_hooks()
+        self._store.check_outside_of_jobs()
         try:
             self._services.stop()
             asyncio.run_coroutine_threadsafe(self._grpc.stop(grace_seconds), self._loop).result()
@@ -250,7 +250,7 @@ class Server:
             StorageError: The store could not be written. What was not collected is collected later.
         """
         self._check_running()
-        self._check_outside_of_hooks()
+        self._store.check_outside_of_jobs()
         return self._retention.collect()
 
     def backup(self, target: str | Path) -> None:
@@ -300,10 +300,6 @@ class Server:
         await server.start()
         self._grpc = server
         self._address = f"{host}:{port}"
-
-    def _check_outside_of_hooks(self) -> None:
-        if isinstance(self._store, LmdbStore):
-            self._store.check_outside_of_jobs()
 
     def _check_running(self) -> None:
         if not self._address:

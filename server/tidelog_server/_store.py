@@ -161,6 +161,10 @@ class Store(Protocol):
         """
         ...
 
+    def check_outside_of_jobs(self) -> None:
+        """Raise StorageError inside a job, which must not wait for what only comes after it."""
+        ...
+
     def announce(self, tenant: str, attempt: Attempt) -> None:
         """Say what is under way more precisely, from inside of a job that has its transaction alone."""
         ...

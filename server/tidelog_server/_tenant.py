@@ -168,7 +168,7 @@ class Tenant:
         Store the content of a file, and return the value for an attribute that is to refer to it.
 
         It is on disk then. Unless something refers to it within the server's `file_grace`, it is collected. With a
-        principal it is added as an upload of that user, whose operations may refer to it.
+        principal it is added as an upload of that user, whose operations may refer to it. A hook cannot add files.
 
         Args:
             source: Its path, its bytes, or a stream that is read to its end.

@@ -218,6 +218,18 @@ class StoreContract:
             assert reader.head().version == 2
             assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t1", "t2"]
 
+    def test_tells_jobs_from_others(self, store: Store) -> None:
+        """Inside a job the store refuses what would wait for its end, and nowhere else."""
+        store.check_outside_of_jobs()
+
+        def waits(reader: Reader) -> tuple[None, None]:
+            store.check_outside_of_jobs()
+            return None, None
+
+        with pytest.raises(StorageError):
+            store.submit(TENANT, waits).result(10)
+        store.check_outside_of_jobs()
+
     def test_jobs_run_in_order(self, store: Store) -> None:
         """Jobs run in the order they were submitted, each on top of what those before it wrote."""
         seen: list[tuple[int, int]] = []

@@ -33,7 +33,7 @@ from tidelog_server import (
     verify_store,
 )
 from tidelog_server._content_backup import copy_contents
-from tidelog_server._files import Files
+from tidelog_server._files import UNKNOWN_KEPT, Files
 from tidelog_server._records import Change
 from tidelog_server._retention import Periods, Retention
 
@@ -193,12 +193,16 @@ class TestContents:
     def test_that_are_collected_meanwhile(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A content that nothing refers to, and that goes between the copies of data and contents, does no harm."""
         opened = LmdbStore(store)
-        files = Files(Application(), opened, DirectoryContents(store / "files"), lambda: TIME_US)
+        now_us = TIME_US
+        files = Files(Application(), opened, DirectoryContents(store / "files"), lambda: now_us)
+        for _ in range(UNKNOWN_KEPT.days):  # as long as nothing is collected after a restore
+            files.note_timeline()
+            now_us += timedelta(days=1, hours=1) // timedelta(microseconds=1)
         unneeded = files.add(TENANT, io.BytesIO(b"nobody needs this"))
 
         def collecting(source: Path, target: Path) -> int:
             never = timedelta.max
-            Retention(opened, Periods(never, never, never, timedelta(0)), lambda: TIME_US + 1, files).collect()
+            Retention(opened, Periods(never, never, never, timedelta(0)), lambda: now_us + 1, files).collect()
             assert files.contents.size(TENANT, unneeded.sha256) is None
             return copy_contents(source, target)
 

@@ -347,6 +347,10 @@ class SimulatedStore:
         """See `Store`."""
         return self._server.submit(tenant, job, attempt)
 
+    def check_outside_of_jobs(self) -> None:
+        """See `Store`."""
+        self._server.lmdb.check_outside_of_jobs()
+
     def announce(self, tenant: str, attempt: Attempt) -> None:
         """See `Store`."""
         self._server.lmdb.announce(tenant, attempt)

@@ -26,6 +26,7 @@ from tidelog_client import (
 )
 from tidelog_client._file_wishes import FileDownload, FileMode
 from tidelog_server import _collection, _content_store, _download, _engine, _overlay, _session
+from tidelog_server import _files as _server_files
 from tidelog_server._retention import Periods
 
 MIB: Final = 1024 * 1024
@@ -92,6 +93,8 @@ class FileSettings:
                 (_files, "SCAN_PAGE_KEYS", limits["step"]),
                 (_files, "GRACE_SECONDS", limits["grace_seconds"]),
                 (_collection, "STEP_ENTRIES", limits["step"]),
+                # Years pass here in an instant.
+                (_server_files, "UNSEEN_MAX", NEVER),
             ):
                 stack.enter_context(mock.patch.object(module, name, value))
             yield

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import os
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import pytest
 from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, file_value, said, update, wanted
 
 from tidelog import ResourceClosed, StorageError
-from tidelog_server import DirectoryContents, Principal, Tenant
+from tidelog._contents import Content
+from tidelog_server import Application, DirectoryContents, HookContext, HookObject, Principal, Reject, Tenant
+from tidelog_server._collection import old_grants
 from tidelog_server._content_store import PartMismatch
-from tidelog_server._files import Files
+from tidelog_server._files import LOOKED_AT_ONCE, TIMELINE_NOTE, Files
 from tidelog_server._records import Writes
 from tidelog_server._retention import Periods, Retention
 from tidelog_server._store import Reader
@@ -59,7 +64,7 @@ def test_what_something_refers_to_stays(cabinet: Cabinet) -> None:
     session = cabinet.lab.session()
     session.batch(create(1, "a", {"photo": photo}), create(2, "b", {"photo": photo}))
 
-    cabinet.wait(10 * DAY)
+    cabinet.wait(5 * DAY)
     session.batch(delete(3, "a"))
     assert cabinet.collect() == 0
     session.time_us = cabinet.time_us
@@ -86,6 +91,23 @@ def test_a_right_ends_with_the_grace(cabinet: Cabinet) -> None:
 
     assert cabinet.entries(b"g") == [b"g" + photo["sha256"] + b"bob"]
     assert cabinet.has(PHOTO)
+
+
+def test_a_right_stays_while_there_is_a_failure(tmp_path: Path) -> None:
+    """Whether a failure keeps its author's right is seen at once, for him only, and without reading it."""
+    application = Application()
+    application.before_commit("Task")(refusing)
+    cabinet = Cabinet(Lab(application), tmp_path)
+    ann, an = Principal("ann"), Principal("an")
+    photo = cabinet.upload(PHOTO, ann)
+    cabinet.upload(PHOTO, an)
+    cabinet.lab.session(principal=ann).settle(*(create(seq, f"t{seq}", {"photo": photo}) for seq in range(1, 20)))
+    cabinet.wait(2 * DAY)
+
+    with cabinet.lab.store.read(TENANT) as reader, mock.patch.object(type(reader), "failure", side_effect=LookupError):
+        assert old_grants(reader, b"", cabinet.time_us) == ([b"g" + photo["sha256"] + b"an"], mock.ANY)
+    assert cabinet.collect() == 0
+    assert cabinet.entries(b"g") == [b"g" + photo["sha256"] + b"ann"]
 
 
 def test_what_was_called_present_stays_for_the_grace(cabinet: Cabinet) -> None:
@@ -173,7 +195,7 @@ def test_an_upload_while_the_same_content_is_collected(tmp_path: Path) -> None:
 
 
 def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a server left that ended before it wrote the record is missing to everybody, and goes after the grace."""
+    """What a server left that ended before it wrote the record is missing to everybody, and goes in the end."""
 
     def ends(*_: Any, **__: Any) -> None:
         raise ResourceClosed("the server ends here")
@@ -189,10 +211,10 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
 
     cabinet.lab.settle(create(2, "t2"))
     of_the_directory(cabinet)
-    assert cabinet.collect() == 0
+    cabinet.files.note_timeline()
+    assert collected_in(cabinet, days=30) == 0
     assert len(kept(cabinet)) == 1
-    cabinet.wait(2 * DAY)
-    assert cabinet.collect() == 1
+    assert collected_in(cabinet, days=1) == 1
     assert kept(cabinet) == []
 
 
@@ -221,20 +243,78 @@ def test_contents_without_a_record_after_a_restore(cabinet: Cabinet) -> None:
     """What has come since a backup stays where it is for a while after it was put back: it may be offered again."""
     cabinet.upload(PHOTO)
     cabinet.lab.settle(create(1))
-    forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
-    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
-    store: Any = cabinet.lab.store
+    forget_files(cabinet)
     of_the_directory(cabinet)
+    cabinet.files.note_timeline()
+    collected_in(cabinet, days=29)
+    store: Any = cabinet.lab.store
     store._identity = store.identity._replace(timeline="another")
-    cabinet.wait(10 * DAY)
 
-    assert cabinet.collect() == 0
-    cabinet.wait(29 * DAY)
-    assert cabinet.collect() == 0
+    assert collected_in(cabinet, days=30) == 0
     assert len(kept(cabinet)) == 1
-    cabinet.wait(2 * DAY)
-    assert cabinet.collect() == 1
+    assert collected_in(cabinet, days=2) == 1
     assert kept(cabinet) == []
+
+
+@pytest.mark.parametrize("how", ["another timeline", "a state of long ago"])
+def test_contents_on_record_after_a_restore(cabinet: Cabinet, how: str) -> None:
+    """What was uploaded before a backup, or let go of, and referred to later, is there when that is offered again."""
+    other = cabinet.upload(OTHER)
+    revoke = {b"g" + other["sha256"] + b"ann": None}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, revoke), None)).result()
+    cabinet.upload(PHOTO)
+    if how == "another timeline":
+        store: Any = cabinet.lab.store
+        store._identity = store.identity._replace(timeline="another")
+        cabinet.wait(2 * DAY)
+    else:
+        cabinet.wait(8 * DAY)
+
+    assert cabinet.collect() == collected_in(cabinet, days=29) == 0
+    cabinet.wait(HOUR)
+    assert cabinet.has(OTHER)
+    assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}), delete(2))) == ["APPLIED"] * 2
+    assert collected_in(cabinet, days=3) == 2
+
+
+@pytest.mark.parametrize("age", [HOUR, 3 * DAY, 40 * DAY])
+def test_contents_without_a_record_after_a_silent_restore(cabinet: Cabinet, age: timedelta) -> None:
+    """What a store that was put back behind the server's back has lost stays for a while, however old the store is."""
+    cabinet.lab.settle(create(1))
+    collected_in(cabinet, days=40)
+    noted = cabinet.lab.store.note(TIMELINE_NOTE)
+    cabinet.upload(PHOTO)
+    os.utime(kept(cabinet)[0], (cabinet.time_us / 1_000_000,) * 2)
+    cabinet.wait(age)
+
+    forget_files(cabinet)
+    cabinet.lab.store.set_note(TIMELINE_NOTE, noted)
+    assert cabinet.collect(timedelta(0)) == 0
+    assert collected_in(cabinet, days=26) == 0
+    assert len(kept(cabinet)) == 1
+    assert collected_in(cabinet, days=5) == 1
+
+
+def test_ends_soon_when_the_server_stops(tmp_path: Path) -> None:
+    """However many contents there are, a server that stops does not wait until all are looked at."""
+    left = [Content(bytes(32), 1, TIME_US)] * 5 * LOOKED_AT_ONCE
+
+    class Large(DirectoryContents):
+        """Has more than anybody wants to look at."""
+
+        def contents(self, tenant: str) -> Any:
+            retention._stopped.set()
+            while left:
+                yield left.pop()
+
+    lab = Lab()
+    lab.settle(create(1))
+    files = Files(lab.application, lab.store, Large(tmp_path), lambda: TIME_US)
+    retention = Retention(lab.store, Periods(), lambda: TIME_US, files)
+
+    with pytest.raises(ResourceClosed):
+        retention.collect()
+    assert len(left) >= 4 * LOOKED_AT_ONCE
 
 
 def test_what_is_left_of_an_upload(cabinet: Cabinet) -> None:
@@ -260,6 +340,20 @@ def test_a_part_that_is_on_its_way(cabinet: Cabinet) -> None:
     incoming.append(PHOTO[5:])
     incoming.complete()
     assert cabinet.has(PHOTO)
+
+
+def test_what_the_service_is_adding(cabinet: Cabinet) -> None:
+    """However short the grace is, a stream that the service adds comes to its end."""
+
+    class Slow(io.BytesIO):
+        """Gives a server the time to collect while it is read."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            cabinet.collect(timedelta(seconds=-1))
+            return super().read(5)
+
+    cabinet.lab.settle(create(1))
+    assert cabinet.tenant().add_file(Slow(PHOTO), name="photo.jpg") == file_value(PHOTO)
 
 
 def test_trouble_of_one_tenant(tmp_path: Path) -> None:
@@ -312,6 +406,26 @@ def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
     for tenant in (TENANT, "other"):
         with lab.store.read(tenant) as reader:
             assert reader.collected() == reader.head().version > 0
+
+
+def collected_in(cabinet: Cabinet, *, days: int) -> int:
+    """Let days pass of a server that collects; return how many contents went."""
+    count = 0
+    for _ in range(days):
+        cabinet.wait(DAY)
+        count += cabinet.collect()
+    return count
+
+
+def forget_files(cabinet: Cabinet) -> None:
+    """Take all that is on record of contents off it."""
+    forgotten = {key: None for prefix in (b"c", b"g") for key in cabinet.entries(prefix)}
+    cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, forgotten), None)).result()
+
+
+def refusing(task: HookObject, context: HookContext) -> None:
+    """Refuse everything."""
+    raise Reject("never")
 
 
 def path_of(data: bytes) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tracemalloc
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.builders import (
 )
 
 from tidelog import FailureReason, InvalidValue, ObjectNotFound, attribute, claim
+from tidelog._file_reference import file_references
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog.v1 import failure_pb2
 from tidelog_server import Application, ContentLost, HookContext, HookObject, OperationRefused, Principal, Reject
@@ -354,6 +356,18 @@ class TestRights:
         cabinet.upload(PHOTO)
         assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["APPLIED"]
 
+    def test_each_object_is_looked_at_once(self, cabinet: Cabinet) -> None:
+        """However many files an operation sets, and an object that has them too, each is gone through a few times."""
+        names = [f"a{number}" for number in range(40)]
+        files = {name: cabinet.upload(name.encode(), ANN) for name in names}
+        assert said(upload(cabinet, ANN, create(1, "a", files))) == ["APPLIED"]
+
+        for operation in (create(1, "b", files), update(2, "b", dict.fromkeys(names, files["a7"]))):
+            walked = mock.Mock(side_effect=file_references)
+            with mock.patch.object(file_rules, "file_references", walked):
+                assert said(upload(cabinet, BOB, operation)) == ["APPLIED"]
+            assert walked.call_count <= 5
+
     def test_so_many_referrers_are_looked_at(self, ruled: Cabinet) -> None:
         """Behind more unreadable referrers than are looked at a readable one is not found: the content is uploaded."""
         ruled.upload(PHOTO, ANN)
@@ -404,6 +418,24 @@ class TestRights:
             looked_at.append(exists.call_count)
         assert looked_at == [3 + 1, 1]  # each object once
 
+    def test_what_is_looked_at_is_not_kept(self, cabinet: Cabinet) -> None:
+        """However many contents large objects refer to, a question about them holds few objects in memory at once."""
+        asked = []
+        for number in range(40):
+            photo = cabinet.upload(b"%d" % number)
+            cabinet.tenant().create("Task", {"photo": photo, "text": "x" * 200_000}, f"t{number}")
+            asked.append(wanted_of(b"%d" % number))
+
+        tracemalloc.start()
+        try:
+            standings = cabinet.files.stat(BOB, asked)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+        assert all(one.is_present for one in standings)
+        assert peak_bytes < 2_000_000
+
     def test_access_is_asked_before_contents(self, ruled: Cabinet) -> None:
         """Who may not write the object is refused for that, content or not."""
         ruled.tenant().create("Task", {"owner": "ann", "public": 1}, "a")
@@ -434,6 +466,20 @@ class TestHooks:
         assert said(cabinet.lab.settle(create(1))) == ["HOOK_ERROR"]
         cabinet.upload(PHOTO, Principal("somebody"))
         assert said(cabinet.lab.settle(create(2))) == ["APPLIED"]
+
+    def test_cannot_add_files(self, tmp_path: Path) -> None:
+        """A hook that adds a file is broken: nothing of it is read, and nobody waits for it."""
+        application = Application()
+        cabinet = cabinet_of(tmp_path, application)
+        source = io.BytesIO(PHOTO)
+
+        @application.before_commit("Task")
+        def adds(task: HookObject, context: HookContext) -> None:
+            task["photo"] = cabinet.tenant().add_file(source, name="photo.jpg")
+
+        assert said(cabinet.lab.settle(create(1))) == ["HOOK_ERROR"]
+        assert source.tell() == 0
+        assert list(cabinet.contents.contents(TENANT)) == []
 
     def test_see_no_reference_whose_author_has_no_right(self, tmp_path: Path) -> None:
         """What a hook makes of a reference tells nobody whether somebody has the content."""
@@ -469,6 +515,10 @@ class TestHooks:
             else:
                 context.create("Copy", {"photo": photo}, "secret-id")
 
+        @application.before_commit("Copy")
+        def looks(copy: HookObject, context: HookContext) -> None:
+            assert copy["photo"]
+
         cabinet = cabinet_of(tmp_path, application)
         application.allow("*", "*", create=True, write="*", read=["title"])
         cabinet.upload(PHOTO, ANN)
@@ -481,6 +531,101 @@ class TestHooks:
             assert said([result]) == ["NOT_READY"]
             assert "secret-id" not in result.message
         assert said(upload(cabinet, ANN, create(1, set=packed(PHOTO)))) == ["APPLIED"]
+
+    @pytest.mark.parametrize("form", ["list", "map", "bytes", "another object", "seen besides"])
+    def test_make_nothing_theirs_that_waits(self, tmp_path: Path, form: str) -> None:
+        """A hash that an author left in an object, where nobody follows it, gives nobody its content later."""
+        application = Application()
+
+        @application.before_commit("Task")
+        def unpacks(task: HookObject, context: HookContext) -> None:
+            if task["state"] == "published":
+                if form == "seen besides":
+                    assert dict(context.query("Task"))["a"]["photo"]
+                packed = (
+                    (context.get("Draft", task.id) or {})["packed"] if form == "another object" else task["packed"]
+                )
+                if form == "list":
+                    task["photo"] = packed[0]
+                else:
+                    sha256 = packed if form == "bytes" else packed["sha256"]
+                    task["photo"] = {**file_value(PHOTO), "sha256": sha256}
+
+        cabinet = cabinet_of(tmp_path, application)
+        own = attribute("owner") == claim("user_id")
+        application.allow("clerk", "*", create=True, write="*", read="*", where=own)
+        cabinet.upload(PHOTO, ANN)
+        assert said(upload(cabinet, ANN, create(1, "a", {"owner": "ann", "photo": file_value(PHOTO)}))) == ["APPLIED"]
+
+        messages = set()
+        for number, data in enumerate((PHOTO, b"nobody's ...")):
+            value = file_value(data)
+            packed = {"list": [value], "bytes": value["sha256"]}.get(form, {**value, "caption": "a cat"})
+            draft = create(number * 10 + 1, f"b{number}", {"owner": "bob", "packed": packed}, entity="Draft")
+            task = create(number * 10 + 2, f"b{number}", {"owner": "bob", "packed": packed})
+            published = update(number * 10 + 3, f"b{number}", {"state": "published"})
+            if form == "another object":
+                task = create(number * 10 + 2, f"b{number}", {"owner": "bob"})
+            results = upload(cabinet, BOB, draft, task, published)
+            assert said(results) == ["APPLIED", "APPLIED", "HOOK_ERROR"]
+            messages.add(results[2].message)
+        assert len(messages) == 1
+
+    def test_tell_nobody_what_they_write(self, tmp_path: Path) -> None:
+        """Whose operation a hook breaks with a content that is not there is told neither where nor what it writes."""
+        application = Application()
+
+        @application.after_commit("Task")
+        def copies(task: HookObject, context: HookContext) -> None:
+            if not task["nothing"]:
+                context.create("CaseCopy", {"scan": file_value(PHOTO, "ann-schmidt.pdf")}, "of-patient-4711")
+
+        cabinet = cabinet_of(tmp_path, application)
+        application.allow("clerk", "Task", create=True, write="*", read="*")
+        (missing,) = upload(cabinet, BOB, create(1))
+        cabinet.upload(PHOTO, ANN)
+        named = {"note": sha256(PHOTO)}
+        (awaited, lost) = [
+            *upload(cabinet, BOB, create(2, "t2", named)),
+            *upload(cabinet, BOB, create(3, "t3", named), lost=[sha256(PHOTO)]),
+        ]
+
+        assert said([missing, awaited, lost]) == ["HOOK_ERROR", "NOT_READY", "FILE_MISSING"]
+        for one in (missing, awaited, lost):
+            assert one.message.startswith("what hooks write refers to a file")
+            assert not any(word in one.message for word in ("CaseCopy", "4711", "scan", "ann"))
+
+    @pytest.mark.parametrize("guess", ["right", "wrong"])
+    def test_copy_what_the_author_may_not_read(self, tmp_path: Path, guess: str) -> None:
+        """Who names the hash of what a hook moves between hidden objects is not told whether it is the right one."""
+        application = Application()
+
+        @application.after_commit("Task")
+        def audits(task: HookObject, context: HookContext) -> None:
+            scan = (context.get("Case", "c1") or {})["scan"]
+            context.create("Audit", {"scan": scan})
+
+        cabinet = cabinet_of(tmp_path, application)
+        application.allow("clerk", "Task", create=True, write="*", read="*")
+        cabinet.tenant().create("Case", {"scan": cabinet.tenant().add_file(PHOTO, name="scan.pdf")}, "c1")
+
+        note = sha256(PHOTO if guess == "right" else OTHER)
+        assert said(upload(cabinet, BOB, create(1, set={"note": note}))) == ["APPLIED"]
+
+    def test_move_what_the_server_has_lost(self, tmp_path: Path) -> None:
+        """A hook that moves the reference to a content which is gone breaks nothing: that file is lost, no more."""
+        application = Application()
+
+        @application.before_delete("Task")
+        def archives(task: HookObject, context: HookContext) -> None:
+            context.create("Archived", {"photo": task["photo"]}, task.id)
+
+        cabinet = cabinet_of(tmp_path, application)
+        assert said(cabinet.lab.settle(create(1, set={"photo": cabinet.upload(PHOTO)}))) == ["APPLIED"]
+        cabinet.contents.delete(TENANT, sha256(PHOTO))
+        assert not cabinet.files.stat(USER, [wanted_of(PHOTO)])[0].is_present
+
+        assert said(cabinet.lab.settle(delete(2))) == ["APPLIED"]
 
     def test_move_what_the_author_may_refer_to(self, ruled: Cabinet) -> None:
         """What the author may refer to because the object did already, a hook may write elsewhere."""
@@ -542,13 +687,17 @@ class TestFailures:
         desk.upload(PHOTO)
         assert retry(desk, failed)[0].version == 1
 
-    def test_a_retry_gives_nobody_a_content(self, desk: Cabinet) -> None:
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_a_retry_gives_nobody_a_content(self, desk: Cabinet, *, is_known: bool) -> None:
         """A failure that refers to a content its author has no right to is not applied by who merely reads it."""
         operation = create(1, set={"photo": file_value(PHOTO)})
         (failed,) = desk.lab.session().settle(operation, lost=[sha256(PHOTO)])
         desk.upload(PHOTO, BOB)
         self.is_accepting = True
         desk.tenant().create("Task", {"photo": file_value(PHOTO)}, "of bob")
+        if not is_known:
+            desk.lab.application.users(lambda _tenant, _user_id: None)
+        desk.lab.application.allow("operator", "Task", read="*")
         assert desk.files.stat(OPERATOR, [wanted_of(PHOTO)])[0].is_present
 
         assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
@@ -562,6 +711,23 @@ class TestFailures:
         assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
 
         desk.tenant(OPERATOR if who == "operator" else None).add_file(PHOTO, name="photo.jpg")
+        assert retry(desk, failed)[0].version == 1
+
+    @pytest.mark.parametrize("who", ["operator", "service"])
+    def test_a_retry_gives_nobody_what_was_there_before(self, desk: Cabinet, who: str) -> None:
+        """What the operator or the service had added before a failure was not put there for its author."""
+        adder = desk.tenant(OPERATOR if who == "operator" else None)
+        adder.add_file(PHOTO, name="salaries.pdf")
+        desk.wait(timedelta(hours=1))
+        session = desk.lab.session()
+        session.time_us = desk.time_us
+        (failed,) = session.settle(create(1, set={"photo": file_value(PHOTO)}), lost=[sha256(PHOTO)])
+        self.is_accepting = True
+        desk.wait(timedelta(hours=1))
+        desk.files.stat(OPERATOR, [wanted_of(PHOTO)])
+
+        assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
+        adder.add_file(PHOTO, name="salaries.pdf")
         assert retry(desk, failed)[0].version == 1
 
     def test_a_failure_keeps_what_its_author_may_have(self, desk: Cabinet) -> None:
@@ -587,7 +753,7 @@ class TestFailures:
     def test_a_settled_failure_lets_its_content_go(self, desk: Cabinet, how: str) -> None:
         """What only a settled failure refers to is collected after the grace."""
         (failed,) = desk.lab.settle(create(1, set={"photo": desk.upload(PHOTO)}))
-        assert desk.entries(b"f") == [b"f" + sha256(PHOTO) + b"x" + failed.failure_id]
+        assert desk.entries(b"f") == [b"f" + sha256(PHOTO) + b"xann\0" + failed.failure_id]
         desk.wait(WEEK)
         decision = failures.Decision(OPERATOR, desk.time_us)
 
@@ -735,7 +901,7 @@ class TestReferrers:
             create(1, set={"photo": photo}, entity="Refused"), create(2, set={"photo": photo})
         )
         expected = cabinet.entries(b"f")
-        assert expected == [b"f" + sha256(PHOTO) + b"oTask\0t1", b"f" + sha256(PHOTO) + b"x" + failed.failure_id]
+        assert expected == [b"f" + sha256(PHOTO) + b"oTask\0t1", b"f" + sha256(PHOTO) + b"xann\0" + failed.failure_id]
         forget: dict[bytes, bytes | None] = dict.fromkeys(expected)
         wrong: dict[bytes, bytes | None] = {b"f" + sha256(PHOTO) + b"oTask\0gone": b""}
         cabinet.lab.store.submit(TENANT, lambda reader: (index_only(reader, {**forget, **wrong}), None)).result()

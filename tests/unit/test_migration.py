@@ -873,6 +873,10 @@ class Watched:
         """Return the tenants."""
         return self._store.tenants()
 
+    def check_outside_of_jobs(self) -> None:
+        """Do what the store does."""
+        self._store.check_outside_of_jobs()
+
     def note(self, name: str) -> bytes:
         """Return what was noted."""
         return self._store.note(name)
