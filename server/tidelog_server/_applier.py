@@ -8,13 +8,14 @@ read, its entity takes uploads, its object is there and is the one that its auth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from tidelog._errors import LimitExceeded, ValidationFailed
 from tidelog._failure import FailureReason
 from tidelog._logging import get_logger
 from tidelog._operation import Operation, OperationKind
 from tidelog._patch import Patch, encoded_attributes
+from tidelog._values import Attributes, equal
 from tidelog_server._access import Rights
 from tidelog_server._action import Action, References
 from tidelog_server._application import Application
@@ -37,9 +38,36 @@ _DEFECTS: Final = (TypeError, ValueError, LookupError, AttributeError, Arithmeti
 _log = get_logger("tidelog.engine")
 
 
+class LeftOut(NamedTuple):
+    """
+    What was left out of an operation that is offered again: files whose contents nobody has any more.
+
+    Attributes:
+        operation: The operation.
+        files: The values of its attributes that were left out.
+        held: What these attributes held before, if anything.
+    """
+
+    operation: Operation
+    files: Attributes
+    held: Attributes
+
+    def missing_in(self, attributes: Attributes) -> Attributes:
+        """Return those that an object still lacks: nothing else came in their place."""
+        held = self.held
+        return {
+            name: value
+            for name, value in self.files.items()
+            if (name in attributes) is (name in held) and equal(attributes.get(name), held.get(name))
+        }
+
+
 class UnitApplier:
     """
     Applies the units of one replica to an overlay.
+
+    Attributes:
+        left_out: What operations were applied without, if they were, by seq.
 
     Args:
         application: The rules.
@@ -70,6 +98,7 @@ class UnitApplier:
         self._overlay = overlay
         self._synchronization = application.synchronization
         self._outcomes = outcomes
+        self.left_out: dict[int, LeftOut] = {}
         author = author._replace(has_applied=outcomes.has_applied)
         self._author = author
         self._knowledge = Knowledge(overlay, rights if application.access_rules else None)
@@ -187,7 +216,7 @@ class UnitApplier:
         """
         Return what is offered again without the files whose contents nobody has any more.
 
-        It was applied once, and the rest of it is not to be lost with them.
+        It was applied once, and the rest of it is not to be lost with them. What is left out is not lost either.
         """
         if not self._files.lost:
             return member
@@ -196,9 +225,13 @@ class UnitApplier:
         lost = self._files.lost_in(key, member.patch.set, before=before)
         if not lost:
             return member
-        patch = member.patch._replace(
-            set={name: value for name, value in member.patch.set.items() if name not in lost}
+        written = member.patch.set
+        self.left_out[operation.seq] = LeftOut(
+            operation,
+            {name: written[name] for name in lost},
+            {name: before[name] for name in lost if name in before},
         )
+        patch = member.patch._replace(set={name: value for name, value in written.items() if name not in lost})
         return member._replace(patch=patch, operation=operation._replace(patch=patch.encode()), renamed=True)
 
     def _has_seen(self, state: ObjectState, operation: Operation, former_version: int) -> bool:

@@ -24,6 +24,8 @@ from typing import Final, NamedTuple
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import BATCH_OPERATIONS_MAX, GROUP_BYTES_MAX
+from tidelog._operation import OperationKind
+from tidelog._patch import Patch
 from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
@@ -345,8 +347,26 @@ class _Evaluator:
         self._held, self._held_bytes, self._held_keys, self._lost = [], 0, set(), frozenset()
         return self._evaluation(results)
 
+    def _record_left_out(self) -> None:
+        """Record files without which something was applied, unless others have taken their place."""
+        overlay, left_out = self._overlay, self._units.left_out
+        for seq, settled in self._outcomes.settled if left_out else ():
+            if seq not in left_out or settled.failure_id:
+                continue
+            key = left_out[seq].operation.key
+            if overlay.exists(key) and (missing := left_out[seq].missing_in(overlay.attributes(key))):
+                rest = left_out[seq].operation._replace(
+                    kind=OperationKind.UPDATE,
+                    base_version=settled.version,
+                    patch=Patch(missing).encode(),
+                    group=None,
+                    schema_version=self._schema.version,
+                )
+                self._outcomes.record_left_out(rest)
+
     def _evaluation(self, results: list[Result]) -> Evaluation:
         overlay, outcomes = self._overlay, self._outcomes
+        self._record_left_out()
         replica_state = outcomes.replica_state(self._replica_state)
         failures = outcomes.failures
         writes = Writes(

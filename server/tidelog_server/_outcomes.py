@@ -18,7 +18,7 @@ import uuid_utils
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT
-from tidelog._operation import OperationKind, identity_of
+from tidelog._operation import Operation, OperationKind, identity_of
 from tidelog.v1 import failure_pb2
 from tidelog_server._author import Author, FormerIdentity, OldBases
 from tidelog_server._indexes import IndexWrites, dependents_prefix
@@ -223,6 +223,17 @@ class Outcomes:
         else:
             failure_id = self._record_failure(unit, culprit, refusal)
         return self._refuse(unit, culprit, refusal, failure_id)
+
+    def record_left_out(self, operation: Operation) -> None:
+        """Record files without which an operation was applied again, for whoever may still find them."""
+        patch = operation.decoded_patch()
+        member = Member(operation.seq, operation.nonce, operation, patch, operation.encode(), None, renamed=False)
+        names = ", ".join(map(repr, patch.set))
+        message = (
+            f"{operation.entity} {operation.id!r} was applied again without {names}, "
+            "because nobody had the content: who adds it to the server can retry this"
+        )
+        self._record_failure((member,), member, Refused(FailureReason.FILE_MISSING, message))
 
     def refused_creation(self, key: ObjectKey) -> bytes | None:
         """Return the failure because of which this replica could not create an object that it knows nothing of."""

@@ -526,6 +526,8 @@ class _Verification:
                 continue
             if mark is not None and mark.nonce == nonce and self._is_in_doubt(mark):
                 continue  # it came again when it was forgotten that it had failed so
+            if mark is not None and mark.nonce == nonce and not mark.failure_id and _is_left_out(record):
+                continue  # the rest of it was applied
             if seq and (mark is None or (mark.failure_id, mark.nonce) != (failure_id, nonce)):
                 yield _finding(
                     FindingKind.FAILURE_WRONG,
@@ -627,6 +629,11 @@ def _without(ranges: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]
             start = other_last + 1
         if start <= last:
             yield start, last
+
+
+def _is_left_out(record: failure_pb2.SynchronizationFailure) -> bool:
+    """Tell whether a failure may be about files without which its operation was applied."""
+    return record.reason == FailureReason.FILE_MISSING.number
 
 
 def _parsed(data: bytes) -> failure_pb2.SynchronizationFailure | None:

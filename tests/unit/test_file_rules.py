@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
+from uuid import UUID
 
 import pytest
 from tests.builders import (
@@ -35,12 +36,23 @@ from tidelog import FailureReason, InvalidValue, ObjectNotFound, attribute, clai
 from tidelog._file_reference import file_references
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog.v1 import failure_pb2
-from tidelog_server import Application, ContentLost, HookContext, HookObject, OperationRefused, Principal, Reject
+from tidelog_server import (
+    Application,
+    ContentLost,
+    HookContext,
+    HookObject,
+    LmdbStore,
+    OperationRefused,
+    Principal,
+    Reject,
+    verify_store,
+)
 from tidelog_server import _failures as failures
 from tidelog_server import _file_rules as file_rules
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._author import OldBases
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch
+from tidelog_server._errors import FailureStale
 from tidelog_server._files import Files, Wanted
 from tidelog_server._outcomes import Result, Uploader
 from tidelog_server._overlay import Overlay
@@ -108,29 +120,31 @@ def upload(cabinet: Cabinet, principal: Principal, *operations: bytes, lost: Ite
     return cabinet.lab.session(replica, principal=principal).settle(*operations, lost=lost)
 
 
-def retry(cabinet: Cabinet, failed: Result) -> list[failures.RetryOutcome]:
+def retry(cabinet: Cabinet, failed: Result | failure_pb2.SynchronizationFailure) -> list[failures.RetryOutcome]:
     """Retry a failure."""
+    failure_id = failed.failure_id if isinstance(failed, Result) else UUID(failed.id).bytes
     decision = failures.Decision(OPERATOR, cabinet.time_us)
     return cabinet.lab.store.submit(
-        TENANT, lambda reader: failures.retry(reader, cabinet.lab.application, failed.failure_id, decision)
+        TENANT, lambda reader: failures.retry(reader, cabinet.lab.application, failure_id, decision)
     ).result()
 
 
-def offer(lab: Lab, operation: bytes) -> list[Result]:
-    """Offer an operation again, which had been told that it was applied at version 100."""
+def offer(lab: Lab, *operations: bytes, lost: Iterable[bytes] = ()) -> list[Result]:
+    """Offer operations again, which had been told that they were applied from version 100 on."""
     begun = lab.store.submit(TENANT, lambda reader: begin_upload(reader, REPLICA_A, USER, TIME_US)).result()
     bases = OldBases(MAX_POSITION, 0, "old")
     uploader = Uploader(REPLICA_A, USER, begun.session_number, leaves_earlier=False, old_bases=bases)
 
     def job(reader: Reader) -> tuple[Writes, Evaluation]:
         evaluation = evaluate_batch(
-            [operation],
+            operations,
             application=lab.application,
             uploader=uploader,
             reader=reader,
             state=UploadState(),
             time_us=TIME_US,
-            former_outcomes=[FormerOutcome(100)],
+            former_outcomes=[FormerOutcome(100 + place) for place in range(len(operations))],
+            lost_contents=lost,
         )
         return evaluation.writes, evaluation
 
@@ -287,6 +301,47 @@ class TestAvailability:
         assert said(offer(cabinet.lab, operation)) == ["NOT_READY"]
         cabinet.upload(PHOTO)
         assert said(offer(cabinet.lab, operation)) == ["APPLIED"]
+
+    def test_what_is_offered_again_without_its_files(self, cabinet: Cabinet) -> None:
+        """A file that nobody has any more costs what is offered again nothing else, and a person can put it right."""
+        photo, scan = file_value(PHOTO), file_value(OTHER)
+        operations = [
+            create(1, set={"title": "x", "photo": photo, "scan": scan}),
+            update(2, set={"scan": None}, base_version=100),
+            create(3, "t2", {"photo": photo}),
+            update(4, "t2", {"photo": cabinet.upload(b"retaken")}, base_version=102),
+            create(5, "t3", {"photo": photo}),
+            delete(6, "t3", base_version=104),
+        ]
+        results = offer(cabinet.lab, *operations, lost=[sha256(PHOTO), sha256(OTHER)])
+
+        assert said(results) == ["APPLIED"] * 6
+        assert cabinet.lab.attributes() == {"title": "x", "scan": None}
+        (failure,) = cabinet.lab.failures()
+        assert (failure.reason, failure.object_id) == (FailureReason.FILE_MISSING.number, "t1")
+        assert retry(cabinet, failure)[0].reason is FailureReason.FILE_MISSING
+        cabinet.tenant().add_file(PHOTO, name="found.jpg")
+        assert retry(cabinet, failure)[0].version
+        assert cabinet.lab.attributes() == {"title": "x", "scan": None, "photo": photo}
+
+    def test_what_is_left_out_is_no_contradiction(self, tmp_path: Path) -> None:
+        """A store where something was applied without its files is sound."""
+        lab = Lab(store=LmdbStore(tmp_path / "store"))
+        assert said(offer(lab, create(1, set={"photo": file_value(PHOTO)}), lost=[sha256(PHOTO)])) == ["APPLIED"]
+        assert len(lab.failures()) == 1
+        lab.store.close()
+
+        assert list(verify_store(tmp_path / "store")) == []
+
+    def test_what_is_left_out_and_then_written(self, cabinet: Cabinet) -> None:
+        """What was left out of an operation takes the place of nothing that came since."""
+        offer(cabinet.lab, create(1, set={"photo": file_value(PHOTO)}), lost=[sha256(PHOTO)])
+        cabinet.tenant().update("Task", "t1", {"photo": cabinet.tenant().add_file(OTHER, name="other.jpg")})
+        cabinet.tenant().add_file(PHOTO, name="found.jpg")
+
+        (failure,) = cabinet.lab.failures()
+        with pytest.raises(FailureStale):
+            retry(cabinet, failure)
 
 
 class TestRights:
