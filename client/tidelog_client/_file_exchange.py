@@ -46,6 +46,8 @@ SMALL_UPLOADS_SHARE: Final = 0.25
 SMALL_SILENCE_SECONDS: Final = 3.0
 # How many objects whose contents could not be had are tried again where not all are.
 FAILED_OBJECTS_MAX: Final = 1_000
+# How many objects are asked for a content that is to be uploaded and is not here.
+HOLDERS_MAX: Final = 1_000
 # How many results of downloads are written down together.
 NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
@@ -93,6 +95,9 @@ class FileExchange:
         self._ready: set[Needed] = set()
         self._lost: set[Needed] = set()
         self._waiting: dict[Needed, Uploading] = {}
+        # Of these, what is not here, and comes down before it goes up; and what did once.
+        self._fetching: dict[Needed, Downloading] = {}
+        self._fetched: set[Needed] = set()
         # Why they are not there, of those that were tried.
         self._reasons: dict[Needed, str] = {}
         # What could not be downloaded, and is not tried twice.
@@ -204,12 +209,28 @@ class FileExchange:
                 elif self._files.has_other_size(*one):
                     self._lost.add(one)  # there is no such content
                 else:
-                    self._lose(one, "it is not here any more")
+                    self._miss(one, "it is not here any more")
+
+    def _miss(self, content: Needed, why: str) -> None:
+        """
+        Have a content that is not here come from the server, by what the replica shows; else it is lost.
+
+        The server knows it, perhaps, and does not say so to whom it finds no object that he may read.
+        """
+        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+        self._lacking |= dict.fromkeys(self._files.look_again())
+        holders = () if content in self._fetched else self._files.holders(content.sha256, HOLDERS_MAX)
+        if holders:
+            self._fetched.add(content)
+            self._fetching[content] = Downloading(content, holders)
+            self._waiting[content] = Uploading(content)
+        else:
+            self._lose(content, why)
 
     def _lose(self, content: Needed, why: str) -> None:
         _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
-        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
         self._lost.add(content)
+        self._waiting.pop(content, None)
 
     def _small_uploads(self) -> list[Uploading]:
         """Return what is uploaded before the session: the smallest contents, as far as there is room."""
@@ -225,9 +246,14 @@ class FileExchange:
         return small
 
     def _uploads(self) -> list[Uploading]:
-        """Return what is to be uploaded and was not tried in vain, the smallest first."""
-        untried = (one for content, one in self._waiting.items() if content not in self._reasons)
-        return sorted(untried, key=lambda one: one.content.size)
+        """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""
+        passed_over = self._reasons.keys() | self._fetching.keys()
+        return sorted((one for content, one in self._waiting.items() if content not in passed_over), key=_size)
+
+    def _moves_up(self) -> list[Job]:
+        """Return what is to be uploaded or comes down before, and was not tried in vain, the smallest first."""
+        fetches = (one for content, one in self._fetching.items() if content not in self._reasons)
+        return sorted((*self._uploads(), *fetches), key=_size)
 
     def _planned(self, until: int) -> FilePlan:
         held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
@@ -267,7 +293,7 @@ class FileExchange:
 
     def _begin(self, keys: Collection[ObjectKey] | None) -> bool:
         """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""
-        uploads = self._uploads()
+        uploads = self._moves_up()
         self._jobs.fill(uploads, self._wanted(keys))
         if self._transfers is None:
             if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
@@ -307,7 +333,7 @@ class FileExchange:
         self._is_given_up = True
         left: Counter[str] = Counter()
         for job in self._jobs:
-            if isinstance(job, Downloading):
+            if isinstance(job, Downloading) and job.content not in self._fetching:
                 left.update(entity for entity, _ in job.keys)
         self._jobs.under_way.clear()
         self._report.skipped += [
@@ -340,7 +366,7 @@ class FileExchange:
             wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
         for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
             keys_of_it = [one.key for one in same]
-            if (content := Needed(sha256, size)) not in self._tried:
+            if (content := Needed(sha256, size)) not in self._tried and content not in self._fetching:
                 yield Downloading(content, keys_of_it)
 
     def _wanted_of(self, entity: str) -> Iterator[Missing]:
@@ -354,6 +380,10 @@ class FileExchange:
             self._count_up(result, is_last_try=True)
             return
         (sha256, size), keys = result.job
+        if result.job.content in self._fetching:
+            self._count_fetched(result.job.content, result.error)
+            if result.error is not None:
+                return
         if result.error is None:
             self._report.files_downloaded += not result.was_there
             arrived += [Missing(size, sha256, key) for key in keys]
@@ -363,20 +393,32 @@ class FileExchange:
             failed[sha256] = str(result.error)
         self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys]
 
+    def _count_fetched(self, content: Needed, error: Exception | None) -> None:
+        """Take in how the download of a content ended that is to be uploaded."""
+        if error is None:
+            del self._fetching[content]
+            self._jobs.add(self._waiting[content])
+            self._total_bytes += content.size
+        elif isinstance(error, FileRefused):
+            del self._fetching[content]
+            self._lose(content, f"it is not here any more, and the server does not give it: {error}")
+        else:
+            self._reasons[content] = f"it is not here any more, and could not be downloaded: {error}"
+
     def _count_up(self, result: Result, *, is_last_try: bool) -> None:
         (content, _), error, was_there = result
         if error is None:
             self._report.files_uploaded += not was_there
         elif isinstance(error, ContentLost):
-            self._lose(content, str(error))
+            self._miss(content, str(error))
+            return
         elif not (isinstance(error, FileRefused) and error.is_too_large):
             if is_last_try or not isinstance(error, Transient):
                 self._reasons[content] = str(error)
             self._waiting[content] = Uploading(content)
             return
         self._waiting.pop(content, None)
-        if content not in self._lost:
-            self._ready.add(content)
+        self._ready.add(content)
 
     # --- at the end -----------------------------------------------------------
 
@@ -451,6 +493,10 @@ class _Jobs:
     def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
         """Replace what is left. Both are given with the smallest first; some may be under way."""
         self._left = heapq.merge(uploads, downloads, key=_size)
+
+    def add(self, job: Job) -> None:
+        """Put one more to what is left."""
+        self._left = heapq.merge((job,), self._left, key=_size)
 
     def __iter__(self) -> Self:
         return self

@@ -375,6 +375,18 @@ class Files:
                 if shown and transaction.get(_missing_key(packed, sha256, size), db=self._missing) is not None
             ]
 
+    def holders(self, sha256: bytes, count_max: int) -> list[ObjectKey]:
+        """Return some of the objects by which the server gives a content, as far as the replica knows."""
+        found: list[ObjectKey] = []
+        with self._environment.read() as transaction:
+            for user in scan_keys(transaction, self._users, sha256):
+                key = user[SHA256_BYTES:]
+                if not key.startswith(_OPERATION) and sha256 in _server_references(self._view, transaction, key):
+                    found.append(unpack_object_key(key))
+                    if len(found) >= count_max:
+                        break
+        return found
+
     def failed_objects(self, count_max: int) -> list[ObjectKey]:
         """Return some of the objects that refer to contents which could not be had."""
         found: list[ObjectKey] = []
@@ -544,6 +556,14 @@ def references_of(view: View, transaction: LmdbTransaction, key: bytes) -> Refer
             for one in encoded_file_references(record.attributes).values():
                 found[one.sha256] = (is_shown, one.size)
     return found
+
+
+def _server_references(view: View, transaction: LmdbTransaction, key: bytes) -> set[bytes]:
+    """Return the contents to which an object refers in the server's newest state that is known of it."""
+    record = view.get(transaction, key)
+    if record is None or record.dirty:
+        record = view.base(transaction, key)
+    return set() if record is None else {one.sha256 for one in encoded_file_references(record.attributes).values()}
 
 
 def packed_references(references: References) -> bytes:

@@ -25,6 +25,7 @@ from tidelog import (
     InvalidValue,
     ObjectNotFound,
     Operation,
+    PermissionRefused,
     Unauthenticated,
 )
 from tidelog._contents import Part
@@ -328,6 +329,71 @@ class TestUploading:
         assert server.lost_contents == [sha256(PHOTO)]
         assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "t1")]
         assert (pending(replica), report.applied) == ([], 1)
+
+    @pytest.mark.parametrize("wish", ["eager", "lazy", "never"])
+    def test_what_is_not_here_is_fetched_before_it_is_called_lost(self, folder: Path, wish: str) -> None:
+        """A content that an object shows, and that the server says it lacks, comes down by it and goes up."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.hides.add(server.put(LARGE))
+        with Replica(folder / "a", files={"Task": wish}) as replica:
+            connect(replica, server)
+            receive(replica, task("t1", LARGE))
+            replica.create("Task", {"photo": reference(LARGE)}, "t2")
+            report = replica.synchronize_all()
+            assert [key for _, key, _ in server.downloads] == [("Task", "t1")]
+            assert (server.uploads, server.lost_contents) == ([(sha256(LARGE), 0)], [])
+            assert (report.applied, report.rejected, report.skipped, pending(replica)) == (1, 0, [], [])
+            assert (report.files_downloaded, report.files_uploaded) == (1, 1)
+            assert read(replica, "t1") == LARGE
+            assert list(replica.verify()) == []
+
+    def test_what_no_object_gives_is_lost(self, replica: Replica) -> None:
+        """A content that each object which shows it is asked for in vain is lost; others go on."""
+        server = FileServer()
+        connect(replica, server)
+        for id_ in ("t1", "t2"):
+            receive(replica, task(id_, PHOTO))
+        replica.create("Task", {"photo": reference(PHOTO)}, "t3")
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t4")
+        report = replica.synchronize_unsynchronized()
+        assert [key for _, key, _ in server.downloads][:2] == [("Task", "t1"), ("Task", "t2")]
+        assert server.lost_contents == [sha256(PHOTO)]
+        assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "t3")]
+        assert (report.applied, pending(replica)) == (1, [])
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("error", [Transient("cut again"), DiskFull("no room"), PermissionRefused("not today")])
+    def test_a_download_that_fails_for_now_loses_nothing(self, replica: Replica, error: Exception) -> None:
+        """While a content that is to go up cannot come down, its operation stays pending, and it is tried again."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.hides.add(server.put(PHOTO))
+        connect(replica, server)
+        receive(replica, task("t1", PHOTO))
+        replica.create("Task", {"photo": reference(PHOTO)}, "t2")
+        replica.create("Task", {"n": 1}, "t3")
+
+        def fail(_name: bytes, _position: int) -> None:
+            raise error
+
+        server.on_download = fail
+        report = replica.synchronize_all()
+        assert [one.seq for one in report.skipped if one.reason is SkipReason.FILE_NOT_UPLOADED] == [1]
+        assert (server.lost_contents, report.rejected, report.applied, pending(replica)) == ([], 0, 1, [1])
+        server.on_download = lambda *_: None
+        assert (replica.synchronize_all().applied, pending(replica)) == (1, [])
+
+    def test_a_damaged_content_comes_down_and_goes_up(self, replica: Replica) -> None:
+        """A content that was damaged here, and that an object shows, is fetched before its operation is sent."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.hides.add(server.put(LARGE))
+        connect(replica, server)
+        receive(replica, task("t1", LARGE))
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t2")
+        name = sha256(LARGE).hex()
+        (replica.path / "files" / name[:2] / name[2:4] / name).write_bytes(LARGE[:-1] + b"x")
+        report = replica.synchronize_all()
+        assert (report.applied, report.rejected, server.lost_contents) == (1, 0, [])
+        assert read(replica, "t1") == LARGE
 
     @pytest.mark.parametrize("damaged", [LARGE[:-1] + b"x", LARGE[:-1], LARGE + b"x"])
     def test_a_damaged_content_is_not_uploaded(self, replica: Replica, damaged: bytes) -> None:
