@@ -281,6 +281,8 @@ class FileExchange:
         """
         if self._files.is_idle() and self._transfers is None:
             return False
+        if self._needed_contents(self._until, self._seqs).keys() - self._needed.keys():
+            return True  # the session found out that further operations refer to contents
         failed = () if is_all or selected is not None else self._files.failed_objects(FAILED_OBJECTS_MAX)
         for key in (*(selected or ()), *failed, *self._files.look_again()):
             if not is_all:

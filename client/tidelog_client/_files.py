@@ -265,6 +265,20 @@ class Files:
             transaction.put(pack_position(seq), packed_references(needed), db=self._uploads)
             put_many(transaction, self._users, [(_used_by_operation(sha256, seq), b"") for sha256 in needed])
 
+    def note_late(self, seq: int, data: bytes) -> None:
+        """Note of an operation to be uploaded what was not noted with its commit: by an older version, say."""
+        if not may_refer_to_files(data):
+            return
+        with self._environment.read() as transaction:
+            if transaction.get(pack_position(seq), db=self._uploads) is not None:
+                return
+
+        def work(transaction: LmdbTransaction) -> None:
+            self._note_operation(transaction, seq, data)
+            transaction.put(pack_object_key(*decode_operation(data).key), b"", db=self._marks)
+
+        self._environment.write(work)
+
     def any_uploads(self, transaction: LmdbTransaction) -> bool:
         """Tell whether an operation to be uploaded refers to contents."""
         return transaction.stat(self._uploads)["entries"] > 0

@@ -32,7 +32,17 @@ from tidelog._contents import Part
 from tidelog._keys import pack_position
 from tidelog._operation import decode_operation
 from tidelog.v1 import operation_pb2
-from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, SkipReason, _file_exchange, _transfer
+from tidelog_client import (
+    FileDownload,
+    FileState,
+    Phase,
+    Progress,
+    Replica,
+    SkipReason,
+    _file_exchange,
+    _files,
+    _transfer,
+)
 from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
 from tidelog_client._file_calls import FileRefused
@@ -346,6 +356,35 @@ class TestUploading:
             assert (report.files_downloaded, report.files_uploaded) == (1, 1)
             assert read(replica, "t1") == LARGE
             assert list(replica.verify()) == []
+
+    @pytest.mark.parametrize("mode", ["all", "unsynchronized", "selected"])
+    def test_operations_of_an_older_version_get_their_contents(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, mode: str
+    ) -> None:
+        """What an operation refers to that was committed before files were known goes up, or is lost for good."""
+        server = FileServer()
+        connect(replica, server)
+        value = replica.add_file(PHOTO)
+        with monkeypatch.context() as patch:
+            patch.setattr(_files, "may_refer_to_files", lambda _data: False)
+            replica.create("Task", {"photo": value}, "here")
+            replica.create("Task", {"photo": reference(LARGE)}, "nowhere")
+            replica.create("Task", {"n": 1}, "none")
+        keys = [("Task", "here"), ("Task", "nowhere")]
+        report = {
+            "all": replica.synchronize_all,
+            "unsynchronized": replica.synchronize_unsynchronized,
+            "selected": partial(replica.synchronize_selected, keys),
+        }[mode]()
+        assert server.contents == {sha256(PHOTO): PHOTO}
+        assert server.lost_contents == [sha256(LARGE)]
+        assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "nowhere")]
+        assert (report.applied, report.skipped, pending(replica)) == (
+            2 - (mode == "selected"),
+            [],
+            [3] * (mode == "selected"),
+        )
+        assert list(replica.verify()) == []
 
     def test_what_no_object_gives_is_lost(self, replica: Replica) -> None:
         """A content that each object which shows it is asked for in vain is lost; others go on."""
