@@ -24,7 +24,7 @@ from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
 from tidelog_client._file_wishes import FileMode
-from tidelog_client._files import Missing, Needed
+from tidelog_client._files import Failed, Missing, Needed
 from tidelog_client._plans import Plans
 from tidelog_client._report import Phase, Progress, Skipped, SkipReason
 from tidelog_client._set_aside import SET_ASIDE_FOLDER
@@ -102,6 +102,8 @@ class FileExchange:
         self._reasons: dict[Needed, str] = {}
         # What could not be downloaded, and is not tried twice.
         self._tried: set[Needed] = set()
+        # What came damaged, and is not asked for this time, with the reasons.
+        self._put_off = self._files.put_off()
         self._is_given_up = False
         self._plan = NO_FILES
         self._seqs: Sequence[int] | None = None
@@ -310,7 +312,7 @@ class FileExchange:
     def _go_on(self) -> bool:
         """Take in how transfers ended, until all have, or there is cause for a session; tell whether there is."""
         arrived: list[Missing] = []
-        failed: dict[bytes, str] = {}
+        failed: dict[bytes, Failed] = {}
         try:
             for result in self._results:
                 if result is not None:
@@ -367,16 +369,20 @@ class FileExchange:
             missing = sorted(one for key in keys for one in self._files.missing_of(key))
             wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
         for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
-            keys_of_it = [one.key for one in same]
-            if (content := Needed(sha256, size)) not in self._tried and content not in self._fetching:
-                yield Downloading(content, keys_of_it)
+            job = Downloading(Needed(sha256, size), [one.key for one in same])
+            if job.content in self._tried or job.content in self._fetching:
+                continue
+            if sha256 in self._put_off:
+                self._pass_over(job, f"{self._put_off[sha256]}; it is asked for again later")
+            else:
+                yield job
 
     def _wanted_of(self, entity: str) -> Iterator[Missing]:
         wish = self._wishes.of(entity)
         if wish.mode is FileMode.EAGER:  # else there may be many to look at for nothing
             yield from takewhile(lambda one: wish.wants(one.size), self._files.missing(entity))
 
-    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, str]) -> None:
+    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, Failed]) -> None:
         """Take in how a transfer ended; what is to be noted of a download is put to the rest."""
         if isinstance(result.job, Uploading):
             self._count_up(result, is_last_try=True)
@@ -390,10 +396,14 @@ class FileExchange:
             self._report.files_downloaded += not result.was_there
             arrived += [Missing(size, sha256, key) for key in keys]
             return
-        self._tried.add(result.job.content)
-        if not isinstance(result.error, Transient):
-            failed[sha256] = str(result.error)
-        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys]
+        if result.failed is not None:
+            failed[sha256] = result.failed
+        self._pass_over(result.job, str(result.error))
+
+    def _pass_over(self, job: Downloading, why: str) -> None:
+        """Report what is not downloaded, and do not try it any more."""
+        self._tried.add(job.content)
+        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, why) for key in job.keys]
 
     def _count_fetched(self, content: Needed, error: Exception | None) -> None:
         """Take in how the download of a content ended that is to be uploaded."""

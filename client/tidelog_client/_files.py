@@ -6,7 +6,7 @@ Files: which contents a replica needs, and what is known of them.
     file_users     SHA-256, who               -> nothing: an object, or an operation that is pending or failed
     file_uploads   seq                        -> the contents that an operation to be uploaded refers to
     file_missing   entity NUL size SHA-256 id -> nothing: the view refers to a content that is not here
-    file_states    SHA-256                    -> why the content could not be had
+    file_states    SHA-256                    -> why the content could not be had, and when to ask for it again
     file_garbage   SHA-256                    -> nothing: its last user has gone
 
 The contents lie beside the tables, in `files`. Whoever changes the view or a base leaves
@@ -65,6 +65,10 @@ LOOK_STEP_OBJECTS: Final = 1_000
 COLLECT_STEP_CONTENTS: Final = 1_000
 # How long a content stays that nobody refers to: a program may have put it there to refer to it.
 GRACE_SECONDS: Final = 3600.0
+# How long a content is not asked for after what came of it was damaged for the second time; from then on twice as long
+# each time, up to this. What came the first time may have been of a download that began long ago.
+DAMAGED_SECONDS_FIRST: Final = 600.0
+DAMAGED_SECONDS_MAX: Final = 24 * 3600.0
 # How long a download that nobody goes on with is kept.
 LEFTOVER_SECONDS: Final = 7 * 24 * 3600.0
 
@@ -72,6 +76,8 @@ _LOCK_FILE: Final = "files.lock"
 _CONTENT: Final = struct.Struct(f">B{SHA256_BYTES}sQ")
 _SHOWN: Final = 1
 _SIZE: Final = struct.Struct(">Q")
+# What comes before the reason where damaged bytes came: how many times, and when, in seconds since 1970.
+_DAMAGED: Final = struct.Struct(">xHQ")
 # No name of an entity is empty, so no object key begins like this.
 _OPERATION: Final = b"\0"
 
@@ -104,6 +110,19 @@ class Missing(NamedTuple):
     size: int
     sha256: bytes
     key: ObjectKey
+
+
+class Failed(NamedTuple):
+    """
+    Why a content could not be had.
+
+    Attributes:
+        reason: In a sentence for people.
+        is_damaged: Whether bytes came, and in vain: they are not the content.
+    """
+
+    reason: str
+    is_damaged: bool = False
 
 
 class FileMarks:
@@ -221,7 +240,19 @@ class Files:
         """Return why a content could not be had, or None."""
         with self._environment.read() as transaction:
             value = transaction.get(sha256, db=self._states)
-        return None if value is None else value.decode(errors="replace")
+        return None if value is None else _unpacked_state(value)[2]
+
+    def put_off(self) -> dict[bytes, str]:
+        """Return the contents that are not to be asked for yet, because what came of them was damaged, and why."""
+        now = time.time()
+        found = {}
+        with self._environment.read() as transaction:
+            for sha256, value in transaction.cursor(self._states):
+                count, at, reason = _unpacked_state(value)
+                pause = min(DAMAGED_SECONDS_FIRST * 2.0 ** (count - 2), DAMAGED_SECONDS_MAX) if count > 1 else 0.0
+                if at <= now < at + pause:
+                    found[sha256] = reason
+        return found
 
     def note_gone(self, sha256: bytes, folder: Path) -> None:
         """Note that a content is not here, or damaged: then what is left of it is moved to a folder."""
@@ -425,7 +456,7 @@ class Files:
                 more = cursor.set_range(entity + b"\1")
         return found
 
-    def note_arrived(self, arrived: Collection[Missing], failed: Mapping[bytes, str]) -> None:
+    def note_arrived(self, arrived: Collection[Missing], failed: Mapping[bytes, Failed]) -> None:
         """Note which contents are here now, and why others could not be had."""
         if not arrived and not failed:
             return
@@ -434,8 +465,12 @@ class Files:
             for one in arrived:
                 transaction.delete(_missing_key(pack_object_key(*one.key), one.sha256, one.size), db=self._missing)
                 transaction.delete(one.sha256, db=self._states)
-            for sha256, reason in failed.items():
-                transaction.put(sha256, reason.encode(errors="replace"), db=self._states)
+            for sha256, why in failed.items():
+                value = why.reason.encode(errors="replace")
+                if why.is_damaged:
+                    count, _, _ = _unpacked_state(transaction.get(sha256, b"", db=self._states))
+                    value = _DAMAGED.pack(min(count + 1, 1_000), max(0, int(time.time()))) + value
+                transaction.put(sha256, value, db=self._states)
 
         self._environment.write(work)
 
@@ -592,6 +627,13 @@ def _unpacked(packed: bytes) -> References:
         return {sha256: (bool(flags & _SHOWN), size) for flags, sha256, size in _CONTENT.iter_unpack(packed)}
     except struct.error as error:
         raise damaged("what is known of the files of an object or operation") from error
+
+
+def _unpacked_state(value: bytes) -> tuple[int, int, str]:
+    """Return how many times damaged bytes of a content came, when that was, and why it could not be had."""
+    is_damaged = value.startswith(b"\0") and len(value) >= _DAMAGED.size
+    count, at = _DAMAGED.unpack_from(value) if is_damaged else (0, 0)
+    return count, at, value[_DAMAGED.size if is_damaged else 0 :].decode(errors="replace")
 
 
 def _used_by_operation(sha256: bytes, seq: int) -> bytes:

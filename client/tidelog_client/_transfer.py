@@ -27,6 +27,7 @@ from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
+from tidelog_client._files import Failed
 
 if TYPE_CHECKING:
     from tidelog._channel import Metadata
@@ -106,6 +107,13 @@ class Result(NamedTuple):
     job: Job
     error: Exception | None = None
     was_there: bool = False
+
+    @property
+    def failed(self) -> Failed | None:
+        """What is to be noted of a content that could not be had; None if it is here, or was given up for now."""
+        if self.error is None or isinstance(self.error, Transient):
+            return None
+        return Failed(str(self.error), isinstance(self.error, FileRefused) and self.error.is_damaged)
 
 
 class Moved(NamedTuple):
@@ -425,7 +433,7 @@ class Transfers:
                 part.discard()
                 raise
             except ContentCorrupt as error:
-                raise FileRefused(f"the server sent another content: {error}") from error
+                raise FileRefused(f"the server sent another content: {error}", is_damaged=True) from error
             finally:
                 part.close()
         return False
@@ -433,17 +441,20 @@ class Transfers:
     def _fill(self, part: Part, job: Downloading, metadata: Metadata, tell: Callable[[Any], None]) -> None:
         sha256, size = job.content
         for place, key in enumerate(job.keys, start=1):
+            begun = part.size
             try:
                 for chunk in self._calls.download(metadata, sha256, key, part.size):
                     if self._is_over:
                         raise Transient("given up for now")
                     if part.size + len(chunk) > size:
-                        part.discard()
                         raise FileRefused(f"the server sent more than the {size} bytes that it should have")
                     part.append(chunk)
                     tell(Moved(part.size, len(chunk)))
                 break
-            except FileRefused:
+            except FileRefused as error:
+                if part.size > begun:  # what came is to be trusted as little as what did not
+                    part.discard()
+                    raise FileRefused(str(error), is_damaged=True) from error
                 if place == len(job.keys):
                     raise
         if part.size < size:

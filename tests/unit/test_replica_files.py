@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lmdb
@@ -371,11 +374,10 @@ class TestUploading:
             replica.create("Task", {"photo": reference(LARGE)}, "nowhere")
             replica.create("Task", {"n": 1}, "none")
         keys = [("Task", "here"), ("Task", "nowhere")]
-        report = {
-            "all": replica.synchronize_all,
-            "unsynchronized": replica.synchronize_unsynchronized,
-            "selected": partial(replica.synchronize_selected, keys),
-        }[mode]()
+        if mode == "selected":
+            report = replica.synchronize_selected(keys)
+        else:
+            report = replica.synchronize_all() if mode == "all" else replica.synchronize_unsynchronized()
         assert server.contents == {sha256(PHOTO): PHOTO}
         assert server.lost_contents == [sha256(LARGE)]
         assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "nowhere")]
@@ -685,6 +687,84 @@ class TestDownloading:
         server.pages = ()
         while replica.synchronize_all().skipped:
             assert wrong == b"less", "only a part that is broken takes another try"
+        assert read(replica) == LARGE
+
+    def test_what_comes_damaged_is_not_asked_for_each_time(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A content that comes damaged again and again is asked for after longer and longer, reported each time."""
+        now = time.time()
+        monkeypatch.setattr(_files, "time", SimpleNamespace(time=lambda: now))
+        monkeypatch.setattr(_files, "DAMAGED_SECONDS_MAX", 3000.0)
+        server = FileServer(pages=[page(task("t1", LARGE), task("t2", PHOTO))])
+        server.put(PHOTO)
+        server.gives[sha256(LARGE)] = LARGE[:-1] + b"x"
+        connect(replica, server)
+        asked_at = []
+        start = now
+        while now < start + 5 * 3600:
+            server.downloads.clear()
+            report = replica.synchronize_all()
+            assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_DOWNLOADED, "t1")]
+            assert "another content" in report.skipped[0].message
+            assert replica.file_state("Task", "t1", "photo") is FileState.FAILED
+            if any(name == sha256(LARGE) for name, _, _ in server.downloads):
+                asked_at.append(now)
+            now += 300
+        pauses = [after - before for before, after in pairwise(asked_at)]
+        assert pauses == [300, 600, 1200, 2400, *[3000] * (len(pauses) - 4)]
+        assert len(pauses) > 5
+        server.gives.clear()
+        server.put(LARGE)
+        now += _files.DAMAGED_SECONDS_MAX
+        assert replica.synchronize_all().skipped == []
+        assert read(replica) == LARGE
+
+    def test_who_opens_what_came_damaged_asks_at_once(self, replica: Replica) -> None:
+        """A content that is put off comes when somebody opens it, and then is here for everybody."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.gives[sha256(LARGE)] = LARGE[:-1] + b"x"
+        connect(replica, server)
+        replica.synchronize_all()
+        with pytest.raises(FileUnavailable, match="another content"):
+            read(replica)
+        server.downloads.clear()
+        assert [one.id for one in replica.synchronize_all().skipped] == ["t1"]
+        assert server.downloads == []
+        server.gives.clear()
+        server.put(LARGE)
+        assert read(replica) == LARGE
+        assert replica.synchronize_all().skipped == []
+
+    def test_a_server_that_says_something_else_is_asked_again(self, replica: Replica) -> None:
+        """What the server says that it lost is asked for each time, however often it came damaged before."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.gives[sha256(LARGE)] = LARGE[:-1] + b"x"
+        connect(replica, server)
+        replica.synchronize_all()
+        server.gives.clear()
+        for _ in range(3):
+            assert [one.message for one in replica.synchronize_all().skipped] == ["FILE_LOST"]
+        server.put(LARGE)
+        assert replica.synchronize_all().skipped == []
+
+    def test_what_comes_before_a_refusal_is_not_kept(self, replica: Replica) -> None:
+        """Bytes of a content that the server takes back in the middle are not gone on from."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.gives[sha256(LARGE)] = b"x" * len(LARGE)
+
+        def refuse(_name: bytes, position: int) -> None:
+            if position == 5 * CHUNK_BYTES:
+                raise FileRefused("FILE_LOST")
+
+        server.on_download = refuse
+        connect(replica, server)
+        assert [one.message for one in replica.synchronize_all().skipped] == ["FILE_LOST"]
+        assert [name for name in parts_of(replica) if not name.endswith(".lock")] == []
+        server.on_download = lambda *_: None
+        server.gives.clear()
+        server.put(LARGE)
+        assert replica.synchronize_all().skipped == []
         assert read(replica) == LARGE
 
     def test_more_than_there_should_be_is_not_taken(self, replica: Replica) -> None:
