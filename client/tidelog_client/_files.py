@@ -24,11 +24,13 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
+import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 from uuid import uuid4
 
 from filelock import FileLock
@@ -57,8 +59,6 @@ if TYPE_CHECKING:
 
     from tidelog._environment import Environment, LmdbTransaction
     from tidelog_client._view import View
-
-T = TypeVar("T")
 
 FOLDER: Final = "files"
 LOOK_STEP_OBJECTS: Final = 1_000
@@ -178,6 +178,7 @@ class Files:
         self._missing = database("file_missing")
         self._states = database("file_states")
         self._garbage = database("file_garbage")
+        self._moving = threading.Lock()
 
     # --- contents -------------------------------------------------------------
 
@@ -187,21 +188,14 @@ class Files:
         try:
             while chunk := source.read(READ_BYTES):
                 part.append(chunk)
-            return self._uncollected(part.complete)
+            return part.complete(alone=self._not_collecting())
         except BaseException:
             part.discard()
             raise
 
     def adopt(self, part: Part, sha256: bytes, size: int) -> None:
         """Make a downloaded part a content, which no program is about to refer to. Raises ContentCorrupt."""
-
-        def work() -> None:
-            is_new = self.contents.size(sha256) is None
-            part.complete(sha256, size)
-            if is_new:
-                self.contents.renew(sha256, 0.0)
-
-        self._uncollected(work)
+        part.complete(sha256, size, alone=self._not_collecting(), at=0.0)
 
     def has(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here."""
@@ -266,7 +260,8 @@ class Files:
 
         self._environment.write(work)
 
-    def _uncollected(self, work: Callable[[], T]) -> T:
+    @contextmanager
+    def _not_collecting(self) -> Iterator[None]:
         """
         Do something while no content is deleted, by whatever process; or delete some while nobody does that.
 
@@ -274,8 +269,10 @@ class Files:
         """
         lock = FileLock(self._environment.path / _LOCK_FILE, is_singleton=False)
         try:
-            lock.acquire()
-            return work()
+            # Who waits for another process asks now and then; threads of this one would wait for each other like that.
+            with self._moving:
+                lock.acquire()
+                yield
         finally:
             try:
                 lock.release()
@@ -485,8 +482,8 @@ class Files:
                 # What was marked since may be a new user.
                 if not transaction.stat(self._garbage)["entries"] or transaction.stat(self._marks)["entries"]:
                     return count
-            step = partial(self._environment.write, partial(self._collect, start=start))
-            deleted, start = self._uncollected(step)
+            with self._not_collecting():
+                deleted, start = self._environment.write(partial(self._collect, start=start))
             count += deleted
             if not start:
                 return count
@@ -509,6 +506,7 @@ class Files:
                     continue
                 self.contents.delete(sha256)
                 self.contents.part(sha256.hex()).discard()
+                turn_path(self.contents.part(sha256.hex())).unlink(missing_ok=True)
                 transaction.delete(sha256, db=self._states)
                 count += content is not None
             found = cursor.delete() and bool(cursor.key())
@@ -590,6 +588,11 @@ class Files:
 
 # The contents that an object refers to: SHA-256 to whether its view does, and the size.
 References = dict[bytes, tuple[bool, int]]
+
+
+def turn_path(part: Part) -> Path:
+    """Return the file whose lock says who writes a part."""
+    return Path(f"{part.path}.lock")
 
 
 def set_references(data: bytes) -> list[FileReference]:

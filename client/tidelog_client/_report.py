@@ -128,8 +128,9 @@ class Report:
         reoffered: Operations that had been settled, that the server had lost, and that it settled anew.
         files_uploaded: Contents of files that were uploaded.
         files_downloaded: Contents of files that were downloaded.
-        file_bytes_sent: Bytes of contents that were sent.
-        file_bytes_received: Bytes of contents that were received.
+        file_bytes_sent: Bytes of contents that were handed to the network, whether or not the server got them:
+            what a cut took with it counts each time it was sent.
+        file_bytes_received: Bytes of contents that came, what had to be thrown away included.
     """
 
     applied: int = 0

@@ -16,7 +16,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Self, TypeAlias
 
 from filelock import FileLock, Timeout
@@ -27,7 +26,7 @@ from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
-from tidelog_client._files import Failed
+from tidelog_client._files import Failed, turn_path
 
 if TYPE_CHECKING:
     from tidelog._channel import Metadata
@@ -471,7 +470,7 @@ class _Turn:
 
     def __init__(self, part: Part, is_over: Callable[[], bool], tell: Callable[[Any], None]) -> None:
         self._part = part
-        self._path = Path(f"{part.path}.lock")
+        self._path = turn_path(part)
         self._is_over = is_over
         self._tell = tell
         self._lock = FileLock(self._path, is_singleton=False)

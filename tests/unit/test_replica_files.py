@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import threading
@@ -106,6 +107,13 @@ def age(replica: Replica) -> None:
         replica._storage.files.contents.renew(one, 1.0)
 
 
+def closed_stream() -> io.BytesIO:
+    """Return a stream that cannot be read any more."""
+    stream = io.BytesIO(PHOTO)
+    stream.close()
+    return stream
+
+
 def pending(replica: Replica) -> list[int]:
     """Return the seqs of what is pending."""
     return [one.operation.seq for one in replica.pending()]
@@ -146,7 +154,7 @@ class TestAttaching:
         assert pending(replica) == [1]
         assert replica.file_state("Task", "t1", "photo") is None
 
-    @pytest.mark.parametrize("source", [17, io.StringIO("text"), "no such file", "a\0b"])
+    @pytest.mark.parametrize("source", [17, io.StringIO("text"), "no such file", "a\0b", closed_stream()])
     def test_what_is_no_file_is_refused(self, replica: Replica, source: Any) -> None:
         """What is no file, and what cannot be read, is a typed error, and leaves nothing."""
         replica.create("Task", {}, "t1")
@@ -598,6 +606,25 @@ class TestDownloading:
         report = replica.synchronize_all()
         assert (report.files_downloaded, len(server.downloads)) == (0, 2)
 
+    def test_nobody_waits_while_a_content_is_hashed(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a large content that came is looked through, a program attaches another one."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.put(LARGE)
+        connect(replica, server)
+        digest = hashlib.file_digest
+        attached: list[dict[str, Any]] = []
+
+        def hashed(file: Any, name: str) -> Any:
+            if os.fstat(file.fileno()).st_size == len(LARGE) and not attached:
+                with ThreadPoolExecutor(1) as pool:
+                    attached.append(pool.submit(replica.add_file, PHOTO).result(timeout=30))
+            return digest(file, name)
+
+        monkeypatch.setattr(hashlib, "file_digest", hashed)
+        assert replica.synchronize_all().skipped == []
+        assert attached
+        assert read(replica) == LARGE
+
     def test_a_content_that_is_here_is_not_asked_for(self, replica: Replica) -> None:
         """A content that the replica has already, whatever for, does not travel."""
         server = FileServer(pages=[page(task("t2", PHOTO))])
@@ -954,6 +981,7 @@ class TestRemoval:
         server.pages = [page(removals=[("Task", "t2", 102)])]
         replica.synchronize_all()
         assert contents_of(replica) == {}
+        assert [one.name for one in (replica.path / "files").iterdir()] == ["incoming"]
 
     def test_a_content_that_changes_hands_stays(self, replica: Replica) -> None:
         """A content whose last object goes while another one comes that refers to it is not downloaded again."""
