@@ -153,17 +153,20 @@ class FileExchange:
         unknown = self._unknown()
         small = self._small_uploads()
         if unknown or small:
-            if self._transfers is None:
-                self._done_bytes = 0
-            self._begin_progress(self._done_bytes)
             patience = Patience(self._end, SMALL_SILENCE_SECONDS)
             patience.limit(min(SMALL_UPLOADS_SECONDS, patience.time_left() * SMALL_UPLOADS_SHARE))
             with Transfers(self._files, self._caller, patience, self._moved) as transfers:
                 self._ask(transfers, unknown)
                 small = self._small_uploads()
-                self._total_bytes = self._done_bytes + sum(map(_size, small))
-                for result in filter(None, transfers.run(iter(small))):
-                    self._count_up(result, is_last_try=False)
+                self._jobs.under_way |= {one.content: 0 for one in small}
+                self._expect(self._jobs.left_bytes)
+                try:
+                    for result in filter(None, transfers.run(iter(small))):
+                        self._take_out(result)
+                        self._count_up(result, is_last_try=False)
+                finally:
+                    for one in small:
+                        self._jobs.under_way.pop(one.content, None)
         self._plan = self._planned(until)
         self._ready_count = len(self._ready) + len(self._lost)
         return self._plan
@@ -302,11 +305,10 @@ class FileExchange:
         if self._transfers is None:
             if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
                 return False
-            self._done_bytes = 0
             self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
             self._results = self._transfers.run(self._jobs)
         left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
-        self._begin_progress(self._done_bytes + left_bytes - sum(self._jobs.under_way.values()))
+        self._expect(left_bytes - sum(self._jobs.under_way.values()))
         return True
 
     def _go_on(self) -> bool:
@@ -316,7 +318,7 @@ class FileExchange:
         try:
             for result in self._results:
                 if result is not None:
-                    del self._jobs.under_way[result.job.content]
+                    self._take_out(result)
                     self._count(result, arrived, failed)
                 if len(arrived) + len(failed) >= NOTED_AT_ONCE:
                     self._files.note_arrived(arrived, failed)
@@ -475,16 +477,28 @@ class FileExchange:
 
     # --- transfers ------------------------------------------------------------
 
-    def _begin_progress(self, total_bytes: int) -> None:
-        self._total_bytes = total_bytes
-        self._on_progress(Progress(Phase.FILES, self._done_bytes, total_bytes))
+    def _expect(self, left_bytes: int) -> None:
+        """Tell that so many bytes are to come, at the least. What is done stays so, and there was never less to do."""
+        if left_bytes:
+            self._total_bytes = max(self._total_bytes, self._done_bytes + left_bytes)
+            self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
+
+    def _take_out(self, result: Result) -> None:
+        """Take a transfer from what is under way. Of one that is refused nothing is to come any more."""
+        there_bytes = self._jobs.under_way.pop(result.job.content, 0)
+        if result.error is not None and not isinstance(result.error, Transient):
+            self._done_bytes += result.job.content.size - there_bytes
+            self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
 
     def _moved(self, job: Job, more_bytes: int, sent_bytes: int) -> None:
         if isinstance(job, Uploading):
             self._report.file_bytes_sent += sent_bytes
         else:
             self._report.file_bytes_received += sent_bytes
-        self._done_bytes += more_bytes
+        if more_bytes >= 0:
+            self._done_bytes += more_bytes
+        else:
+            self._total_bytes -= more_bytes  # they go once more
         if job.content in self._jobs.under_way:
             self._jobs.under_way[job.content] += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
@@ -501,6 +515,11 @@ class _Jobs:
     def __init__(self) -> None:
         self.under_way: dict[Needed, int] = {}
         self._left: Iterator[Job] = iter(())
+
+    @property
+    def left_bytes(self) -> int:
+        """How many bytes of what is under way are not there yet."""
+        return sum(content.size - there for content, there in self.under_way.items())
 
     def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
         """Replace what is left. Both are given with the smallest first; some may be under way."""

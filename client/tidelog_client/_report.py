@@ -194,7 +194,7 @@ class Progress:
     Attributes:
         phase: What is being done.
         done: Operations or objects done in this phase; of files, bytes.
-        total: How many there are, or None if that is not known.
+        total: How many there are, or None if that is not known. Of files it may grow, and never falls.
     """
 
     phase: Phase

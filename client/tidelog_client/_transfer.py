@@ -351,7 +351,6 @@ class Transfers:
             attempts.error = error
             self._metadata = None
             return None
-        self._on_moved(attempts.job, -attempts.position, 0)
         if not isinstance(error, Exception):
             raise error
         if not isinstance(error, FileRefused | ContentLost | TidelogError):

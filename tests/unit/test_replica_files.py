@@ -585,6 +585,39 @@ class TestUploading:
         assert files == sorted(files)
         assert len(files) > 5
 
+    def test_progress_only_grows(self, replica: Replica, small: None) -> None:
+        """Through all sessions, cuts and refusals neither what is done nor what there is to do falls; both meet."""
+        refused, missed = os.urandom(3 * CHUNK_BYTES), os.urandom(2 * CHUNK_BYTES)
+        server = FileServer(pages=[page(task("t5", LARGER), task("t6", refused), task("t7", missed))])
+        server.put(LARGER)
+        server.put(missed)
+        connect(replica, server)
+        for id_, content in (("t1", PHOTO), ("t2", LARGE), ("t3", b"small")):
+            replica.create("Task", {"photo": replica.add_file(content)}, id_)
+        receive(replica, task("t7", missed))
+        server.hides.add(sha256(missed))
+        replica.create("Task", {"photo": reference(missed)}, "t4")
+        cuts = {sha256(PHOTO): [0], sha256(LARGE): [5 * CHUNK_BYTES, 8 * CHUNK_BYTES], sha256(LARGER): [CHUNK_BYTES]}
+
+        def cut(name: bytes, position: int) -> None:
+            if cuts.get(name, [-1])[:1] == [position]:
+                cuts[name].pop(0)
+                server.parts[name] = server.parts.get(name, b"")[: position // 2]
+                raise Transient("cut")
+
+        server.on_upload = server.on_download = cut
+        server.gives[sha256(refused)] = refused[:-1] + b"x"
+        told: list[Progress] = []
+        report = replica.synchronize_all(on_progress=told.append)
+        assert not any(cuts.values())
+        assert (report.applied, [one.id for one in report.skipped]) == (4, ["t6"])
+        files = [(one.done, one.total) for one in told if one.phase is Phase.FILES]
+        assert files[0][0] == 0
+        for part in zip(*files, strict=True):
+            assert list(part) == sorted(part)
+        assert all(total is not None and done <= total for done, total in files)
+        assert files[-1][0] == files[-1][1]
+
 
 class TestDownloading:
     """Contents on their way to the replica."""
