@@ -42,6 +42,10 @@ TRANSFERS_AT_ONCE: Final = 4
 QUICK_SECONDS: Final = 1.0
 # What an upload sends at a time. What a cut in the middle takes with it is sent again.
 UPLOAD_CHUNK_BYTES: Final = FILE_CHUNK_BYTES // 4
+# How much of a content goes twice in one synchronization, as often as the content and in bytes, whichever is more: a
+# server that lets go of what it got, again and again, gets no more of it this time.
+RESENT_SHARE_MAX: Final = 2.0
+RESENT_BYTES_MAX: Final = 16 * 1024 * 1024
 # How many contents wait at the most to be tried again; meanwhile no others are begun.
 RETRIES_MAX: Final = 1_000
 # Without progress of any transfer for so long, the rest is given up for now.
@@ -197,6 +201,7 @@ class _Attempts:
     backoff: float = _BACKOFF_SECONDS_FIRST
     position: int = 0
     farthest: int = -1
+    resent: int = 0
     error: Exception = field(default_factory=lambda: Transient("there was no time left"))
 
 
@@ -324,6 +329,7 @@ class Transfers:
 
     def _moved(self, attempts: _Attempts, moved: Moved) -> None:
         self._on_moved(attempts.job, moved.position - attempts.position, moved.byte_count)
+        attempts.resent += max(0, attempts.position - moved.position)
         attempts.position = moved.position
         if moved.position > attempts.farthest:
             if attempts.farthest >= 0:
@@ -350,6 +356,9 @@ class Transfers:
         if isinstance(error, Transient | Unauthenticated):
             attempts.error = error
             self._metadata = None
+            if attempts.resent > max(RESENT_BYTES_MAX, RESENT_SHARE_MAX * attempts.job.content.size):
+                why = f"what had come of it was lost again and again, {attempts.resent} bytes: {error}"
+                return Result(attempts.job, Transient(why))
             return None
         if not isinstance(error, Exception):
             raise error

@@ -312,6 +312,31 @@ class TestUploading:
         assert report.file_bytes_sent <= len(LARGE)
         assert pending(replica) == []
 
+    def test_a_server_that_lets_go_of_what_it_got_does_not_get_it_for_ever(
+        self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A content of which the server keeps nothing, and says to come again, is sent some times, and reported."""
+        monkeypatch.setattr(_transfer, "RESENT_BYTES_MAX", 0)
+        monkeypatch.setattr(_transfer, "_BACKOFF_SECONDS_MAX", 0.001)
+        monkeypatch.setattr(_transfer, "_BACKOFF_SECONDS_FIRST", 0.001)
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+
+        def discard(name: bytes, position: int) -> None:
+            assert len(server.uploads) < 20
+            if position > 8 * CHUNK_BYTES:
+                server.parts[name] = b""
+                raise Transient("full just now", retry_after_seconds=0.0)
+
+        server.on_upload = discard
+        report = replica.synchronize_all()
+        assert len(server.uploads) == 4
+        assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, 1)]
+        assert "again and again" in report.skipped[0].message
+        server.on_upload = lambda *_: None
+        assert (replica.synchronize_all().applied, pending(replica)) == (1, [])
+
     @pytest.mark.usefixtures("impatient")
     def test_what_cannot_be_uploaded_stays_pending(self, replica: Replica) -> None:
         """Operations whose content cannot be uploaded stay pending and are reported; everything else goes on."""
@@ -585,8 +610,10 @@ class TestUploading:
         assert files == sorted(files)
         assert len(files) > 5
 
-    def test_progress_only_grows(self, replica: Replica, small: None) -> None:
+    def test_progress_only_grows(self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """Through all sessions, cuts and refusals neither what is done nor what there is to do falls; both meet."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TRANSFERS_AT_ONCE", 1)
         refused, missed = os.urandom(3 * CHUNK_BYTES), os.urandom(2 * CHUNK_BYTES)
         server = FileServer(pages=[page(task("t5", LARGER), task("t6", refused), task("t7", missed))])
         server.put(LARGER)
@@ -600,17 +627,18 @@ class TestUploading:
         cuts = {sha256(PHOTO): [0], sha256(LARGE): [5 * CHUNK_BYTES, 8 * CHUNK_BYTES], sha256(LARGER): [CHUNK_BYTES]}
 
         def cut(name: bytes, position: int) -> None:
+            if name == sha256(LARGE) and position == 0 and not replica.get("Task", "late"):
+                replica.create("Task", {"photo": replica.add_file(b"late")}, "late")
             if cuts.get(name, [-1])[:1] == [position]:
                 cuts[name].pop(0)
                 server.parts[name] = server.parts.get(name, b"")[: position // 2]
                 raise Transient("cut")
 
         server.on_upload = server.on_download = cut
-        server.gives[sha256(refused)] = refused[:-1] + b"x"
         told: list[Progress] = []
         report = replica.synchronize_all(on_progress=told.append)
         assert not any(cuts.values())
-        assert (report.applied, [one.id for one in report.skipped]) == (4, ["t6"])
+        assert (report.applied, [one.id for one in report.skipped]) == (5, ["t6"])
         files = [(one.done, one.total) for one in told if one.phase is Phase.FILES]
         assert files[0][0] == 0
         for part in zip(*files, strict=True):
