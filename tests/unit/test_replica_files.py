@@ -1044,6 +1044,16 @@ class TestRemoval:
         assert contents_of(replica) == {}
         assert [one.name for one in (replica.path / "files").iterdir()] == ["incoming"]
 
+    def test_what_was_never_had_leaves_nothing(self, replica: Replica) -> None:
+        """When the object goes whose content could not be had, nothing of the tries stays."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = [page(removals=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert parts_of(replica) == []
+        assert replica._storage.files.reason(sha256(PHOTO)) is None
+
     def test_a_content_that_changes_hands_stays(self, replica: Replica) -> None:
         """A content whose last object goes while another one comes that refers to it is not downloaded again."""
         server = FileServer(pages=[page(task("t1", PHOTO))])
