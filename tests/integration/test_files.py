@@ -211,6 +211,26 @@ def test_a_content_that_the_server_lost_is_had_again(world: World) -> None:
     assert read(replica, "t1") == PHOTO
 
 
+@pytest.mark.parametrize("loss", ["deleted", "shorter"])
+def test_who_has_what_the_server_lost_brings_it_back(world: World, loss: str) -> None:
+    """A device that has a content which the server lost, and refers to it once more, uploads it for everybody."""
+    author, replica = world.replica("author"), world.replica()
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.synchronize_all()
+    (path,) = (world.folder / "server" / "files").rglob(_hash(PHOTO).hex())
+    if loss == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(PHOTO[:-1])
+    assert [one.id for one in replica.synchronize_all().skipped] == ["t1"]
+    found = author.get("Task", "t1")
+    assert found is not None
+    author.create("Task", {"photo": found["photo"]}, "t2")
+    assert author.synchronize_all().files_uploaded == 1
+    assert replica.synchronize_all().skipped == []
+    assert read(replica, "t1") == PHOTO
+
+
 def test_contents_leave_with_their_objects(world: World) -> None:
     """When an object is deleted elsewhere its content leaves the device; one that another object has stays."""
     author, replica = world.replica("author"), world.replica()
