@@ -51,6 +51,7 @@ class FileServer(ServerEnd):
         on_upload: Called with hash and position before each chunk is taken; may wait, or raise to cut it.
         on_download: The same, before each chunk is sent.
         gives: What it sends in place of a content, by hash.
+        hides: Contents that it says it does not have until they are uploaded, though it gives them by an object.
     """
 
     contents: dict[bytes, bytes] = field(default_factory=dict)
@@ -64,11 +65,16 @@ class FileServer(ServerEnd):
     on_upload: Callable[[bytes, int], object] = lambda _sha256, _position: None
     on_download: Callable[[bytes, int], object] = lambda _sha256, _position: None
     gives: dict[bytes, bytes] = field(default_factory=dict)
+    hides: set[bytes] = field(default_factory=set)
 
     def put(self, data: bytes) -> bytes:
         """Have a content, as if somebody else had uploaded it."""
         self.contents[sha256(data)] = data
         return sha256(data)
+
+    def shows(self, name: bytes) -> bool:
+        """Tell whether operations may refer to a content."""
+        return name in self.contents and name not in self.hides
 
     def answer(self, request: sync_pb2.SynchronizeRequest) -> list[sync_pb2.SynchronizeResponse]:
         """Answer one message."""
@@ -82,7 +88,7 @@ class FileServer(ServerEnd):
         results = []
         for operation in operations:
             needed = [one for _, one in file_references(operation.decoded_patch().set)]
-            missing = [one for one in needed if one.sha256 not in self.contents]
+            missing = [one for one in needed if not self.shows(one.sha256)]
             if any(one.size > self.size_max for one in needed):
                 results.append(self._refused(operation, operation_pb2.FAILURE_REASON_TOO_LARGE))
             elif any(one.sha256 in self.lost_contents for one in missing):
@@ -162,7 +168,7 @@ class Calls:
         return [self._status(one) for one in contents]
 
     def _status(self, one: Needed) -> ContentStatus:
-        if one.sha256 in self._server.contents:
+        if self._server.shows(one.sha256):
             return ContentStatus(Presence.PRESENT)
         if one.size > self._server.size_max:
             return ContentStatus(Presence.TOO_LARGE)
@@ -184,6 +190,7 @@ class Calls:
         if sha256(part) != name:
             raise FileRefused("FILE_CORRUPT")
         server.contents[name] = part
+        server.hides.discard(name)
 
     def download(self, _metadata: object, name: bytes, key: ObjectKey, offset: int) -> Iterator[bytes]:
         """See `FileCalls`."""

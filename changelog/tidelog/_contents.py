@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 from uuid import uuid4
@@ -30,6 +30,7 @@ READ_BYTES: Final = 1024 * 1024
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _INCOMING: Final = "incoming"
+_NOBODY_MINDS: Final = nullcontext()
 
 
 class Content(NamedTuple):
@@ -116,11 +117,13 @@ class ContentDirectory:
             if self.size(sha256) is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._path(sha256).replace(target)
+                self._remove_folders(sha256)
 
     def delete(self, sha256: bytes) -> None:
         """Delete a content, if it is there. Who has it open can read on."""
         with _storage_errors(self.path):
             self._path(sha256).unlink(missing_ok=True)
+            self._remove_folders(sha256)
 
     def contents(self) -> Iterator[Content]:
         """Iterate over the contents, in no order. What comes or goes meanwhile may be missed."""
@@ -147,13 +150,22 @@ class ContentDirectory:
         name = sha256.hex()
         return self.path / name[:2] / name[2:4] / name
 
-    def _adopt(self, path: Path, content: Content) -> None:
+    def _adopt(self, path: Path, content: Content, alone: AbstractContextManager[object], at: float | None) -> None:
         """Move a file that is on disk to its place, instead of what is there: it may be damaged."""
         target = self._path(content.sha256)
         _make_durably(target.parent)
-        os.utime(path)  # it is young, however long ago its last byte came
-        path.replace(target)
-        _sync_directory(target.parent)
+        with alone:
+            os.utime(path, None if at is None or target.exists() else (at, at))
+            _replace(path, target)
+        with suppress(FileNotFoundError):  # deleted already
+            _sync_directory(target.parent)
+
+    def _remove_folders(self, sha256: bytes) -> None:
+        """Remove the folders of a content that is gone, if nothing else is in them."""
+        folder = self._path(sha256).parent
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 class Part:
@@ -164,7 +176,9 @@ class Part:
         path: Its file.
     """
 
-    def __init__(self, path: Path, adopt: Callable[[Path, Content], None]) -> None:
+    def __init__(
+        self, path: Path, adopt: Callable[[Path, Content, AbstractContextManager[object], float | None], None]
+    ) -> None:
         self.path = path
         self._adopt = adopt
         self._file: BinaryIO | None = None
@@ -196,13 +210,22 @@ class Part:
             self._file.close()
             self._file = None
 
-    def complete(self, sha256: bytes | None = None, size: int | None = None) -> Content:
+    def complete(
+        self,
+        sha256: bytes | None = None,
+        size: int | None = None,
+        *,
+        alone: AbstractContextManager[object] = _NOBODY_MINDS,
+        at: float | None = None,
+    ) -> Content:
         """
         Make what has come a content. Returns once it is on disk.
 
         Args:
             sha256: What its hash must be. None: whatever it is.
             size: What its length must be. None: whatever it is.
+            alone: Entered when it is put in its place: what takes long is done by then.
+            at: The time that it gets if it was not there. None, or if it was: now.
 
         Raises:
             ContentCorrupt: It is something else. The part is deleted.
@@ -218,7 +241,7 @@ class Part:
                 self.discard()
                 raise ContentCorrupt(f"{found.st_size} bytes with the SHA-256 {digest.hex()}")
             content = Content(digest, found.st_size, found.st_mtime)
-            self._adopt(self.path, content)
+            self._adopt(self.path, content, alone, at)
         return content
 
     def discard(self) -> None:
@@ -249,6 +272,20 @@ def _files(path: Path, *, depth: int) -> Iterator[Path]:
             yield from _files(path / name, depth=depth - 1)
         elif not depth and (path / name).is_file():
             yield path / name
+
+
+def _replace(path: Path, target: Path) -> None:
+    """Move a file. Who deleted the last content of the folder that it goes to may have removed that just now."""
+    while True:
+        try:
+            path.replace(target)
+        except FileNotFoundError:
+            if not path.exists():
+                raise
+            with suppress(FileNotFoundError):
+                _make_durably(target.parent)
+        else:
+            return
 
 
 def _make_durably(path: Path) -> None:

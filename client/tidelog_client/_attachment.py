@@ -62,7 +62,7 @@ class _Checked:
         """Read at most so many bytes; none at the end."""
         try:
             data = self._stream.read(size)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # which a closed stream raises
             raise InvalidValue(f"the file cannot be read: {error}") from error
         if not isinstance(data, bytes | bytearray | memoryview):
             raise InvalidValue(f"a file is a stream of bytes; this one gave {quoted(data)}")

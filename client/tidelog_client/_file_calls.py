@@ -39,11 +39,13 @@ class FileRefused(Exception):
 
     Attributes:
         is_too_large: Whether it takes no content of that size.
+        is_damaged: Whether bytes came, and in vain: they are not the content.
     """
 
-    def __init__(self, message: str, *, is_too_large: bool = False) -> None:
+    def __init__(self, message: str, *, is_too_large: bool = False, is_damaged: bool = False) -> None:
         super().__init__(message)
         self.is_too_large = is_too_large
+        self.is_damaged = is_damaged
 
 
 class FileCalls(Protocol):

@@ -24,7 +24,7 @@ from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
 from tidelog_client._file_wishes import FileMode
-from tidelog_client._files import Missing, Needed
+from tidelog_client._files import Failed, Missing, Needed
 from tidelog_client._plans import Plans
 from tidelog_client._report import Phase, Progress, Skipped, SkipReason
 from tidelog_client._set_aside import SET_ASIDE_FOLDER
@@ -46,6 +46,8 @@ SMALL_UPLOADS_SHARE: Final = 0.25
 SMALL_SILENCE_SECONDS: Final = 3.0
 # How many objects whose contents could not be had are tried again where not all are.
 FAILED_OBJECTS_MAX: Final = 1_000
+# How many objects are asked for a content that is to be uploaded and is not here.
+HOLDERS_MAX: Final = 1_000
 # How many results of downloads are written down together.
 NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
@@ -93,10 +95,15 @@ class FileExchange:
         self._ready: set[Needed] = set()
         self._lost: set[Needed] = set()
         self._waiting: dict[Needed, Uploading] = {}
+        # Of these, what is not here, and comes down before it goes up; and what did once.
+        self._fetching: dict[Needed, Downloading] = {}
+        self._fetched: set[Needed] = set()
         # Why they are not there, of those that were tried.
         self._reasons: dict[Needed, str] = {}
         # What could not be downloaded, and is not tried twice.
         self._tried: set[Needed] = set()
+        # What came damaged, and is not asked for this time, with the reasons.
+        self._put_off = self._files.put_off()
         self._is_given_up = False
         self._plan = NO_FILES
         self._seqs: Sequence[int] | None = None
@@ -146,17 +153,20 @@ class FileExchange:
         unknown = self._unknown()
         small = self._small_uploads()
         if unknown or small:
-            if self._transfers is None:
-                self._done_bytes = 0
-            self._begin_progress(self._done_bytes)
             patience = Patience(self._end, SMALL_SILENCE_SECONDS)
             patience.limit(min(SMALL_UPLOADS_SECONDS, patience.time_left() * SMALL_UPLOADS_SHARE))
             with Transfers(self._files, self._caller, patience, self._moved) as transfers:
                 self._ask(transfers, unknown)
                 small = self._small_uploads()
-                self._total_bytes = self._done_bytes + sum(map(_size, small))
-                for result in filter(None, transfers.run(iter(small))):
-                    self._count_up(result, is_last_try=False)
+                self._jobs.under_way |= {one.content: 0 for one in small}
+                self._expect(self._jobs.left_bytes)
+                try:
+                    for result in filter(None, transfers.run(iter(small))):
+                        self._take_out(result)
+                        self._count_up(result, is_last_try=False)
+                finally:
+                    for one in small:
+                        self._jobs.under_way.pop(one.content, None)
         self._plan = self._planned(until)
         self._ready_count = len(self._ready) + len(self._lost)
         return self._plan
@@ -204,12 +214,28 @@ class FileExchange:
                 elif self._files.has_other_size(*one):
                     self._lost.add(one)  # there is no such content
                 else:
-                    self._lose(one, "it is not here any more")
+                    self._miss(one, "it is not here any more")
+
+    def _miss(self, content: Needed, why: str) -> None:
+        """
+        Have a content that is not here come from the server, by what the replica shows; else it is lost.
+
+        The server knows it, perhaps, and does not say so to whom it finds no object that he may read.
+        """
+        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+        self._lacking |= dict.fromkeys(self._files.look_again())
+        holders = () if content in self._fetched else self._files.holders(content.sha256, HOLDERS_MAX)
+        if holders:
+            self._fetched.add(content)
+            self._fetching[content] = Downloading(content, holders)
+            self._waiting[content] = Uploading(content)
+        else:
+            self._lose(content, why)
 
     def _lose(self, content: Needed, why: str) -> None:
         _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
-        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
         self._lost.add(content)
+        self._waiting.pop(content, None)
 
     def _small_uploads(self) -> list[Uploading]:
         """Return what is uploaded before the session: the smallest contents, as far as there is room."""
@@ -225,9 +251,14 @@ class FileExchange:
         return small
 
     def _uploads(self) -> list[Uploading]:
-        """Return what is to be uploaded and was not tried in vain, the smallest first."""
-        untried = (one for content, one in self._waiting.items() if content not in self._reasons)
-        return sorted(untried, key=lambda one: one.content.size)
+        """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""
+        passed_over = self._reasons.keys() | self._fetching.keys()
+        return sorted((one for content, one in self._waiting.items() if content not in passed_over), key=_size)
+
+    def _moves_up(self) -> list[Job]:
+        """Return what is to be uploaded or comes down before, and was not tried in vain, the smallest first."""
+        fetches = (one for content, one in self._fetching.items() if content not in self._reasons)
+        return sorted((*self._uploads(), *fetches), key=_size)
 
     def _planned(self, until: int) -> FilePlan:
         held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
@@ -255,6 +286,8 @@ class FileExchange:
         """
         if self._files.is_idle() and self._transfers is None:
             return False
+        if self._needed_contents(self._until, self._seqs).keys() - self._needed.keys():
+            return True  # the session found out that further operations refer to contents
         failed = () if is_all or selected is not None else self._files.failed_objects(FAILED_OBJECTS_MAX)
         for key in (*(selected or ()), *failed, *self._files.look_again()):
             if not is_all:
@@ -267,26 +300,25 @@ class FileExchange:
 
     def _begin(self, keys: Collection[ObjectKey] | None) -> bool:
         """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""
-        uploads = self._uploads()
+        uploads = self._moves_up()
         self._jobs.fill(uploads, self._wanted(keys))
         if self._transfers is None:
             if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
                 return False
-            self._done_bytes = 0
             self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
             self._results = self._transfers.run(self._jobs)
         left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
-        self._begin_progress(self._done_bytes + left_bytes - sum(self._jobs.under_way.values()))
+        self._expect(left_bytes - sum(self._jobs.under_way.values()))
         return True
 
     def _go_on(self) -> bool:
         """Take in how transfers ended, until all have, or there is cause for a session; tell whether there is."""
         arrived: list[Missing] = []
-        failed: dict[bytes, str] = {}
+        failed: dict[bytes, Failed] = {}
         try:
             for result in self._results:
                 if result is not None:
-                    del self._jobs.under_way[result.job.content]
+                    self._take_out(result)
                     self._count(result, arrived, failed)
                 if len(arrived) + len(failed) >= NOTED_AT_ONCE:
                     self._files.note_arrived(arrived, failed)
@@ -307,7 +339,7 @@ class FileExchange:
         self._is_given_up = True
         left: Counter[str] = Counter()
         for job in self._jobs:
-            if isinstance(job, Downloading):
+            if isinstance(job, Downloading) and job.content not in self._fetching:
                 left.update(entity for entity, _ in job.keys)
         self._jobs.under_way.clear()
         self._report.skipped += [
@@ -339,44 +371,68 @@ class FileExchange:
             missing = sorted(one for key in keys for one in self._files.missing_of(key))
             wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
         for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
-            keys_of_it = [one.key for one in same]
-            if (content := Needed(sha256, size)) not in self._tried:
-                yield Downloading(content, keys_of_it)
+            job = Downloading(Needed(sha256, size), [one.key for one in same])
+            if job.content in self._tried or job.content in self._fetching:
+                continue
+            if sha256 in self._put_off:
+                self._pass_over(job, f"{self._put_off[sha256]}; it is asked for again later")
+            else:
+                yield job
 
     def _wanted_of(self, entity: str) -> Iterator[Missing]:
         wish = self._wishes.of(entity)
         if wish.mode is FileMode.EAGER:  # else there may be many to look at for nothing
             yield from takewhile(lambda one: wish.wants(one.size), self._files.missing(entity))
 
-    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, str]) -> None:
+    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, Failed]) -> None:
         """Take in how a transfer ended; what is to be noted of a download is put to the rest."""
         if isinstance(result.job, Uploading):
             self._count_up(result, is_last_try=True)
             return
         (sha256, size), keys = result.job
+        if result.job.content in self._fetching:
+            self._count_fetched(result.job.content, result.error)
+            if result.error is not None:
+                return
         if result.error is None:
             self._report.files_downloaded += not result.was_there
             arrived += [Missing(size, sha256, key) for key in keys]
             return
-        self._tried.add(result.job.content)
-        if not isinstance(result.error, Transient):
-            failed[sha256] = str(result.error)
-        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys]
+        if result.failed is not None:
+            failed[sha256] = result.failed
+        self._pass_over(result.job, str(result.error))
+
+    def _pass_over(self, job: Downloading, why: str) -> None:
+        """Report what is not downloaded, and do not try it any more."""
+        self._tried.add(job.content)
+        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, why) for key in job.keys]
+
+    def _count_fetched(self, content: Needed, error: Exception | None) -> None:
+        """Take in how the download of a content ended that is to be uploaded."""
+        if error is None:
+            del self._fetching[content]
+            self._jobs.add(self._waiting[content])
+            self._total_bytes += content.size
+        elif isinstance(error, FileRefused):
+            del self._fetching[content]
+            self._lose(content, f"it is not here any more, and the server does not give it: {error}")
+        else:
+            self._reasons[content] = f"it is not here any more, and could not be downloaded: {error}"
 
     def _count_up(self, result: Result, *, is_last_try: bool) -> None:
         (content, _), error, was_there = result
         if error is None:
             self._report.files_uploaded += not was_there
         elif isinstance(error, ContentLost):
-            self._lose(content, str(error))
+            self._miss(content, str(error))
+            return
         elif not (isinstance(error, FileRefused) and error.is_too_large):
             if is_last_try or not isinstance(error, Transient):
                 self._reasons[content] = str(error)
             self._waiting[content] = Uploading(content)
             return
         self._waiting.pop(content, None)
-        if content not in self._lost:
-            self._ready.add(content)
+        self._ready.add(content)
 
     # --- at the end -----------------------------------------------------------
 
@@ -421,16 +477,28 @@ class FileExchange:
 
     # --- transfers ------------------------------------------------------------
 
-    def _begin_progress(self, total_bytes: int) -> None:
-        self._total_bytes = total_bytes
-        self._on_progress(Progress(Phase.FILES, self._done_bytes, total_bytes))
+    def _expect(self, left_bytes: int) -> None:
+        """Tell that so many bytes are to come, at the least. What is done stays so, and there was never less to do."""
+        if left_bytes:
+            self._total_bytes = max(self._total_bytes, self._done_bytes + left_bytes)
+            self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
+
+    def _take_out(self, result: Result) -> None:
+        """Take a transfer from what is under way. Of one that is refused nothing is to come any more."""
+        there_bytes = self._jobs.under_way.pop(result.job.content, 0)
+        if result.error is not None and not isinstance(result.error, Transient):
+            self._done_bytes += result.job.content.size - there_bytes
+            self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
 
     def _moved(self, job: Job, more_bytes: int, sent_bytes: int) -> None:
         if isinstance(job, Uploading):
             self._report.file_bytes_sent += sent_bytes
         else:
             self._report.file_bytes_received += sent_bytes
-        self._done_bytes += more_bytes
+        if more_bytes >= 0:
+            self._done_bytes += more_bytes
+        else:
+            self._total_bytes -= more_bytes  # they go once more
         if job.content in self._jobs.under_way:
             self._jobs.under_way[job.content] += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
@@ -448,9 +516,18 @@ class _Jobs:
         self.under_way: dict[Needed, int] = {}
         self._left: Iterator[Job] = iter(())
 
+    @property
+    def left_bytes(self) -> int:
+        """How many bytes of what is under way are not there yet."""
+        return sum(content.size - there for content, there in self.under_way.items())
+
     def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
         """Replace what is left. Both are given with the smallest first; some may be under way."""
         self._left = heapq.merge(uploads, downloads, key=_size)
+
+    def add(self, job: Job) -> None:
+        """Put one more to what is left."""
+        self._left = heapq.merge((job,), self._left, key=_size)
 
     def __iter__(self) -> Self:
         return self

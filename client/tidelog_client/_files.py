@@ -6,7 +6,7 @@ Files: which contents a replica needs, and what is known of them.
     file_users     SHA-256, who               -> nothing: an object, or an operation that is pending or failed
     file_uploads   seq                        -> the contents that an operation to be uploaded refers to
     file_missing   entity NUL size SHA-256 id -> nothing: the view refers to a content that is not here
-    file_states    SHA-256                    -> why the content could not be had
+    file_states    SHA-256                    -> why the content could not be had, and when to ask for it again
     file_garbage   SHA-256                    -> nothing: its last user has gone
 
 The contents lie beside the tables, in `files`. Whoever changes the view or a base leaves
@@ -24,10 +24,13 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
 from uuid import uuid4
 
 from filelock import FileLock
@@ -58,13 +61,15 @@ if TYPE_CHECKING:
     from tidelog._environment import Environment, LmdbTransaction
     from tidelog_client._view import View
 
-T = TypeVar("T")
-
 FOLDER: Final = "files"
 LOOK_STEP_OBJECTS: Final = 1_000
 COLLECT_STEP_CONTENTS: Final = 1_000
 # How long a content stays that nobody refers to: a program may have put it there to refer to it.
 GRACE_SECONDS: Final = 3600.0
+# How long a content is not asked for after what came of it was damaged for the second time; from then on twice as long
+# each time, up to this. What came the first time may have been of a download that began long ago.
+DAMAGED_SECONDS_FIRST: Final = 600.0
+DAMAGED_SECONDS_MAX: Final = 24 * 3600.0
 # How long a download that nobody goes on with is kept.
 LEFTOVER_SECONDS: Final = 7 * 24 * 3600.0
 
@@ -72,6 +77,8 @@ _LOCK_FILE: Final = "files.lock"
 _CONTENT: Final = struct.Struct(f">B{SHA256_BYTES}sQ")
 _SHOWN: Final = 1
 _SIZE: Final = struct.Struct(">Q")
+# What comes before the reason where damaged bytes came: how many times, and when, in seconds since 1970.
+_DAMAGED: Final = struct.Struct(">xHQ")
 # No name of an entity is empty, so no object key begins like this.
 _OPERATION: Final = b"\0"
 
@@ -104,6 +111,19 @@ class Missing(NamedTuple):
     size: int
     sha256: bytes
     key: ObjectKey
+
+
+class Failed(NamedTuple):
+    """
+    Why a content could not be had.
+
+    Attributes:
+        reason: In a sentence for people.
+        is_damaged: Whether bytes came, and in vain: they are not the content.
+    """
+
+    reason: str
+    is_damaged: bool = False
 
 
 class FileMarks:
@@ -160,6 +180,7 @@ class Files:
         self._missing = database("file_missing")
         self._states = database("file_states")
         self._garbage = database("file_garbage")
+        self._moving = threading.Lock()
 
     # --- contents -------------------------------------------------------------
 
@@ -169,21 +190,14 @@ class Files:
         try:
             while chunk := source.read(READ_BYTES):
                 part.append(chunk)
-            return self._uncollected(part.complete)
+            return part.complete(alone=self._not_collecting())
         except BaseException:
             part.discard()
             raise
 
     def adopt(self, part: Part, sha256: bytes, size: int) -> None:
         """Make a downloaded part a content, which no program is about to refer to. Raises ContentCorrupt."""
-
-        def work() -> None:
-            is_new = self.contents.size(sha256) is None
-            part.complete(sha256, size)
-            if is_new:
-                self.contents.renew(sha256, 0.0)
-
-        self._uncollected(work)
+        part.complete(sha256, size, alone=self._not_collecting(), at=0.0)
 
     def has(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here."""
@@ -222,7 +236,19 @@ class Files:
         """Return why a content could not be had, or None."""
         with self._environment.read() as transaction:
             value = transaction.get(sha256, db=self._states)
-        return None if value is None else value.decode(errors="replace")
+        return None if value is None else _unpacked_state(value)[2]
+
+    def put_off(self) -> dict[bytes, str]:
+        """Return the contents that are not to be asked for yet, because what came of them was damaged, and why."""
+        now = time.time()
+        found = {}
+        with self._environment.read() as transaction:
+            for sha256, value in transaction.cursor(self._states):
+                count, at, reason = _unpacked_state(value)
+                pause = min(DAMAGED_SECONDS_FIRST * 2.0 ** (count - 2), DAMAGED_SECONDS_MAX) if count > 1 else 0.0
+                if at <= now < at + pause:
+                    found[sha256] = reason
+        return found
 
     def note_gone(self, sha256: bytes, folder: Path) -> None:
         """Note that a content is not here, or damaged: then what is left of it is moved to a folder."""
@@ -236,7 +262,8 @@ class Files:
 
         self._environment.write(work)
 
-    def _uncollected(self, work: Callable[[], T]) -> T:
+    @contextmanager
+    def _not_collecting(self) -> Iterator[None]:
         """
         Do something while no content is deleted, by whatever process; or delete some while nobody does that.
 
@@ -244,8 +271,10 @@ class Files:
         """
         lock = FileLock(self._environment.path / _LOCK_FILE, is_singleton=False)
         try:
-            lock.acquire()
-            return work()
+            # Who waits for another process asks now and then; threads of this one would wait for each other like that.
+            with self._moving:
+                lock.acquire()
+                yield
         finally:
             try:
                 lock.release()
@@ -265,6 +294,20 @@ class Files:
         if needed:
             transaction.put(pack_position(seq), packed_references(needed), db=self._uploads)
             put_many(transaction, self._users, [(_used_by_operation(sha256, seq), b"") for sha256 in needed])
+
+    def note_late(self, seq: int, data: bytes) -> None:
+        """Note of an operation to be uploaded what was not noted with its commit: by an older version, say."""
+        if not may_refer_to_files(data):
+            return
+        with self._environment.read() as transaction:
+            if transaction.get(pack_position(seq), db=self._uploads) is not None:
+                return
+
+        def work(transaction: LmdbTransaction) -> None:
+            self._note_operation(transaction, seq, data)
+            transaction.put(pack_object_key(*decode_operation(data).key), b"", db=self._marks)
+
+        self._environment.write(work)
 
     def any_uploads(self, transaction: LmdbTransaction) -> bool:
         """Tell whether an operation to be uploaded refers to contents."""
@@ -376,6 +419,18 @@ class Files:
                 if shown and transaction.get(_missing_key(packed, sha256, size), db=self._missing) is not None
             ]
 
+    def holders(self, sha256: bytes, count_max: int) -> list[ObjectKey]:
+        """Return some of the objects by which the server gives a content, as far as the replica knows."""
+        found: list[ObjectKey] = []
+        with self._environment.read() as transaction:
+            for user in scan_keys(transaction, self._users, sha256):
+                key = user[SHA256_BYTES:]
+                if not key.startswith(_OPERATION) and sha256 in _server_references(self._view, transaction, key):
+                    found.append(unpack_object_key(key))
+                    if len(found) >= count_max:
+                        break
+        return found
+
     def failed_objects(self, count_max: int) -> list[ObjectKey]:
         """Return some of the objects that refer to contents which could not be had."""
         found: list[ObjectKey] = []
@@ -400,7 +455,7 @@ class Files:
                 more = cursor.set_range(entity + b"\1")
         return found
 
-    def note_arrived(self, arrived: Collection[Missing], failed: Mapping[bytes, str]) -> None:
+    def note_arrived(self, arrived: Collection[Missing], failed: Mapping[bytes, Failed]) -> None:
         """Note which contents are here now, and why others could not be had."""
         if not arrived and not failed:
             return
@@ -409,8 +464,12 @@ class Files:
             for one in arrived:
                 transaction.delete(_missing_key(pack_object_key(*one.key), one.sha256, one.size), db=self._missing)
                 transaction.delete(one.sha256, db=self._states)
-            for sha256, reason in failed.items():
-                transaction.put(sha256, reason.encode(errors="replace"), db=self._states)
+            for sha256, why in failed.items():
+                value = why.reason.encode(errors="replace")
+                if why.is_damaged:
+                    count, _, _ = _unpacked_state(transaction.get(sha256, b"", db=self._states))
+                    value = _DAMAGED.pack(min(count + 1, 1_000), max(0, int(time.time()))) + value
+                transaction.put(sha256, value, db=self._states)
 
         self._environment.write(work)
 
@@ -425,8 +484,8 @@ class Files:
                 # What was marked since may be a new user.
                 if not transaction.stat(self._garbage)["entries"] or transaction.stat(self._marks)["entries"]:
                     return count
-            step = partial(self._environment.write, partial(self._collect, start=start))
-            deleted, start = self._uncollected(step)
+            with self._not_collecting():
+                deleted, start = self._environment.write(partial(self._collect, start=start))
             count += deleted
             if not start:
                 return count
@@ -449,6 +508,8 @@ class Files:
                     continue
                 self.contents.delete(sha256)
                 self.contents.part(sha256.hex()).discard()
+                with suppress(OSError):  # a system that keeps what is locked
+                    turn_path(self.contents.part(sha256.hex())).unlink()
                 transaction.delete(sha256, db=self._states)
                 count += content is not None
             found = cursor.delete() and bool(cursor.key())
@@ -532,6 +593,11 @@ class Files:
 References = dict[bytes, tuple[bool, int]]
 
 
+def turn_path(part: Part) -> Path:
+    """Return the file whose lock says who writes a part."""
+    return Path(f"{part.path}.lock")
+
+
 def set_references(data: bytes) -> list[FileReference]:
     """Return the file references that an operation sets."""
     return [reference for _, reference in file_references(decode_operation(data).decoded_patch().set)]
@@ -547,6 +613,14 @@ def references_of(view: View, transaction: LmdbTransaction, key: bytes) -> Refer
     return found
 
 
+def _server_references(view: View, transaction: LmdbTransaction, key: bytes) -> set[bytes]:
+    """Return the contents to which an object refers in the server's newest state that is known of it."""
+    record = view.get(transaction, key)
+    if record is None or record.dirty:
+        record = view.base(transaction, key)
+    return set() if record is None else {one.sha256 for one in encoded_file_references(record.attributes).values()}
+
+
 def packed_references(references: References) -> bytes:
     """Return the bytes to remember them by."""
     return b"".join(
@@ -559,6 +633,13 @@ def _unpacked(packed: bytes) -> References:
         return {sha256: (bool(flags & _SHOWN), size) for flags, sha256, size in _CONTENT.iter_unpack(packed)}
     except struct.error as error:
         raise damaged("what is known of the files of an object or operation") from error
+
+
+def _unpacked_state(value: bytes) -> tuple[int, int, str]:
+    """Return how many times damaged bytes of a content came, when that was, and why it could not be had."""
+    is_damaged = value.startswith(b"\0") and len(value) >= _DAMAGED.size
+    count, at = _DAMAGED.unpack_from(value) if is_damaged else (0, 0)
+    return count, at, value[_DAMAGED.size if is_damaged else 0 :].decode(errors="replace")
 
 
 def _used_by_operation(sha256: bytes, seq: int) -> bytes:

@@ -129,8 +129,9 @@ class Report:
             applied them again or recorded their failures again, but for those that are `rejected`.
         files_uploaded: Contents of files that were uploaded.
         files_downloaded: Contents of files that were downloaded.
-        file_bytes_sent: Bytes of contents that were sent.
-        file_bytes_received: Bytes of contents that were received.
+        file_bytes_sent: Bytes of contents that were handed to the network, whether or not the server got them:
+            what a cut took with it counts each time it was sent.
+        file_bytes_received: Bytes of contents that came, what had to be thrown away included.
     """
 
     applied: int = 0
@@ -194,7 +195,7 @@ class Progress:
     Attributes:
         phase: What is being done.
         done: Operations or objects done in this phase; of files, bytes.
-        total: How many there are, or None if that is not known.
+        total: How many there are, or None if that is not known. Of files it may grow, and never falls.
     """
 
     phase: Phase

@@ -466,6 +466,8 @@ class Synchronization:
     def _not_ready(self, result: operation_pb2.OperationResult) -> None:
         with self._storage.environment.read() as transaction:
             data = self._storage.log.get(transaction, result.seq)
+        if data is not None:
+            self._storage.files.note_late(result.seq, data)
         entity, id_ = decode_operation(data).key if data is not None else ("", "")
         self._report.skipped.append(Skipped(entity, id_, SkipReason.NOT_READY, result.message, seq=result.seq))
 

@@ -247,10 +247,9 @@ class Synchronizer:
         if result.error is None:
             self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
             return None
-        reason = str(result.error)
-        if not isinstance(result.error, Transient):
-            self._storage.files.note_arrived([], {content.sha256: reason})
-        return reason
+        if result.failed is not None:
+            self._storage.files.note_arrived([], {content.sha256: result.failed})
+        return str(result.error)
 
     def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
         metadata = connection.authorization()

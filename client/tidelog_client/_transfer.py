@@ -16,7 +16,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Self, TypeAlias
 
 from filelock import FileLock, Timeout
@@ -27,6 +26,7 @@ from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
+from tidelog_client._files import Failed, turn_path
 
 if TYPE_CHECKING:
     from tidelog._channel import Metadata
@@ -42,6 +42,10 @@ TRANSFERS_AT_ONCE: Final = 4
 QUICK_SECONDS: Final = 1.0
 # What an upload sends at a time. What a cut in the middle takes with it is sent again.
 UPLOAD_CHUNK_BYTES: Final = FILE_CHUNK_BYTES // 4
+# How much of a content goes twice in one synchronization, as often as the content and in bytes, whichever is more: a
+# server that lets go of what it got, again and again, gets no more of it this time.
+RESENT_SHARE_MAX: Final = 2.0
+RESENT_BYTES_MAX: Final = 16 * 1024 * 1024
 # How many contents wait at the most to be tried again; meanwhile no others are begun.
 RETRIES_MAX: Final = 1_000
 # Without progress of any transfer for so long, the rest is given up for now.
@@ -106,6 +110,13 @@ class Result(NamedTuple):
     job: Job
     error: Exception | None = None
     was_there: bool = False
+
+    @property
+    def failed(self) -> Failed | None:
+        """What is to be noted of a content that could not be had; None if it is here, or was given up for now."""
+        if self.error is None or isinstance(self.error, Transient):
+            return None
+        return Failed(str(self.error), isinstance(self.error, FileRefused) and self.error.is_damaged)
 
 
 class Moved(NamedTuple):
@@ -190,6 +201,7 @@ class _Attempts:
     backoff: float = _BACKOFF_SECONDS_FIRST
     position: int = 0
     farthest: int = -1
+    resent: int = 0
     error: Exception = field(default_factory=lambda: Transient("there was no time left"))
 
 
@@ -317,6 +329,7 @@ class Transfers:
 
     def _moved(self, attempts: _Attempts, moved: Moved) -> None:
         self._on_moved(attempts.job, moved.position - attempts.position, moved.byte_count)
+        attempts.resent += max(0, attempts.position - moved.position)
         attempts.position = moved.position
         if moved.position > attempts.farthest:
             if attempts.farthest >= 0:
@@ -343,8 +356,10 @@ class Transfers:
         if isinstance(error, Transient | Unauthenticated):
             attempts.error = error
             self._metadata = None
+            if attempts.resent > max(RESENT_BYTES_MAX, RESENT_SHARE_MAX * attempts.job.content.size):
+                why = f"what had come of it was lost again and again, {attempts.resent} bytes: {error}"
+                return Result(attempts.job, Transient(why))
             return None
-        self._on_moved(attempts.job, -attempts.position, 0)
         if not isinstance(error, Exception):
             raise error
         if not isinstance(error, FileRefused | ContentLost | TidelogError):
@@ -425,7 +440,7 @@ class Transfers:
                 part.discard()
                 raise
             except ContentCorrupt as error:
-                raise FileRefused(f"the server sent another content: {error}") from error
+                raise FileRefused(f"the server sent another content: {error}", is_damaged=True) from error
             finally:
                 part.close()
         return False
@@ -433,17 +448,20 @@ class Transfers:
     def _fill(self, part: Part, job: Downloading, metadata: Metadata, tell: Callable[[Any], None]) -> None:
         sha256, size = job.content
         for place, key in enumerate(job.keys, start=1):
+            begun = part.size
             try:
                 for chunk in self._calls.download(metadata, sha256, key, part.size):
                     if self._is_over:
                         raise Transient("given up for now")
                     if part.size + len(chunk) > size:
-                        part.discard()
                         raise FileRefused(f"the server sent more than the {size} bytes that it should have")
                     part.append(chunk)
                     tell(Moved(part.size, len(chunk)))
                 break
-            except FileRefused:
+            except FileRefused as error:
+                if part.size > begun:  # what came is to be trusted as little as what did not
+                    part.discard()
+                    raise FileRefused(str(error), is_damaged=True) from error
                 if place == len(job.keys):
                     raise
         if part.size < size:
@@ -460,7 +478,7 @@ class _Turn:
 
     def __init__(self, part: Part, is_over: Callable[[], bool], tell: Callable[[Any], None]) -> None:
         self._part = part
-        self._path = Path(f"{part.path}.lock")
+        self._path = turn_path(part)
         self._is_over = is_over
         self._tell = tell
         self._lock = FileLock(self._path, is_singleton=False)

@@ -6,14 +6,17 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from tests.builders import World, quick_folder
 
-from tidelog import FailureReason
+from tidelog import FailureReason, attribute, claim
 from tidelog.testing import Proxy
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
+from tidelog_server import Application, Principal, StaticTokens
+from tidelog_server._file_rules import REFERRERS_MAX
 
 pytestmark = pytest.mark.slow
 
@@ -208,6 +211,26 @@ def test_a_content_that_the_server_lost_is_had_again(world: World) -> None:
     assert read(replica, "t1") == PHOTO
 
 
+@pytest.mark.parametrize("loss", ["deleted", "shorter"])
+def test_who_has_what_the_server_lost_brings_it_back(world: World, loss: str) -> None:
+    """A device that has a content which the server lost, and refers to it once more, uploads it for everybody."""
+    author, replica = world.replica("author"), world.replica()
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.synchronize_all()
+    (path,) = (world.folder / "server" / "files").rglob(_hash(PHOTO).hex())
+    if loss == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(PHOTO[:-1])
+    assert [one.id for one in replica.synchronize_all().skipped] == ["t1"]
+    found = author.get("Task", "t1")
+    assert found is not None
+    author.create("Task", {"photo": found["photo"]}, "t2")
+    assert author.synchronize_all().files_uploaded == 1
+    assert replica.synchronize_all().skipped == []
+    assert read(replica, "t1") == PHOTO
+
+
 def test_contents_leave_with_their_objects(world: World) -> None:
     """When an object is deleted elsewhere its content leaves the device; one that another object has stays."""
     author, replica = world.replica("author"), world.replica()
@@ -235,6 +258,27 @@ def test_the_reference_of_another_object_needs_no_content(world: World) -> None:
     report = replica.synchronize_all()
     assert (report.applied, report.rejected, report.file_bytes_sent) == (1, 0, 0)
     assert read(replica, "t2") == PHOTO
+
+
+def test_what_is_read_behind_many_that_are_not_is_copied(tmp_path: Path) -> None:
+    """A reference is copied that its user reads by one object behind more than the server looks at for him."""
+    application = Application()
+    application.allow("clerk", "Task", create=True, write="*", where=attribute("owner") == claim("user_id"))
+    application.allow("clerk", "Task", where=attribute("public") == 1)
+    tokens = StaticTokens({name: Principal(name, roles=frozenset({"clerk"})) for name in ("ann", "bob")})
+    with World(tmp_path, application, authenticator=tokens) as world:
+        bob = world.replica("bob", token="bob")
+        value = bob.add_file(PHOTO)
+        for number in range(REFERRERS_MAX + 1):
+            bob.create("Task", {"photo": value, "owner": "bob"}, f"private{number}")
+        bob.create("Task", {"photo": value, "owner": "bob", "public": 1}, "public")
+        assert bob.synchronize_all().rejected == 0
+        ann = world.replica("ann", token="ann", files={"Task": "lazy"})
+        ann.synchronize_all()
+        ann.create("Task", {"photo": value, "owner": "ann"}, "copy")
+        report = ann.synchronize_all()
+        assert (report.applied, report.rejected, report.skipped) == (1, 0, [])
+        assert (report.files_downloaded, report.files_uploaded) == (1, 1)
 
 
 def test_a_lazy_file_comes_when_it_is_opened(world: World) -> None:

@@ -156,6 +156,7 @@ _CLIENT_WRITES = {
     "Committer._write": Commit.LOCAL,
     "Meta.write": Commit.SESSION,
     "Storage.settle": Commit.SETTLE,
+    "Files.note_late": Commit.SETTLE,
     "Publication.stage": Commit.STAGE,
     "Publication.discard_staged": Commit.UNSTAGE,
     "Publication.publish": Commit.PUBLISH,

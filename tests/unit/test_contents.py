@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -190,3 +192,43 @@ def test_a_reference_is_noticed_however_it_is_packed(header: bytes) -> None:
     assert may_refer_to_files(packed)
     assert encoded_file_references(packed) == {"photo": FileReference("a", 1, "b", SHA256)}
     assert not may_refer_to_files(encode({"photo": b"\xff" * 300}))
+
+
+def test_folders_leave_with_their_contents(tmp_path: Path) -> None:
+    """What was the last content of a folder takes the folder with it; one that has others stays."""
+    contents = ContentDirectory(tmp_path / "files")
+    contents.add(io.BytesIO(TEXT))
+    beside = contents._path(SHA256).parent.parent / "other"
+    beside.mkdir()
+    contents.delete(SHA256)
+    assert [one.name for one in beside.parent.iterdir()] == ["other"]
+    contents.add(io.BytesIO(TEXT))
+    beside.rmdir()
+    contents.move_out(SHA256, tmp_path / "out")
+    assert not beside.parent.exists()
+
+
+def test_a_folder_that_leaves_meanwhile_is_made_again(tmp_path: Path) -> None:
+    """A content gets to its place although the last other one of its folder is deleted at the same instant."""
+    contents = ContentDirectory(tmp_path)
+    part = contents.part("part")
+    part.append(TEXT)
+
+    @contextmanager
+    def deleting() -> Iterator[None]:
+        contents._remove_folders(SHA256)
+        assert not contents._path(SHA256).parent.exists()
+        yield
+
+    part.complete(SHA256, len(TEXT), alone=deleting())
+    assert contents.size(SHA256) == len(TEXT)
+
+
+def test_a_content_is_as_old_as_it_is_said_to_be_if_it_is_new(tmp_path: Path) -> None:
+    """A content that was not there gets the time that it is given; one that was is young."""
+    contents = ContentDirectory(tmp_path)
+    for expected in (5.0, time.time()):
+        part = contents.part("part")
+        part.append(TEXT)
+        part.complete(at=5.0)
+        assert next(contents.contents()).time == pytest.approx(expected, abs=3600)

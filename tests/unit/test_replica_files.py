@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lmdb
@@ -25,13 +29,24 @@ from tidelog import (
     InvalidValue,
     ObjectNotFound,
     Operation,
+    PermissionRefused,
     Unauthenticated,
 )
 from tidelog._contents import Part
 from tidelog._keys import pack_position
 from tidelog._operation import decode_operation
 from tidelog.v1 import operation_pb2
-from tidelog_client import FileDownload, FileState, Phase, Progress, Replica, SkipReason, _file_exchange, _transfer
+from tidelog_client import (
+    FileDownload,
+    FileState,
+    Phase,
+    Progress,
+    Replica,
+    SkipReason,
+    _file_exchange,
+    _files,
+    _transfer,
+)
 from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
 from tidelog_client._file_calls import FileRefused
@@ -92,6 +107,13 @@ def age(replica: Replica) -> None:
         replica._storage.files.contents.renew(one, 1.0)
 
 
+def closed_stream() -> io.BytesIO:
+    """Return a stream that cannot be read any more."""
+    stream = io.BytesIO(PHOTO)
+    stream.close()
+    return stream
+
+
 def pending(replica: Replica) -> list[int]:
     """Return the seqs of what is pending."""
     return [one.operation.seq for one in replica.pending()]
@@ -132,7 +154,7 @@ class TestAttaching:
         assert pending(replica) == [1]
         assert replica.file_state("Task", "t1", "photo") is None
 
-    @pytest.mark.parametrize("source", [17, io.StringIO("text"), "no such file", "a\0b"])
+    @pytest.mark.parametrize("source", [17, io.StringIO("text"), "no such file", "a\0b", closed_stream()])
     def test_what_is_no_file_is_refused(self, replica: Replica, source: Any) -> None:
         """What is no file, and what cannot be read, is a typed error, and leaves nothing."""
         replica.create("Task", {}, "t1")
@@ -290,6 +312,31 @@ class TestUploading:
         assert report.file_bytes_sent <= len(LARGE)
         assert pending(replica) == []
 
+    def test_a_server_that_lets_go_of_what_it_got_does_not_get_it_for_ever(
+        self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A content of which the server keeps nothing, and says to come again, is sent some times, and reported."""
+        monkeypatch.setattr(_transfer, "RESENT_BYTES_MAX", 0)
+        monkeypatch.setattr(_transfer, "_BACKOFF_SECONDS_MAX", 0.001)
+        monkeypatch.setattr(_transfer, "_BACKOFF_SECONDS_FIRST", 0.001)
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+
+        def discard(name: bytes, position: int) -> None:
+            assert len(server.uploads) < 20
+            if position > 8 * CHUNK_BYTES:
+                server.parts[name] = b""
+                raise Transient("full just now", retry_after_seconds=0.0)
+
+        server.on_upload = discard
+        report = replica.synchronize_all()
+        assert len(server.uploads) == 4
+        assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, 1)]
+        assert "again and again" in report.skipped[0].message
+        server.on_upload = lambda *_: None
+        assert (replica.synchronize_all().applied, pending(replica)) == (1, [])
+
     @pytest.mark.usefixtures("impatient")
     def test_what_cannot_be_uploaded_stays_pending(self, replica: Replica) -> None:
         """Operations whose content cannot be uploaded stay pending and are reported; everything else goes on."""
@@ -328,6 +375,99 @@ class TestUploading:
         assert server.lost_contents == [sha256(PHOTO)]
         assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "t1")]
         assert (pending(replica), report.applied) == ([], 1)
+
+    @pytest.mark.parametrize("wish", ["eager", "lazy", "never"])
+    def test_what_is_not_here_is_fetched_before_it_is_called_lost(self, folder: Path, wish: str) -> None:
+        """A content that an object shows, and that the server says it lacks, comes down by it and goes up."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.hides.add(server.put(LARGE))
+        with Replica(folder / "a", files={"Task": wish}) as replica:
+            connect(replica, server)
+            receive(replica, task("t1", LARGE))
+            replica.create("Task", {"photo": reference(LARGE)}, "t2")
+            report = replica.synchronize_all()
+            assert [key for _, key, _ in server.downloads] == [("Task", "t1")]
+            assert (server.uploads, server.lost_contents) == ([(sha256(LARGE), 0)], [])
+            assert (report.applied, report.rejected, report.skipped, pending(replica)) == (1, 0, [], [])
+            assert (report.files_downloaded, report.files_uploaded) == (1, 1)
+            assert read(replica, "t1") == LARGE
+            assert list(replica.verify()) == []
+
+    @pytest.mark.parametrize("mode", ["all", "unsynchronized", "selected"])
+    def test_operations_of_an_older_version_get_their_contents(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, mode: str
+    ) -> None:
+        """What an operation refers to that was committed before files were known goes up, or is lost for good."""
+        server = FileServer()
+        connect(replica, server)
+        value = replica.add_file(PHOTO)
+        with monkeypatch.context() as patch:
+            patch.setattr(_files, "may_refer_to_files", lambda _data: False)
+            replica.create("Task", {"photo": value}, "here")
+            replica.create("Task", {"photo": reference(LARGE)}, "nowhere")
+            replica.create("Task", {"n": 1}, "none")
+        keys = [("Task", "here"), ("Task", "nowhere")]
+        if mode == "selected":
+            report = replica.synchronize_selected(keys)
+        else:
+            report = replica.synchronize_all() if mode == "all" else replica.synchronize_unsynchronized()
+        assert server.contents == {sha256(PHOTO): PHOTO}
+        assert server.lost_contents == [sha256(LARGE)]
+        assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "nowhere")]
+        assert (report.applied, report.skipped, pending(replica)) == (
+            2 - (mode == "selected"),
+            [],
+            [3] * (mode == "selected"),
+        )
+        assert list(replica.verify()) == []
+
+    def test_what_no_object_gives_is_lost(self, replica: Replica) -> None:
+        """A content that each object which shows it is asked for in vain is lost; others go on."""
+        server = FileServer()
+        connect(replica, server)
+        for id_ in ("t1", "t2"):
+            receive(replica, task(id_, PHOTO))
+        replica.create("Task", {"photo": reference(PHOTO)}, "t3")
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t4")
+        report = replica.synchronize_unsynchronized()
+        assert [key for _, key, _ in server.downloads][:2] == [("Task", "t1"), ("Task", "t2")]
+        assert server.lost_contents == [sha256(PHOTO)]
+        assert [(one.reason, one.object_id) for one in report.failures] == [(FailureReason.FILE_MISSING, "t3")]
+        assert (report.applied, pending(replica)) == (1, [])
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("error", [Transient("cut again"), DiskFull("no room"), PermissionRefused("not today")])
+    def test_a_download_that_fails_for_now_loses_nothing(self, replica: Replica, error: Exception) -> None:
+        """While a content that is to go up cannot come down, its operation stays pending, and it is tried again."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.hides.add(server.put(PHOTO))
+        connect(replica, server)
+        receive(replica, task("t1", PHOTO))
+        replica.create("Task", {"photo": reference(PHOTO)}, "t2")
+        replica.create("Task", {"n": 1}, "t3")
+
+        def fail(_name: bytes, _position: int) -> None:
+            raise error
+
+        server.on_download = fail
+        report = replica.synchronize_all()
+        assert [one.seq for one in report.skipped if one.reason is SkipReason.FILE_NOT_UPLOADED] == [1]
+        assert (server.lost_contents, report.rejected, report.applied, pending(replica)) == ([], 0, 1, [1])
+        server.on_download = lambda *_: None
+        assert (replica.synchronize_all().applied, pending(replica)) == (1, [])
+
+    def test_a_damaged_content_comes_down_and_goes_up(self, replica: Replica) -> None:
+        """A content that was damaged here, and that an object shows, is fetched before its operation is sent."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.hides.add(server.put(LARGE))
+        connect(replica, server)
+        receive(replica, task("t1", LARGE))
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t2")
+        name = sha256(LARGE).hex()
+        (replica.path / "files" / name[:2] / name[2:4] / name).write_bytes(LARGE[:-1] + b"x")
+        report = replica.synchronize_all()
+        assert (report.applied, report.rejected, server.lost_contents) == (1, 0, [])
+        assert read(replica, "t1") == LARGE
 
     @pytest.mark.parametrize("damaged", [LARGE[:-1] + b"x", LARGE[:-1], LARGE + b"x"])
     def test_a_damaged_content_is_not_uploaded(self, replica: Replica, damaged: bytes) -> None:
@@ -470,6 +610,42 @@ class TestUploading:
         assert files == sorted(files)
         assert len(files) > 5
 
+    def test_progress_only_grows(self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Through all sessions, cuts and refusals neither what is done nor what there is to do falls; both meet."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TRANSFERS_AT_ONCE", 1)
+        refused, missed = os.urandom(3 * CHUNK_BYTES), os.urandom(2 * CHUNK_BYTES)
+        server = FileServer(pages=[page(task("t5", LARGER), task("t6", refused), task("t7", missed))])
+        server.put(LARGER)
+        server.put(missed)
+        connect(replica, server)
+        for id_, content in (("t1", PHOTO), ("t2", LARGE), ("t3", b"small")):
+            replica.create("Task", {"photo": replica.add_file(content)}, id_)
+        receive(replica, task("t7", missed))
+        server.hides.add(sha256(missed))
+        replica.create("Task", {"photo": reference(missed)}, "t4")
+        cuts = {sha256(PHOTO): [0], sha256(LARGE): [5 * CHUNK_BYTES, 8 * CHUNK_BYTES], sha256(LARGER): [CHUNK_BYTES]}
+
+        def cut(name: bytes, position: int) -> None:
+            if name == sha256(LARGE) and position == 0 and not replica.get("Task", "late"):
+                replica.create("Task", {"photo": replica.add_file(b"late")}, "late")
+            if cuts.get(name, [-1])[:1] == [position]:
+                cuts[name].pop(0)
+                server.parts[name] = server.parts.get(name, b"")[: position // 2]
+                raise Transient("cut")
+
+        server.on_upload = server.on_download = cut
+        told: list[Progress] = []
+        report = replica.synchronize_all(on_progress=told.append)
+        assert not any(cuts.values())
+        assert (report.applied, [one.id for one in report.skipped]) == (5, ["t6"])
+        files = [(one.done, one.total) for one in told if one.phase is Phase.FILES]
+        assert files[0][0] == 0
+        for part in zip(*files, strict=True):
+            assert list(part) == sorted(part)
+        assert all(total is not None and done <= total for done, total in files)
+        assert files[-1][0] == files[-1][1]
+
 
 class TestDownloading:
     """Contents on their way to the replica."""
@@ -490,6 +666,25 @@ class TestDownloading:
 
         report = replica.synchronize_all()
         assert (report.files_downloaded, len(server.downloads)) == (0, 2)
+
+    def test_nobody_waits_while_a_content_is_hashed(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a large content that came is looked through, a program attaches another one."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.put(LARGE)
+        connect(replica, server)
+        digest = hashlib.file_digest
+        attached: list[dict[str, Any]] = []
+
+        def hashed(file: Any, name: str) -> Any:
+            if os.fstat(file.fileno()).st_size == len(LARGE) and not attached:
+                with ThreadPoolExecutor(1) as pool:
+                    attached.append(pool.submit(replica.add_file, PHOTO).result(timeout=30))
+            return digest(file, name)
+
+        monkeypatch.setattr(hashlib, "file_digest", hashed)
+        assert replica.synchronize_all().skipped == []
+        assert attached
+        assert read(replica) == LARGE
 
     def test_a_content_that_is_here_is_not_asked_for(self, replica: Replica) -> None:
         """A content that the replica has already, whatever for, does not travel."""
@@ -580,6 +775,84 @@ class TestDownloading:
         server.pages = ()
         while replica.synchronize_all().skipped:
             assert wrong == b"less", "only a part that is broken takes another try"
+        assert read(replica) == LARGE
+
+    def test_what_comes_damaged_is_not_asked_for_each_time(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A content that comes damaged again and again is asked for after longer and longer, reported each time."""
+        now = time.time()
+        monkeypatch.setattr(_files, "time", SimpleNamespace(time=lambda: now))
+        monkeypatch.setattr(_files, "DAMAGED_SECONDS_MAX", 3000.0)
+        server = FileServer(pages=[page(task("t1", LARGE), task("t2", PHOTO))])
+        server.put(PHOTO)
+        server.gives[sha256(LARGE)] = LARGE[:-1] + b"x"
+        connect(replica, server)
+        asked_at = []
+        start = now
+        while now < start + 5 * 3600:
+            server.downloads.clear()
+            report = replica.synchronize_all()
+            assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_DOWNLOADED, "t1")]
+            assert "another content" in report.skipped[0].message
+            assert replica.file_state("Task", "t1", "photo") is FileState.FAILED
+            if any(name == sha256(LARGE) for name, _, _ in server.downloads):
+                asked_at.append(now)
+            now += 300
+        pauses = [after - before for before, after in pairwise(asked_at)]
+        assert pauses == [300, 600, 1200, 2400, *[3000] * (len(pauses) - 4)]
+        assert len(pauses) > 5
+        server.gives.clear()
+        server.put(LARGE)
+        now += _files.DAMAGED_SECONDS_MAX
+        assert replica.synchronize_all().skipped == []
+        assert read(replica) == LARGE
+
+    def test_who_opens_what_came_damaged_asks_at_once(self, replica: Replica) -> None:
+        """A content that is put off comes when somebody opens it, and then is here for everybody."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.gives[sha256(LARGE)] = LARGE[:-1] + b"x"
+        connect(replica, server)
+        replica.synchronize_all()
+        with pytest.raises(FileUnavailable, match="another content"):
+            read(replica)
+        server.downloads.clear()
+        assert [one.id for one in replica.synchronize_all().skipped] == ["t1"]
+        assert server.downloads == []
+        server.gives.clear()
+        server.put(LARGE)
+        assert read(replica) == LARGE
+        assert replica.synchronize_all().skipped == []
+
+    def test_a_server_that_says_something_else_is_asked_again(self, replica: Replica) -> None:
+        """What the server says that it lost is asked for each time, however often it came damaged before."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.gives[sha256(LARGE)] = LARGE[:-1] + b"x"
+        connect(replica, server)
+        replica.synchronize_all()
+        server.gives.clear()
+        for _ in range(3):
+            assert [one.message for one in replica.synchronize_all().skipped] == ["FILE_LOST"]
+        server.put(LARGE)
+        assert replica.synchronize_all().skipped == []
+
+    def test_what_comes_before_a_refusal_is_not_kept(self, replica: Replica) -> None:
+        """Bytes of a content that the server takes back in the middle are not gone on from."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.gives[sha256(LARGE)] = b"x" * len(LARGE)
+
+        def refuse(_name: bytes, position: int) -> None:
+            if position == 5 * CHUNK_BYTES:
+                raise FileRefused("FILE_LOST")
+
+        server.on_download = refuse
+        connect(replica, server)
+        assert [one.message for one in replica.synchronize_all().skipped] == ["FILE_LOST"]
+        assert [name for name in parts_of(replica) if not name.endswith(".lock")] == []
+        server.on_download = lambda *_: None
+        server.gives.clear()
+        server.put(LARGE)
+        assert replica.synchronize_all().skipped == []
         assert read(replica) == LARGE
 
     def test_more_than_there_should_be_is_not_taken(self, replica: Replica) -> None:
@@ -769,6 +1042,17 @@ class TestRemoval:
         server.pages = [page(removals=[("Task", "t2", 102)])]
         replica.synchronize_all()
         assert contents_of(replica) == {}
+        assert [one.name for one in (replica.path / "files").iterdir()] == ["incoming"]
+
+    def test_what_was_never_had_leaves_nothing(self, replica: Replica) -> None:
+        """When the object goes whose content could not be had, nothing of the tries stays."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = [page(removals=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert parts_of(replica) == []
+        assert replica._storage.files.reason(sha256(PHOTO)) is None
 
     def test_a_content_that_changes_hands_stays(self, replica: Replica) -> None:
         """A content whose last object goes while another one comes that refers to it is not downloaded again."""
