@@ -39,11 +39,13 @@ class FileRefused(Exception):
 
     Attributes:
         is_too_large: Whether it takes no content of that size.
+        is_denied: Whether it does not give it by the object that was named. By another one it may.
     """
 
-    def __init__(self, message: str, *, is_too_large: bool = False) -> None:
+    def __init__(self, message: str, *, is_too_large: bool = False, is_denied: bool = False) -> None:
         super().__init__(message)
         self.is_too_large = is_too_large
+        self.is_denied = is_denied
 
 
 class FileCalls(Protocol):

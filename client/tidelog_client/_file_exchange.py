@@ -15,7 +15,7 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
 from typing import TYPE_CHECKING, Final, Self
 
 from tidelog._errors import SynchronizationError, Unauthenticated
@@ -28,7 +28,15 @@ from tidelog_client._files import Missing, Needed
 from tidelog_client._plans import Plans
 from tidelog_client._report import Phase, Progress, Skipped, SkipReason
 from tidelog_client._set_aside import SET_ASIDE_FOLDER
-from tidelog_client._transfer import ContentLost, Downloading, Patience, Result, Transfers, Uploading
+from tidelog_client._transfer import (
+    ASKED_OBJECTS_MAX,
+    ContentLost,
+    Downloading,
+    Patience,
+    Result,
+    Transfers,
+    Uploading,
+)
 from tidelog_client._upload import NO_FILES, Cause, FilePlan, Sieve, sifted
 
 if TYPE_CHECKING:
@@ -281,7 +289,7 @@ class FileExchange:
 
     def _go_on(self) -> bool:
         """Take in how transfers ended, until all have, or there is cause for a session; tell whether there is."""
-        arrived: list[Missing] = []
+        arrived: list[Needed] = []
         failed: dict[bytes, str] = {}
         try:
             for result in self._results:
@@ -309,6 +317,7 @@ class FileExchange:
         for job in self._jobs:
             if isinstance(job, Downloading):
                 left.update(entity for entity, _ in job.keys)
+                left.update(job.other_counts)
         self._jobs.under_way.clear()
         self._report.skipped += [
             Skipped(
@@ -339,32 +348,37 @@ class FileExchange:
             missing = sorted(one for key in keys for one in self._files.missing_of(key))
             wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
         for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
-            keys_of_it = [one.key for one in same]
             if (content := Needed(sha256, size)) not in self._tried:
-                yield Downloading(content, keys_of_it)
+                asked = [one.key for one in islice(same, ASKED_OBJECTS_MAX)]
+                yield Downloading(content, asked, Counter(one.key[0] for one in same))
 
     def _wanted_of(self, entity: str) -> Iterator[Missing]:
         wish = self._wishes.of(entity)
         if wish.mode is FileMode.EAGER:  # else there may be many to look at for nothing
             yield from takewhile(lambda one: wish.wants(one.size), self._files.missing(entity))
 
-    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, str]) -> None:
+    def _count(self, result: Result, arrived: list[Needed], failed: dict[bytes, str]) -> None:
         """Take in how a transfer ended; what is to be noted of a download is put to the rest."""
         if isinstance(result.job, Uploading):
             self._count_up(result, is_last_try=True)
             return
-        (sha256, size), keys = result.job
+        content, keys, other_counts = result.job
         if result.error is None:
             self._report.files_downloaded += not result.was_there
-            arrived += [Missing(size, sha256, key) for key in keys]
+            arrived.append(content)
             return
-        self._tried.add(result.job.content)
+        self._tried.add(content)
+        why = str(result.error)
         if not isinstance(result.error, Transient):
-            failed[sha256] = str(result.error)
-        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, str(result.error)) for key in keys]
+            failed[content.sha256] = why
+        self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, why) for key in keys]
+        self._report.skipped += [
+            Skipped(entity, "", SkipReason.FILE_NOT_DOWNLOADED, why, count=count)
+            for entity, count in other_counts.items()
+        ]
 
     def _count_up(self, result: Result, *, is_last_try: bool) -> None:
-        (content, _), error, was_there = result
+        (content, *_), error, was_there = result
         if error is None:
             self._report.files_uploaded += not was_there
         elif isinstance(error, ContentLost):

@@ -399,14 +399,17 @@ class Files:
                 more = cursor.set_range(entity + b"\1")
         return found
 
-    def note_arrived(self, arrived: Collection[Missing], failed: Mapping[bytes, str]) -> None:
+    def note_arrived(self, arrived: Collection[Needed], failed: Mapping[bytes, str]) -> None:
         """Note which contents are here now, and why others could not be had."""
         if not arrived and not failed:
             return
 
         def work(transaction: LmdbTransaction) -> None:
             for one in arrived:
-                transaction.delete(_missing_key(pack_object_key(*one.key), one.sha256, one.size), db=self._missing)
+                for user in scan_keys(transaction, self._users, one.sha256):
+                    key = user[SHA256_BYTES:]
+                    if not key.startswith(_OPERATION):
+                        transaction.delete(_missing_key(key, *one), db=self._missing)
                 transaction.delete(one.sha256, db=self._states)
             for sha256, reason in failed.items():
                 transaction.put(sha256, reason.encode(errors="replace"), db=self._states)

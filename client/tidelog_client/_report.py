@@ -31,11 +31,12 @@ class Skipped:
 
     Attributes:
         entity: Type of the object.
-        id: Its id; empty for `NEVER`, which stands for all operations on the entity that stay behind.
+        id: Its id; empty where it stands for several: for `NEVER`, for all operations on the entity that stay behind,
+            and for `FILE_NOT_DOWNLOADED`, for objects for which no time was left, or that share a content.
         reason: Why.
         message: Why, in a sentence for people.
         seq: The operation that stays pending, or None if it is the object, or several, that were left out.
-        count: How many were left out: 1 but for `NEVER`.
+        count: How many were left out: 1 unless it stands for several.
     """
 
     entity: str

@@ -31,7 +31,7 @@ from tidelog_client._call_errors import Transient
 from tidelog_client._connection import Connection, Stream
 from tidelog_client._file_exchange import FileExchange
 from tidelog_client._file_wishes import FileWishes
-from tidelog_client._files import Missing, Needed
+from tidelog_client._files import Needed
 from tidelog_client._report import OnProgress, Report
 from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
 from tidelog_client._transfer import Downloading, Patience, Transfers
@@ -245,7 +245,7 @@ class Synchronizer:
         if result is None:
             return "there was no time left"
         if result.error is None:
-            self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
+            self._storage.files.note_arrived([content], {})
             return None
         reason = str(result.error)
         if not isinstance(result.error, Transient):

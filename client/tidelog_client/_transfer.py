@@ -14,9 +14,10 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Self, TypeAlias
 
 from filelock import FileLock, Timeout
@@ -40,6 +41,8 @@ TRANSFERS_AT_ONCE: Final = 4
 # Another one is begun beside the others when one got ahead after so little time. On a slow path many at once would
 # each take so long for a chunk that all pass for dead.
 QUICK_SECONDS: Final = 1.0
+# By how many of the objects that refer to a content it is asked for.
+ASKED_OBJECTS_MAX: Final = 32
 # What an upload sends at a time. What a cut in the middle takes with it is sent again.
 UPLOAD_CHUNK_BYTES: Final = FILE_CHUNK_BYTES // 4
 # How many contents wait at the most to be tried again; meanwhile no others are begun.
@@ -83,10 +86,18 @@ class Uploading(NamedTuple):
 
 
 class Downloading(NamedTuple):
-    """A content to be downloaded, and objects that refer to it."""
+    """
+    A content to be downloaded.
+
+    Attributes:
+        content: Which.
+        keys: Objects that refer to it, by which it is asked for one after the other. At most `ASKED_OBJECTS_MAX`.
+        other_counts: How many more do, by entity.
+    """
 
     content: Needed
     keys: Sequence[ObjectKey]
+    other_counts: Mapping[str, int] = MappingProxyType({})
 
 
 Job: TypeAlias = Uploading | Downloading
@@ -347,6 +358,8 @@ class Transfers:
         self._on_moved(attempts.job, -attempts.position, 0)
         if not isinstance(error, Exception):
             raise error
+        if isinstance(error, FileRefused):
+            self._note_progress()  # the server answered, and there is one less to do
         if not isinstance(error, FileRefused | ContentLost | TidelogError):
             _log.error("a transfer failed", sha256=attempts.job.content.sha256.hex(), exc_info=error)
         return Result(attempts.job, error)
@@ -443,8 +456,8 @@ class Transfers:
                     part.append(chunk)
                     tell(Moved(part.size, len(chunk)))
                 break
-            except FileRefused:
-                if place == len(job.keys):
+            except FileRefused as error:
+                if not error.is_denied or place == len(job.keys) or self._is_over:
                     raise
         if part.size < size:
             raise Transient(f"the server ended the download after {part.size} of {size} bytes")

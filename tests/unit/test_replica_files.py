@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lmdb
@@ -36,6 +38,7 @@ from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
 from tidelog_client._file_calls import FileRefused
 from tidelog_client._files import Needed
+from tidelog_client._transfer import ASKED_OBJECTS_MAX
 
 PHOTO = b"a photo" * 1000
 LARGE = os.urandom(10 * CHUNK_BYTES + 17)
@@ -640,12 +643,63 @@ class TestDownloading:
 
         def deny(_name: bytes, _offset: int) -> None:
             if denied[-1][1] == ("Task", "t1"):
-                raise FileRefused("FILE_NOT_FOUND")
+                raise FileRefused("FILE_NOT_FOUND", is_denied=True)
 
         server.on_download = deny
         assert replica.synchronize_all().skipped == []
         assert read(replica, "t1") == PHOTO
         assert [key for _, key, _ in server.downloads] == [("Task", "t1"), ("Task", "t2")]
+
+    @pytest.mark.parametrize("is_denied", [False, True])
+    def test_a_shared_content_that_cannot_be_had_costs_few_calls(self, replica: Replica, is_denied: bool) -> None:  # noqa: FBT001
+        """A content of many objects is asked for once if it is lost, by few if it is denied, and most are counted."""
+        sharing = ASKED_OBJECTS_MAX + 10
+        server = FileServer(pages=[page(*(task(f"t{number}", PHOTO) for number in range(sharing)), task("u1", LARGE))])
+        server.put(PHOTO)
+        server.put(LARGE)
+        connect(replica, server)
+
+        def refuse(name: bytes, _offset: int) -> None:
+            if name == sha256(PHOTO):
+                raise FileRefused("no", is_denied=is_denied)
+
+        server.on_download = refuse
+        report = replica.synchronize_all()
+        asked = [key for name, key, _ in server.downloads if name == sha256(PHOTO)]
+        assert len(asked) == len(set(asked)) == (ASKED_OBJECTS_MAX if is_denied else 1)
+        assert sum(one.count for one in report.skipped) == sharing
+        assert [(one.entity, one.id, one.count) for one in report.skipped if one.count > 1] == [("Task", "", 10)]
+        assert {replica.file_state("Task", f"t{number}", "photo") for number in range(sharing)} == {FileState.FAILED}
+        assert read(replica, "u1") == LARGE
+
+        server.on_download = lambda *_: None
+        server.pages = ()
+        assert replica.synchronize_all().files_downloaded == 1
+        assert replica._storage.files.missing_entities() == []
+
+    def test_contents_that_the_server_lost_hold_up_nothing_else(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However long a server takes to say of one content after the other that it is lost, the next one comes."""
+        lost = [b"x" * size for size in range(1, 6)]
+        server = FileServer(pages=[page(*(task(f"t{len(one)}", one) for one in lost), task("u1", LARGE))])
+        for content in (*lost, LARGE):
+            server.put(content)
+        connect(replica, server)
+        late_seconds = 0.0
+
+        def refuse(name: bytes, _offset: int) -> None:
+            nonlocal late_seconds
+            if name != sha256(LARGE):
+                late_seconds += _transfer.SILENCE_SECONDS_MAX * 0.6
+                raise FileRefused("FILE_LOST")
+
+        server.on_download = refuse
+        monkeypatch.setattr(_transfer, "TRANSFERS_AT_ONCE", 1)
+        monkeypatch.setattr(_transfer, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late_seconds))
+        report = replica.synchronize_all()
+        assert [one.id for one in report.skipped] == [f"t{len(one)}" for one in lost]
+        assert read(replica, "u1") == LARGE
 
     @pytest.mark.parametrize("wish", ["lazy", "never", FileDownload("eager", bytes_max=100)])
     def test_what_is_not_wanted_does_not_come(self, folder: Path, wish: Any) -> None:
