@@ -14,6 +14,7 @@ from tests.builders import World, quick_folder
 from tidelog import FailureReason
 from tidelog.testing import Proxy
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
+from tidelog_client._call_errors import Transient
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +113,24 @@ def test_cuts_of_a_download_cost_little(world: World, proxy: Proxy) -> None:
 
 
 @pytest.mark.timeout(60)
+def test_a_path_that_breaks_soon_brings_a_download_ahead(world: World, proxy: Proxy) -> None:
+    """Of what came before a cut a replica has nearly all, however little it was."""
+    author = world.replica("author")
+    author.create("Task", {"photo": author.add_file(LARGE)}, "t1")
+    author.synchronize_all()
+    connection = world.replica(server=proxy.address)._synchronizer._connection
+    assert connection is not None
+    calls = connection.files(None)
+    proxy.down.cut_after(passing := 100_000)
+    received: list[int] = []
+    with pytest.raises(Transient):
+        received.extend(
+            map(len, calls.download(connection.authorization(), hashlib.sha256(LARGE).digest(), ("Task", "t1"), 0))
+        )
+    calls.close()
+    assert sum(received) > passing // 2
+
+
 def test_objects_and_small_files_are_not_held_up(world: World, proxy: Proxy) -> None:
     """While a large content is held on its way up, objects and small files are on the server, and at others."""
     replica = world.replica(server=proxy.address)
