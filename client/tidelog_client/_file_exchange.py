@@ -282,7 +282,7 @@ class FileExchange:
                 return False
             self._done_bytes = 0
             self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
-            self._results = self._transfers.run(self._jobs)
+            self._results = self._transfers.run(self._jobs, self._jobs.next_size)
         left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
         self._begin_progress(self._done_bytes + left_bytes - sum(self._jobs.under_way.values()))
         return True
@@ -461,20 +461,31 @@ class _Jobs:
     def __init__(self) -> None:
         self.under_way: dict[Needed, int] = {}
         self._left: Iterator[Job] = iter(())
+        # The first of them, once it was looked at.
+        self._next: Job | None = None
 
     def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
         """Replace what is left. Both are given with the smallest first; some may be under way."""
         self._left = heapq.merge(uploads, downloads, key=_size)
+        self._next = None
+
+    def next_size(self) -> int | None:
+        """Return how many bytes the next one has, or None if there is none."""
+        while self._next is None or self._next.content in self.under_way:
+            self._next = next(self._left, None)
+            if self._next is None:
+                return None
+        return _size(self._next)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Job:
-        while True:
-            job = next(self._left)
-            if job.content not in self.under_way:
-                self.under_way[job.content] = 0
-                return job
+        if self.next_size() is None or self._next is None:
+            raise StopIteration
+        job, self._next = self._next, None
+        self.under_way[job.content] = 0
+        return job
 
 
 def _size(job: Job) -> int:

@@ -9,8 +9,6 @@ one transfer gets ahead none is given up.
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
 import math
 import random
 import time
@@ -38,6 +36,9 @@ if TYPE_CHECKING:
     from tidelog_client._workers import Event, Work, WorkRunner
 
 TRANSFERS_AT_ONCE: Final = 4
+# So many more are begun if they are that many times smaller than each that is under way, which may last for hours.
+OVERTAKING_MAX: Final = 2
+OVERTAKING_SHARE: Final = 4
 # Another one is begun beside the others when one got ahead after so little time. On a slow path many at once would
 # each take so long for a chunk that all pass for dead.
 QUICK_SECONDS: Final = 1.0
@@ -193,7 +194,7 @@ class Caller(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Attempts:
     """What is known of a job under way, or to be tried again."""
 
@@ -201,6 +202,7 @@ class _Attempts:
     backoff: float = _BACKOFF_SECONDS_FIRST
     position: int = 0
     farthest: int = -1
+    retry_at: float = 0.0
     error: Exception = field(default_factory=lambda: Transient("there was no time left"))
 
 
@@ -226,7 +228,7 @@ class Transfers:
         # What says who is calling, and when it was got.
         self._metadata: tuple[Metadata, float] | None = None
         self._calls = caller.files(patience.call_timeout())
-        self._workers = caller.workers(TRANSFERS_AT_ONCE)
+        self._workers = caller.workers(TRANSFERS_AT_ONCE + OVERTAKING_MAX)
         self._at_once = 1
         self._moved_at = 0.0
         # Read by workers, who end then.
@@ -270,9 +272,13 @@ class Transfers:
         found: list[Any] = event.value
         return found
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Result | None]:
+    def run(self, jobs: Iterator[Job], next_size: Callable[[], int | None] = lambda: None) -> Iterator[Result | None]:
         """
         Do *jobs*, several at a time, and yield how each of them ended, and None now and then meanwhile.
+
+        Args:
+            jobs: What is to be done.
+            next_size: Tells how many bytes the next one has. None: it is not to overtake what is under way.
 
         Where patience ends, what was begun is given up for now, and `is_given_up`. What is under way goes on while
         nobody asks for more; *jobs* may have become more when somebody does.
@@ -280,12 +286,11 @@ class Transfers:
         Raises:
             SynchronizationError: There is no token to be had.
         """
-        retries: list[tuple[float, int, _Attempts]] = []
+        retries: list[_Attempts] = []
         under_way: dict[Work, _Attempts] = {}
-        numbers = itertools.count()
         while True:
-            while len(under_way) < self._at_once and self._patience.remaining() > 0:
-                attempts = _next(jobs, retries)
+            while (room := self._room(under_way)) and self._patience.remaining() > 0:
+                attempts = _next(jobs, next_size, retries, room)
                 if attempts is None:
                     break
                 work = self._work(attempts.job, self._authorization(), is_first=attempts.farthest < 0)
@@ -297,12 +302,12 @@ class Transfers:
                 self.is_given_up = self._patience.remaining() <= 0
                 return
             timeout = min(self._patience.remaining(), TICK_SECONDS)
-            if retries and len(under_way) < self._at_once:
-                timeout = min(timeout, retries[0][0] - time.monotonic())
+            if next_try := [one.retry_at for one in retries if one.job.content.size < room]:
+                timeout = min(timeout, min(next_try) - time.monotonic())
             event = self._workers.next_event(max(0.0, timeout))
             # What was said while nobody asked counts as well.
             if self._patience.is_over or (event is None and self._patience.remaining() <= 0):
-                yield from _given_up(*under_way.values(), *(one for _, _, one in retries))
+                yield from _given_up(*under_way.values(), *retries)
                 under_way, retries = {}, []
                 continue
             if event is None or event.work not in under_way:
@@ -315,9 +320,18 @@ class Transfers:
             attempts = under_way.pop(event.work)
             result = self._ended(attempts, event)
             if result is None:
-                heapq.heappush(retries, (self._retry_at(attempts), next(numbers), attempts))
+                attempts.retry_at = self._retry_at(attempts)
+                retries.append(attempts)
             else:
                 yield result
+
+    def _room(self, under_way: Mapping[Work, _Attempts]) -> float:
+        """Return than how many bytes the next transfer to be begun must have fewer; 0: none is begun."""
+        if len(under_way) < self._at_once:
+            return math.inf
+        if len(under_way) < self._at_once + OVERTAKING_MAX:
+            return min(one.job.content.size for one in under_way.values()) / OVERTAKING_SHARE
+        return 0
 
     def _authorization(self) -> Metadata:
         """Return what says who is calling. A token provider is asked now and then, and after each failure."""
@@ -497,11 +511,19 @@ class _Turn:
         self._lock.release()
 
 
-def _next(source: Iterator[Job], retries: list[tuple[float, int, _Attempts]]) -> _Attempts | None:
-    """Return what is to be done next, if anything."""
-    if retries and retries[0][0] <= time.monotonic():
-        return heapq.heappop(retries)[2]
+def _next(
+    source: Iterator[Job], next_size: Callable[[], int | None], retries: list[_Attempts], room: float
+) -> _Attempts | None:
+    """Return what is to be done next, if anything, of fewer than so many bytes."""
+    now = time.monotonic()
+    due = [one for one in retries if one.retry_at <= now and one.job.content.size < room]
+    if due:
+        smallest = min(due, key=lambda one: one.job.content.size)
+        retries.remove(smallest)
+        return smallest
     if len(retries) >= RETRIES_MAX:
+        return None
+    if room < math.inf and ((size := next_size()) is None or size >= room):
         return None
     job = next(source, None)
     return None if job is None else _Attempts(job)

@@ -494,6 +494,40 @@ class TestDownloading:
         report = replica.synchronize_all()
         assert (report.files_downloaded, len(server.downloads)) == (0, 2)
 
+    @pytest.mark.parametrize("cuts", [0, 2])
+    def test_a_small_file_that_comes_later_overtakes(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, cuts: int
+    ) -> None:
+        """What a later session brings, and what is tried again, does not wait for a large content under way."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        monkeypatch.setattr(_transfer, "TRANSFERS_AT_ONCE", 1)
+        server = FileServer(pages=[page(task("large", LARGE))])
+        server.put(LARGE)
+        server.put(PHOTO)
+        connect(replica, server)
+        has_come = threading.Event()
+        left = cuts
+
+        def on_download(name: bytes, position: int) -> None:
+            nonlocal left
+            if name == sha256(PHOTO):
+                left -= 1
+                if left >= 0:
+                    raise Transient("cut")
+            elif position == CHUNK_BYTES:
+                server.pages = [page(task("small", PHOTO))]
+                replica.create("Task", {}, "none")
+                assert has_come.wait(30)
+
+        def on_progress(_: Progress) -> None:
+            if replica.get("Task", "small") and replica.file_state("Task", "small", "photo") is FileState.AVAILABLE:
+                has_come.set()
+
+        server.on_download = on_download
+        report = replica.synchronize_all(on_progress=on_progress)
+        assert (report.files_downloaded, report.skipped) == (2, [])
+
     def test_a_content_that_is_here_is_not_asked_for(self, replica: Replica) -> None:
         """A content that the replica has already, whatever for, does not travel."""
         server = FileServer(pages=[page(task("t2", PHOTO))])
