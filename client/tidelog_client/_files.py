@@ -190,8 +190,9 @@ class Files:
 
     def has_other_size(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here, undamaged, and of another size: then there is none of this one."""
-        if self.contents.size(sha256) in {None, size}:
-            return False
+        return self.contents.size(sha256) not in {None, size} and self._is_sound(sha256)
+
+    def _is_sound(self, sha256: bytes) -> bool:
         file = self.contents.open(sha256)
         if file is None:
             return False
@@ -224,8 +225,13 @@ class Files:
         return None if value is None else value.decode(errors="replace")
 
     def note_gone(self, sha256: bytes, folder: Path) -> None:
-        """Note that a content is not here, or damaged: then what is left of it is moved to a folder."""
-        self.contents.move_out(sha256, folder / f"content-{sha256.hex()}")
+        """
+        Note that a content is not here, or damaged: then what is left of it is moved to a folder.
+
+        One that is sound stays: somebody said another size of it.
+        """
+        if not self._is_sound(sha256):
+            self.contents.move_out(sha256, folder / f"content-{sha256.hex()}")
 
         def work(transaction: LmdbTransaction) -> None:
             for user in scan_keys(transaction, self._users, sha256):

@@ -356,12 +356,23 @@ class TestUploading:
         assert (replica.synchronize_all().applied, server.lost_contents) == (1, [])
         assert sha256(PHOTO) in server.contents
 
-    def test_a_wrong_size_costs_nobody_else(self, replica: Replica) -> None:
+    @pytest.mark.parametrize("is_asked_late", [False, True])
+    def test_a_wrong_size_costs_nobody_else(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, *, is_asked_late: bool
+    ) -> None:
         """An operation that says another size of a content than it has is sent as lost; the content stays."""
         server = FileServer()
         connect(replica, server)
         replica.create("Task", {"photo": reference(PHOTO) | {"size": 5}}, "wrong")
         replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        stat = Calls.stat
+
+        def lost(_calls: Calls, _metadata: object, _contents: Sequence[Needed]) -> list[Any]:
+            monkeypatch.setattr(Calls, "stat", stat)
+            raise Transient("the question was lost on its way")
+
+        if is_asked_late:
+            monkeypatch.setattr(Calls, "stat", lost)
         replica.synchronize_all()
         assert server.lost_contents == [sha256(PHOTO)]
         assert server.contents[sha256(PHOTO)] == PHOTO
@@ -685,7 +696,7 @@ class TestDownloading:
         assert [key for _, key, _ in server.downloads] == [("Task", "t1"), ("Task", "t2")]
 
     @pytest.mark.parametrize("is_denied", [False, True])
-    def test_a_shared_content_that_cannot_be_had_costs_few_calls(self, replica: Replica, is_denied: bool) -> None:  # noqa: FBT001
+    def test_a_shared_content_that_cannot_be_had_costs_few_calls(self, replica: Replica, *, is_denied: bool) -> None:
         """A content of many objects is asked for once if it is lost, by few if it is denied, and most are counted."""
         sharing = ASKED_OBJECTS_MAX + 10
         server = FileServer(pages=[page(*(task(f"t{number}", PHOTO) for number in range(sharing)), task("u1", LARGE))])
