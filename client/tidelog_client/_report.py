@@ -162,6 +162,10 @@ class Report:
         self.held = self._held_before
         self.skipped = [one for one in self.skipped if one.reason not in _OF_AN_ATTEMPT]
 
+    def begin_selection(self) -> None:
+        """Forget what an earlier selection said: it is made anew."""
+        self.skipped = [one for one in self.skipped if one.reason not in _OF_A_SELECTION]
+
     def end_session(self) -> None:
         """Note that a session came to its end: what it told stays, whatever follows."""
         self._held_before = self.held
@@ -174,6 +178,7 @@ class Report:
 
 
 _OF_AN_ATTEMPT: Final = (SkipReason.NOT_READY, SkipReason.NEVER)
+_OF_A_SELECTION: Final = (SkipReason.UNCOMMITTED, SkipReason.DELETED)
 
 
 class Phase(enum.StrEnum):

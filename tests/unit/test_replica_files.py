@@ -840,6 +840,18 @@ class TestDownloading:
         replica.synchronize_selected([("Task", "t1")])
         assert replica.file_state("Task", "t1", "photo") is FileState.AVAILABLE
 
+    def test_a_selection_reports_what_failed_before_another_session(self, replica: Replica, small: None) -> None:
+        """What could not be downloaded is reported although a further session followed, and what is skipped once."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t2")
+        report = replica.synchronize_selected([("Task", "t1"), ("Task", "t2"), replica.new("Task", {}, "new")])
+        assert (report.attempts, report.applied) == (2, 1)
+        assert sorted((one.reason, one.id) for one in report.skipped) == [
+            (SkipReason.FILE_NOT_DOWNLOADED, "t1"),
+            (SkipReason.UNCOMMITTED, "new"),
+        ]
+
     def test_a_file_that_is_replaced_here_is_not_downloaded(self, replica: Replica) -> None:
         """Only what the replica shows is downloaded, not what an own pending operation has replaced."""
         server = FileServer(pages=[page(task("t1", b"old"))])
