@@ -34,7 +34,7 @@ from tidelog_client._file_wishes import FileWishes
 from tidelog_client._files import Needed
 from tidelog_client._report import OnProgress, Report
 from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
-from tidelog_client._transfer import Downloading, Patience, Transfers
+from tidelog_client._transfer import CALL_SECONDS_MAX, Downloading, Patience, Transfers
 from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
@@ -61,9 +61,6 @@ BATCH_GROWTH: Final = 2
 
 # How often a server may begin a new timeline while one synchronization is under way.
 NEW_TIMELINES_MAX: Final = 3
-
-# A call may take this long; gRPC cannot count much further.
-CALL_SECONDS_MAX: Final = 24 * 3600.0
 
 _NO_CONSENT: Final = Consent()
 _EVERY_FILE: Final = FileWishes({})

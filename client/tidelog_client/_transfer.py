@@ -56,6 +56,8 @@ COMPLETED_BYTES_PER_SECOND: Final = 20_000_000
 TICK_SECONDS: Final = 1.0
 # The same where a server is there, and tells when to come again.
 BUSY_SECONDS_MAX: Final = 600.0
+# A call may take this long; gRPC cannot count much further.
+CALL_SECONDS_MAX: Final = 24 * 3600.0
 
 # How long a token is used for one call after the other.
 TOKEN_SECONDS_MAX: Final = 60.0
@@ -175,7 +177,7 @@ class Patience:
 
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+        return None if self._end is None else min(max(0.0, self._end - time.monotonic()), CALL_SECONDS_MAX)
 
 
 class Caller(Protocol):

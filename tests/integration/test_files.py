@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -198,6 +199,17 @@ def test_a_deadline_ends_transfers(world: World, proxy: Proxy) -> None:
     assert replica.synchronize_all().skipped == []
     assert read(replica, "t1") == LARGE
     assert proxy.down.byte_count <= COST_MAX * len(LARGE)
+
+
+def test_a_deadline_that_never_comes_is_none(world: World) -> None:
+    """Files travel with the longest timeouts too."""
+    replica = world.replica("one")
+    replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+    report = replica.synchronize_all(timeout=math.inf)
+    assert (report.files_uploaded, report.skipped) == (1, [])
+    other = world.replica("two", files={"Task": "lazy"})
+    other.synchronize_all(timeout=1e18)
+    assert read(other, "t1", timeout=math.inf) == PHOTO
 
 
 def test_a_vanished_content_becomes_a_failure(world: World) -> None:
