@@ -121,6 +121,7 @@ class FileExchange:
         self._ready_count = 0
         self._until = 0
         self._look_at = 0.0
+        self._is_last = False
 
     def __enter__(self) -> Self:
         return self
@@ -248,7 +249,7 @@ class FileExchange:
 
     # --- after a session ------------------------------------------------------
 
-    def exchange(self, selected: Collection[ObjectKey] | None, *, is_all: bool) -> bool:
+    def exchange(self, selected: Collection[ObjectKey] | None, *, is_all: bool, is_last: bool = False) -> bool:
         """
         Upload what operations wait for, and download what objects lack; tell whether there is cause for a session.
 
@@ -257,10 +258,12 @@ class FileExchange:
         Args:
             selected: The objects that were selected. None: none were.
             is_all: Whether the contents of all objects are downloaded; else of those that the session brought.
+            is_last: Whether no further session comes, whatever cause there is.
 
         Raises:
             SynchronizationError: There is no token to be had.
         """
+        self._is_last = is_last
         if self._files.is_idle() and self._transfers is None:
             return False
         failed = () if is_all or selected is not None else self._files.failed_objects(FAILED_OBJECTS_MAX)
@@ -328,16 +331,18 @@ class FileExchange:
 
     def _is_session_due(self) -> bool:
         now = time.monotonic()
-        if now < self._look_at:
+        if self._is_last or now < self._look_at:
             return False
         self._look_at = now + SESSION_SECONDS
+        if self._end is not None and self._look_at > self._end:
+            return False  # it would hardly come to its end
         if self._is_more_ready():
             return True
         with self._storage.environment.read() as transaction:
             return self._seqs is None and self._storage.last_seq(transaction) > self._until
 
     def _is_more_ready(self) -> bool:
-        return len(self._ready) + len(self._lost) > self._ready_count
+        return not self._is_last and len(self._ready) + len(self._lost) > self._ready_count
 
     def _wanted(self, keys: Iterable[ObjectKey] | None) -> Iterator[Downloading]:
         """Yield what is to be downloaded, the smallest first; of some objects, or, None, of all."""
@@ -394,8 +399,13 @@ class FileExchange:
 
     # --- at the end -----------------------------------------------------------
 
-    def finish(self) -> None:
-        """Report which operations had to stay behind, and delete contents that nobody refers to any more."""
+    def finish(self, why_not_sent: str = "") -> None:
+        """
+        Report which operations had to stay behind, and delete contents that nobody refers to any more.
+
+        Args:
+            why_not_sent: Why no session took those whose contents are on the server by now. Empty: one did.
+        """
         if self._files.any_contents():
             now = time.time()
             swept = float(self._storage.meta("files_swept") or 0)
@@ -404,15 +414,17 @@ class FileExchange:
                 self._storage.set_meta(files_swept=str(now).encode())
         if self._files.is_idle():
             return
-        self._report_held()
+        self._report_held(why_not_sent)
         for _ in self._files.look_again():
             pass
         self._files.collect()
 
-    def _report_held(self) -> None:
-        if not self._plan.held:
+    def _report_held(self, why_not_sent: str) -> None:
+        # Of those that a session was to take, only what is still pending counts.
+        behind = self._needed if why_not_sent else self._plan.held
+        if not behind:
             return
-        held = {seq: self._why_held(seq) for seq in self._plan.held}
+        held = {seq: self._why_held(seq, why_not_sent) for seq in behind}
         excluded = Plans.decode(self._storage.meta("plans")).upload_excluded if self._seqs is None else ()
         until = self._plan.until or 0
         for unit, cause in sifted(self._storage, Sieve(excluded, held), until=until, seqs=self._seqs):
@@ -421,17 +433,18 @@ class FileExchange:
                     Skipped(
                         *one.key,
                         SkipReason.FILE_NOT_UPLOADED,
-                        f"the content of its file is not on the server: {held[one.seq]}"
-                        if one.seq in held
-                        else "an operation that comes before it waits for the content of a file",
+                        held.get(one.seq, "an operation that comes before it waits for the content of a file"),
                         seq=one.seq,
                     )
                     for one in unit
                 ]
 
-    def _why_held(self, seq: int) -> str:
-        waiting = (one for one in self._needed[seq] if one in self._waiting)
-        return next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
+    def _why_held(self, seq: int, why_not_sent: str) -> str:
+        waiting = [one for one in self._needed[seq] if one in self._waiting]
+        if not waiting:
+            return f"the content of its file came to the server too late for it: {why_not_sent}"
+        reason = next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
+        return f"the content of its file is not on the server: {reason}"
 
     # --- transfers ------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -136,6 +136,7 @@ class Synchronizer:
                 has_new_plans = False
                 has_adopted = False
                 timelines_left = NEW_TIMELINES_MAX
+                completed: _Completed | None = None
                 while True:
                     report.begin_attempt()
                     # A new timeline is adopted with all of its data, whatever was asked for.
@@ -201,6 +202,12 @@ class Synchronizer:
                             deadline.note_broken()
                         else:
                             deadline.note_busy(pause)
+                        if pause > deadline.remaining() and completed is not None:
+                            # What was asked for was done. This one was for what came while contents travelled.
+                            report.give_up_attempt()
+                            files.exchange(completed.keys, is_all=mode is Mode.ALL, is_last=True)
+                            files.finish(str(error))
+                            return
                         if pause > deadline.remaining():
                             raise ServerUnavailable(
                                 f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
@@ -216,9 +223,10 @@ class Synchronizer:
                             # What is offered again may wait for its contents.
                             has_adopted = not files.exchange(None, is_all=True)
                             continue
-                        keys = None if selected is None else selected.keys
-                        if not files.exchange(keys, is_all=mode is Mode.ALL) or deadline.remaining() <= 0:
-                            files.finish()
+                        completed = _Completed(None if selected is None else selected.keys)
+                        is_more = files.exchange(completed.keys, is_all=mode is Mode.ALL)
+                        if not is_more or deadline.remaining() <= 0:
+                            files.finish("there was no time left" if is_more else "")
                             return
         finally:
             try:
@@ -280,6 +288,12 @@ class Synchronizer:
     def _send(self, stream: Stream, messages: list[bytes | None], report: Report) -> None:
         report.sent_bytes += sum(len(message) for message in messages if message is not None)
         stream.send(messages)
+
+
+class _Completed(NamedTuple):
+    """A session that did what was asked for: of the selected objects, if there was a selection."""
+
+    keys: Collection[ObjectKey] | None
 
 
 class _Deadline:

@@ -471,6 +471,27 @@ class TestUploading:
         assert pending(replica) == [1]
         assert connection.channel_count == 2
 
+    def test_a_session_that_comes_too_late_is_no_error(self, replica: Replica, small: None) -> None:
+        """What a further session was to take is reported where none gets through, with what the first one said."""
+        server = FileServer()
+        connection = connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+        replica.create("Task", {"n": 1}, "t2")
+        replica.update("Task", "t1", {"n": 1})
+        synchronize = connection.synchronize
+        server.on_upload = lambda *_: setattr(connection, "synchronize", unreachable)
+
+        def unreachable(_metadata: object, _timeout: float | None) -> Any:
+            raise Transient("the path broke")
+
+        report = replica.synchronize_all(timeout=2.0)
+        assert (report.applied, pending(replica)) == (1, [1, 3])
+        assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, n) for n in (1, 3)]
+        assert "the path broke" in report.skipped[0].message
+        connection.synchronize = synchronize  # type: ignore[method-assign]
+        report = replica.synchronize_all()
+        assert (report.applied, report.files_uploaded, report.skipped) == (2, 0, [])
+
     def test_progress_is_told_in_bytes(self, replica: Replica, small: None) -> None:
         """Progress of files goes up to all of their bytes."""
         server = FileServer()
@@ -661,6 +682,34 @@ class TestDownloading:
         server.pages = ()
         assert replica.synchronize_all().skipped == []
         assert read(replica, "t2") == LARGE
+
+    def test_what_was_under_way_is_reported_after_a_session_in_vain(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a session that was begun for what was committed meanwhile fails, downloads are reported, no error."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        server = FileServer(pages=[page(task("t1", LARGE), task("t2", LARGER))])
+        server.put(LARGE)
+        server.put(LARGER)
+        connection = connect(replica, server)
+        released = threading.Event()
+
+        def unreachable(_metadata: object, _timeout: float | None) -> Any:
+            raise Transient("the path broke")
+
+        def on_download(_name: bytes, position: int) -> None:
+            if position == CHUNK_BYTES:
+                monkeypatch.setattr(connection, "synchronize", unreachable)
+                replica.create("Task", {}, "t3")
+                released.wait(3)
+
+        server.on_download = on_download
+        report = replica.synchronize_all(timeout=2.0)
+        released.set()
+        assert {one.reason for one in report.skipped} == {SkipReason.FILE_NOT_DOWNLOADED}
+        assert sum(one.count for one in report.skipped) == 2
+        assert len(pending(replica)) == 1
 
     def test_an_expired_token_is_asked_for_again(self, replica: Replica) -> None:
         """A token that expires while contents travel is got anew, and the transfer goes on."""
