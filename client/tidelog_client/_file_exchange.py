@@ -12,6 +12,7 @@ server does not have.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -59,6 +60,8 @@ NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
 # How long a session has to wait at the least that comes while contents travel.
 SESSION_SECONDS: Final = 2.0
+# What others changed comes in a session so long after the last one, while contents get ahead.
+REFRESH_SECONDS: Final = 30.0
 
 _log = get_logger("tidelog.files")
 
@@ -121,6 +124,8 @@ class FileExchange:
         self._ready_count = 0
         self._until = 0
         self._look_at = 0.0
+        self._refresh_at = math.inf
+        self._has_moved = False
         self._is_last = False
 
     def __enter__(self) -> Self:
@@ -271,6 +276,7 @@ class FileExchange:
             if not is_all:
                 self._lacking[key] = None
         self._look_at = time.monotonic() + SESSION_SECONDS
+        self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
         while self._begin(None if is_all else self._lacking):
             if self._go_on():
                 return True
@@ -336,6 +342,9 @@ class FileExchange:
         self._look_at = now + SESSION_SECONDS
         if self._end is not None and self._look_at > self._end:
             return False  # it would hardly come to its end
+        has_moved, self._has_moved = self._has_moved, False
+        if has_moved and now >= self._refresh_at:
+            return True
         if self._is_more_ready():
             return True
         with self._storage.environment.read() as transaction:
@@ -458,6 +467,7 @@ class FileExchange:
         else:
             self._report.file_bytes_received += sent_bytes
         self._done_bytes += more_bytes
+        self._has_moved = True
         if job.content in self._jobs.under_way:
             self._jobs.under_way[job.content] += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))

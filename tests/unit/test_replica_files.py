@@ -560,6 +560,26 @@ class TestDownloading:
         report = replica.synchronize_all(on_progress=on_progress)
         assert (report.files_downloaded, report.skipped) == (2, [])
 
+    def test_what_others_change_does_not_wait(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a large content comes down, what others changed comes in sessions now and then."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_file_exchange, "REFRESH_SECONDS", 0.0)
+        server = FileServer(pages=[page(task("large", LARGE))])
+        server.put(LARGE)
+        connect(replica, server)
+        has_come = threading.Event()
+
+        def on_download(_name: bytes, position: int) -> None:
+            if position == 2 * CHUNK_BYTES:
+                server.pages = [page(("Task", "urgent", 1, {}))]
+                assert has_come.wait(30)
+
+        server.on_download = on_download
+        report = replica.synchronize_all(
+            on_progress=lambda _: has_come.set() if replica.get("Task", "urgent") else None
+        )
+        assert (report.files_downloaded, report.skipped) == (1, [])
+
     def test_a_content_that_is_here_is_not_asked_for(self, replica: Replica) -> None:
         """A content that the replica has already, whatever for, does not travel."""
         server = FileServer(pages=[page(task("t2", PHOTO))])
