@@ -173,6 +173,10 @@ class Files:
             part.discard()
             raise
 
+    def keep(self, sha256: bytes) -> bool:
+        """Let a content be safe for another hour from being collected; tell whether it is here."""
+        return self._uncollected(lambda: self.contents.renew(sha256))
+
     def adopt(self, part: Part, sha256: bytes, size: int) -> None:
         """Make a downloaded part a content, which no program is about to refer to. Raises ContentCorrupt."""
 

@@ -1100,6 +1100,31 @@ class TestRemoval:
         replica.synchronize_selected([("Task", "t1")])
         assert read(replica, "t2") == PHOTO
 
+    @pytest.mark.parametrize("is_gone", [False, True])
+    def test_a_transaction_that_is_open_for_long_notices(self, replica: Replica, *, is_gone: bool) -> None:
+        """What was attached hours before its commit is young from then on; if it has gone, nothing is committed."""
+        server = FileServer(pages=[page(("Task", "t1", 1, {}))])
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = ()
+
+        def late() -> None:
+            with replica.transaction() as transaction:
+                transaction.attach("Task", "t1", "photo", PHOTO)
+                age(replica)
+                if is_gone:
+                    replica.synchronize_all()
+
+        if is_gone:
+            with pytest.raises(FileUnavailable, match="while the transaction was open"):
+                late()
+            assert replica.file_state("Task", "t1", "photo") is None
+            return
+        late()
+        (content,) = replica._storage.files.contents.contents()
+        assert content.time > 1.0
+        assert replica.synchronize_all().files_uploaded == 1
+
     def test_what_is_attached_during_its_download_stays(self, replica: Replica) -> None:
         """A content that a program stores while it is being downloaded is as young as any that a program stores."""
         server = FileServer(pages=[page(task("t1", PHOTO))])
