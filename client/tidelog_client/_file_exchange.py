@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby, islice, takewhile
 from typing import TYPE_CHECKING, Final, Self
 
-from tidelog._errors import SynchronizationError, Unauthenticated
+from tidelog._errors import StorageError, SynchronizationError, Unauthenticated
 from tidelog._limits import FILES_STAT_MAX
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
@@ -213,17 +213,40 @@ class FileExchange:
             for one, status in zip(asked, statuses, strict=True):
                 if status.presence is not Presence.MISSING:
                     self._ready.add(one)
-                elif self._files.has(*one):
-                    self._waiting[one] = Uploading(one, status.received_bytes)
-                elif self._files.has_other_size(*one):
-                    self._lost.add(one)  # there is no such content
                 else:
-                    self._lose(one, "it is not here any more")
+                    self._find(one, status.received_bytes)
+
+    def _find(self, content: Needed, received_bytes: int) -> None:
+        """Find out whether a content that the server lacks can be uploaded."""
+        try:
+            if self._files.has(*content):
+                self._waiting[content] = Uploading(content, received_bytes)
+            elif self._files.has_other_size(*content):
+                self._lost.add(content)  # there is no such content
+            else:
+                self._lose(content, "it is not here any more")
+        except StorageError as error:
+            self._put_off(content, str(error))
 
     def _lose(self, content: Needed, why: str) -> None:
+        """Take a content for lost, unless it is only away, or was put here anew meanwhile."""
+        try:
+            if self._files.is_sound(*content):
+                self._put_off(content, f"{why}; by now it is here again")
+                return
+            self._files.check_place()
+            self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+        except StorageError as error:
+            self._put_off(content, str(error))
+            return
         _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
-        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+        self._waiting.pop(content, None)
         self._lost.add(content)
+
+    def _put_off(self, content: Needed, why: str) -> None:
+        """Let a content wait for another synchronization."""
+        self._waiting[content] = Uploading(content)
+        self._reasons[content] = why
 
     def _small_uploads(self) -> list[Uploading]:
         """Return what is uploaded before the session: the smallest contents, as far as there is room."""
@@ -272,7 +295,7 @@ class FileExchange:
         if self._files.is_idle() and self._transfers is None:
             return False
         failed = () if is_all or selected is not None else self._files.failed_objects(FAILED_OBJECTS_MAX)
-        for key in (*(selected or ()), *failed, *self._files.look_again()):
+        for key in (*(selected or ()), *failed, *self._looked_again()):
             if not is_all:
                 self._lacking[key] = None
         self._look_at = time.monotonic() + SESSION_SECONDS
@@ -281,6 +304,13 @@ class FileExchange:
             if self._go_on():
                 return True
         return False
+
+    def _looked_again(self) -> Iterator[ObjectKey]:
+        """Yield the objects that have changed and lack a content, as far as that can be seen."""
+        try:
+            yield from self._files.look_again()
+        except StorageError as error:
+            _log.warning("the contents of files cannot be looked at", detail=str(error))
 
     def _begin(self, keys: Collection[ObjectKey] | None) -> bool:
         """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""
@@ -397,14 +427,14 @@ class FileExchange:
             self._report.files_uploaded += not was_there
         elif isinstance(error, ContentLost):
             self._lose(content, str(error))
+            return
         elif not (isinstance(error, FileRefused) and error.is_too_large):
             if is_last_try or not isinstance(error, Transient):
                 self._reasons[content] = str(error)
             self._waiting[content] = Uploading(content)
             return
         self._waiting.pop(content, None)
-        if content not in self._lost:
-            self._ready.add(content)
+        self._ready.add(content)
 
     # --- at the end -----------------------------------------------------------
 
@@ -415,6 +445,14 @@ class FileExchange:
         Args:
             why_not_sent: Why no session took those whose contents are on the server by now. Empty: one did.
         """
+        self._report_held(why_not_sent)
+        try:
+            self._clean_up()
+        except StorageError as error:
+            # Housekeeping does not undo what was done.
+            _log.warning("the contents of files cannot be cleaned up", detail=str(error))
+
+    def _clean_up(self) -> None:
         if self._files.any_contents():
             now = time.time()
             swept = float(self._storage.meta("files_swept") or 0)
@@ -423,7 +461,6 @@ class FileExchange:
                 self._storage.set_meta(files_swept=str(now).encode())
         if self._files.is_idle():
             return
-        self._report_held(why_not_sent)
         for _ in self._files.look_again():
             pass
         self._files.collect()

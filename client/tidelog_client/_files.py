@@ -35,7 +35,7 @@ from filelock import FileLock
 
 from tidelog._contents import READ_BYTES, SHA256_BYTES, Content, ContentDirectory, Part
 from tidelog._environment import SCAN_PAGE_KEYS, put_many, scan_keys
-from tidelog._errors import InvalidValue, damaged
+from tidelog._errors import InvalidValue, StorageError, damaged
 from tidelog._file_reference import (
     FileReference,
     encoded_file_references,
@@ -51,6 +51,7 @@ from tidelog._keys import (
     unpack_position,
 )
 from tidelog._operation import decode_operation
+from tidelog_client._meta import Meta
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -69,6 +70,8 @@ GRACE_SECONDS: Final = 3600.0
 LEFTOVER_SECONDS: Final = 7 * 24 * 3600.0
 
 _LOCK_FILE: Final = "files.lock"
+# Lies beside the contents, and says what the meta value `files_mark` does: else they are away.
+_MARK_FILE: Final = "tidelog-replica"
 _CONTENT: Final = struct.Struct(f">B{SHA256_BYTES}sQ")
 _SHOWN: Final = 1
 _SIZE: Final = struct.Struct(">Q")
@@ -159,11 +162,13 @@ class Files:
         self._missing = database("file_missing")
         self._states = database("file_states")
         self._garbage = database("file_garbage")
+        self._meta = Meta(environment)
 
     # --- contents -------------------------------------------------------------
 
     def add(self, source: BinaryIO) -> Content:
         """Store what a stream holds. Returns once it is on disk, safe for an hour from being collected."""
+        self.check_place()
         part = self.contents.part(uuid4().hex)
         try:
             while chunk := source.read(READ_BYTES):
@@ -188,6 +193,26 @@ class Files:
 
         self._uncollected(work)
 
+    def check_place(self) -> None:
+        """Mark the folder of the contents, if it was not yet; raise StorageError if what was marked is away."""
+        if not (mark := self._meta.read("files_mark")):
+            self._uncollected(self._mark_new_place)
+        elif self.contents.mark(_MARK_FILE) != mark:
+            raise StorageError(
+                f"{self.contents.path}: the contents of this replica's files are away: nothing is taken for lost. Put "
+                "the folder back (is a disk not mounted?), or set aside what is damaged if it is gone for good"
+            )
+
+    def _mark_new_place(self) -> None:
+        if not self._meta.read("files_mark"):  # by somebody else meanwhile
+            self.mark_place()
+
+    def mark_place(self) -> None:
+        """Mark the folder of the contents, whatever was there before."""
+        mark = uuid4().hex.encode()
+        self.contents.set_mark(_MARK_FILE, mark)
+        self._meta.write(files_mark=mark)
+
     def has(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here."""
         return self.contents.size(sha256) == size
@@ -195,6 +220,10 @@ class Files:
     def has_other_size(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here, undamaged, and of another size: then there is none of this one."""
         return self.contents.size(sha256) not in {None, size} and self._is_sound(sha256)
+
+    def is_sound(self, sha256: bytes, size: int) -> bool:
+        """Tell whether a content is here, of that size and undamaged."""
+        return self.has(sha256, size) and self._is_sound(sha256)
 
     def _is_sound(self, sha256: bytes) -> bool:
         file = self.contents.open(sha256)

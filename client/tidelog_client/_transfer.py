@@ -439,6 +439,7 @@ class Transfers:
         content, files = job.content, self._files
         if files.has(*content):
             return True
+        files.check_place()
         part = files.contents.part(content.sha256.hex())
         with _Turn(part, lambda: self._is_over, tell):
             if files.has(*content):  # by somebody else meanwhile

@@ -27,6 +27,7 @@ from tidelog import (
     InvalidValue,
     ObjectNotFound,
     Operation,
+    StorageError,
     Unauthenticated,
 )
 from tidelog._contents import Part
@@ -344,6 +345,58 @@ class TestUploading:
         assert [one.reason for one in report.failures] == [FailureReason.FILE_MISSING]
         assert server.contents == {}
         assert (replica.path / "set-aside" / f"content-{name}").read_bytes() == damaged
+
+    @pytest.mark.parametrize("instead", ["nothing", "folder", "file"])
+    def test_contents_that_are_away_are_not_lost(self, replica: Replica, instead: str) -> None:
+        """Where the folder of the contents is not what it was, what needs it waits, and the rest goes on."""
+        server = FileServer(pages=[page(("Task", "t2", 1, {}), task("t3", LARGE))])
+        server.put(LARGE)
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        replica.create("Task", {"n": 1}, "t4")
+        folder, away = replica.path / "files", replica.path / "away"
+        folder.rename(away)
+        if instead == "folder":
+            folder.mkdir()
+        elif instead == "file":
+            folder.write_bytes(b"")
+        report = replica.synchronize_all()
+        assert (report.applied, report.downloaded, list(report.failures), pending(replica)) == (1, 2, [], [1])
+        skipped = {(one.reason, one.id) for one in report.skipped}
+        assert (SkipReason.FILE_NOT_UPLOADED, "t1") in skipped
+        # What objects lack cannot be found out where there is a file.
+        assert instead == "file" or (SkipReason.FILE_NOT_DOWNLOADED, "t3") in skipped
+        with pytest.raises(StorageError):
+            replica.attach("Task", "t2", "photo", PHOTO)
+        if instead == "folder":
+            folder.rmdir()
+        elif instead == "file":
+            folder.unlink()
+        away.rename(folder)
+        server.pages = ()
+        report = replica.synchronize_all()
+        assert (report.applied, report.skipped, pending(replica)) == (1, [], [])
+        assert read(replica, "t3") == LARGE
+
+    def test_a_content_that_is_put_back_during_its_upload_stays(self, replica: Replica) -> None:
+        """What was damaged when it was read, and is whole again when that is found out, goes up another time."""
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+        name = sha256(LARGE).hex()
+
+        def on_upload(_name: bytes, position: int) -> None:
+            if position == 0:
+                (replica.path / "files" / name[:2] / name[2:4] / name).write_bytes(LARGE[:-1] + b"x")
+            elif position == 8 * CHUNK_BYTES:
+                replica.add_file(LARGE)
+
+        server.on_upload = on_upload
+        report = replica.synchronize_all()
+        assert ([one.reason for one in report.skipped], pending(replica)) == ([SkipReason.FILE_NOT_UPLOADED], [1])
+        server.on_upload = lambda *_: None
+        assert replica.synchronize_all().applied == 1
+        assert server.contents[sha256(LARGE)] == LARGE
 
     def test_a_wrong_size_is_refused_at_once(self, replica: Replica) -> None:
         """What says another size of a content that is here is no value; the content, and who refers to it, stays."""
