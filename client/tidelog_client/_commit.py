@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import uuid_utils
 
 from tidelog._errors import (
+    FileUnavailable,
     InvalidValue,
     LimitExceeded,
     ObjectExists,
@@ -294,6 +295,8 @@ class Transaction:
         self._intents: list[Intent] = []
         # The objects as this transaction leaves them so far; None: deleted.
         self._views: dict[tuple[str, str], ViewRecord | None] = {}
+        # The contents of files, and what is to refer to them.
+        self._attached: dict[bytes, tuple[str, str, str]] = {}
         self._entered = False
         self._ended = False
 
@@ -371,6 +374,8 @@ class Transaction:
         """
         Let an attribute of an object be a file. Its content is on disk when this returns.
 
+        A transaction that stays open for hours may lose it: then its end raises FileUnavailable.
+
         Args:
             entity: Type of the object.
             id: Its id.
@@ -389,6 +394,7 @@ class Transaction:
         check_attribute_name(attribute)
         value = stored_file(self._storage.files, source, name=name, media_type=media_type, default_name=attribute)
         self.update(entity, id, {attribute: value})
+        self._attached[value["sha256"]] = (entity, id, attribute)
 
     def get(self, entity: str, id: str) -> Attributes | None:  # noqa: A002
         """Return the attributes of an object as this transaction would leave it, or None."""
@@ -406,7 +412,14 @@ class Transaction:
     ) -> None:
         self._ended = True
         if kind is None:
+            self._keep_attached()
             self._committer.commit(self._intents, atomic=self._atomic)
+
+    def _keep_attached(self) -> None:
+        for sha256, (entity, id_, attribute) in self._attached.items():
+            if not self._storage.files.keep(sha256):
+                reason = "it was deleted again while the transaction was open: nothing is committed, attach it anew"
+                raise FileUnavailable(entity=entity, id=id_, attribute=attribute, reason=reason)
 
     def _add(self, kind: OperationKind, entity: str, id_: str, patch: Patch) -> None:
         if self._ended:

@@ -40,12 +40,16 @@ class FileRefused(Exception):
     Attributes:
         is_too_large: Whether it takes no content of that size.
         is_damaged: Whether bytes came, and in vain: they are not the content.
+        is_denied: Whether it does not give it by the object that was named. By another one it may.
     """
 
-    def __init__(self, message: str, *, is_too_large: bool = False, is_damaged: bool = False) -> None:
+    def __init__(
+        self, message: str, *, is_too_large: bool = False, is_damaged: bool = False, is_denied: bool = False
+    ) -> None:
         super().__init__(message)
         self.is_too_large = is_too_large
         self.is_damaged = is_damaged
+        self.is_denied = is_denied
 
 
 class FileCalls(Protocol):

@@ -126,7 +126,8 @@ class FileChannel:
             return Transient(f"{self._address}: {error}")  # the channel was closed meanwhile
         meaning, reason = call_error(error, self._address)
         if reason in _REFUSALS:
-            return FileRefused(str(meaning), is_too_large=reason == "FILE_TOO_LARGE")
+            is_denied = reason == "FILE_NOT_FOUND"
+            return FileRefused(str(meaning), is_too_large=reason == "FILE_TOO_LARGE", is_denied=is_denied)
         return meaning
 
 

@@ -12,13 +12,14 @@ server does not have.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
 from typing import TYPE_CHECKING, Final, Self
 
-from tidelog._errors import SynchronizationError, Unauthenticated
+from tidelog._errors import StorageError, SynchronizationError, Unauthenticated
 from tidelog._limits import FILES_STAT_MAX
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
@@ -28,7 +29,15 @@ from tidelog_client._files import Failed, Missing, Needed
 from tidelog_client._plans import Plans
 from tidelog_client._report import Phase, Progress, Skipped, SkipReason
 from tidelog_client._set_aside import SET_ASIDE_FOLDER
-from tidelog_client._transfer import ContentLost, Downloading, Patience, Result, Transfers, Uploading
+from tidelog_client._transfer import (
+    ASKED_OBJECTS_MAX,
+    ContentLost,
+    Downloading,
+    Patience,
+    Result,
+    Transfers,
+    Uploading,
+)
 from tidelog_client._upload import NO_FILES, Cause, FilePlan, Sieve, sifted
 
 if TYPE_CHECKING:
@@ -53,6 +62,8 @@ NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
 # How long a session has to wait at the least that comes while contents travel.
 SESSION_SECONDS: Final = 2.0
+# What others changed comes in a session so long after the last one, while contents get ahead.
+REFRESH_SECONDS: Final = 30.0
 
 _log = get_logger("tidelog.files")
 
@@ -120,6 +131,9 @@ class FileExchange:
         self._ready_count = 0
         self._until = 0
         self._look_at = 0.0
+        self._refresh_at = math.inf
+        self._has_moved = False
+        self._is_last = False
 
     def __enter__(self) -> Self:
         return self
@@ -209,21 +223,38 @@ class FileExchange:
             for one, status in zip(asked, statuses, strict=True):
                 if status.presence is not Presence.MISSING:
                     self._ready.add(one)
-                elif self._files.has(*one):
-                    self._waiting[one] = Uploading(one, status.received_bytes)
-                elif self._files.has_other_size(*one):
-                    self._lost.add(one)  # there is no such content
                 else:
-                    self._miss(one, "it is not here any more")
+                    self._find(one, status.received_bytes)
+
+    def _find(self, content: Needed, received_bytes: int) -> None:
+        """Find out whether a content that the server lacks can be uploaded."""
+        try:
+            if self._files.has(*content):
+                self._waiting[content] = Uploading(content, received_bytes)
+            elif self._files.has_other_size(*content):
+                self._lost.add(content)  # there is no such content
+            else:
+                self._miss(content, "it is not here any more")
+        except StorageError as error:
+            self._postpone(content, str(error))
 
     def _miss(self, content: Needed, why: str) -> None:
         """
         Have a content that is not here come from the server, by what the replica shows; else it is lost.
 
-        The server knows it, perhaps, and does not say so to whom it finds no object that he may read.
+        The server knows it, perhaps, and does not say so to whom it finds no object that he may read. What is only
+        away, or was put here anew meanwhile, is not missed.
         """
-        self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
-        self._lacking |= dict.fromkeys(self._files.look_again())
+        try:
+            if self._files.is_sound(*content):
+                self._postpone(content, f"{why}; by now it is here again")
+                return
+            self._files.check_place()
+            self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+            self._lacking |= dict.fromkeys(self._files.look_again())
+        except StorageError as error:
+            self._postpone(content, str(error))
+            return
         holders = () if content in self._fetched else self._files.holders(content.sha256, HOLDERS_MAX)
         if holders:
             self._fetched.add(content)
@@ -236,6 +267,11 @@ class FileExchange:
         _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
         self._lost.add(content)
         self._waiting.pop(content, None)
+
+    def _postpone(self, content: Needed, why: str) -> None:
+        """Let a content wait for another synchronization."""
+        self._waiting[content] = Uploading(content)
+        self._reasons[content] = why
 
     def _small_uploads(self) -> list[Uploading]:
         """Return what is uploaded before the session: the smallest contents, as far as there is room."""
@@ -271,7 +307,7 @@ class FileExchange:
 
     # --- after a session ------------------------------------------------------
 
-    def exchange(self, selected: Collection[ObjectKey] | None, *, is_all: bool) -> bool:
+    def exchange(self, selected: Collection[ObjectKey] | None, *, is_all: bool, is_last: bool = False) -> bool:
         """
         Upload what operations wait for, and download what objects lack; tell whether there is cause for a session.
 
@@ -280,23 +316,33 @@ class FileExchange:
         Args:
             selected: The objects that were selected. None: none were.
             is_all: Whether the contents of all objects are downloaded; else of those that the session brought.
+            is_last: Whether no further session comes, whatever cause there is.
 
         Raises:
             SynchronizationError: There is no token to be had.
         """
+        self._is_last = is_last
         if self._files.is_idle() and self._transfers is None:
             return False
         if self._needed_contents(self._until, self._seqs).keys() - self._needed.keys():
             return True  # the session found out that further operations refer to contents
         failed = () if is_all or selected is not None else self._files.failed_objects(FAILED_OBJECTS_MAX)
-        for key in (*(selected or ()), *failed, *self._files.look_again()):
+        for key in (*(selected or ()), *failed, *self._looked_again()):
             if not is_all:
                 self._lacking[key] = None
         self._look_at = time.monotonic() + SESSION_SECONDS
+        self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
         while self._begin(None if is_all else self._lacking):
             if self._go_on():
                 return True
         return False
+
+    def _looked_again(self) -> Iterator[ObjectKey]:
+        """Yield the objects that have changed and lack a content, as far as that can be seen."""
+        try:
+            yield from self._files.look_again()
+        except StorageError as error:
+            _log.warning("the contents of files cannot be looked at", detail=str(error))
 
     def _begin(self, keys: Collection[ObjectKey] | None) -> bool:
         """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""
@@ -306,14 +352,14 @@ class FileExchange:
             if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
                 return False
             self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
-            self._results = self._transfers.run(self._jobs)
+            self._results = self._transfers.run(self._jobs, self._jobs.next_size)
         left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
         self._expect(left_bytes - sum(self._jobs.under_way.values()))
         return True
 
     def _go_on(self) -> bool:
         """Take in how transfers ended, until all have, or there is cause for a session; tell whether there is."""
-        arrived: list[Missing] = []
+        arrived: list[Needed] = []
         failed: dict[bytes, Failed] = {}
         try:
             for result in self._results:
@@ -341,6 +387,7 @@ class FileExchange:
         for job in self._jobs:
             if isinstance(job, Downloading) and job.content not in self._fetching:
                 left.update(entity for entity, _ in job.keys)
+                left.update(job.other_counts)
         self._jobs.under_way.clear()
         self._report.skipped += [
             Skipped(
@@ -351,16 +398,21 @@ class FileExchange:
 
     def _is_session_due(self) -> bool:
         now = time.monotonic()
-        if now < self._look_at:
+        if self._is_last or now < self._look_at:
             return False
         self._look_at = now + SESSION_SECONDS
+        if self._end is not None and self._look_at > self._end:
+            return False  # it would hardly come to its end
+        has_moved, self._has_moved = self._has_moved, False
+        if has_moved and now >= self._refresh_at:
+            return True
         if self._is_more_ready():
             return True
         with self._storage.environment.read() as transaction:
             return self._seqs is None and self._storage.last_seq(transaction) > self._until
 
     def _is_more_ready(self) -> bool:
-        return len(self._ready) + len(self._lost) > self._ready_count
+        return not self._is_last and len(self._ready) + len(self._lost) > self._ready_count
 
     def _wanted(self, keys: Iterable[ObjectKey] | None) -> Iterator[Downloading]:
         """Yield what is to be downloaded, the smallest first; of some objects, or, None, of all."""
@@ -371,9 +423,10 @@ class FileExchange:
             missing = sorted(one for key in keys for one in self._files.missing_of(key))
             wanted = (one for one in missing if self._wishes.of(one.key[0]).wants(one.size))
         for (size, sha256), same in groupby(wanted, key=lambda one: one[:2]):
-            job = Downloading(Needed(sha256, size), [one.key for one in same])
-            if job.content in self._tried or job.content in self._fetching:
+            if (content := Needed(sha256, size)) in self._tried or content in self._fetching:
                 continue
+            asked = [one.key for one in islice(same, ASKED_OBJECTS_MAX)]
+            job = Downloading(content, asked, Counter(one.key[0] for one in same))
             if sha256 in self._put_off:
                 self._pass_over(job, f"{self._put_off[sha256]}; it is asked for again later")
             else:
@@ -384,28 +437,32 @@ class FileExchange:
         if wish.mode is FileMode.EAGER:  # else there may be many to look at for nothing
             yield from takewhile(lambda one: wish.wants(one.size), self._files.missing(entity))
 
-    def _count(self, result: Result, arrived: list[Missing], failed: dict[bytes, Failed]) -> None:
+    def _count(self, result: Result, arrived: list[Needed], failed: dict[bytes, Failed]) -> None:
         """Take in how a transfer ended; what is to be noted of a download is put to the rest."""
         if isinstance(result.job, Uploading):
             self._count_up(result, is_last_try=True)
             return
-        (sha256, size), keys = result.job
-        if result.job.content in self._fetching:
-            self._count_fetched(result.job.content, result.error)
+        content = result.job.content
+        if content in self._fetching:
+            self._count_fetched(content, result.error)
             if result.error is not None:
                 return
         if result.error is None:
             self._report.files_downloaded += not result.was_there
-            arrived += [Missing(size, sha256, key) for key in keys]
+            arrived.append(content)
             return
         if result.failed is not None:
-            failed[sha256] = result.failed
+            failed[content.sha256] = result.failed
         self._pass_over(result.job, str(result.error))
 
     def _pass_over(self, job: Downloading, why: str) -> None:
         """Report what is not downloaded, and do not try it any more."""
         self._tried.add(job.content)
         self._report.skipped += [Skipped(*key, SkipReason.FILE_NOT_DOWNLOADED, why) for key in job.keys]
+        self._report.skipped += [
+            Skipped(entity, "", SkipReason.FILE_NOT_DOWNLOADED, why, count=count)
+            for entity, count in job.other_counts.items()
+        ]
 
     def _count_fetched(self, content: Needed, error: Exception | None) -> None:
         """Take in how the download of a content ended that is to be uploaded."""
@@ -420,7 +477,7 @@ class FileExchange:
             self._reasons[content] = f"it is not here any more, and could not be downloaded: {error}"
 
     def _count_up(self, result: Result, *, is_last_try: bool) -> None:
-        (content, _), error, was_there = result
+        (content, *_), error, was_there = result
         if error is None:
             self._report.files_uploaded += not was_there
         elif isinstance(error, ContentLost):
@@ -436,8 +493,21 @@ class FileExchange:
 
     # --- at the end -----------------------------------------------------------
 
-    def finish(self) -> None:
-        """Report which operations had to stay behind, and delete contents that nobody refers to any more."""
+    def finish(self, why_not_sent: str = "") -> None:
+        """
+        Report which operations had to stay behind, and delete contents that nobody refers to any more.
+
+        Args:
+            why_not_sent: Why no session took those whose contents are on the server by now. Empty: one did.
+        """
+        self._report_held(why_not_sent)
+        try:
+            self._clean_up()
+        except StorageError as error:
+            # Housekeeping does not undo what was done.
+            _log.warning("the contents of files cannot be cleaned up", detail=str(error))
+
+    def _clean_up(self) -> None:
         if self._files.any_contents():
             now = self._storage.clock() / 1e6
             swept = float(self._storage.meta("files_swept") or 0)
@@ -446,15 +516,16 @@ class FileExchange:
                 self._storage.set_meta(files_swept=str(now).encode())
         if self._files.is_idle():
             return
-        self._report_held()
         for _ in self._files.look_again():
             pass
         self._files.collect()
 
-    def _report_held(self) -> None:
-        if not self._plan.held:
+    def _report_held(self, why_not_sent: str) -> None:
+        # Of those that a session was to take, only what is still pending counts.
+        behind = self._needed if why_not_sent else self._plan.held
+        if not behind:
             return
-        held = {seq: self._why_held(seq) for seq in self._plan.held}
+        held = {seq: self._why_held(seq, why_not_sent) for seq in behind}
         excluded = Plans.decode(self._storage.meta("plans")).upload_excluded if self._seqs is None else ()
         until = self._plan.until or 0
         for unit, cause in sifted(self._storage, Sieve(excluded, held), until=until, seqs=self._seqs):
@@ -463,17 +534,18 @@ class FileExchange:
                     Skipped(
                         *one.key,
                         SkipReason.FILE_NOT_UPLOADED,
-                        f"the content of its file is not on the server: {held[one.seq]}"
-                        if one.seq in held
-                        else "an operation that comes before it waits for the content of a file",
+                        held.get(one.seq, "an operation that comes before it waits for the content of a file"),
                         seq=one.seq,
                     )
                     for one in unit
                 ]
 
-    def _why_held(self, seq: int) -> str:
-        waiting = (one for one in self._needed[seq] if one in self._waiting)
-        return next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
+    def _why_held(self, seq: int, why_not_sent: str) -> str:
+        waiting = [one for one in self._needed[seq] if one in self._waiting]
+        if not waiting:
+            return f"the content of its file came to the server too late for it: {why_not_sent}"
+        reason = next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
+        return f"the content of its file is not on the server: {reason}"
 
     # --- transfers ------------------------------------------------------------
 
@@ -499,6 +571,7 @@ class FileExchange:
             self._done_bytes += more_bytes
         else:
             self._total_bytes -= more_bytes  # they go once more
+        self._has_moved = True
         if job.content in self._jobs.under_way:
             self._jobs.under_way[job.content] += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
@@ -515,6 +588,8 @@ class _Jobs:
     def __init__(self) -> None:
         self.under_way: dict[Needed, int] = {}
         self._left: Iterator[Job] = iter(())
+        # The first of them, once it was looked at.
+        self._next: Job | None = None
 
     @property
     def left_bytes(self) -> int:
@@ -524,6 +599,15 @@ class _Jobs:
     def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
         """Replace what is left. Both are given with the smallest first; some may be under way."""
         self._left = heapq.merge(uploads, downloads, key=_size)
+        self._next = None
+
+    def next_size(self) -> int | None:
+        """Return how many bytes the next one has, or None if there is none."""
+        while self._next is None or self._next.content in self.under_way:
+            self._next = next(self._left, None)
+            if self._next is None:
+                return None
+        return _size(self._next)
 
     def add(self, job: Job) -> None:
         """Put one more to what is left."""
@@ -533,11 +617,11 @@ class _Jobs:
         return self
 
     def __next__(self) -> Job:
-        while True:
-            job = next(self._left)
-            if job.content not in self.under_way:
-                self.under_way[job.content] = 0
-                return job
+        if self.next_size() is None or self._next is None:
+            raise StopIteration
+        job, self._next = self._next, None
+        self.under_way[job.content] = 0
+        return job
 
 
 def _size(job: Job) -> int:

@@ -26,7 +26,7 @@ import hashlib
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from filelock import FileLock
 from tidelog._clock import Clock, system_time_us
 from tidelog._contents import READ_BYTES, SHA256_BYTES, Content, ContentDirectory, Part
 from tidelog._environment import SCAN_PAGE_KEYS, put_many, scan_keys
-from tidelog._errors import InvalidValue, damaged
+from tidelog._errors import InvalidValue, StorageError, damaged
 from tidelog._file_reference import (
     FileReference,
     encoded_file_references,
@@ -54,6 +54,7 @@ from tidelog._keys import (
     unpack_position,
 )
 from tidelog._operation import decode_operation
+from tidelog_client._meta import Meta
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -74,6 +75,8 @@ DAMAGED_SECONDS_MAX: Final = 24 * 3600.0
 LEFTOVER_SECONDS: Final = 7 * 24 * 3600.0
 
 _LOCK_FILE: Final = "files.lock"
+# Lies beside the contents, and says what the meta value `files_mark` does: else they are away.
+_MARK_FILE: Final = "tidelog-replica"
 _CONTENT: Final = struct.Struct(f">B{SHA256_BYTES}sQ")
 _SHOWN: Final = 1
 _SIZE: Final = struct.Struct(">Q")
@@ -181,11 +184,13 @@ class Files:
         self._states = database("file_states")
         self._garbage = database("file_garbage")
         self._moving = threading.Lock()
+        self._meta = Meta(environment)
 
     # --- contents -------------------------------------------------------------
 
     def add(self, source: BinaryIO) -> Content:
         """Store what a stream holds. Returns once it is on disk, safe for an hour from being collected."""
+        self.check_place()
         part = self.contents.part(uuid4().hex)
         try:
             while chunk := source.read(READ_BYTES):
@@ -195,9 +200,32 @@ class Files:
             part.discard()
             raise
 
+    def keep(self, sha256: bytes) -> bool:
+        """Let a content be safe for another hour from being collected; tell whether it is here."""
+        with self._not_collecting():
+            return self.contents.renew(sha256)
+
     def adopt(self, part: Part, sha256: bytes, size: int) -> None:
         """Make a downloaded part a content, which no program is about to refer to. Raises ContentCorrupt."""
         part.complete(sha256, size, alone=self._not_collecting(), at=0.0)
+
+    def check_place(self) -> None:
+        """Mark the folder of the contents, if it was not yet; raise StorageError if what was marked is away."""
+        if not (mark := self._meta.read("files_mark")):
+            with self._not_collecting():
+                if not self._meta.read("files_mark"):  # by somebody else meanwhile
+                    self.mark_place()
+        elif self.contents.mark(_MARK_FILE) != mark:
+            raise StorageError(
+                f"{self.contents.path}: the contents of this replica's files are away: nothing is taken for lost. Put "
+                "the folder back (is a disk not mounted?), or set aside what is damaged if it is gone for good"
+            )
+
+    def mark_place(self) -> None:
+        """Mark the folder of the contents, whatever was there before."""
+        mark = uuid4().hex.encode()
+        self.contents.set_mark(_MARK_FILE, mark)
+        self._meta.write(files_mark=mark)
 
     def has(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here."""
@@ -205,8 +233,13 @@ class Files:
 
     def has_other_size(self, sha256: bytes, size: int) -> bool:
         """Tell whether a content is here, undamaged, and of another size: then there is none of this one."""
-        if self.contents.size(sha256) in {None, size}:
-            return False
+        return self.contents.size(sha256) not in {None, size} and self._is_sound(sha256)
+
+    def is_sound(self, sha256: bytes, size: int) -> bool:
+        """Tell whether a content is here, of that size and undamaged."""
+        return self.has(sha256, size) and self._is_sound(sha256)
+
+    def _is_sound(self, sha256: bytes) -> bool:
         file = self.contents.open(sha256)
         if file is None:
             return False
@@ -251,8 +284,13 @@ class Files:
         return found
 
     def note_gone(self, sha256: bytes, folder: Path) -> None:
-        """Note that a content is not here, or damaged: then what is left of it is moved to a folder."""
-        self.contents.move_out(sha256, folder / f"content-{sha256.hex()}")
+        """
+        Note that a content is not here, or damaged: then what is left of it is moved to a folder.
+
+        One that is sound stays: somebody said another size of it.
+        """
+        if not self._is_sound(sha256):
+            self.contents.move_out(sha256, folder / f"content-{sha256.hex()}")
 
         def work(transaction: LmdbTransaction) -> None:
             for user in scan_keys(transaction, self._users, sha256):
@@ -455,14 +493,17 @@ class Files:
                 more = cursor.set_range(entity + b"\1")
         return found
 
-    def note_arrived(self, arrived: Collection[Missing], failed: Mapping[bytes, Failed]) -> None:
+    def note_arrived(self, arrived: Collection[Needed], failed: Mapping[bytes, Failed]) -> None:
         """Note which contents are here now, and why others could not be had."""
         if not arrived and not failed:
             return
 
         def work(transaction: LmdbTransaction) -> None:
             for one in arrived:
-                transaction.delete(_missing_key(pack_object_key(*one.key), one.sha256, one.size), db=self._missing)
+                for user in scan_keys(transaction, self._users, one.sha256):
+                    key = user[SHA256_BYTES:]
+                    if not key.startswith(_OPERATION):
+                        transaction.delete(_missing_key(key, *one), db=self._missing)
                 transaction.delete(one.sha256, db=self._states)
             for sha256, why in failed.items():
                 value = why.reason.encode(errors="replace")

@@ -13,7 +13,7 @@ again after a crash: how the publication ends is on disk before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence, Set
+from collections.abc import Collection, Container, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
@@ -166,7 +166,7 @@ class Publication:
             lost = dict(known)
             part_count = sum(known.values()) // GUARD_OBJECTS_AT_ONCE + 1
             for part in range(part_count if known else 0):
-                for key in self._kept(transaction, pages, waiting, known, part, part_count):
+                for key in self._kept(transaction, pages, waiting, known, part=part, part_count=part_count):
                     lost[unpack_object_key(key)[0]] -= 1
         if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):
             raise MassRemoval(removed=lost, present=known)
@@ -175,8 +175,9 @@ class Publication:
         self,
         transaction: LmdbTransaction,
         pages: Sequence[bytes],
-        waiting: Set[bytes],
+        waiting: Collection[bytes],
         entities: Container[str],
+        *,
         part: int,
         part_count: int,
     ) -> set[bytes]:

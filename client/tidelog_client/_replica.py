@@ -586,7 +586,7 @@ class Replica:
         report = Report(failures=Failures(self._failure))
 
         def selection() -> Selection:
-            report.skipped.clear()
+            report.begin_selection()
             known = dict.fromkeys(report.added)  # of a session before this one
             report.added.clear()
             found = select(self._storage, self._known_schema(), selected or {}, report)

@@ -31,11 +31,12 @@ class Skipped:
 
     Attributes:
         entity: Type of the object.
-        id: Its id; empty for `NEVER`, which stands for all operations on the entity that stay behind.
+        id: Its id; empty where it stands for several: for `NEVER`, for all operations on the entity that stay behind,
+            and for `FILE_NOT_DOWNLOADED`, for objects for which no time was left, or that share a content.
         reason: Why.
         message: Why, in a sentence for people.
         seq: The operation that stays pending, or None if it is the object, or several, that were left out.
-        count: How many were left out: 1 but for `NEVER`.
+        count: How many were left out: 1 unless it stands for several.
     """
 
     entity: str
@@ -114,8 +115,7 @@ class Report:
             or no longer of what the replica is to hold.
         sent_bytes: Bytes of the messages sent.
         received_bytes: Bytes of the messages received.
-        attempts: How many sessions were begun: 1 unless the network failed, or operations had to wait for the
-            content of a file.
+        attempts: How many sessions were begun: 1 unless the network failed, or contents of files travelled for long.
         upload_seconds: Time until the server had settled the upload.
         download_seconds: Time from then to the end.
         failures: The refusals, each with its payload: a sequence. Many or large ones are
@@ -152,6 +152,7 @@ class Report:
     server_restored: bool = False
     reoffered: int = 0
     _held_before: int = field(default=0, repr=False, compare=False)
+    _open_before: list[Skipped] = field(default_factory=list, repr=False, compare=False)
     files_uploaded: int = 0
     files_downloaded: int = 0
     file_bytes_sent: int = 0
@@ -163,9 +164,19 @@ class Report:
         self.held = self._held_before
         self.skipped = [one for one in self.skipped if one.reason not in _OF_AN_ATTEMPT]
 
+    def begin_selection(self) -> None:
+        """Forget what an earlier selection said: it is made anew."""
+        self.skipped = [one for one in self.skipped if one.reason not in _OF_A_SELECTION]
+
     def end_session(self) -> None:
         """Note that a session came to its end: what it told stays, whatever follows."""
         self._held_before = self.held
+        self._open_before = [one for one in self.skipped if one.reason in _OF_AN_ATTEMPT]
+
+    def give_up_attempt(self) -> None:
+        """Note that the session after the one that came to its end did not, and no other one follows."""
+        self.held = self._held_before
+        self.skipped = [*(one for one in self.skipped if one.reason not in _OF_AN_ATTEMPT), *self._open_before]
 
     def count_published(self, counts: PublishedCounts) -> None:
         """Add what a part of the download brought."""
@@ -175,6 +186,7 @@ class Report:
 
 
 _OF_AN_ATTEMPT: Final = (SkipReason.NOT_READY, SkipReason.NEVER)
+_OF_A_SELECTION: Final = (SkipReason.UNCOMMITTED, SkipReason.DELETED)
 
 
 class Phase(enum.StrEnum):

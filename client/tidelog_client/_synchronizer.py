@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -31,10 +31,10 @@ from tidelog_client._call_errors import Transient
 from tidelog_client._connection import Connection, Stream
 from tidelog_client._file_exchange import FileExchange
 from tidelog_client._file_wishes import FileWishes
-from tidelog_client._files import Missing, Needed
+from tidelog_client._files import Needed
 from tidelog_client._report import OnProgress, Report
 from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
-from tidelog_client._transfer import Downloading, Patience, Transfers
+from tidelog_client._transfer import CALL_SECONDS_MAX, Downloading, Patience, Transfers
 from tidelog_client._view import StateLost
 
 if TYPE_CHECKING:
@@ -61,9 +61,6 @@ BATCH_GROWTH: Final = 2
 
 # How often a server may begin a new timeline while one synchronization is under way.
 NEW_TIMELINES_MAX: Final = 3
-
-# A call may take this long; gRPC cannot count much further.
-CALL_SECONDS_MAX: Final = 24 * 3600.0
 
 _NO_CONSENT: Final = Consent()
 _EVERY_FILE: Final = FileWishes({})
@@ -139,6 +136,7 @@ class Synchronizer:
                 has_new_plans = False
                 has_adopted = False
                 timelines_left = NEW_TIMELINES_MAX
+                completed: _Completed | None = None
                 while True:
                     report.begin_attempt()
                     # A new timeline is adopted with all of its data, whatever was asked for.
@@ -204,6 +202,12 @@ class Synchronizer:
                             deadline.note_broken()
                         else:
                             deadline.note_busy(pause)
+                        if pause > deadline.remaining() and completed is not None:
+                            # What was asked for was done. This one was for what came while contents travelled.
+                            report.give_up_attempt()
+                            files.exchange(completed.keys, is_all=mode is Mode.ALL, is_last=True)
+                            files.finish(str(error))
+                            return
                         if pause > deadline.remaining():
                             raise ServerUnavailable(
                                 f"the server could not be reached, or broke off, {report.attempts} times: {error}; "
@@ -219,9 +223,10 @@ class Synchronizer:
                             # What is offered again may wait for its contents.
                             has_adopted = not files.exchange(None, is_all=True)
                             continue
-                        keys = None if selected is None else selected.keys
-                        if not files.exchange(keys, is_all=mode is Mode.ALL) or deadline.remaining() <= 0:
-                            files.finish()
+                        completed = _Completed(None if selected is None else selected.keys)
+                        is_more = files.exchange(completed.keys, is_all=mode is Mode.ALL)
+                        if not is_more or deadline.remaining() <= 0:
+                            files.finish("there was no time left" if is_more else "")
                             return
         finally:
             try:
@@ -245,7 +250,7 @@ class Synchronizer:
         if result is None:
             return "there was no time left"
         if result.error is None:
-            self._storage.files.note_arrived([Missing(content.size, content.sha256, key)], {})
+            self._storage.files.note_arrived([content], {})
             return None
         if result.failed is not None:
             self._storage.files.note_arrived([], {content.sha256: result.failed})
@@ -282,6 +287,12 @@ class Synchronizer:
     def _send(self, stream: Stream, messages: list[bytes | None], report: Report) -> None:
         report.sent_bytes += sum(len(message) for message in messages if message is not None)
         stream.send(messages)
+
+
+class _Completed(NamedTuple):
+    """A session that did what was asked for: of the selected objects, if there was a selection."""
+
+    keys: Collection[ObjectKey] | None
 
 
 class _Deadline:

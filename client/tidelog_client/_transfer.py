@@ -9,13 +9,12 @@ one transfer gets ahead none is given up.
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Self, TypeAlias
 
 from filelock import FileLock, Timeout
@@ -37,9 +36,14 @@ if TYPE_CHECKING:
     from tidelog_client._workers import Event, Work, WorkRunner
 
 TRANSFERS_AT_ONCE: Final = 4
+# So many more are begun if they are that many times smaller than each that is under way, which may last for hours.
+OVERTAKING_MAX: Final = 2
+OVERTAKING_SHARE: Final = 4
 # Another one is begun beside the others when one got ahead after so little time. On a slow path many at once would
 # each take so long for a chunk that all pass for dead.
 QUICK_SECONDS: Final = 1.0
+# By how many of the objects that refer to a content it is asked for.
+ASKED_OBJECTS_MAX: Final = 32
 # What an upload sends at a time. What a cut in the middle takes with it is sent again.
 UPLOAD_CHUNK_BYTES: Final = FILE_CHUNK_BYTES // 4
 # How much of a content goes twice in one synchronization, as often as the content and in bytes, whichever is more: a
@@ -56,6 +60,8 @@ COMPLETED_BYTES_PER_SECOND: Final = 20_000_000
 TICK_SECONDS: Final = 1.0
 # The same where a server is there, and tells when to come again.
 BUSY_SECONDS_MAX: Final = 600.0
+# A call may take this long; gRPC cannot count much further.
+CALL_SECONDS_MAX: Final = 24 * 3600.0
 
 # How long a token is used for one call after the other.
 TOKEN_SECONDS_MAX: Final = 60.0
@@ -87,10 +93,18 @@ class Uploading(NamedTuple):
 
 
 class Downloading(NamedTuple):
-    """A content to be downloaded, and objects that refer to it."""
+    """
+    A content to be downloaded.
+
+    Attributes:
+        content: Which.
+        keys: Objects that refer to it, by which it is asked for one after the other. At most `ASKED_OBJECTS_MAX`.
+        other_counts: How many more do, by entity.
+    """
 
     content: Needed
     keys: Sequence[ObjectKey]
+    other_counts: Mapping[str, int] = MappingProxyType({})
 
 
 Job: TypeAlias = Uploading | Downloading
@@ -174,7 +188,7 @@ class Patience:
 
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+        return None if self._end is None else min(max(0.0, self._end - time.monotonic()), CALL_SECONDS_MAX)
 
 
 class Caller(Protocol):
@@ -193,7 +207,7 @@ class Caller(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Attempts:
     """What is known of a job under way, or to be tried again."""
 
@@ -202,6 +216,7 @@ class _Attempts:
     position: int = 0
     farthest: int = -1
     resent: int = 0
+    retry_at: float = 0.0
     error: Exception = field(default_factory=lambda: Transient("there was no time left"))
 
 
@@ -227,7 +242,7 @@ class Transfers:
         # What says who is calling, and when it was got.
         self._metadata: tuple[Metadata, float] | None = None
         self._calls = caller.files(patience.call_timeout())
-        self._workers = caller.workers(TRANSFERS_AT_ONCE)
+        self._workers = caller.workers(TRANSFERS_AT_ONCE + OVERTAKING_MAX)
         self._at_once = 1
         self._moved_at = 0.0
         # Read by workers, who end then.
@@ -271,9 +286,13 @@ class Transfers:
         found: list[Any] = event.value
         return found
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Result | None]:
+    def run(self, jobs: Iterator[Job], next_size: Callable[[], int | None] = lambda: None) -> Iterator[Result | None]:
         """
         Do *jobs*, several at a time, and yield how each of them ended, and None now and then meanwhile.
+
+        Args:
+            jobs: What is to be done.
+            next_size: Tells how many bytes the next one has. None: it is not to overtake what is under way.
 
         Where patience ends, what was begun is given up for now, and `is_given_up`. What is under way goes on while
         nobody asks for more; *jobs* may have become more when somebody does.
@@ -281,12 +300,11 @@ class Transfers:
         Raises:
             SynchronizationError: There is no token to be had.
         """
-        retries: list[tuple[float, int, _Attempts]] = []
+        retries: list[_Attempts] = []
         under_way: dict[Work, _Attempts] = {}
-        numbers = itertools.count()
         while True:
-            while len(under_way) < self._at_once and self._patience.remaining() > 0:
-                attempts = _next(jobs, retries)
+            while (room := self._room(under_way)) and self._patience.remaining() > 0:
+                attempts = _next(jobs, next_size, retries, room)
                 if attempts is None:
                     break
                 work = self._work(attempts.job, self._authorization(), is_first=attempts.farthest < 0)
@@ -298,12 +316,12 @@ class Transfers:
                 self.is_given_up = self._patience.remaining() <= 0
                 return
             timeout = min(self._patience.remaining(), TICK_SECONDS)
-            if retries and len(under_way) < self._at_once:
-                timeout = min(timeout, retries[0][0] - time.monotonic())
+            if next_try := [one.retry_at for one in retries if one.job.content.size < room]:
+                timeout = min(timeout, min(next_try) - time.monotonic())
             event = self._workers.next_event(max(0.0, timeout))
             # What was said while nobody asked counts as well.
             if self._patience.is_over or (event is None and self._patience.remaining() <= 0):
-                yield from _given_up(*under_way.values(), *(one for _, _, one in retries))
+                yield from _given_up(*under_way.values(), *retries)
                 under_way, retries = {}, []
                 continue
             if event is None or event.work not in under_way:
@@ -316,9 +334,18 @@ class Transfers:
             attempts = under_way.pop(event.work)
             result = self._ended(attempts, event)
             if result is None:
-                heapq.heappush(retries, (self._retry_at(attempts), next(numbers), attempts))
+                attempts.retry_at = self._retry_at(attempts)
+                retries.append(attempts)
             else:
                 yield result
+
+    def _room(self, under_way: Mapping[Work, _Attempts]) -> float:
+        """Return than how many bytes the next transfer to be begun must have fewer; 0: none is begun."""
+        if len(under_way) < self._at_once:
+            return math.inf
+        if len(under_way) < self._at_once + OVERTAKING_MAX:
+            return min(one.job.content.size for one in under_way.values()) / OVERTAKING_SHARE
+        return 0
 
     def _authorization(self) -> Metadata:
         """Return what says who is calling. A token provider is asked now and then, and after each failure."""
@@ -362,6 +389,8 @@ class Transfers:
             return None
         if not isinstance(error, Exception):
             raise error
+        if isinstance(error, FileRefused):
+            self._note_progress()  # the server answered, and there is one less to do
         if not isinstance(error, FileRefused | ContentLost | TidelogError):
             _log.error("a transfer failed", sha256=attempts.job.content.sha256.hex(), exc_info=error)
         return Result(attempts.job, error)
@@ -425,6 +454,7 @@ class Transfers:
         content, files = job.content, self._files
         if files.has(*content):
             return True
+        files.check_place()
         part = files.contents.part(content.sha256.hex())
         with _Turn(part, lambda: self._is_over, tell):
             if files.has(*content):  # by somebody else meanwhile
@@ -462,7 +492,7 @@ class Transfers:
                 if part.size > begun:  # what came is to be trusted as little as what did not
                     part.discard()
                     raise FileRefused(str(error), is_damaged=True) from error
-                if place == len(job.keys):
+                if not error.is_denied or place == len(job.keys) or self._is_over:
                     raise
         if part.size < size:
             raise Transient(f"the server ended the download after {part.size} of {size} bytes")
@@ -502,11 +532,19 @@ class _Turn:
         self._lock.release()
 
 
-def _next(source: Iterator[Job], retries: list[tuple[float, int, _Attempts]]) -> _Attempts | None:
-    """Return what is to be done next, if anything."""
-    if retries and retries[0][0] <= time.monotonic():
-        return heapq.heappop(retries)[2]
+def _next(
+    source: Iterator[Job], next_size: Callable[[], int | None], retries: list[_Attempts], room: float
+) -> _Attempts | None:
+    """Return what is to be done next, if anything, of fewer than so many bytes."""
+    now = time.monotonic()
+    due = [one for one in retries if one.retry_at <= now and one.job.content.size < room]
+    if due:
+        smallest = min(due, key=lambda one: one.job.content.size)
+        retries.remove(smallest)
+        return smallest
     if len(retries) >= RETRIES_MAX:
+        return None
+    if room < math.inf and ((size := next_size()) is None or size >= room):
         return None
     job = next(source, None)
     return None if job is None else _Attempts(job)

@@ -22,6 +22,9 @@ from tidelog_server._requests import parsed
 # contents that are being made of what came, which takes the longer the larger they are.
 FILE_THREADS: Final = 8
 STAT_THREADS: Final = 2
+# What a download sends at a time. Of a message that has not come whole a client has nothing: on a slow path it would
+# not get ahead with large ones, and pay for the same bytes again and again.
+DOWNLOAD_CHUNK_BYTES: Final = 32 * 1024
 
 T = TypeVar("T")
 
@@ -77,7 +80,9 @@ class FileService:
         )
         try:
             while (piece := await self._pooled(_next, pieces)) is not None:
-                await peer.send(file_pb2.DownloadFileResponse(chunk=piece).SerializeToString())
+                for first in range(0, len(piece), DOWNLOAD_CHUNK_BYTES):
+                    chunk = piece[first : first + DOWNLOAD_CHUNK_BYTES]
+                    await peer.send(file_pb2.DownloadFileResponse(chunk=chunk).SerializeToString())
         finally:
             with suppress(RuntimeError):
                 self._pool.submit(pieces.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from tests.builders import World, quick_folder
 from tidelog import FailureReason, attribute, claim
 from tidelog.testing import Proxy
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
+from tidelog_client._call_errors import Transient
 from tidelog_server import Application, Principal, StaticTokens
 from tidelog_server._file_rules import REFERRERS_MAX
 
@@ -115,6 +117,25 @@ def test_cuts_of_a_download_cost_little(world: World, proxy: Proxy) -> None:
 
 
 @pytest.mark.timeout(60)
+def test_a_path_that_breaks_soon_brings_a_download_ahead(world: World, proxy: Proxy) -> None:
+    """Of what came before a cut a replica has a good part, however little it was."""
+    author = world.replica("author")
+    author.create("Task", {"photo": author.add_file(LARGE)}, "t1")
+    author.synchronize_all()
+    connection = world.replica(server=proxy.address)._synchronizer._connection
+    assert connection is not None
+    calls = connection.files(None)
+    proxy.down.bytes_per_second = 1_000_000  # what comes is taken as it comes, and not lost with its connection
+    proxy.down.cut_after(passing := 200_000)
+    received: list[int] = []
+    with pytest.raises(Transient):
+        received.extend(
+            map(len, calls.download(connection.authorization(), hashlib.sha256(LARGE).digest(), ("Task", "t1"), 0))
+        )
+    calls.close()
+    assert sum(received) > passing // 2
+
+
 def test_objects_and_small_files_are_not_held_up(world: World, proxy: Proxy) -> None:
     """While a large content is held on its way up, objects and small files are on the server, and at others."""
     replica = world.replica(server=proxy.address)
@@ -181,6 +202,17 @@ def test_a_deadline_ends_transfers(world: World, proxy: Proxy) -> None:
     assert replica.synchronize_all().skipped == []
     assert read(replica, "t1") == LARGE
     assert proxy.down.byte_count <= COST_MAX * len(LARGE)
+
+
+def test_a_deadline_that_never_comes_is_none(world: World) -> None:
+    """Files travel with the longest timeouts too."""
+    replica = world.replica("one")
+    replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+    report = replica.synchronize_all(timeout=math.inf)
+    assert (report.files_uploaded, report.skipped) == (1, [])
+    other = world.replica("two", files={"Task": "lazy"})
+    other.synchronize_all(timeout=1e18)
+    assert read(other, "t1", timeout=math.inf) == PHOTO
 
 
 def test_a_vanished_content_becomes_a_failure(world: World) -> None:

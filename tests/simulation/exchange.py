@@ -447,5 +447,6 @@ class SimulatedCalls:
 def _error(error: CallFailed) -> Exception:
     meaning, reason = call_error(error, "the simulated server")
     if reason in _REFUSALS:
-        return FileRefused(str(meaning), is_too_large=reason == "FILE_TOO_LARGE")
+        is_denied = reason == "FILE_NOT_FOUND"
+        return FileRefused(str(meaning), is_too_large=reason == "FILE_TOO_LARGE", is_denied=is_denied)
     return meaning

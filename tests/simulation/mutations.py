@@ -298,9 +298,9 @@ def _no_guard() -> _Patch:
 def _guard_the_whole() -> _Patch:
     check_each = _publication.Publication._check_removals
 
-    def check_all(self: Any, *arguments: Any) -> None:
+    def check_all(self: Any, *arguments: Any, **options: Any) -> None:
         try:
-            check_each(self, *arguments)
+            check_each(self, *arguments, **options)
         except MassRemoval as error:
             if 2 * sum(error.removed.values()) > sum(error.present.values()):
                 raise
@@ -311,10 +311,10 @@ def _guard_the_whole() -> _Patch:
 def _let_more_go() -> _Patch:
     check = _publication.Publication._check_removals
 
-    def check_late(self: Any, *arguments: Any) -> None:
+    def check_late(self: Any, *arguments: Any, **options: Any) -> None:
         unasked_max = _publication.REMOVED_OBJECTS_UNASKED
         with mock.patch.object(_publication, "REMOVED_OBJECTS_UNASKED", 2 * unasked_max + 1):
-            check(self, *arguments)
+            check(self, *arguments, **options)
 
     return mock.patch.object(_publication.Publication, "_check_removals", check_late)
 

@@ -30,6 +30,7 @@ from tidelog import (
     ObjectNotFound,
     Operation,
     PermissionRefused,
+    StorageError,
     Unauthenticated,
 )
 from tidelog._contents import Part
@@ -51,6 +52,7 @@ from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
 from tidelog_client._file_calls import FileRefused
 from tidelog_client._files import Needed
+from tidelog_client._transfer import ASKED_OBJECTS_MAX
 
 PHOTO = b"a photo" * 1000
 LARGE = os.urandom(10 * CHUNK_BYTES + 17)
@@ -482,6 +484,58 @@ class TestUploading:
         assert server.contents == {}
         assert (replica.path / "set-aside" / f"content-{name}").read_bytes() == damaged
 
+    @pytest.mark.parametrize("instead", ["nothing", "folder", "file"])
+    def test_contents_that_are_away_are_not_lost(self, replica: Replica, instead: str) -> None:
+        """Where the folder of the contents is not what it was, what needs it waits, and the rest goes on."""
+        server = FileServer(pages=[page(("Task", "t2", 1, {}), task("t3", LARGE))])
+        server.put(LARGE)
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        replica.create("Task", {"n": 1}, "t4")
+        folder, away = replica.path / "files", replica.path / "away"
+        folder.rename(away)
+        if instead == "folder":
+            folder.mkdir()
+        elif instead == "file":
+            folder.write_bytes(b"")
+        report = replica.synchronize_all()
+        assert (report.applied, report.downloaded, list(report.failures), pending(replica)) == (1, 2, [], [1])
+        skipped = {(one.reason, one.id) for one in report.skipped}
+        assert (SkipReason.FILE_NOT_UPLOADED, "t1") in skipped
+        # What objects lack cannot be found out where there is a file.
+        assert instead == "file" or (SkipReason.FILE_NOT_DOWNLOADED, "t3") in skipped
+        with pytest.raises(StorageError):
+            replica.attach("Task", "t2", "photo", PHOTO)
+        if instead == "folder":
+            folder.rmdir()
+        elif instead == "file":
+            folder.unlink()
+        away.rename(folder)
+        server.pages = ()
+        report = replica.synchronize_all()
+        assert (report.applied, report.skipped, pending(replica)) == (1, [], [])
+        assert read(replica, "t3") == LARGE
+
+    def test_a_content_that_is_put_back_during_its_upload_stays(self, replica: Replica) -> None:
+        """What was damaged when it was read, and is whole again when that is found out, goes up another time."""
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+        name = sha256(LARGE).hex()
+
+        def on_upload(_name: bytes, position: int) -> None:
+            if position == 0:
+                (replica.path / "files" / name[:2] / name[2:4] / name).write_bytes(LARGE[:-1] + b"x")
+            elif position == 8 * CHUNK_BYTES:
+                replica.add_file(LARGE)
+
+        server.on_upload = on_upload
+        report = replica.synchronize_all()
+        assert ([one.reason for one in report.skipped], pending(replica)) == ([SkipReason.FILE_NOT_UPLOADED], [1])
+        server.on_upload = lambda *_: None
+        assert replica.synchronize_all().applied == 1
+        assert server.contents[sha256(LARGE)] == LARGE
+
     def test_a_wrong_size_is_refused_at_once(self, replica: Replica) -> None:
         """What says another size of a content that is here is no value; the content, and who refers to it, stays."""
         server = FileServer()
@@ -493,12 +547,23 @@ class TestUploading:
         assert (replica.synchronize_all().applied, server.lost_contents) == (1, [])
         assert sha256(PHOTO) in server.contents
 
-    def test_a_wrong_size_costs_nobody_else(self, replica: Replica) -> None:
+    @pytest.mark.parametrize("is_asked_late", [False, True])
+    def test_a_wrong_size_costs_nobody_else(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, *, is_asked_late: bool
+    ) -> None:
         """An operation that says another size of a content than it has is sent as lost; the content stays."""
         server = FileServer()
         connect(replica, server)
         replica.create("Task", {"photo": reference(PHOTO) | {"size": 5}}, "wrong")
         replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        stat = Calls.stat
+
+        def lost(_calls: Calls, _metadata: object, _contents: Sequence[Needed]) -> list[Any]:
+            monkeypatch.setattr(Calls, "stat", stat)
+            raise Transient("the question was lost on its way")
+
+        if is_asked_late:
+            monkeypatch.setattr(Calls, "stat", lost)
         replica.synchronize_all()
         assert server.lost_contents == [sha256(PHOTO)]
         assert server.contents[sha256(PHOTO)] == PHOTO
@@ -597,6 +662,27 @@ class TestUploading:
         assert pending(replica) == [1]
         assert connection.channel_count == 2
 
+    def test_a_session_that_comes_too_late_is_no_error(self, replica: Replica, small: None) -> None:
+        """What a further session was to take is reported where none gets through, with what the first one said."""
+        server = FileServer()
+        connection = connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+        replica.create("Task", {"n": 1}, "t2")
+        replica.update("Task", "t1", {"n": 1})
+        synchronize = connection.synchronize
+        server.on_upload = lambda *_: setattr(connection, "synchronize", unreachable)
+
+        def unreachable(_metadata: object, _timeout: float | None) -> Any:
+            raise Transient("the path broke")
+
+        report = replica.synchronize_all(timeout=2.0)
+        assert (report.applied, pending(replica)) == (1, [1, 3])
+        assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, n) for n in (1, 3)]
+        assert "the path broke" in report.skipped[0].message
+        connection.synchronize = synchronize  # type: ignore[method-assign]
+        report = replica.synchronize_all()
+        assert (report.applied, report.files_uploaded, report.skipped) == (2, 0, [])
+
     def test_progress_is_told_in_bytes(self, replica: Replica, small: None) -> None:
         """Progress of files goes up to all of their bytes."""
         server = FileServer()
@@ -685,6 +771,60 @@ class TestDownloading:
         assert replica.synchronize_all().skipped == []
         assert attached
         assert read(replica) == LARGE
+
+    @pytest.mark.parametrize("cuts", [0, 2])
+    def test_a_small_file_that_comes_later_overtakes(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, cuts: int
+    ) -> None:
+        """What a later session brings, and what is tried again, does not wait for a large content under way."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        monkeypatch.setattr(_transfer, "TRANSFERS_AT_ONCE", 1)
+        server = FileServer(pages=[page(task("large", LARGE))])
+        server.put(LARGE)
+        server.put(PHOTO)
+        connect(replica, server)
+        has_come = threading.Event()
+        left = cuts
+
+        def on_download(name: bytes, position: int) -> None:
+            nonlocal left
+            if name == sha256(PHOTO):
+                left -= 1
+                if left >= 0:
+                    raise Transient("cut")
+            elif position == CHUNK_BYTES:
+                server.pages = [page(task("small", PHOTO))]
+                replica.create("Task", {}, "none")
+                assert has_come.wait(30)
+
+        def on_progress(_: Progress) -> None:
+            if replica.get("Task", "small") and replica.file_state("Task", "small", "photo") is FileState.AVAILABLE:
+                has_come.set()
+
+        server.on_download = on_download
+        report = replica.synchronize_all(on_progress=on_progress)
+        assert (report.files_downloaded, report.skipped) == (2, [])
+
+    def test_what_others_change_does_not_wait(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a large content comes down, what others changed comes in sessions now and then."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_file_exchange, "REFRESH_SECONDS", 0.0)
+        server = FileServer(pages=[page(task("large", LARGE))])
+        server.put(LARGE)
+        connect(replica, server)
+        has_come = threading.Event()
+
+        def on_download(_name: bytes, position: int) -> None:
+            if position == 2 * CHUNK_BYTES:
+                server.pages = [page(("Task", "urgent", 1, {}))]
+                assert has_come.wait(30)
+
+        server.on_download = on_download
+        report = replica.synchronize_all(
+            on_progress=lambda _: has_come.set() if replica.get("Task", "urgent") else None
+        )
+        assert (report.files_downloaded, report.skipped) == (1, [])
 
     def test_a_content_that_is_here_is_not_asked_for(self, replica: Replica) -> None:
         """A content that the replica has already, whatever for, does not travel."""
@@ -887,6 +1027,34 @@ class TestDownloading:
         assert replica.synchronize_all().skipped == []
         assert read(replica, "t2") == LARGE
 
+    def test_what_was_under_way_is_reported_after_a_session_in_vain(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a session that was begun for what was committed meanwhile fails, downloads are reported, no error."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        server = FileServer(pages=[page(task("t1", LARGE), task("t2", LARGER))])
+        server.put(LARGE)
+        server.put(LARGER)
+        connection = connect(replica, server)
+        released = threading.Event()
+
+        def unreachable(_metadata: object, _timeout: float | None) -> Any:
+            raise Transient("the path broke")
+
+        def on_download(_name: bytes, position: int) -> None:
+            if position == CHUNK_BYTES:
+                monkeypatch.setattr(connection, "synchronize", unreachable)
+                replica.create("Task", {}, "t3")
+                released.wait(3)
+
+        server.on_download = on_download
+        report = replica.synchronize_all(timeout=2.0)
+        released.set()
+        assert {one.reason for one in report.skipped} == {SkipReason.FILE_NOT_DOWNLOADED}
+        assert sum(one.count for one in report.skipped) == 2
+        assert len(pending(replica)) == 1
+
     def test_an_expired_token_is_asked_for_again(self, replica: Replica) -> None:
         """A token that expires while contents travel is got anew, and the transfer goes on."""
         server = FileServer(pages=[page(task("t1", LARGE))])
@@ -913,12 +1081,63 @@ class TestDownloading:
 
         def deny(_name: bytes, _offset: int) -> None:
             if denied[-1][1] == ("Task", "t1"):
-                raise FileRefused("FILE_NOT_FOUND")
+                raise FileRefused("FILE_NOT_FOUND", is_denied=True)
 
         server.on_download = deny
         assert replica.synchronize_all().skipped == []
         assert read(replica, "t1") == PHOTO
         assert [key for _, key, _ in server.downloads] == [("Task", "t1"), ("Task", "t2")]
+
+    @pytest.mark.parametrize("is_denied", [False, True])
+    def test_a_shared_content_that_cannot_be_had_costs_few_calls(self, replica: Replica, *, is_denied: bool) -> None:
+        """A content of many objects is asked for once if it is lost, by few if it is denied, and most are counted."""
+        sharing = ASKED_OBJECTS_MAX + 10
+        server = FileServer(pages=[page(*(task(f"t{number}", PHOTO) for number in range(sharing)), task("u1", LARGE))])
+        server.put(PHOTO)
+        server.put(LARGE)
+        connect(replica, server)
+
+        def refuse(name: bytes, _offset: int) -> None:
+            if name == sha256(PHOTO):
+                raise FileRefused("no", is_denied=is_denied)
+
+        server.on_download = refuse
+        report = replica.synchronize_all()
+        asked = [key for name, key, _ in server.downloads if name == sha256(PHOTO)]
+        assert len(asked) == len(set(asked)) == (ASKED_OBJECTS_MAX if is_denied else 1)
+        assert sum(one.count for one in report.skipped) == sharing
+        assert [(one.entity, one.id, one.count) for one in report.skipped if one.count > 1] == [("Task", "", 10)]
+        assert {replica.file_state("Task", f"t{number}", "photo") for number in range(sharing)} == {FileState.FAILED}
+        assert read(replica, "u1") == LARGE
+
+        server.on_download = lambda *_: None
+        server.pages = ()
+        assert replica.synchronize_all().files_downloaded == 1
+        assert replica._storage.files.missing_entities() == []
+
+    def test_contents_that_the_server_lost_hold_up_nothing_else(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However long a server takes to say of one content after the other that it is lost, the next one comes."""
+        lost = [b"x" * size for size in range(1, 6)]
+        server = FileServer(pages=[page(*(task(f"t{len(one)}", one) for one in lost), task("u1", LARGE))])
+        for content in (*lost, LARGE):
+            server.put(content)
+        connect(replica, server)
+        late_seconds = 0.0
+
+        def refuse(name: bytes, _offset: int) -> None:
+            nonlocal late_seconds
+            if name != sha256(LARGE):
+                late_seconds += _transfer.SILENCE_SECONDS_MAX * 0.6
+                raise FileRefused("FILE_LOST")
+
+        server.on_download = refuse
+        monkeypatch.setattr(_transfer, "TRANSFERS_AT_ONCE", 1)
+        monkeypatch.setattr(_transfer, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late_seconds))
+        report = replica.synchronize_all()
+        assert [one.id for one in report.skipped] == [f"t{len(one)}" for one in lost]
+        assert read(replica, "u1") == LARGE
 
     @pytest.mark.parametrize("wish", ["lazy", "never", FileDownload("eager", bytes_max=100)])
     def test_what_is_not_wanted_does_not_come(self, folder: Path, wish: Any) -> None:
@@ -1013,6 +1232,18 @@ class TestDownloading:
         server.pages = ()
         replica.synchronize_selected([("Task", "t1")])
         assert replica.file_state("Task", "t1", "photo") is FileState.AVAILABLE
+
+    def test_a_selection_reports_what_failed_before_another_session(self, replica: Replica, small: None) -> None:
+        """What could not be downloaded is reported although a further session followed, and what is skipped once."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t2")
+        report = replica.synchronize_selected([("Task", "t1"), ("Task", "t2"), replica.new("Task", {}, "new")])
+        assert (report.attempts, report.applied) == (2, 1)
+        assert sorted((one.reason, one.id) for one in report.skipped) == [
+            (SkipReason.FILE_NOT_DOWNLOADED, "t1"),
+            (SkipReason.UNCOMMITTED, "new"),
+        ]
 
     def test_a_file_that_is_replaced_here_is_not_downloaded(self, replica: Replica) -> None:
         """Only what the replica shows is downloaded, not what an own pending operation has replaced."""
@@ -1203,6 +1434,31 @@ class TestRemoval:
         age(replica)
         replica.synchronize_selected([("Task", "t1")])
         assert read(replica, "t2") == PHOTO
+
+    @pytest.mark.parametrize("is_gone", [False, True])
+    def test_a_transaction_that_is_open_for_long_notices(self, replica: Replica, *, is_gone: bool) -> None:
+        """What was attached hours before its commit is young from then on; if it has gone, nothing is committed."""
+        server = FileServer(pages=[page(("Task", "t1", 1, {}))])
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = ()
+
+        def late() -> None:
+            with replica.transaction() as transaction:
+                transaction.attach("Task", "t1", "photo", PHOTO)
+                age(replica)
+                if is_gone:
+                    replica.synchronize_all()
+
+        if is_gone:
+            with pytest.raises(FileUnavailable, match="while the transaction was open"):
+                late()
+            assert replica.file_state("Task", "t1", "photo") is None
+            return
+        late()
+        (content,) = replica._storage.files.contents.contents()
+        assert content.time > 1.0
+        assert replica.synchronize_all().files_uploaded == 1
 
     def test_what_is_attached_during_its_download_stays(self, replica: Replica) -> None:
         """A content that a program stores while it is being downloaded is as young as any that a program stores."""
