@@ -158,6 +158,8 @@ class Publication:
                 if plans.reconciles(entity)
                 and (entity in unexplained or (guards_removals and not plans.states_cause(entity)))
             }
+            if not known:
+                return
             kept = dict.fromkeys(known, 0)
             # What is created anew as soon as the server takes it stays in the view until then.
             waiting = {key for seq, key in self._lineage.waiting(transaction) if self._view.creates(transaction, seq)}
