@@ -161,11 +161,13 @@ class Publication:
                 if plans.reconciles(entity)
                 and (entity in unexplained or (guards_removals and not plans.states_cause(entity)))
             }
+            if not known:
+                return
             # What is created anew as soon as the server takes it stays in the view until then.
             waiting = {key for seq, key in self._lineage.waiting(transaction) if self._view.creates(transaction, seq)}
             lost = dict(known)
             part_count = sum(known.values()) // GUARD_OBJECTS_AT_ONCE + 1
-            for part in range(part_count if known else 0):
+            for part in range(part_count):
                 for key in self._kept(transaction, pages, waiting, known, part=part, part_count=part_count):
                     lost[unpack_object_key(key)[0]] -= 1
         if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):

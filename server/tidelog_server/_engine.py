@@ -252,9 +252,9 @@ class _Evaluator:
                 raise OperationForked(f"seq {member.seq} of this replica was settled before as another operation")
         has_settled = self._replica_state.has_settled
         forgotten = {seq for seq in seqs if seq not in former and has_settled(seq)}
-        concern = self._formers.concern
-        rest = {one.seq: one.nonce for one in members if one.seq and one.seq not in former and concern(one.seq)}
-        if rest:
+        if self._formers.exist:
+            concern = self._formers.concern
+            rest = {one.seq: one.nonce for one in members if one.seq and one.seq not in former and concern(one.seq)}
             former |= self._formers.settled(rest)
             forgotten.update(filter(self._formers.is_forgotten, rest))
             forgotten.difference_update(former)

@@ -38,6 +38,11 @@ class Formers:
         self._has_copies = bool(reader.index_range(twins_prefix(replica), b"", 1))
         self._last_seq = max((one.last_seq for one in identities), default=0)
 
+    @property
+    def exist(self) -> bool:
+        """Whether there may be anything."""
+        return self._has_copies or bool(self._identities)
+
     def concern(self, seq: int) -> bool:
         """Tell whether there may be anything about an operation."""
         return self._has_copies or seq <= self._last_seq

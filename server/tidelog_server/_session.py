@@ -485,8 +485,9 @@ class Session:
         is_one_timeline = len(found) == 1 and not is_found(self._store.identity.timeline)
         return OldBases(through_seq, common, found[0].timeline if is_one_timeline else "")
 
-    def _settled_under_formers(self, reader: Reader, known: ReplicaState) -> Iterator[sync_pb2.FormerSettled]:
-        """Yield what is settled under the former ids, the newest of which are the last."""
+    def _settled_under_formers(self, reader: Reader, known: ReplicaState) -> list[sync_pb2.FormerSettled]:
+        """Return what is settled under the former ids, as far as there is room; the newest ids are the last."""
+        found = []
         common = dict(known.common_seqs)
         room = _engine.SETTLED_RANGES_MAX
         for former in reversed(self._formers):
@@ -496,11 +497,14 @@ class Session:
             room -= len(state.settled_ranges)
             if room < 0:
                 break
-            yield sync_pb2.FormerSettled(
-                replica_id=str(uuid_utils.UUID(bytes=former.replica)),
-                ranges=_range_messages(state),
-                common_seq=common[former.replica],
+            found.append(
+                sync_pb2.FormerSettled(
+                    replica_id=str(uuid_utils.UUID(bytes=former.replica)),
+                    ranges=_range_messages(state),
+                    common_seq=common[former.replica],
+                )
             )
+        return found
 
     def _started(self, known: ReplicaState | None) -> sync_pb2.SessionStarted:
         identity = self._store.identity
@@ -511,8 +515,8 @@ class Session:
             self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
             self._checkpoints.begin(reader)
             old_bases = self._old_bases = self._found_old_bases(reader)
-            may_offer_again = known is not None and request.uploading and request.HasField("old_bases")
-            former_settled = list(self._settled_under_formers(reader, known)) if known and may_offer_again else []
+            offers_again = request.uploading and request.HasField("old_bases")
+            former_settled = self._settled_under_formers(reader, known) if known is not None and offers_again else []
         cause = sync_pb2.RECONCILE_CAUSE_UNSPECIFIED
         if self._start.collected:
             cause = sync_pb2.RECONCILE_CAUSE_HISTORY_COLLECTED

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import msgpack
 import pytest
 from tests.builders import collect, contents, quick_folder
 
@@ -377,6 +378,25 @@ class TestCopiedReplicas:
         assert (report.reoffered, report.rejected, list(report.failures)) == (1, 0, [])
         assert contents(site.device("a")) == site.truth()
         assert {f"t{number}" for number in range(7)} <= site.truth().keys()
+
+    def test_a_fork_of_an_older_version(self, site: Site) -> None:
+        """A replica that forked before nonces were noted with former ids goes on, and is recognized as before."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_selected([("Task", "t1")])
+        a.create("Task", {"n": 1}, "both")
+        site.shut("a")
+        site.copy("a", "b")
+        site.sync("a")
+        b = site.device("b")
+        former = b._storage.fork()
+        b._storage.set_meta(former_identities=msgpack.packb([(former, 2, 1)]))
+        b.update("Task", "both", increment={"n": 1})
+
+        report = b.synchronize_all()
+
+        assert (report.applied, report.rejected) == (2, 0)
+        assert contents(b) == site.truth() == {"t1": {}, "both": {"n": 2}}
 
     @pytest.mark.parametrize("is_forgotten", [False, True])
     def test_what_a_copy_settled_in_ones_place_under_a_former_id(self, site: Site, *, is_forgotten: bool) -> None:
