@@ -106,9 +106,10 @@ class FileExchange:
         self._ready: set[Needed] = set()
         self._lost: set[Needed] = set()
         self._waiting: dict[Needed, Uploading] = {}
-        # Of these, what is not here, and comes down before it goes up; and what did once.
+        # Of these, what is not here, and comes down before it goes up; what did once; and what came damaged once.
         self._fetching: dict[Needed, Downloading] = {}
         self._fetched: set[Needed] = set()
+        self._damaged: set[Needed] = set()
         # Why they are not there, of those that were tried.
         self._reasons: dict[Needed, str] = {}
         # What could not be downloaded, and is not tried twice.
@@ -469,6 +470,11 @@ class FileExchange:
         if error is None:
             del self._fetching[content]
             self._jobs.add(self._waiting[content])
+            self._total_bytes += content.size
+        elif isinstance(error, FileRefused) and error.is_damaged and content not in self._damaged:
+            # What came of it may have begun long ago. Now it comes from the start.
+            self._damaged.add(content)
+            self._jobs.add(self._fetching[content])
             self._total_bytes += content.size
         elif isinstance(error, FileRefused):
             del self._fetching[content]

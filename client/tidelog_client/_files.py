@@ -308,16 +308,16 @@ class Files:
         So no content is deleted that was made young after its age was looked at.
         """
         lock = FileLock(self._environment.path / _LOCK_FILE, is_singleton=False)
-        try:
-            # Who waits for another process asks now and then; threads of this one would wait for each other like that.
-            with self._moving:
+        # Who waits for another process asks now and then; threads of this one would wait for each other like that.
+        with self._moving:
+            try:
                 lock.acquire()
                 yield
-        finally:
-            try:
-                lock.release()
             finally:
-                lock.release()  # does nothing, unless an interrupt came in the way of the first
+                try:
+                    lock.release()
+                finally:
+                    lock.release()  # does nothing, unless an interrupt came in the way of the first
 
     # --- operations -----------------------------------------------------------
 

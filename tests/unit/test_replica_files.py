@@ -458,6 +458,20 @@ class TestUploading:
         server.on_download = lambda *_: None
         assert (replica.synchronize_all().applied, pending(replica)) == (1, [])
 
+    def test_what_came_long_ago_is_no_reason_to_lose_a_content(self, replica: Replica) -> None:
+        """A content that comes damaged because of what was left of another download comes once more, and goes up."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.hides.add(server.put(LARGE))
+        connect(replica, server)
+        receive(replica, task("t1", LARGE))
+        replica.create("Task", {"photo": reference(LARGE)}, "t2")
+        part = replica._storage.files.contents.part(sha256(LARGE).hex())
+        part.append(b"x" * CHUNK_BYTES)
+        part.close()
+        report = replica.synchronize_all()
+        assert [offset for _, _, offset in server.downloads] == [CHUNK_BYTES, 0]
+        assert (report.applied, report.rejected, server.lost_contents, report.skipped) == (1, 0, [], [])
+
     def test_a_damaged_content_comes_down_and_goes_up(self, replica: Replica) -> None:
         """A content that was damaged here, and that an object shows, is fetched before its operation is sent."""
         server = FileServer(pages=[page(task("t1", LARGE))])
