@@ -61,7 +61,8 @@ class ServerLimits:
             awaited nor reads what is sent. On the slowest connection it has to be enough for a
             small message, 16 KiB, or for the largest object or commit group, up to 2 MiB:
             the default is with 7 kB/s.
-        file_transfers: Contents of files that are on their way at once, up or down.
+        file_transfers: Contents of files that are on their way at once, up or down; and, besides, questions
+            how contents stand.
         file_transfers_per_user: The same, of one user. None: as many as of all.
         file_bytes: How large a file may be that is uploaded, in bytes.
 
@@ -109,6 +110,7 @@ class Admission:
         self.uploads = self._line("sessions that upload", limits.uploads)
         self.calls = self._line("calls", CALLS_MAX)
         self.file_transfers = self._line("transfers of files", limits.file_transfers)
+        self._file_questions = self._line("questions about files", limits.file_transfers)
         self._of_some: dict[tuple[str, ...], Line] = {}
         self._crowd = LINES_KEPT_MIN
         self.put_off_count = 0
@@ -144,11 +146,22 @@ class Admission:
 
     def file_transfer_of(self, principal: Principal) -> AbstractContextManager[None]:
         """Take the place of such a transfer among those of its user. Raises ServerBusy."""
+        return self._files_of(principal, "transfers")
+
+    def file_question(self) -> AbstractContextManager[None]:
+        """Take a place for a question how contents stand. Raises ServerBusy."""
+        return self._place(self._file_questions)
+
+    def file_question_of(self, principal: Principal) -> AbstractContextManager[None]:
+        """Take the place of such a question among those of its user. Raises ServerBusy."""
+        return self._files_of(principal, "questions")
+
+    def _files_of(self, principal: Principal, what: str) -> AbstractContextManager[None]:
         self._forget_strangers()
         limit = self._limits.file_transfers_per_user
         if limit is None:
             return self._place()
-        return self._place(self._own((principal.tenant, principal.user_id, "files"), "transfers of a user", limit))
+        return self._place(self._own((principal.tenant, principal.user_id, what), f"{what} of a user", limit))
 
     @contextmanager
     def _place(self, *lines: Line) -> Iterator[None]:

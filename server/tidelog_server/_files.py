@@ -330,17 +330,18 @@ class Files:
         What he was told before is no reason: who asks every day would never lose what he may not read any more.
         """
         rights = self._application.rights(principal) if self._application.access_rules else None
-        asked = frozenset(one.sha256 for one in wanted)
+        asked = {one.sha256: False for one in wanted}
         entitled = set()
         with self._store.read(principal.tenant) as reader:
             overlay = Overlay(reader)
             rules = FileRules(overlay, rights, user_id=principal.user_id, asked=asked)
-            for one in wanted:
-                # Asked of what is not there too: the time it takes should not tell.
-                may_refer = rules.has_uploaded(one.sha256, principal.user_id) or rules.reads(one.sha256)
+            for sha256 in asked:
+                # Once each, and of what is not there too: the time it takes should not tell.
+                asked[sha256] = rules.has_uploaded(sha256, principal.user_id) or rules.reads(sha256)
                 overlay.let_go()  # of a thousand contents, referred to by large objects
+            for one in wanted:
                 record = content_record(one.sha256, reader.index)
-                if may_refer and record is not None and record.size == one.size:
+                if asked[one.sha256] and record is not None and record.size == one.size:
                     entitled.add(one)
         return entitled
 

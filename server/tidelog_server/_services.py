@@ -216,7 +216,7 @@ class Services:
             grpc.method_handlers_generic_handler(
                 "tidelog.v1.FileService",
                 {
-                    "StatFiles": self._unary(self._files.stat_files, self._admission.call),
+                    "StatFiles": self._unary(partial(self._stat_files, self._files), self._admission.file_question),
                     "UploadFile": grpc.stream_unary_rpc_method_handler(partial(self._upload_file, self._files)),
                     "DownloadFile": grpc.unary_stream_rpc_method_handler(partial(self._download_file, self._files)),
                 },
@@ -492,6 +492,10 @@ class Services:
         async with self._admitted_transfer(context) as principal:
             response = await files.upload_file(peer, principal)
         return response.SerializeToString()
+
+    async def _stat_files(self, files: FileService, data: bytes, principal: Principal) -> Message:
+        with self._admission.file_question_of(principal):
+            return await files.stat_files(data, principal)
 
     async def _download_file(
         self, files: FileService, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]

@@ -7,6 +7,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,8 @@ from tidelog_server import (
     _files,
     verify_store,
 )
-from tidelog_server._file_service import FILE_THREADS
+from tidelog_server._file_service import FILE_THREADS, STAT_PART_CONTENTS, STAT_PARTS_PER_USER
+from tidelog_server._incoming import part_name
 
 ANN: Final = "ann-token"
 BOB: Final = "bob-token"
@@ -641,6 +643,51 @@ class TestService:
         code, reason = refused(lambda: client.stat(*[SMALL] * count))
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
         assert client.stat(*[SMALL] * 1_000) == [(MISSING, 0)] * 1_000
+
+    def test_is_asked_about_a_content_with_one_size(self, client: Client) -> None:
+        """Who names a content with several sizes in one question is told that this makes no sense."""
+        contents = [file_pb2.FileContent(sha256=sha256(SMALL), size=size) for size in (1, 2)]
+        request = file_pb2.StatFilesRequest(contents=contents)
+
+        code, reason = refused(lambda: client.stub.StatFiles(request, timeout=10))
+        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
+
+    def test_answers_others_while_many_are_asked_about(self, folder: Path) -> None:
+        """Who asks about many contents of a slow place keeps no others waiting, nor the place busy once he is gone."""
+        many = [b"%d" % number for number in range(1_000)]
+        slow_parts = {part_name("ann", sha256(data)) for data in many}
+        entered: list[str] = []
+        is_free = threading.Event()
+
+        class Slow(DirectoryContents):
+            """Is slow to say what it has of some."""
+
+            def part_size(self, tenant: str, part: str) -> int:
+                if part in slow_parts:
+                    entered.append(part)
+                    assert is_free.wait(30)
+                return super().part_size(tenant, part)
+
+        def is_let_in(client: Client) -> bool:
+            with suppress(grpc.RpcError):
+                return client.stat(SMALL) == [(MISSING, 0)]
+            return False
+
+        limits = ServerLimits(file_transfers_per_user=1)
+        with World(folder, authenticator=TOKENS, contents=Slow(folder / "slow"), limits=limits) as world:
+            ann, bob = Client(world, ANN), Client(world, BOB)
+            request = file_pb2.StatFilesRequest(contents=map(content, many))
+            try:
+                asked = ann.stub.StatFiles.future(request, timeout=30, metadata=ann.metadata)
+                wait_for(lambda: len(entered) == STAT_PARTS_PER_USER)
+                assert bob.stat(SMALL) == [(MISSING, 0)]
+                assert refused(lambda: ann.stat(SMALL)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY")
+                assert world.server.load.calls == 0
+                asked.cancel()
+                wait_for(lambda: is_let_in(ann))
+            finally:
+                is_free.set()
+        assert len(entered) <= STAT_PARTS_PER_USER * STAT_PART_CONTENTS
 
     def test_keeps_contents_where_it_is_told(self, folder: Path) -> None:
         """A server that is given another place keeps contents there."""

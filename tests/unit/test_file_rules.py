@@ -468,8 +468,9 @@ class TestRights:
         looked_at: list[int] = []
         for data in (PHOTO, b"nobody's ..."):
             with mock.patch.object(Overlay, "exists", autospec=True, side_effect=Overlay.exists) as exists:
-                standings = ruled.files.stat(BOB, [*[wanted_of(data)] * 5_000, wanted_of(OTHER)])
-            assert [one.is_present for one in standings] == [False] * 5_000 + [True]
+                sizes = [Wanted(sha256(data), size) for size in range(100)]
+                standings = ruled.files.stat(BOB, [*[wanted_of(data)] * 5_000, *sizes, wanted_of(OTHER)])
+            assert [one.is_present for one in standings] == [False] * 5_100 + [True]
             looked_at.append(exists.call_count)
         assert looked_at == [3 + 1, 1]  # each object once
 
