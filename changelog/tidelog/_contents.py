@@ -61,6 +61,26 @@ class ContentDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def mark(self, name: str) -> bytes | None:
+        """Return what a file beside the contents says, without the space around it, or None if it is not there."""
+        with _storage_errors(self.path):
+            try:
+                return (self.path / name).read_bytes().strip()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def set_mark(self, name: str, mark: bytes) -> None:
+        """Write a file beside the contents. Returns once it is on disk."""
+        with _storage_errors(self.path):
+            _make_durably(self.path)
+            written = self.path / f"{name}.{uuid4().hex}"
+            with written.open("wb") as file:
+                file.write(mark)
+                file.flush()
+                os.fsync(file.fileno())
+            written.replace(self.path / name)
+            _sync_directory(self.path)
+
     def size(self, sha256: bytes) -> int | None:
         """Return the length of a content, or None if it is not there."""
         with _storage_errors(self.path):

@@ -27,6 +27,8 @@ CONTENTS_DIRECTORY: Final = "files"
 # What a server notes in its store about where they lie: elsewhere, or nothing.
 CONTENTS_NOTE: Final = "contents"
 CONTENTS_ELSEWHERE: Final = b"elsewhere"
+# What the mark of a place is called there; see `_place`.
+MARK_NAME: Final = "tidelog-contents"
 
 _TENANT_DIGEST_CHARS: Final = 32
 
@@ -54,6 +56,14 @@ class ContentStore(Protocol):
 
     Methods raise DiskFull, if there is no room, and StorageError, if the store cannot be used at the moment.
     """
+
+    def mark(self) -> bytes | None:
+        """Return the mark of the place, or None: it has none, or there is no such place."""
+        ...
+
+    def set_mark(self, mark: bytes) -> None:
+        """Mark the place, durably."""
+        ...
 
     def size(self, tenant: str, sha256: bytes) -> int | None:
         """Return the length of a content in bytes, or None if it is not there."""
@@ -135,6 +145,14 @@ class DirectoryContents:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    def mark(self) -> bytes | None:
+        """Return what the file of the mark says, if it is there."""
+        return ContentDirectory(self.path).mark(MARK_NAME)
+
+    def set_mark(self, mark: bytes) -> None:
+        """Write the file of the mark."""
+        ContentDirectory(self.path).set_mark(MARK_NAME, mark)
 
     def size(self, tenant: str, sha256: bytes) -> int | None:
         """Return the length of a content in bytes, or None if it is not there."""

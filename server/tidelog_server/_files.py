@@ -45,6 +45,7 @@ from tidelog_server._file_rules import FileRules
 from tidelog_server._incoming import Incoming, KeyedLocks, Parts, part_name
 from tidelog_server._indexes import IndexWrites
 from tidelog_server._overlay import Overlay
+from tidelog_server._place import Place
 from tidelog_server._principal import Principal
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader, Store
@@ -127,6 +128,7 @@ class Files:
         self._store = store
         self._clock = clock
         self._bytes_max = bytes_max
+        self.place = Place(store, contents)
         self._parts = Parts(contents)
         self._being_changed: KeyedLocks[tuple[str, bytes]] = KeyedLocks()
         self._known_tenants: set[str] = set()
@@ -136,7 +138,7 @@ class Files:
         tenant = principal.tenant
         asked = dict.fromkeys(wanted)  # once each, however often
         entitled = self._entitled(principal, asked)
-        there = {one for one in entitled if self.contents.size(tenant, one.sha256) == one.size}
+        there = {one for one in entitled if self._is_there(tenant, one)}
         for one in entitled - there:
             self._forget_lost(tenant, one)
         present = self._granted(principal, there) if there else there
@@ -161,6 +163,7 @@ class Files:
         if wanted.size > self._bytes_max:
             raise FileTooLarge(f"a file of {wanted.size} bytes: the limit is {self._bytes_max}")
         tenant, part = principal.tenant, part_name(principal.user_id, wanted.sha256)
+        self.place.check(marks=True)
         self._make_known(tenant)
         complete = partial(self._complete, tenant, part, wanted, principal.user_id)
         return self._parts.begin(tenant, part, offset, wanted.size, complete)
@@ -204,6 +207,7 @@ class Files:
 
     def add(self, tenant: str, source: BinaryIO, user_id: str = SERVICE) -> Wanted:
         """Store what a stream holds, for a user or the service itself. It is kept for a while: nobody refers to it."""
+        self.place.check(marks=True)
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
@@ -221,6 +225,7 @@ class Files:
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
         """Delete a content that nothing has referred to since a time; return how many were."""
+        self.place.check()
         with self._alone(tenant, sha256):
             count = self._write(tenant, partial(without_content, sha256=sha256, before_us=before_us))
             if count:
@@ -233,6 +238,7 @@ class Files:
 
         What somebody refers to comes back on record, if it is whole: its place was out of reach for a while.
         """
+        self.place.check()
         is_settled = self.note_timeline()
         for content in self.contents.contents(tenant):
             if content.time * 1_000_000 < before_us and not self._is_on_record(tenant, content.sha256):
@@ -247,6 +253,7 @@ class Files:
         """Delete what is left of uploads; return how many. While somebody uploads, nothing young goes."""
         if self._parts.is_any_on_its_way(tenant):
             older_than_seconds = max(older_than_seconds, PART_SECONDS_MIN)
+        self.place.check()
         return self.contents.delete_leftovers(tenant, older_than_seconds)
 
     def note_timeline(self) -> bool:
@@ -293,7 +300,10 @@ class Files:
     def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
         """Make a part a content that operations of a user may refer to."""
         with self._alone(tenant, wanted.sha256):
-            self.contents.complete(tenant, part, wanted.sha256, wanted.size)
+            try:
+                self.contents.complete(tenant, part, wanted.sha256, wanted.size)
+            finally:
+                self.place.check()  # before anything is promised, or the client is blamed
             time_us = self._clock()
             entries: IndexWrites = {
                 content_key(wanted.sha256): pack_content(ContentRecord(wanted.size, time_us)),
@@ -336,11 +346,20 @@ class Files:
     def _forget_lost(self, tenant: str, lost: Wanted) -> None:
         """Take the record of a content that is not there: whoever has it may upload it once more."""
         with self._alone(tenant, lost.sha256):
-            if self.contents.size(tenant, lost.sha256) != lost.size:
+            if not self._is_there(tenant, lost):
                 _log.error("a content was lost", tenant=tenant, sha256=lost.sha256.hex())
                 self._write(tenant, lambda reader: (_entries(reader, {content_key(lost.sha256): None}), None))
 
+    def _is_there(self, tenant: str, wanted: Wanted) -> bool:
+        """Tell whether a content is there. Raises StorageError where nobody can tell."""
+        if self.contents.size(tenant, wanted.sha256) == wanted.size:
+            return True
+        self.place.check()
+        return self.contents.size(tenant, wanted.sha256) == wanted.size  # the place may be back just now
+
     def _check_there(self, tenant: str, wanted: Wanted) -> None:
+        if self._is_there(tenant, wanted):
+            return
         found = self.contents.size(tenant, wanted.sha256)
         if found != wanted.size:
             what = "is not there" if found is None else f"has {found} bytes instead of {wanted.size}"

@@ -3,6 +3,7 @@ Object store contents: a content store for many servers, in S3 or whatever else 
 
     <tenant>/ab/abcd...                     a content, named by its SHA-256
     <tenant>/incoming/<part>/<start>-<end>  a piece of a part: these bytes of it, some MiB
+    tidelog-contents                        the mark of the place
 
 Nothing can be appended to an object. So what is appended to a part becomes pieces, and
 at its end they pass through the hash into the content, whose upload is completed only
@@ -32,7 +33,7 @@ from tidelog._contents import Content, ContentCorrupt
 from tidelog._errors import DiskFull, InvalidValue, StorageError
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
-from tidelog_server._content_store import ContentLost, PartMismatch, tenant_name
+from tidelog_server._content_store import MARK_NAME, ContentLost, PartMismatch, tenant_name
 from tidelog_server._errors import ExtraMissing
 
 if TYPE_CHECKING:
@@ -108,6 +109,18 @@ class ObjectStoreContents:
         """Find out whether the store is there and may be used: raises StorageError if not."""
         with self._storage_errors():
             next(iter(self._store.list("check", chunk_size=1)), None)
+
+    def mark(self) -> bytes | None:
+        """Return what the object of the mark says, if it is there."""
+        with self._storage_errors():
+            try:
+                return bytes(self._store.get(MARK_NAME).bytes()).strip()
+            except FileNotFoundError:
+                return None
+
+    def set_mark(self, mark: bytes) -> None:
+        """Put the object of the mark."""
+        self._put(MARK_NAME, bytearray(mark))
 
     def size(self, tenant: str, sha256: bytes) -> int | None:
         """Return the length of a content in bytes, or None if it is not there."""

@@ -179,6 +179,7 @@ class Server:
                 bytes_max=self._limits.file_bytes,
             )
             self._files.note_timeline()
+            self._look_at_contents()
             self._services = Services(self._application, self._store, self._callers, self._limits, self._files)
             self._loop = asyncio.new_event_loop()
             note_makers(self._loop)
@@ -312,6 +313,13 @@ class Server:
         elif self._credentials is None and not local:
             _log.warning("tokens and data travel without TLS: whoever is on the way can read them")
 
+    def _look_at_contents(self) -> None:
+        """Warn if contents of files are out of reach. Everything else is served."""
+        try:
+            self._files.place.look()
+        except StorageError as error:
+            _log.error("files can be neither uploaded nor downloaded, nor are they collected", detail=str(error))
+
     def _end_loop(self) -> None:
         if self._loop is not None and self._thread is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -332,7 +340,7 @@ class Server:
         if (noted := store.note(CONTENTS_NOTE)) != place:
             if store.tenants():
                 _log.warning(
-                    "contents of files lie in another place than before: those that were not moved there are missing",
+                    "contents of files are to lie in another place than before",
                     before=noted.decode() or CONTENTS_DIRECTORY,
                     now=place.decode() or CONTENTS_DIRECTORY,
                 )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,7 +34,9 @@ from tidelog_server import (
     verify_store,
 )
 from tidelog_server._content_backup import copy_contents
+from tidelog_server._content_store import MARK_NAME
 from tidelog_server._files import Files
+from tidelog_server._place import Place
 from tidelog_server._records import Change
 from tidelog_server._retention import Periods, Retention
 
@@ -166,8 +169,10 @@ class TestContents:
             assert contents(copy) == [PHOTO]
             assert list(verify_store(copy)) == []
             assert DirectoryContents(copy / "files").part_size(TENANT, "apart") == 0
-            (file,) = (one for one in (copy / "files").rglob("*") if one.is_file())
+            (file,) = (one for one in (copy / "files").rglob("*") if one.is_file() and one.name != MARK_NAME)
             assert file.stat().st_nlink == (2 if copy.name == "backup" else 1)
+        with closing(LmdbStore(folder / "restored")) as restored:
+            Place(restored, DirectoryContents(folder / "restored" / "files")).look()
 
     def test_where_files_cannot_share(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """On a file system that cannot give a file two names contents are copied."""

@@ -35,6 +35,7 @@ from tidelog_server import (
     StaticTokens,
     verify_store,
 )
+from tidelog_server._content_store import MARK_NAME
 from tidelog_server._file_service import FILE_THREADS
 
 ANN: Final = "ann-token"
@@ -214,7 +215,12 @@ def ruled_world(folder: Path) -> Iterator[World]:
 
 def kept_files(world: World) -> list[Path]:
     """Return the files that the server keeps for contents and parts."""
-    return sorted(one for one in (world.folder / "server" / "files").rglob("*") if one.is_file())
+    return files_in(world.folder / "server" / "files")
+
+
+def files_in(place: Path) -> list[Path]:
+    """Return the files of contents and parts in a place."""
+    return sorted(one for one in place.rglob("*") if one.is_file() and one.name != MARK_NAME)
 
 
 class TestUploads:
@@ -649,7 +655,7 @@ class TestService:
             client.create(photo=reference(PHOTO))
             assert client.download(PHOTO) == PHOTO
         assert kept_files(world) == []
-        assert len([one for one in (folder / "elsewhere").rglob("*") if one.is_file()]) == 1
+        assert len(files_in(folder / "elsewhere")) == 1
 
     def test_survives_a_restart(self, world: World) -> None:
         """Parts, contents and rights to them are there after the server was stopped and started again."""

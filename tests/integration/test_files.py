@@ -82,6 +82,34 @@ def test_a_photo_travels_from_one_replica_to_another(world: World) -> None:
     assert [list(replica.verify()) for replica in (one, two)] == [[], []]
 
 
+def test_the_servers_folder_of_contents_is_away(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """While the server's contents are out of reach, who refers to one loses nothing, and goes on when it is back."""
+    author = world.replica("author")
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.synchronize_all()
+    replica = world.replica(files={"Task": "never"})
+    replica.synchronize_all()
+    (seen,) = replica.query("Task")
+    replica.create("Task", {"photo": seen["photo"]}, "t2")
+    replica.create("Task", {}, "t3")
+    place = world.folder / "server" / "files"
+    away = place.rename(place.with_name("away"))
+    address = world.server.address
+    world.server.stop(grace_seconds=0)
+    world.server = world.made_server(address)
+    world.server.start()
+
+    report = replica.synchronize_all(timeout=2)
+
+    assert [(one.id, one.reason) for one in report.skipped] == [("t2", SkipReason.FILE_NOT_UPLOADED)]
+    assert (report.applied, replica.pending_count(), list(replica.failures())) == (1, 1, [])
+    assert "files can be neither uploaded nor downloaded, nor are they collected" in caplog.text
+    away.rename(place)
+    report = replica.synchronize_all()
+    assert (report.applied, report.skipped, list(replica.failures())) == (1, [], [])
+    assert read(author, "t1") == PHOTO
+
+
 @pytest.mark.timeout(120)
 def test_cuts_of_an_upload_cost_little(world: World, proxy: Proxy) -> None:
     """A large content that is cut five times on its way up costs at most 1.05 times its bytes."""

@@ -13,7 +13,7 @@ from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, 
 
 from tidelog import ResourceClosed, StorageError
 from tidelog_server import DirectoryContents, Principal, Tenant
-from tidelog_server._content_store import PartMismatch
+from tidelog_server._content_store import MARK_NAME, PartMismatch
 from tidelog_server._files import Files
 from tidelog_server._records import Writes
 from tidelog_server._retention import Periods, Retention
@@ -32,8 +32,8 @@ def cabinet(tmp_path: Path) -> Cabinet:
 
 
 def kept(cabinet: Cabinet) -> list[Path]:
-    """Return the files of the directory."""
-    return [one for one in cabinet.contents.path.rglob("*") if one.is_file()]
+    """Return the files of the directory, but for its mark."""
+    return [one for one in cabinet.contents.path.rglob("*") if one.is_file() and one.name != MARK_NAME]
 
 
 def test_what_nothing_refers_to_goes_after_the_grace(cabinet: Cabinet) -> None:
@@ -200,9 +200,13 @@ def test_contents_that_were_away(cabinet: Cabinet) -> None:
     """A content that was out of reach when somebody asked for it, and that is referred to, stays once it is back."""
     photo, other = cabinet.upload(PHOTO), cabinet.upload(OTHER)
     cabinet.lab.settle(create(1, set={"photo": photo}), create(2, set={"photo": other}))
-    away = cabinet.contents.path.rename(cabinet.contents.path.with_name("away"))
+    away = [
+        (path, path.rename(cabinet.contents.path / path.name))
+        for path in (cabinet.contents.tenant_path(TENANT) / path_of(data) for data in (PHOTO, OTHER))
+    ]
     assert not any(one.is_present for one in cabinet.files.stat(USER, [wanted(PHOTO), wanted(OTHER)]))
-    away.rename(cabinet.contents.path)
+    for path, moved in away:
+        moved.rename(path)
     (cabinet.contents.tenant_path(TENANT) / path_of(OTHER)).write_bytes(b"something else")
 
     of_the_directory(cabinet)
