@@ -1,10 +1,13 @@
 """
 Files: the contents that a server keeps, and what its records say of them, kept in step.
 
-A content is in the content store before its record is written, and its record goes
-before it does: so what a record names is there, and what a crash leaves in between is a
-content that nobody knows of, which is collected. Making one and collecting it exclude
-each other, content by content, within this process.
+A content is in the content store before it is on record, and off the record before it is
+deleted: so what is on record is there. Which copy of it, and why that holds however many
+servers share the records and the content store, is told in `_upload_records`. What a
+crash leaves in between is a copy that nobody knows of, which is collected.
+
+A copy that is found lost or damaged is noted as broken, and its content passes for
+missing from then on: whoever has it is asked to upload it once more.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import hashlib
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import BinaryIO, Final, NamedTuple, TypeVar
@@ -27,10 +29,10 @@ from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog._values import decode_trusted
 from tidelog_server._application import Application
-from tidelog_server._collection import is_referred_to, without_content
+from tidelog_server._collection import without_content
 from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
-from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid
+from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid, UploadSuperseded
 from tidelog_server._file_records import (
     SERVICE,
     ContentRecord,
@@ -38,17 +40,29 @@ from tidelog_server._file_records import (
     content_record,
     grant_key,
     is_upload_grant,
+    kept_record,
     pack_content,
     pack_grant,
 )
 from tidelog_server._file_rules import FileRules
-from tidelog_server._incoming import Incoming, KeyedLocks, Parts, part_name
+from tidelog_server._incoming import Incoming, Parts, part_name
 from tidelog_server._indexes import IndexWrites
 from tidelog_server._overlay import Overlay
 from tidelog_server._place import Place
 from tidelog_server._principal import Principal
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader, Store
+from tidelog_server._upload_records import (
+    OtherCopy,
+    begun,
+    completed,
+    due_uploads,
+    is_begun,
+    new_copy,
+    upload_key,
+    upload_record,
+    without_uploads,
+)
 
 # What a server notes in its store about when its timeline began.
 TIMELINE_NOTE: Final = "timeline began"
@@ -57,6 +71,10 @@ TIMELINE_NOTE: Final = "timeline began"
 UNKNOWN_KEPT: Final = timedelta(days=30)
 # How long nothing was appended to a part that goes while there are uploads, however short the grace is.
 PART_SECONDS_MIN: Final = 3600.0
+PART_US_MIN: Final = int(PART_SECONDS_MIN * 1_000_000)
+FILE_GRACE_DEFAULT: Final = timedelta(days=1)
+# What is gone on with is noted so many times in a grace period at the most.
+RENEWALS: Final = 32
 
 _TIME: Final = struct.Struct(">Q")
 
@@ -112,6 +130,8 @@ class Files:
         contents: Keeps the bytes.
         clock: Returns the time in microseconds since 1970.
         bytes_max: How large a content may be that is uploaded.
+        room_bytes: How much a user may have uploaded that nothing refers to yet. None: whatever it is.
+        grace: How long contents are kept that nothing refers to, or not yet.
     """
 
     def __init__(
@@ -122,25 +142,25 @@ class Files:
         clock: Callable[[], int],
         *,
         bytes_max: int = FILE_BYTES_MAX_DEFAULT,
+        room_bytes: int | None = None,
+        grace: timedelta = FILE_GRACE_DEFAULT,
     ) -> None:
         self.contents = contents
         self._application = application
         self._store = store
         self._clock = clock
         self._bytes_max = bytes_max
+        self._room_bytes = room_bytes
+        self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
         self.place = Place(store, contents)
         self._parts = Parts(contents)
-        self._being_changed: KeyedLocks[tuple[str, bytes]] = KeyedLocks()
-        self._known_tenants: set[str] = set()
 
     def stat(self, principal: Principal, wanted: Sequence[Wanted]) -> list[Standing]:
         """Tell how contents stand. Operations of the user may refer to those that are present, from now on."""
         tenant = principal.tenant
         asked = dict.fromkeys(wanted)  # once each, however often
         entitled = self._entitled(principal, asked)
-        there = {one for one in entitled if self._is_there(tenant, one)}
-        for one in entitled - there:
-            self._forget_lost(tenant, one)
+        there = {one for one, record in entitled.items() if self._is_kept(tenant, one.sha256, record)}
         present = self._granted(principal, there) if there else there
         standings = {
             one: Standing(is_present=True)
@@ -158,14 +178,15 @@ class Files:
 
         Raises:
             FileTooLarge: The server takes no content of that size.
+            FileRoomExhausted: The user has uploaded too much that nothing refers to.
             PartMismatch: *offset* is not how far the upload got.
         """
         if wanted.size > self._bytes_max:
             raise FileTooLarge(f"a file of {wanted.size} bytes: the limit is {self._bytes_max}")
         tenant, part = principal.tenant, part_name(principal.user_id, wanted.sha256)
         self.place.check(marks=True)
-        self._make_known(tenant)
-        complete = partial(self._complete, tenant, part, wanted, principal.user_id)
+        copy = self._begin(tenant, wanted, principal.user_id, self._room_bytes)
+        complete = partial(self._complete, tenant, part, wanted, principal.user_id, copy)
         return self._parts.begin(tenant, part, offset, wanted.size, complete)
 
     def download(
@@ -186,19 +207,29 @@ class Files:
 
     def open(self, tenant: str, wanted: Wanted) -> BinaryIO:
         """Open a content to be read. Raises ContentLost, also later."""
-        self._check_there(tenant, wanted)
-        return open_content(partial(self.contents.read, tenant, wanted.sha256), wanted.size)
+        record = self._located(tenant, wanted)
+        return open_content(lambda offset: self.contents.read(tenant, wanted.sha256, offset, record.copy), wanted.size)
 
     def read(self, tenant: str, wanted: Wanted, offset: int, length: int) -> Generator[bytes, None, None]:
-        """Yield *length* bytes of a content from *offset* on. Raises ContentLost, with the first step if it can."""
-        self._check_there(tenant, wanted)
+        """
+        Yield *length* bytes of a content from *offset* on. Raises ContentLost, with the first step if it can.
+
+        All of it is compared with its hash on the way, before the last piece.
+        """
+        record = self._located(tenant, wanted)
         if not length:
             return
-        pieces = self.contents.read(tenant, wanted.sha256, offset)
+        digest = hashlib.sha256() if length == wanted.size else None
+        pieces = self.contents.read(tenant, wanted.sha256, offset, record.copy)
         try:
             for piece in pieces:
-                yield piece[:length]
                 length -= len(piece)
+                if digest is not None:
+                    digest.update(piece)
+                    if length <= 0 and digest.digest() != wanted.sha256:
+                        self._note_broken(tenant, wanted.sha256, record, "it has another hash")
+                        raise ContentLost(f"the content {wanted.sha256.hex()} is damaged")
+                yield piece if length >= 0 else piece[:length]
                 if length <= 0:
                     return
         finally:
@@ -220,34 +251,51 @@ class Files:
             self.contents.discard(tenant, part)
             raise
         wanted = Wanted(digest.digest(), size)
-        self._complete(tenant, part, wanted, user_id)
+        self._complete(tenant, part, wanted, user_id, self._begin(tenant, wanted, user_id))
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
         """Delete a content that nothing has referred to since a time; return how many were."""
         self.place.check()
-        with self._alone(tenant, sha256):
-            count = self._write(tenant, partial(without_content, sha256=sha256, before_us=before_us))
-            if count:
-                self.contents.delete(tenant, sha256)
-        return count
+        copy = self._write(tenant, partial(without_content, sha256=sha256, before_us=before_us))
+        if copy is None:
+            return 0
+        self.contents.delete(tenant, sha256, copy)
+        return 1
+
+    def collect_uploads(self, tenant: str, before_us: int) -> Iterator[int]:
+        """Give up uploads that nobody has gone on with since a time; yield now and then."""
+        before_us = min(before_us, self._clock() - PART_US_MIN)
+        after = b""
+        more = True
+        while more:
+            with self._store.read(tenant) as reader:
+                due, after = due_uploads(reader, after, before_us)
+            if due:
+                self.place.check()
+                for sha256, copy in self._write(tenant, partial(_given_up, keys=due, before_us=before_us)):
+                    self.contents.delete(tenant, sha256, copy)
+            more = bool(after)
+            yield 0
 
     def collect_unknown(self, tenant: str, before_us: int) -> Iterator[int]:
-        """
-        Delete contents that are not on record since a time, one after the other; yield how many were.
-
-        What somebody refers to comes back on record, if it is whole: its place was out of reach for a while.
-        """
+        """Delete copies that are older than a time and gone, one after the other; yield how many were."""
         self.place.check()
-        is_settled = self.note_timeline()
+        if not self.note_timeline():
+            return
         for content in self.contents.contents(tenant):
-            if content.time * 1_000_000 < before_us and not self._is_on_record(tenant, content.sha256):
-                with self._alone(tenant, content.sha256):
-                    if self._is_needed(tenant, content.sha256):
-                        self._record_again(tenant, content)
-                    elif is_settled and not self._is_on_record(tenant, content.sha256):
-                        self.contents.delete(tenant, content.sha256)
-                        yield 1
+            if content.time * 1_000_000 < before_us and self._is_gone(tenant, content):
+                self.contents.delete(tenant, content.sha256, content.copy)
+                yield 1
+
+    def mend(self, tenant: str, sha256: bytes) -> None:
+        """Look at a content that was broken: if somebody put it back, it is there again."""
+        with self._store.read(tenant) as reader:
+            record = kept_record(sha256, reader.index)
+        if record is None or not record.is_broken or not self._is_whole(tenant, sha256, record):
+            return
+        if self._note(tenant, sha256, record, is_broken=False):
+            _log.info("a content is back", tenant=tenant, sha256=sha256.hex())
 
     def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
         """Delete what is left of uploads; return how many. While somebody uploads, nothing young goes."""
@@ -272,46 +320,68 @@ class Files:
             self._store.set_note(TIMELINE_NOTE, _TIME.pack(began_us) + timeline)
         return not began_us or now_us - began_us > UNKNOWN_KEPT // timedelta(microseconds=1)
 
-    @contextmanager
-    def _alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
-        """Let nobody else make or collect a content meanwhile."""
-        with self._being_changed.held((tenant, sha256)):
-            yield
-
-    def _is_on_record(self, tenant: str, sha256: bytes) -> bool:
+    def _is_gone(self, tenant: str, content: Content) -> bool:
+        """Tell whether a copy, which is there, is neither on record nor on its way there: it never will be."""
         with self._store.read(tenant) as reader:
-            return content_record(sha256, reader.index) is not None
+            record = kept_record(content.sha256, reader.index)
+            is_on_record = record is not None and record.copy == content.copy
+            return not is_on_record and not is_begun(reader, content.sha256, content.copy)
 
-    def _is_needed(self, tenant: str, sha256: bytes) -> bool:
-        """Tell whether anything refers to a content, or is about to."""
+    def _begin(self, tenant: str, wanted: Wanted, user_id: str, room_bytes: int | None = None) -> str:
+        """Begin an upload, or go on with one; return the name of its copy."""
+        now_us = self._clock()
         with self._store.read(tenant) as reader:
-            return is_referred_to(reader, sha256)
+            known = upload_record(upload_key(user_id, wanted.sha256), reader.index)
+        if (
+            known is not None
+            and known.copy
+            and known.size == wanted.size
+            and now_us < known.time_us + self._renewal_us
+        ):
+            return known.copy
 
-    def _record_again(self, tenant: str, content: Content) -> None:
-        """Put a content on record that lost its record, unless what is there is something else."""
-        digest = hashlib.sha256()
-        for piece in self.contents.read(tenant, content.sha256):
-            digest.update(piece)
-        if digest.digest() == content.sha256:
-            record = pack_content(ContentRecord(content.size, self._clock()))
-            self._write(tenant, lambda reader: (_entries(reader, {content_key(content.sha256): record}), None))
-            _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
+        def job(reader: Reader) -> tuple[Writes, str]:
+            entries, copy = begun(
+                reader, user_id, *wanted, copy=new_copy(user_id), time_us=now_us, room_bytes=room_bytes
+            )
+            return _entries(reader, entries), copy
 
-    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
+        return self._write(tenant, job)
+
+    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str, copy: str) -> None:
         """Make a part a content that operations of a user may refer to."""
-        with self._alone(tenant, wanted.sha256):
-            try:
-                self.contents.complete(tenant, part, wanted.sha256, wanted.size)
-            finally:
-                self.place.check()  # before anything is promised, or the client is blamed
-            time_us = self._clock()
-            entries: IndexWrites = {
-                content_key(wanted.sha256): pack_content(ContentRecord(wanted.size, time_us)),
-                grant_key(wanted.sha256, user_id): pack_grant(time_us, is_upload=True),
-            }
-            self._write(tenant, lambda reader: (_entries(reader, entries), None))
+        try:
+            self.contents.complete(tenant, part, *wanted, copy)
+        finally:
+            self.place.check()  # before anything is promised, or the client is blamed
+        whole: str | None = None
 
-    def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> set[Wanted]:
+        def job(reader: Reader) -> tuple[Writes | None, tuple[str | None] | None]:
+            done = completed(reader, user_id, *wanted, copy=copy, time_us=self._clock(), whole=whole)
+            return (None, None) if done is None else (_entries(reader, done[0]), done[1:])
+
+        while True:
+            try:
+                done = self._write(tenant, job)
+                break
+            except OtherCopy:
+                whole = self._whole_copy(tenant, wanted.sha256)
+        if done is None:
+            raise UploadSuperseded("the upload took so long that it was given up: begin anew")
+        if done[0] is not None:
+            self.contents.delete(tenant, wanted.sha256, done[0])
+
+    def _whole_copy(self, tenant: str, sha256: bytes) -> str | None:
+        """Return the copy that is on record, if it is what it should be; else note that it is not."""
+        with self._store.read(tenant) as reader:
+            record = content_record(sha256, reader.index)
+        if record is not None:
+            if self._is_whole(tenant, sha256, record):
+                return record.copy
+            self._note_broken(tenant, sha256, record, "another upload of it found that")
+        return None
+
+    def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> dict[Wanted, ContentRecord]:
         """
         Return those of the contents on record which the user has uploaded, or may read by some object now.
 
@@ -321,7 +391,7 @@ class Files:
         with self._store.read(principal.tenant) as reader:
             rules = FileRules(Overlay(reader), rights, user_id=principal.user_id)
             return {
-                one
+                one: record
                 for one in wanted
                 # The first is asked of what is not there too: the time it takes should not tell.
                 if (rules.has_uploaded(one.sha256, principal.user_id) or rules.reads(one.sha256))
@@ -343,28 +413,60 @@ class Files:
 
         return self._write(principal.tenant, job)
 
-    def _forget_lost(self, tenant: str, lost: Wanted) -> None:
-        """Take the record of a content that is not there: whoever has it may upload it once more."""
-        with self._alone(tenant, lost.sha256):
-            if not self._is_there(tenant, lost):
-                _log.error("a content was lost", tenant=tenant, sha256=lost.sha256.hex())
-                self._write(tenant, lambda reader: (_entries(reader, {content_key(lost.sha256): None}), None))
+    def _is_kept(self, tenant: str, sha256: bytes, record: ContentRecord) -> bool:
+        """Tell whether a content is there; if not, note that."""
+        found = self._size(tenant, sha256, record)
+        if found != record.size:
+            self._note_broken(tenant, sha256, record, _amiss(found, record))
+        return found == record.size
 
-    def _is_there(self, tenant: str, wanted: Wanted) -> bool:
-        """Tell whether a content is there. Raises StorageError where nobody can tell."""
-        if self.contents.size(tenant, wanted.sha256) == wanted.size:
-            return True
-        self.place.check()
-        return self.contents.size(tenant, wanted.sha256) == wanted.size  # the place may be back just now
+    def _size(self, tenant: str, sha256: bytes, record: ContentRecord) -> int | None:
+        """Return the length of a content, None if it is not there. Raises StorageError where nobody can tell."""
+        found = self.contents.size(tenant, sha256, record.copy)
+        if found != record.size:
+            self.place.check()
+            found = self.contents.size(tenant, sha256, record.copy)  # the place may be back just now
+        return found
 
-    def _check_there(self, tenant: str, wanted: Wanted) -> None:
-        if self._is_there(tenant, wanted):
-            return
-        found = self.contents.size(tenant, wanted.sha256)
-        if found != wanted.size:
-            what = "is not there" if found is None else f"has {found} bytes instead of {wanted.size}"
+    def _is_whole(self, tenant: str, sha256: bytes, record: ContentRecord) -> bool:
+        """Tell whether a content is there, and what it should be. All of it is read."""
+        if self._size(tenant, sha256, record) != record.size:
+            return False
+        digest = hashlib.sha256()
+        try:
+            for piece in self.contents.read(tenant, sha256, copy=record.copy):
+                digest.update(piece)
+        except ContentLost:
+            return False
+        return digest.digest() == sha256
+
+    def _located(self, tenant: str, wanted: Wanted) -> ContentRecord:
+        """Return the record of a content that is there. Raises ContentLost."""
+        with self._store.read(tenant) as reader:
+            record = content_record(wanted.sha256, reader.index)
+        if record is None or record.size != wanted.size:
+            raise ContentLost(f"the content {wanted.sha256.hex()} is not there, or not whole")
+        if (found := self._size(tenant, wanted.sha256, record)) != record.size:
+            what = _amiss(found, record)
             _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
-            raise ContentLost(f"the content {wanted.sha256.hex()} {what}")
+            raise ContentLost(f"the content {wanted.sha256.hex()}: {what}")
+        return record
+
+    def _note_broken(self, tenant: str, sha256: bytes, record: ContentRecord, what: str) -> None:
+        """Note that a content is lost or damaged: whoever has it may upload it once more."""
+        if self._note(tenant, sha256, record, is_broken=True):
+            _log.error("a content was lost", tenant=tenant, sha256=sha256.hex(), detail=what)
+
+    def _note(self, tenant: str, sha256: bytes, record: ContentRecord, *, is_broken: bool) -> bool:
+        """Note whether a copy is broken; tell whether that is new, and the copy still on record."""
+
+        def job(reader: Reader) -> tuple[Writes | None, bool]:
+            known = kept_record(sha256, reader.index)
+            if known is None or known.copy != record.copy or known.is_broken is is_broken:
+                return None, False
+            return _entries(reader, {content_key(sha256): pack_content(known._replace(is_broken=is_broken))}), True
+
+        return self._write(tenant, job)
 
     def _readable_size(self, principal: Principal, sha256: bytes, key: ObjectKey) -> int:
         with self._store.read(principal.tenant) as reader:
@@ -377,16 +479,18 @@ class Files:
                     return reference.size
         raise NotFound(f"{key[0]} {key[1]!r} refers to no such file", reason="FILE_NOT_FOUND")
 
-    def _make_known(self, tenant: str) -> None:
-        """Have the store know a tenant: what is left of an upload is found by way of those it knows."""
-        if tenant not in self._known_tenants:
-            if tenant not in self._store.tenants():
-                self._write(tenant, lambda reader: (_entries(reader, {}), None))
-            self._known_tenants.add(tenant)
-
     def _write(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> T:
         written: Future[T] = self._store.submit(tenant, job)
         return written.result()
+
+
+def _amiss(found: int | None, record: ContentRecord) -> str:
+    return "it is not there" if found is None else f"it has {found} bytes instead of {record.size}"
+
+
+def _given_up(reader: Reader, keys: list[bytes], before_us: int) -> tuple[Writes, list[tuple[bytes, str]]]:
+    entries, gone = without_uploads(reader, keys, before_us)
+    return _entries(reader, entries), gone
 
 
 def _entries(reader: Reader, entries: IndexWrites) -> Writes:

@@ -16,7 +16,7 @@ from typing import Final
 
 from tidelog._errors import StorageError
 from tidelog_server._content_store import MARK_NAME, ContentStore
-from tidelog_server._file_records import CONTENTS, content_of, unpack_content
+from tidelog_server._file_records import CONTENTS, ContentRecord, content_of, unpack_content
 from tidelog_server._store import Store
 
 # What a server notes in its store once the place of its contents has a mark.
@@ -38,8 +38,11 @@ class Place:
     def __init__(self, store: Store, contents: ContentStore) -> None:
         self._store = store
         self._contents = contents
-        self._mark = store.identity.epoch.encode()
         self._is_marked = False
+
+    @property
+    def _mark(self) -> bytes:
+        return self._store.identity.epoch.encode()
 
     def check(self, *, marks: bool = False) -> None:
         """
@@ -72,16 +75,18 @@ class Place:
         """Require that nothing was ever stored, or what is there to be that, if it came before there were marks."""
         if not self._is_marked and not self._store.note(MARKED_NOTE):
             known = list(islice(self._on_record(), _LOOKED_FOR))
-            if not known or any(self._contents.size(tenant, sha256) == size for tenant, sha256, size in known):
+            if not known or any(
+                self._contents.size(tenant, sha256, record.copy) == record.size for tenant, sha256, record in known
+            ):
                 return
         raise StorageError(
             "the contents of files are not where they were put: is the disk mounted, the address right? If they were "
             f"moved, or are lost for good, a file {MARK_NAME!r} that says {self._mark.decode()} makes it their place"
         )
 
-    def _on_record(self) -> Iterator[tuple[str, bytes, int]]:
+    def _on_record(self) -> Iterator[tuple[str, bytes, ContentRecord]]:
         for tenant in self._store.tenants():
             with self._store.read(tenant) as reader:
                 page = reader.index_range(CONTENTS, b"", _LOOKED_FOR)
             for key, value in page:
-                yield tenant, content_of(key), unpack_content(value).size
+                yield tenant, content_of(key), unpack_content(value)

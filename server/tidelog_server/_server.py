@@ -34,13 +34,12 @@ from tidelog_server._content_store import (
     DirectoryContents,
 )
 from tidelog_server._errors import AddressUnavailable
-from tidelog_server._files import Files
+from tidelog_server._files import FILE_GRACE_DEFAULT, Files
 from tidelog_server._lmdb_backup import backup_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import DEFAULT_TENANT, Principal
 from tidelog_server._retention import (
     FAILURE_RETENTION_DEFAULT,
-    FILE_GRACE_DEFAULT,
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
     Collected,
@@ -177,6 +176,8 @@ class Server:
                 self._contents_of(self._store),
                 server_time_us,
                 bytes_max=self._limits.file_bytes,
+                room_bytes=self._limits.file_room_per_user,
+                grace=self._periods.files,
             )
             self._files.note_timeline()
             self._look_at_contents()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import shutil
@@ -154,7 +153,7 @@ def history(path: Path) -> list[Change]:
 def contents(path: Path) -> list[bytes]:
     """Return the contents of files that a store has."""
     kept = DirectoryContents(path / "files")
-    return [b"".join(kept.read(TENANT, one.sha256)) for one in kept.contents(TENANT)]
+    return [b"".join(kept.read(TENANT, one.sha256, copy=one.copy)) for one in kept.contents(TENANT)]
 
 
 class TestContents:
@@ -191,7 +190,8 @@ class TestContents:
         """What becomes of a content in the store, deleted or replaced, does not touch the backup."""
         backup_store(store, folder / "backup")
         kept = DirectoryContents(store / "files")
-        kept.delete(TENANT, hashlib.sha256(PHOTO).digest())
+        (one,) = kept.contents(TENANT)
+        kept.delete(TENANT, one.sha256, one.copy)
 
         assert contents(folder / "backup") == [PHOTO]
 
@@ -204,7 +204,7 @@ class TestContents:
         def collecting(source: Path, target: Path) -> int:
             never = timedelta.max
             Retention(opened, Periods(never, never, never, timedelta(0)), lambda: TIME_US + 1, files).collect()
-            assert files.contents.size(TENANT, unneeded.sha256) is None
+            assert unneeded.sha256 not in {one.sha256 for one in files.contents.contents(TENANT)}
             return copy_contents(source, target)
 
         with monkeypatch.context() as patched:
@@ -377,7 +377,7 @@ class TestCommands:
     def test_verify(self, store: Path, folder: Path) -> None:
         """What was looked at is counted; what is wrong is named, a line for each, with exit code 5."""
         sound = succeed("verify", "--data", store, cwd=folder)
-        counts = "tenants 1, changes 300, objects 300, index entries 3, replicas 1, outcomes 299, contents 1"
+        counts = "tenants 1, changes 300, objects 300, index entries 5, replicas 1, outcomes 299, contents 1"
         assert sound == f"checked: {counts}\n"
         [summary] = read_json(succeed("verify", "--data", store, "--json", cwd=folder))
         assert summary["findings"] == 0

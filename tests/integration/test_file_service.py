@@ -33,6 +33,7 @@ from tidelog_server import (
     Server,
     ServerLimits,
     StaticTokens,
+    _files,
     verify_store,
 )
 from tidelog_server._content_store import MARK_NAME
@@ -367,9 +368,9 @@ class TestUploads:
         class Slow(DirectoryContents):
             """Takes its time for a large content."""
 
-            def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
+            def complete(self, tenant: str, part: str, sha256: bytes, size: int, copy: str = "") -> None:
                 assert size < FILE_CHUNK_BYTES or stored.wait(30)
-                super().complete(tenant, part, sha256, size)
+                super().complete(tenant, part, sha256, size, copy)
 
         large = [bytes([number]) * FILE_CHUNK_BYTES for number in range(FILE_THREADS)]
         with World(folder, contents=Slow(folder / "slow")) as world:
@@ -611,7 +612,7 @@ with Server(Application(), store=folder) as server:
 class TestCrashes:
     @pytest.mark.slow
     @pytest.mark.parametrize("place", ["before", "between", "behind"])
-    def test_leave_garbage_at_the_most(self, folder: Path, place: str) -> None:
+    def test_leave_garbage_at_the_most(self, folder: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Wherever a server is killed while it makes a content, the next one is sound, and nothing stays for good."""
         with script(KILLED, folder / "server", place) as process:
             assert process.stdout is not None
@@ -626,6 +627,7 @@ class TestCrashes:
             received = len(PHOTO) if place == "before" else 0
             assert client.stat(PHOTO) == [(PRESENT, 0) if place == "behind" else (MISSING, received)]
             assert len(kept_files(world)) == 1
+        monkeypatch.setattr(_files, "PART_US_MIN", 0)
         with Server(Application(), store=folder / "server", file_grace=timedelta(0)) as server:
             wait_for(lambda: server.collect() == Collected())
         assert kept_files(world) == []

@@ -223,9 +223,9 @@ def _inserted_contents(disks: dict[Path, Disk], time: Callable[[], float]) -> It
         else:
             disk.touch(disk.files.part, lambda: write(len(data)), lambda: write(len(data) // 2))
 
-    def completing(part: Part, sha256: bytes | None = None, size: int | None = None) -> Content:
+    def completing(part: Part, sha256: bytes | None = None, size: int | None = None, copy: str = "") -> Content:
         disk = disk_of(part.path)
-        return disk.touch(disk.files.content, lambda: complete(part, sha256, size))
+        return disk.touch(disk.files.content, lambda: complete(part, sha256, size, copy))
 
     def discarding(part: Part) -> None:
         part.close()  # which a process does that dies, too
@@ -235,9 +235,9 @@ def _inserted_contents(disks: dict[Path, Disk], time: Callable[[], float]) -> It
     def renewing(contents: ContentDirectory, sha256: bytes, at: float | None = None) -> bool:
         return renew(contents, sha256, time() if at is None else at)
 
-    def deleting(contents: ContentDirectory, sha256: bytes) -> None:
+    def deleting(contents: ContentDirectory, sha256: bytes, copy: str = "") -> None:
         disk = disk_of(contents.path)
-        disk.touch(disk.files.deleted, lambda: delete(contents, sha256))
+        disk.touch(disk.files.deleted, lambda: delete(contents, sha256, copy))
 
     def moving_out(contents: ContentDirectory, sha256: bytes, target: Path) -> None:
         disk_of(contents.path).require_life()

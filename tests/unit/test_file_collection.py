@@ -12,7 +12,7 @@ import pytest
 from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, file_value, said, update, wanted
 
 from tidelog import ResourceClosed, StorageError
-from tidelog_server import DirectoryContents, Principal, Tenant
+from tidelog_server import DirectoryContents, Principal, Tenant, _files
 from tidelog_server._content_store import MARK_NAME, PartMismatch
 from tidelog_server._files import Files
 from tidelog_server._records import Writes
@@ -110,8 +110,8 @@ def test_what_is_called_present_while_it_is_collected(tmp_path: Path) -> None:
     class Collecting(DirectoryContents):
         """Collects before it says that a content is there."""
 
-        def size(self, tenant: str, sha256: bytes) -> int | None:
-            size = super().size(tenant, sha256)
+        def size(self, tenant: str, sha256: bytes, copy: str = "") -> int | None:
+            size = super().size(tenant, sha256, copy)
             if racing.is_due:
                 racing.is_due = False
                 assert racing.collect() == 1
@@ -153,11 +153,11 @@ def test_an_upload_while_the_same_content_is_collected(tmp_path: Path) -> None:
     class Slow(DirectoryContents):
         """Lets an upload of the content have all the time it wants before it deletes it."""
 
-        def delete(self, tenant: str, sha256: bytes) -> None:
+        def delete(self, tenant: str, sha256: bytes, copy: str = "") -> None:
             uploads.append(threading.Thread(target=racing.upload, args=(PHOTO,)))
             uploads[0].start()
             uploads[0].join(0.3)
-            super().delete(tenant, sha256)
+            super().delete(tenant, sha256, copy)
 
     racing = Cabinet(lab, tmp_path)
     racing.contents = Slow(tmp_path)
@@ -179,8 +179,7 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
         raise ResourceClosed("the server ends here")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cabinet.files, "_write", ends)
-        cabinet.files._known_tenants.add(TENANT)
+        patched.setattr(_files, "completed", ends)
         with pytest.raises(ResourceClosed):
             cabinet.upload(PHOTO)
     assert len(kept(cabinet)) == 1
@@ -188,37 +187,37 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
     assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["NOT_READY"]
 
     cabinet.lab.settle(create(2, "t2"))
-    of_the_directory(cabinet)
-    assert cabinet.collect() == 0
+    cabinet.wait(DAY - HOUR)
+    cabinet.collect()
     assert len(kept(cabinet)) == 1
-    cabinet.wait(2 * DAY)
-    assert cabinet.collect() == 1
+    cabinet.wait(2 * HOUR)
+    cabinet.collect()
     assert kept(cabinet) == []
+    assert cabinet.entries(b"w") == []
 
 
 def test_contents_that_were_away(cabinet: Cabinet) -> None:
     """A content that was out of reach when somebody asked for it, and that is referred to, stays once it is back."""
     photo, other = cabinet.upload(PHOTO), cabinet.upload(OTHER)
     cabinet.lab.settle(create(1, set={"photo": photo}), create(2, set={"photo": other}))
-    away = [
-        (path, path.rename(cabinet.contents.path / path.name))
-        for path in (cabinet.contents.tenant_path(TENANT) / path_of(data) for data in (PHOTO, OTHER))
-    ]
+    paths = cabinet.path(PHOTO), cabinet.path(OTHER)
+    away = [(path, path.rename(cabinet.contents.path / path.name)) for path in paths]
     assert not any(one.is_present for one in cabinet.files.stat(USER, [wanted(PHOTO), wanted(OTHER)]))
     for path, moved in away:
         moved.rename(path)
-    (cabinet.contents.tenant_path(TENANT) / path_of(OTHER)).write_bytes(b"something else")
+    paths[1].write_bytes(b"something el")
 
     of_the_directory(cabinet)
     cabinet.wait(10 * DAY)
     assert cabinet.collect() == 0
 
     assert cabinet.has(PHOTO)
-    assert cabinet.entries(b"c") == [b"c" + photo["sha256"]]
-    assert len(kept(cabinet)) == 2
     assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    assert not cabinet.files.stat(USER, [wanted(OTHER)])[0].is_present
+    assert len(kept(cabinet)) == 2
     cabinet.upload(OTHER)
     assert cabinet.has(OTHER)
+    assert len(kept(cabinet)) == 2
 
 
 def test_contents_without_a_record_after_a_restore(cabinet: Cabinet) -> None:
@@ -291,7 +290,8 @@ def test_trouble_of_one_tenant(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="this part"):
         cabinet.collect()
 
-    assert [cabinet.contents.size(tenant, wanted(PHOTO).sha256) for tenant in tenants] == [None, len(PHOTO), None]
+    kept_of = [len(list(DirectoryContents(tmp_path).contents(tenant))) for tenant in tenants]
+    assert kept_of == [0, 1, 0]
 
 
 def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
@@ -304,9 +304,10 @@ def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
             raise StorageError("the place cannot be reached")
 
     lab = Lab()
+    files = Files(lab.application, lab.store, Away(tmp_path), lambda: TIME_US)
+    files.note_timeline()
     lab.settle(create(1), delete(2))
     Tenant(lab.application, lab.store, "other", None, lambda: TIME_US).create("Task", {})
-    files = Files(lab.application, lab.store, Away(tmp_path), lambda: TIME_US)
     periods = Periods(timedelta(0), timedelta(days=1), timedelta(days=1), timedelta(days=1))
     retention = Retention(lab.store, periods, lambda: TIME_US + 1, files)
 
@@ -316,12 +317,6 @@ def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
     for tenant in (TENANT, "other"):
         with lab.store.read(tenant) as reader:
             assert reader.collected() == reader.head().version > 0
-
-
-def path_of(data: bytes) -> Path:
-    """Return where a content lies in the directory of its tenant."""
-    name = wanted(data).sha256.hex()
-    return Path(name[:2], name[2:4], name)
 
 
 def of_the_directory(cabinet: Cabinet) -> None:
