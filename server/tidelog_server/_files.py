@@ -43,6 +43,7 @@ from tidelog_server._file_records import (
     kept_record,
     pack_content,
     pack_grant,
+    unpack_grant,
 )
 from tidelog_server._file_rules import FileRules
 from tidelog_server._incoming import Incoming, Parts, part_name
@@ -73,7 +74,7 @@ UNKNOWN_KEPT: Final = timedelta(days=30)
 PART_SECONDS_MIN: Final = 3600.0
 PART_US_MIN: Final = int(PART_SECONDS_MIN * 1_000_000)
 FILE_GRACE_DEFAULT: Final = timedelta(days=1)
-# What is gone on with is noted so many times in a grace period at the most.
+# What is gone on with, or asked for, is noted so many times in a grace period at the most, and kept that much longer.
 RENEWALS: Final = 32
 
 _TIME: Final = struct.Struct(">Q")
@@ -401,17 +402,22 @@ class Files:
 
     def _granted(self, principal: Principal, there: set[Wanted]) -> set[Wanted]:
         """Let a user refer to contents, as far as they are still on record; return which."""
+        now_us = self._clock()
 
-        def job(reader: Reader) -> tuple[Writes, set[Wanted]]:
+        def job(reader: Reader) -> tuple[Writes | None, set[Wanted]]:
             kept = {one for one in there if content_record(one.sha256, reader.index) is not None}
-            keys = [grant_key(one.sha256, principal.user_id) for one in kept]
-            time_us = self._clock()
+            given = {key: reader.index(key) for key in (grant_key(one.sha256, principal.user_id) for one in kept)}
             entries: IndexWrites = {
-                key: pack_grant(time_us, is_upload=is_upload_grant(reader.index(key))) for key in keys
+                key: pack_grant(now_us, is_upload=is_upload_grant(value))
+                for key, value in given.items()
+                if value is None or unpack_grant(value) <= now_us - self._renewal_us
             }
-            return _entries(reader, entries), kept
+            return _entries(reader, entries) if entries else None, kept
 
-        return self._write(principal.tenant, job)
+        with self._store.read(principal.tenant) as reader:
+            writes, kept = job(reader)
+        # What has a grant that is young stays on record.
+        return kept if writes is None else self._write(principal.tenant, job)
 
     def _is_kept(self, tenant: str, sha256: bytes, record: ContentRecord) -> bool:
         """Tell whether a content is there; if not, note that."""

@@ -15,7 +15,7 @@ from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog_server import _collection as collection
 from tidelog_server._failures import is_payload_due, without_payloads
-from tidelog_server._files import FILE_GRACE_DEFAULT, Files
+from tidelog_server._files import FILE_GRACE_DEFAULT, RENEWALS, Files
 from tidelog_server._indexes import left_up_to
 from tidelog_server._records import ReplicaState, Writes
 from tidelog_server._store import Reader, Store
@@ -268,7 +268,8 @@ class Retention:
         self._files.delete_leftovers(tenant, self._periods.files.total_seconds())
 
     def _grants(self, tenant: str) -> Iterator[Collected]:
-        before_us = self._before(self._periods.files)
+        period = self._periods.files
+        before_us = self._before(period) - period // RENEWALS // timedelta(microseconds=1)
         after = b""
         more = True
         while more:

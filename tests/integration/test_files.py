@@ -13,7 +13,9 @@ from tests.builders import World, quick_folder
 
 from tidelog import FailureReason
 from tidelog.testing import Proxy
+from tidelog.v1 import file_pb2, file_pb2_grpc
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
+from tidelog_server import ServerLimits
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +111,28 @@ def test_the_servers_folder_of_contents_is_away(world: World, caplog: pytest.Log
     report = replica.synchronize_all()
     assert (report.applied, report.skipped, list(replica.failures())) == (1, [], [])
     assert read(author, "t1") == PHOTO
+
+
+def test_no_room_for_more_that_nothing_refers_to() -> None:
+    """What a user may not upload yet stays pending and is reported at once, and goes up when there is room."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=len(PHOTO) + 5_000)) as world:
+        replica, other = world.replica("one"), world.replica("other")
+        stub = file_pb2_grpc.FileServiceStub(world.channel())
+        content = file_pb2.FileContent(sha256=_hash(b"nothing"), size=len(b"nothing"))
+        start = file_pb2.UploadFileStart(content=content)
+        messages = [file_pb2.UploadFileRequest(start=start), file_pb2.UploadFileRequest(chunk=b"nothing")]
+        stub.UploadFile(iter(messages), timeout=10)
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        replica.create("Task", {}, "t2")
+
+        report = replica.synchronize_all()
+
+        assert [(one.id, one.reason) for one in report.skipped] == [("t1", SkipReason.FILE_NOT_UPLOADED)]
+        assert "above the limit" in report.skipped[0].message
+        assert (report.applied, replica.pending_count(), list(replica.failures())) == (1, 1, [])
+        other.create("Task", {"photo": other.add_file(b"nothing")}, "t3")
+        other.synchronize_all()
+        assert replica.synchronize_all().applied == 1
 
 
 @pytest.mark.timeout(120)

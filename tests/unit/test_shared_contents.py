@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
@@ -13,8 +12,7 @@ import pytest
 from tests.builders import TENANT, TIME_US, Lab, wanted
 from tests.simulation.fiber import Fiber
 
-from tidelog_server import ContentStore, ObjectStoreContents, _files
-from tidelog_server._content_store import ContentLost
+from tidelog_server import ContentStore, ObjectStoreContents, Principal, _files
 from tidelog_server._errors import UploadSuperseded
 from tidelog_server._file_records import CONTENTS, content_of, grant_key, unpack_content
 from tidelog_server._files import Files
@@ -146,12 +144,6 @@ def sweep(files: Files) -> None:
     list(files.collect_unknown(TENANT, FOREVER_US))
 
 
-def look(files: Files) -> None:
-    """Find out whether the photo is there."""
-    with suppress(ContentLost):
-        files.open(TENANT, wanted(PHOTO))
-
-
 def mend(files: Files) -> None:
     """Look at the photo, should it be broken."""
     files.mend(TENANT, SHA256)
@@ -179,7 +171,7 @@ def lost(shared: Shared) -> None:
 def broken(shared: Shared) -> None:
     """Begin with the photo noted as lost."""
     lost(shared)
-    look(shared.files)
+    assert not shared.files.stat(Principal("ann"), [wanted(PHOTO)])[0].is_present
 
 
 def revoke(shared: Shared) -> None:
@@ -190,7 +182,7 @@ def revoke(shared: Shared) -> None:
     ).result()
 
 
-OTHERS: Final[Sequence[Act]] = (collect, give_up, sweep, look, mend)
+OTHERS: Final[Sequence[Act]] = (collect, give_up, sweep, mend)
 
 SCENES: Final[dict[str, tuple[Callable[[Shared], None], list[Act]]]] = {
     "an upload and a collection": (unneeded, [upload(), collect]),

@@ -81,7 +81,9 @@ class FileServiceServicer:
         upload of the same content by the same user has begun: ask `StatFiles` again.
         Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
         size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-        `FILE_TOO_LARGE`, when the server takes no content of that size.
+        `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+        `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+        uploaded too much that nothing refers to yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,7 +53,9 @@ class FileServiceStub:
     upload of the same content by the same user has begun: ask `StatFiles` again.
     Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
     size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-    `FILE_TOO_LARGE`, when the server takes no content of that size.
+    `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+    `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+    uploaded too much that nothing refers to yet.
     """
     DownloadFile: _grpc.UnaryStreamMultiCallable[_file_pb2.DownloadFileRequest, _file_pb2.DownloadFileResponse]
     """Downloads a content, or a part of one, in chunks of at most 256 KiB.
@@ -88,7 +90,9 @@ class FileServiceAsyncStub(FileServiceStub):
     upload of the same content by the same user has begun: ask `StatFiles` again.
     Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
     size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-    `FILE_TOO_LARGE`, when the server takes no content of that size.
+    `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+    `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+    uploaded too much that nothing refers to yet.
     """
     DownloadFile: _aio.UnaryStreamMultiCallable[_file_pb2.DownloadFileRequest, _file_pb2.DownloadFileResponse]  # type: ignore[assignment]
     """Downloads a content, or a part of one, in chunks of at most 256 KiB.
@@ -132,7 +136,9 @@ class FileServiceServicer(metaclass=_abc_1.ABCMeta):
         upload of the same content by the same user has begun: ask `StatFiles` again.
         Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
         size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-        `FILE_TOO_LARGE`, when the server takes no content of that size.
+        `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+        `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+        uploaded too much that nothing refers to yet.
         """
 
     @_abc_1.abstractmethod
