@@ -154,7 +154,7 @@ class Files:
         self._room_bytes = room_bytes
         self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
         self.place = Place(store, contents)
-        self._parts = Parts(contents)
+        self._parts = Parts(contents, clock)
 
     def stat(self, principal: Principal, wanted: Sequence[Wanted]) -> list[Standing]:
         """Tell how contents stand. Operations of the user may refer to those that are present, from now on."""

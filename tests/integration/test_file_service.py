@@ -34,6 +34,7 @@ from tidelog_server import (
     ServerLimits,
     StaticTokens,
     _files,
+    _incoming,
     verify_store,
 )
 from tidelog_server._content_store import MARK_NAME
@@ -293,8 +294,9 @@ class TestUploads:
             assert client.create(photo=reference(PHOTO)) == ["TOO_LARGE"]
             assert kept_files(world) == []
 
-    def test_the_newest_one_wins(self, world: World) -> None:
-        """An upload that begins takes the part from the one before, which may append nothing more."""
+    def test_the_newest_one_wins(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An upload takes the part from one before that is silent, which may append nothing more."""
+        monkeypatch.setattr(_incoming, "SILENCE_US", 0)
         client = Client(world)
         sending = Sending(client, messages(PHOTO, until=FILE_CHUNK_BYTES))
         wait_for(lambda: client.stat(PHOTO) == [(MISSING, FILE_CHUNK_BYTES)])
@@ -303,6 +305,22 @@ class TestUploads:
 
         sending.go_on(messages(PHOTO, FILE_CHUNK_BYTES)[1:])
         assert refused(sending.result) == (grpc.StatusCode.ABORTED, "UPLOAD_SUPERSEDED")
+        assert client.stat(PHOTO) == [(PRESENT, 0)]
+
+    def test_under_way_are_left_alone(self, world: World) -> None:
+        """Who begins an upload that goes on elsewhere is told when to come again, and finds the content there then."""
+        client = Client(world)
+        sending = Sending(client, messages(PHOTO, until=FILE_CHUNK_BYTES))
+        wait_for(lambda: client.stat(PHOTO) == [(MISSING, FILE_CHUNK_BYTES)])
+
+        with pytest.raises(grpc.RpcError) as caught:
+            client.upload(PHOTO, FILE_CHUNK_BYTES)
+        status = rpc_status.from_call(cast("grpc.Call", caught.value))
+        assert status is not None
+        assert status.details[1].Is(RetryInfo.DESCRIPTOR)
+
+        sending.go_on(messages(PHOTO, FILE_CHUNK_BYTES)[1:])
+        sending.result()
         assert client.stat(PHOTO) == [(PRESENT, 0)]
 
     def test_of_two_users_do_not_meet(self, ruled_world: World) -> None:

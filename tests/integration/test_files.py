@@ -113,6 +113,28 @@ def test_the_servers_folder_of_contents_is_away(world: World, caplog: pytest.Log
     assert read(author, "t1") == PHOTO
 
 
+@pytest.mark.timeout(120)
+def test_two_devices_that_upload_the_same(world: World, proxy: Proxy) -> None:
+    """Of two devices with the same content one uploads it, and the other one waits: its bytes go up once."""
+    replicas = [world.replica(name, server=proxy.address) for name in ("one", "two")]
+    for number, replica in enumerate(replicas):
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, f"t{number}")
+    proxy.up.bytes_per_second = proxy.down.bytes_per_second = PATH_BYTES_PER_SECOND // 2
+    reports: dict[str, Report] = {}
+    threads = [
+        threading.Thread(target=lambda one=one, name=name: reports.update({name: one.synchronize_all()}))
+        for one, name in zip(replicas, "ab", strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert [(one.applied, one.skipped) for one in reports.values()] == [(1, [])] * 2
+    assert sum(one.files_uploaded for one in reports.values()) == 1
+    assert len(LARGE) < proxy.up.byte_count <= COST_MAX * len(LARGE)
+
+
 def test_no_room_for_more_that_nothing_refers_to() -> None:
     """What a user may not upload yet stays pending and is reported at once, and goes up when there is room."""
     with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=len(PHOTO) + 5_000)) as world:

@@ -1,4 +1,4 @@
-"""How much a user may have uploaded that nothing refers to, and contents that are found damaged."""
+"""Whose turn it is to upload, how much he may that nothing refers to, and contents that are found damaged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 from tests.builders import TENANT, USER, Cabinet, Lab, create, file_value, said, wanted
 
 from tidelog_server import ContentLost, Principal, _upload_records
-from tidelog_server._errors import FileRoomExhausted
+from tidelog_server._errors import FileRoomExhausted, ServerBusy, UploadSuperseded
 from tidelog_server._files import Files
 from tidelog_server._upload_records import COST_BYTES
 
+SECOND: Final = timedelta(seconds=1)
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
 # Room for three small files.
@@ -141,6 +142,28 @@ def test_what_is_known_is_not_written_again(cabinet: Cabinet, monkeypatch: pytes
     assert [writes(act) for act in (ask, go_on, ask, go_on)] == [0, 1, 0, 0]
     cabinet.wait(HOUR)
     assert [writes(act) for act in (ask, go_on, ask, go_on)] == [1, 1, 0, 0]
+
+
+def test_the_turn_to_upload(cabinet: Cabinet) -> None:
+    """An upload is taken over by another one of the same content only when nothing has come of it for a while."""
+    first = cabinet.files.begin_upload(USER, wanted(data(0)), 0)
+    for _ in range(3):
+        cabinet.wait(4 * SECOND)
+        first.append(data(0)[first.received : first.received + 1])
+    cabinet.wait(4 * SECOND)
+    with pytest.raises(ServerBusy):
+        cabinet.files.begin_upload(USER, wanted(data(0)), 3)
+    cabinet.files.begin_upload(Principal("bob"), wanted(data(0)), 0)
+    first.append(data(0)[3:4])
+
+    cabinet.wait(5 * SECOND)
+    second = cabinet.files.begin_upload(USER, wanted(data(0)), 4)
+    with pytest.raises(UploadSuperseded):
+        first.append(data(0)[4:])
+    first.leave()
+    second.append(data(0)[4:])
+    second.complete()
+    assert cabinet.has(data(0))
 
 
 class TestDamage:
