@@ -26,6 +26,7 @@ import grpc
 import msgpack
 
 from tidelog._attributes import Reference
+from tidelog._contents import content_path
 from tidelog._entity import Entity
 from tidelog._errors import ResourceClosed, StorageError
 from tidelog._keys import ObjectKey
@@ -153,9 +154,15 @@ class Cabinet:
         sha256 = hashlib.sha256(data).digest()
         with self.lab.store.read(TENANT) as reader:
             record = content_record(sha256, reader.index)
-        size = self.contents.size(TENANT, sha256)
+        size = self.contents.size(TENANT, sha256, "" if record is None else record.copy)
         assert (None if record is None else record.size) == size
         return record is not None
+
+    def path(self, data: bytes) -> Path:
+        """Return where a content lies, of which there is one copy."""
+        sha256 = hashlib.sha256(data).digest()
+        (copy,) = (one.copy for one in self.contents.contents(TENANT) if one.sha256 == sha256)
+        return self.contents.tenant_path(TENANT) / content_path(sha256, copy)
 
     def tenant(self, principal: Principal | None = None) -> Tenant:
         """Return the tenant's data, for a service."""

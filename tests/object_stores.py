@@ -14,6 +14,8 @@ from xml.etree import ElementTree as ET
 
 from moto.server import ThreadedMotoServer
 
+from tidelog_server._content_store import MARK_NAME
+
 _SPACE: Final = "{http://s3.amazonaws.com/doc/2006-03-01/}"
 
 
@@ -34,10 +36,11 @@ class Bucket:
         self._call("", "PUT")
 
     def objects(self) -> list[str]:
-        """Return the keys of all objects."""
+        """Return the keys of all objects, but for the mark of the place."""
         found = self._call("?list-type=2")
         assert found.findtext(f"{_SPACE}IsTruncated") == "false"
-        return sorted(key.text or "" for key in found.iter(f"{_SPACE}Key"))
+        keys = (key.text or "" for key in found.iter(f"{_SPACE}Key"))
+        return sorted(key for key in keys if not key.endswith(MARK_NAME))
 
     def unfinished_uploads(self) -> list[str]:
         """Return the keys of multipart uploads that were neither completed nor aborted."""

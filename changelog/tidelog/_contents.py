@@ -2,6 +2,7 @@
 Contents: a directory of the contents of files, each once, named by its SHA-256.
 
     ab/cd/abcd...        a content that is whole, verified and on disk
+    ab/cd/abcd...-copy   another copy of one, where there are such
     incoming/<name>      a part of one that is on its way
 
 A content never changes, and appears by a rename: whoever sees it sees all of it. What
@@ -28,7 +29,7 @@ SHA256_BYTES: Final = 32
 READ_BYTES: Final = 1024 * 1024
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_HEX: Final = re.compile(r"[0-9a-f]{64}")
+_NAME: Final = re.compile(r"([0-9a-f]{64})(?:-([0-9a-z]+))?")
 _INCOMING: Final = "incoming"
 _NOBODY_MINDS: Final = nullcontext()
 
@@ -41,11 +42,13 @@ class Content(NamedTuple):
         sha256: Its SHA-256: 32 bytes.
         size: Its length in bytes.
         time: When it was last put there, in seconds since 1970, by the file system's clock.
+        copy: Which copy of it: a few letters and digits. Empty: the one without a name.
     """
 
     sha256: bytes
     size: int
     time: float
+    copy: str = ""
 
 
 class ContentCorrupt(Exception):
@@ -82,19 +85,19 @@ class ContentDirectory:
             written.replace(self.path / name)
             _sync_directory(self.path)
 
-    def size(self, sha256: bytes) -> int | None:
+    def size(self, sha256: bytes, copy: str = "") -> int | None:
         """Return the length of a content, or None if it is not there."""
         with _storage_errors(self.path):
             try:
-                return self._path(sha256).stat().st_size
+                return self._path(sha256, copy).stat().st_size
             except FileNotFoundError:
                 return None
 
-    def open(self, sha256: bytes) -> BinaryIO | None:
+    def open(self, sha256: bytes, copy: str = "") -> BinaryIO | None:
         """Open a content to be read, or return None if it is not there. It may be deleted meanwhile."""
         with _storage_errors(self.path):
             try:
-                return self._path(sha256).open("rb")
+                return self._path(sha256, copy).open("rb")
             except FileNotFoundError:
                 return None
 
@@ -139,20 +142,20 @@ class ContentDirectory:
                 self._path(sha256).replace(target)
                 self._remove_folders(sha256)
 
-    def delete(self, sha256: bytes) -> None:
+    def delete(self, sha256: bytes, copy: str = "") -> None:
         """Delete a content, if it is there. Who has it open can read on."""
         with _storage_errors(self.path):
-            self._path(sha256).unlink(missing_ok=True)
+            self._path(sha256, copy).unlink(missing_ok=True)
             self._remove_folders(sha256)
 
     def contents(self) -> Iterator[Content]:
         """Iterate over the contents, in no order. What comes or goes meanwhile may be missed."""
         with _storage_errors(self.path):
             for entry in _files(self.path, depth=2):
-                if _HEX.fullmatch(entry.name):
+                if match := _NAME.fullmatch(entry.name):
                     with suppress(FileNotFoundError):
                         found = entry.stat()
-                        yield Content(bytes.fromhex(entry.name), found.st_size, found.st_mtime)
+                        yield Content(bytes.fromhex(match[1]), found.st_size, found.st_mtime, match[2] or "")
 
     def delete_leftovers(self, older_than_seconds: float, now: float | None = None) -> int:
         """Delete parts that nothing was appended to for so long, *now* or by the machine's clock; return how many."""
@@ -166,13 +169,12 @@ class ContentDirectory:
                         count += 1
         return count
 
-    def _path(self, sha256: bytes) -> Path:
-        name = sha256.hex()
-        return self.path / name[:2] / name[2:4] / name
+    def _path(self, sha256: bytes, copy: str = "") -> Path:
+        return self.path / content_path(sha256, copy)
 
     def _adopt(self, path: Path, content: Content, alone: AbstractContextManager[object], at: float | None) -> None:
         """Move a file that is on disk to its place, instead of what is there: it may be damaged."""
-        target = self._path(content.sha256)
+        target = self._path(content.sha256, content.copy)
         _make_durably(target.parent)
         with alone:
             os.utime(path, None if at is None or target.exists() else (at, at))
@@ -234,6 +236,7 @@ class Part:
         self,
         sha256: bytes | None = None,
         size: int | None = None,
+        copy: str = "",
         *,
         alone: AbstractContextManager[object] = _NOBODY_MINDS,
         at: float | None = None,
@@ -244,6 +247,7 @@ class Part:
         Args:
             sha256: What its hash must be. None: whatever it is.
             size: What its length must be. None: whatever it is.
+            copy: Which copy of the content it becomes.
             alone: Entered when it is put in its place: what takes long is done by then.
             at: The time that it gets if it was not there. None, or if it was: now.
 
@@ -260,7 +264,7 @@ class Part:
             if (size is not None and found.st_size != size) or (sha256 is not None and digest != sha256):
                 self.discard()
                 raise ContentCorrupt(f"{found.st_size} bytes with the SHA-256 {digest.hex()}")
-            content = Content(digest, found.st_size, found.st_mtime)
+            content = Content(digest, found.st_size, found.st_mtime, copy)
             self._adopt(self.path, content, alone, at)
         return content
 
@@ -269,6 +273,12 @@ class Part:
         self.close()
         with _storage_errors(self.path):
             self.path.unlink(missing_ok=True)
+
+
+def content_path(sha256: bytes, copy: str = "") -> Path:
+    """Return where a content lies in its directory."""
+    name = sha256.hex()
+    return Path(name[:2], name[2:4], f"{name}-{copy}" if copy else name)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # One question has this long. It is asked again.
 STAT_SECONDS_MAX: Final = 30.0
 
-_REFUSALS: Final = frozenset(("FILE_NOT_FOUND", "FILE_LOST", "FILE_CORRUPT", "FILE_TOO_LARGE"))
+_REFUSALS: Final = frozenset(("FILE_NOT_FOUND", "FILE_LOST", "FILE_CORRUPT", "FILE_TOO_LARGE", "FILE_ROOM_EXHAUSTED"))
 _PRESENCES: Final = {
     file_pb2.FILE_STATE_PRESENT: Presence.PRESENT,
     file_pb2.FILE_STATE_MISSING: Presence.MISSING,

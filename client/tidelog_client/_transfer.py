@@ -56,6 +56,8 @@ RETRIES_MAX: Final = 1_000
 SILENCE_SECONDS_MAX: Final = 30.0
 # How fast a server puts away a content of which it has every byte, at the least: it says nothing meanwhile.
 COMPLETED_BYTES_PER_SECOND: Final = 20_000_000
+# How often to ask how far another device of the user is that uploads the same content.
+OTHERS_SECONDS: Final = 2.0
 # How often who waits for results may look after something else.
 TICK_SECONDS: Final = 1.0
 # The same where a server is there, and tells when to come again.
@@ -307,7 +309,7 @@ class Transfers:
                 attempts = _next(jobs, next_size, retries, room)
                 if attempts is None:
                     break
-                work = self._work(attempts.job, self._authorization(), is_first=attempts.farthest < 0)
+                work = self._work(attempts, self._authorization())
                 under_way[work] = attempts
                 self._moved_at = time.monotonic()
                 self._workers.submit(work)
@@ -406,13 +408,18 @@ class Transfers:
 
     # --- what workers do ------------------------------------------------------
 
-    def _work(self, job: Job, metadata: Metadata, *, is_first: bool) -> Work:
+    def _work(self, attempts: _Attempts, metadata: Metadata) -> Work:
+        job = attempts.job
         if isinstance(job, Downloading):
             return lambda tell: self._download(job, metadata, tell)
-        offset = job.offset if is_first else None
-        return lambda tell: self._upload(job.content, offset, metadata, tell)
+        offset = job.offset if attempts.farthest < 0 else None
+        is_told_to_wait = getattr(attempts.error, "retry_after_seconds", None) is not None
+        seen = attempts.position if is_told_to_wait else None
+        return lambda tell: self._upload(job.content, offset, metadata, tell, seen)
 
-    def _upload(self, content: Needed, offset: int | None, metadata: Metadata, tell: Callable[[Any], None]) -> bool:
+    def _upload(
+        self, content: Needed, offset: int | None, metadata: Metadata, tell: Callable[[Any], None], seen: int | None
+    ) -> bool:
         if offset is None:
             (status,) = self._calls.stat(metadata, [content])
             if status.presence is Presence.PRESENT:
@@ -420,6 +427,9 @@ class Transfers:
             if status.presence is Presence.TOO_LARGE:
                 raise FileRefused("the server takes no content of that size", is_too_large=True)
             offset = status.received_bytes
+            if seen is not None and offset > seen:
+                tell(Moved(offset, 0))
+                raise Transient("another device uploads it", retry_after_seconds=OTHERS_SECONDS)
         file = self._files.contents.open(content.sha256)
         if file is None:
             raise ContentLost("its content is not here any more")

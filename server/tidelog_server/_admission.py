@@ -38,6 +38,9 @@ LEARNING_RATE: Final = 0.2
 # Calls that do not synchronize: online reads, and work on failures.
 CALLS_MAX: Final = 200
 
+# What a user may have uploaded that nothing refers to yet: all photos of a device, say, and not a whole disk.
+FILE_ROOM_DEFAULT: Final = 16 * 1024**3
+
 # Tenants and users that are remembered although nobody of them may be there.
 LINES_KEPT_MIN: Final = 1_000
 
@@ -65,6 +68,8 @@ class ServerLimits:
             how contents stand.
         file_transfers_per_user: The same, of one user. None: as many as of all.
         file_bytes: How large a file may be that is uploaded, in bytes.
+        file_room_per_user: How much a user may have uploaded, or begun to, that nothing refers to
+            yet, in bytes. One file alone always fits. None: whatever it is.
 
     Raises:
         InvalidValue: One of them is not above zero.
@@ -78,6 +83,7 @@ class ServerLimits:
     file_transfers: int = 200
     file_transfers_per_user: int | None = None
     file_bytes: int = FILE_BYTES_MAX_DEFAULT
+    file_room_per_user: int | None = FILE_ROOM_DEFAULT
 
     def __post_init__(self) -> None:
         for field in fields(self):

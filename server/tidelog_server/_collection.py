@@ -25,11 +25,12 @@ from tidelog_server._file_records import (
     GRANTS,
     content_key,
     content_of,
-    content_record,
     failures_prefix,
     grantee,
     grants_prefix,
+    kept_record,
     objects_prefix,
+    unpack_content,
     unpack_grant,
 )
 from tidelog_server._formers import Note, read_note, without_notes
@@ -154,21 +155,39 @@ def without_refused_creations(reader: Reader, replica: bytes, keys: Iterable[Obj
     return _writes(reader, forgotten=Forgotten(refused_creations=[(replica, key) for key in keys])), None
 
 
-def unneeded_contents(reader: Reader, after: bytes, before_us: int) -> tuple[list[bytes], bytes]:
+class ContentsDue(NamedTuple):
     """
-    Look at some contents on record, and return those that nothing refers to, or is about to.
+    Contents that something is to be done about.
+
+    Attributes:
+        unneeded: Those that nothing refers to, or is about to.
+        broken: Those that something refers to, and that were lost or damaged.
+    """
+
+    unneeded: list[bytes]
+    broken: list[bytes]
+
+
+def contents_due(reader: Reader, after: bytes, before_us: int) -> tuple[ContentsDue, bytes]:
+    """
+    Look at some contents on record, and return those that something is to be done about.
 
     Returns them with the key to go on after; empty: there are no more.
     """
     entries = reader.index_range(CONTENTS, after, STEP_ENTRIES)
-    found = [content_of(key) for key, _ in entries]
-    unneeded = [sha256 for sha256 in found if is_unneeded(reader, sha256, before_us)]
-    return unneeded, entries[-1][0] if entries else b""
+    due = ContentsDue([], [])
+    for key, value in entries:
+        sha256 = content_of(key)
+        if is_unneeded(reader, sha256, before_us):
+            due.unneeded.append(sha256)
+        elif unpack_content(value).is_broken:
+            due.broken.append(sha256)
+    return due, entries[-1][0] if entries else b""
 
 
 def is_unneeded(reader: Reader, sha256: bytes, before_us: int) -> bool:
     """Tell whether a content is on record since before a time, and nothing refers to it or is about to."""
-    record = content_record(sha256, reader.index)
+    record = kept_record(sha256, reader.index)
     return record is not None and record.time_us < before_us and not is_referred_to(reader, sha256)
 
 
@@ -178,11 +197,12 @@ def is_referred_to(reader: Reader, sha256: bytes) -> bool:
     return any(reader.index_range(prefix(sha256), b"", 1) for prefix in (objects_prefix, grants_prefix))
 
 
-def without_content(reader: Reader, sha256: bytes, before_us: int) -> tuple[Writes | None, int]:
-    """Take a content off the record, if it is still unneeded; return how many were."""
-    if not is_unneeded(reader, sha256, before_us):
-        return None, 0
-    return _writes(reader, index_entries={content_key(sha256): None}), 1
+def without_content(reader: Reader, sha256: bytes, before_us: int) -> tuple[Writes | None, str | None]:
+    """Take a content off the record, if it is still unneeded; return which copy of it is gone then."""
+    record = kept_record(sha256, reader.index)
+    if record is None or not is_unneeded(reader, sha256, before_us):
+        return None, None
+    return _writes(reader, index_entries={content_key(sha256): None}), record.copy
 
 
 def old_grants(reader: Reader, after: bytes, before_us: int) -> tuple[list[bytes], bytes]:

@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tidelog._contents import ContentDirectory
+from tidelog._contents import ContentDirectory, content_path
 from tidelog_server._content_store import CONTENTS_DIRECTORY
 
 
@@ -35,8 +35,7 @@ def copy_contents(source: Path, target: Path, *, share: bool = True) -> int:
     tenants = source / CONTENTS_DIRECTORY
     for tenant in tenants.iterdir() if tenants.is_dir() else ():
         for content in ContentDirectory(tenant).contents():
-            name = content.sha256.hex()
-            place = Path(CONTENTS_DIRECTORY, tenant.name, name[:2], name[2:4], name)
+            place = Path(CONTENTS_DIRECTORY, tenant.name, content_path(content.sha256, content.copy))
             (target / place).parent.mkdir(parents=True, exist_ok=True)
             count += (_link if share else _copy)(source / place, target / place)
     for directory, _, _ in os.walk(target / CONTENTS_DIRECTORY, topdown=False):

@@ -3,12 +3,15 @@ Content store: what the server needs of a place that keeps the contents of files
 
 Every implementation passes one contract test. Like a store it decides nothing: who may
 have a content, and which are still needed, is told by the records in the store. It
-keeps bytes, per tenant, each content once under its SHA-256, and the parts of those
-that are on their way.
+keeps bytes, per tenant, each content under its SHA-256, and the parts of those that are
+on their way.
+
+It may have several copies of a content, each under a name of its own: whoever deletes one
+need not know of whoever makes another one meanwhile. See `_upload_records`.
 
 Threads call it, many at once, and may be kept waiting. Nobody appends to one part, or
-completes it, from two threads at once, nor completes and deletes one content: its
-caller takes care of that. A content never changes, and appears whole or not at all.
+completes it, from two threads at once: its caller takes care of that. A content never
+changes, and appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ CONTENTS_DIRECTORY: Final = "files"
 # What a server notes in its store about where they lie: elsewhere, or nothing.
 CONTENTS_NOTE: Final = "contents"
 CONTENTS_ELSEWHERE: Final = b"elsewhere"
+# What the mark of a place is called there; see `_place`.
+MARK_NAME: Final = "tidelog-contents"
 
 _TENANT_DIGEST_CHARS: Final = 32
 
@@ -55,11 +60,19 @@ class ContentStore(Protocol):
     Methods raise DiskFull, if there is no room, and StorageError, if the store cannot be used at the moment.
     """
 
-    def size(self, tenant: str, sha256: bytes) -> int | None:
+    def mark(self) -> bytes | None:
+        """Return the mark of the place, or None: it has none, or there is no such place."""
+        ...
+
+    def set_mark(self, mark: bytes) -> None:
+        """Mark the place, durably."""
+        ...
+
+    def size(self, tenant: str, sha256: bytes, copy: str = "") -> int | None:
         """Return the length of a content in bytes, or None if it is not there."""
         ...
 
-    def read(self, tenant: str, sha256: bytes, offset: int = 0) -> Generator[bytes, None, None]:
+    def read(self, tenant: str, sha256: bytes, offset: int = 0, copy: str = "") -> Generator[bytes, None, None]:
         """
         Iterate over a content from *offset* on, in pieces of at most `FILE_CHUNK_BYTES`, none of them empty.
 
@@ -97,11 +110,11 @@ class ContentStore(Protocol):
         """
         ...
 
-    def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
+    def complete(self, tenant: str, part: str, sha256: bytes, size: int, copy: str = "") -> None:
         """
         Make a part a content, which is then durable. The part is gone in any case, unless the store fails.
 
-        A content that is there already is as young as a new one from then on.
+        A copy that is there already is replaced, and as young as a new one from then on.
 
         Raises:
             ContentCorrupt: The part has another length or another hash. Nothing of it is kept.
@@ -112,12 +125,12 @@ class ContentStore(Protocol):
         """Delete a part, if it is there."""
         ...
 
-    def delete(self, tenant: str, sha256: bytes) -> None:
+    def delete(self, tenant: str, sha256: bytes, copy: str = "") -> None:
         """Delete a content, if it is there."""
         ...
 
     def contents(self, tenant: str) -> Iterator[Content]:
-        """Iterate over a tenant's contents, in no order. What comes or goes meanwhile may be missed."""
+        """Iterate over a tenant's contents, all copies, in no order. What comes or goes meanwhile may be missed."""
         ...
 
     def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
@@ -136,13 +149,21 @@ class DirectoryContents:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def size(self, tenant: str, sha256: bytes) -> int | None:
-        """Return the length of a content in bytes, or None if it is not there."""
-        return self._directory(tenant).size(sha256)
+    def mark(self) -> bytes | None:
+        """Return what the file of the mark says, if it is there."""
+        return ContentDirectory(self.path).mark(MARK_NAME)
 
-    def read(self, tenant: str, sha256: bytes, offset: int = 0) -> Generator[bytes, None, None]:
+    def set_mark(self, mark: bytes) -> None:
+        """Write the file of the mark."""
+        ContentDirectory(self.path).set_mark(MARK_NAME, mark)
+
+    def size(self, tenant: str, sha256: bytes, copy: str = "") -> int | None:
+        """Return the length of a content in bytes, or None if it is not there."""
+        return self._directory(tenant).size(sha256, copy)
+
+    def read(self, tenant: str, sha256: bytes, offset: int = 0, copy: str = "") -> Generator[bytes, None, None]:
         """Iterate over a content from *offset* on. Raises ContentLost."""
-        file = self._directory(tenant).open(sha256)
+        file = self._directory(tenant).open(sha256, copy)
         if file is None:
             raise ContentLost(f"the content {sha256.hex()} is not there")
         with file:
@@ -167,17 +188,17 @@ class DirectoryContents:
     def pause(self, tenant: str, part: str) -> None:
         """Let go of a part. All that came is kept."""
 
-    def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
+    def complete(self, tenant: str, part: str, sha256: bytes, size: int, copy: str = "") -> None:
         """Make a part a content. Raises ContentCorrupt."""
-        self._directory(tenant).part(part).complete(sha256, size)
+        self._directory(tenant).part(part).complete(sha256, size, copy)
 
     def discard(self, tenant: str, part: str) -> None:
         """Delete a part, if it is there."""
         self._directory(tenant).part(part).discard()
 
-    def delete(self, tenant: str, sha256: bytes) -> None:
+    def delete(self, tenant: str, sha256: bytes, copy: str = "") -> None:
         """Delete a content, if it is there. Who reads it can read on."""
-        self._directory(tenant).delete(sha256)
+        self._directory(tenant).delete(sha256, copy)
 
     def contents(self, tenant: str) -> Iterator[Content]:
         """Iterate over a tenant's contents, in no order."""

@@ -22,6 +22,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + FailureStale               what the failure's operation writes was changed since it was refused
   + OperatorRequired           only an operator may do this
   + FileTooLarge               a content of a size that the server does not take
+  + FileRoomExhausted          a user has uploaded as much as he may without referring to it
   + UploadSuperseded           another upload of the same content by the same user has begun
   + AddressUnavailable         the server cannot listen where it should
   + ExtraMissing               what is asked for needs a library that is not installed
@@ -153,6 +154,10 @@ class OperatorRequired(TidelogError):
 
 class FileTooLarge(TidelogError):
     """A content is larger than the server takes."""
+
+
+class FileRoomExhausted(TidelogError):
+    """A user has uploaded as much as he may without referring to it. Nothing was begun."""
 
 
 class UploadSuperseded(TidelogError):

@@ -1,9 +1,9 @@
 """
 File records: what the table of indexes says of contents, and of who refers to them. No I/O.
 
-    c sha256                -> size time    a content is in the content store, all of it
-    g sha256 user           -> time upload  operations of this user may refer to it, uploaded by him then
-    f sha256 kind referrer  -> nothing      who refers to it
+    c sha256                -> size time state copy    a content is in the content store, all of it
+    g sha256 user           -> time upload             operations of this user may refer to it, uploaded by him then
+    f sha256 kind referrer  -> nothing                 who refers to it
 
 The time of a content is when it came, or when the last one stopped referring to it:
 from then on it is kept for a while. A referrer is an object, by its key, or a failure
@@ -35,6 +35,8 @@ REFERRERS: Final = b"f"
 
 # Who has the grant of a content that the service itself added. No user has this id.
 SERVICE: Final = "\0"
+# The same of one that was off the record, and was found.
+FOUND_AGAIN: Final = "\0\0"
 
 _OBJECT: Final = b"o"
 _FAILURE: Final = b"x"
@@ -45,21 +47,27 @@ _CONTENT: Final = struct.Struct(">QQ")
 _TIME: Final = struct.Struct(">Q")
 _UPLOAD: Final = b"u"
 _UPLOAD_TIME: Final = _TIME.size + len(_UPLOAD)
+_WHOLE: Final = b"w"
+_BROKEN: Final = b"b"
 
 Lookup = Callable[[bytes], bytes | None]
 
 
 class ContentRecord(NamedTuple):
     """
-    What is known of a content that is there.
+    What is known of a content.
 
     Attributes:
         size: Its length in bytes.
         time_us: When it came, or the last one stopped referring to it, by the server's clock.
+        copy: The name of the copy that the content store has; see `_upload_records`.
+        is_broken: Whether that copy was found lost or damaged: then it passes for missing, until it is whole again.
     """
 
     size: int
     time_us: int
+    copy: str = ""
+    is_broken: bool = False
 
 
 class Referral(NamedTuple):
@@ -88,22 +96,34 @@ def content_key(sha256: bytes) -> bytes:
 
 
 def content_record(sha256: bytes, lookup: Lookup) -> ContentRecord | None:
-    """Return what is known of a content, or None if it is not there."""
+    """Return what is known of a content, or None if it is not there, or not whole."""
+    record = kept_record(sha256, lookup)
+    return None if record is None or record.is_broken else record
+
+
+def kept_record(sha256: bytes, lookup: Lookup) -> ContentRecord | None:
+    """Return what is known of a content, whole or broken, or None if it is not on record."""
     value = lookup(CONTENTS + sha256)
     return None if value is None else unpack_content(value)
 
 
 def pack_content(record: ContentRecord) -> bytes:
     """Return the value of a content's record."""
-    return _CONTENT.pack(*record)
+    return (
+        _CONTENT.pack(record.size, record.time_us) + (_BROKEN if record.is_broken else _WHOLE) + record.copy.encode()
+    )
 
 
 def unpack_content(value: bytes) -> ContentRecord:
     """Return what a value says. Raises ValueError if it is none."""
+    state, copy = value[_CONTENT.size : _CONTENT.size + 1], value[_CONTENT.size + 1 :]
     try:
-        return ContentRecord(*_CONTENT.unpack(value))
+        size, time_us = _CONTENT.unpack_from(value)
     except struct.error as error:
         raise ValueError(str(error)) from error
+    if state not in {b"", _WHOLE, _BROKEN}:
+        raise ValueError(f"the state {state!r}")
+    return ContentRecord(size, time_us, copy.decode("ascii"), state == _BROKEN)
 
 
 def grants_prefix(sha256: bytes) -> bytes:
@@ -241,7 +261,7 @@ def referral_writes(changed: Iterable[Referral], lookup: Lookup, time_us: int) -
         writes.update(entries_of(one.referrer, one.after))
         for sha256 in one.before - one.after:
             writes[REFERRERS + sha256 + one.referrer] = None
-            record = content_record(sha256, lookup)
+            record = kept_record(sha256, lookup)
             if record is not None:
                 writes[CONTENTS + sha256] = pack_content(record._replace(time_us=time_us))
     return writes

@@ -24,19 +24,20 @@ from tidelog_server._file_records import (
     GRANTS,
     REFERRERS,
     content_of,
-    content_record,
     contents_of_failure,
     contents_of_object,
     entries_of,
     failure_referrer,
+    kept_record,
     object_referrer,
     split_referrer,
     unpack_content,
     unpack_grant,
 )
 from tidelog_server._records import ObjectState
+from tidelog_server._upload_records import UPLOADS, check_entry
 
-FILE_TABLES: Final = (CONTENTS, GRANTS, REFERRERS)
+FILE_TABLES: Final = (CONTENTS, GRANTS, REFERRERS, UPLOADS)
 
 
 class FileRecords(Protocol):
@@ -73,7 +74,7 @@ class FileVerification:
         for attribute, reference in file_references(attributes):
             contents.add(reference.sha256)
             try:
-                record = content_record(reference.sha256, self._records.index)
+                record = kept_record(reference.sha256, self._records.index)
             except ValueError:
                 continue  # the entry is named for itself
             if record is None or record.size != reference.size:
@@ -91,6 +92,8 @@ class FileVerification:
 
     def expected(self, key: bytes, value: bytes) -> str:
         """Return what was to be expected in place of an entry of `FILE_TABLES`; empty if it is right."""
+        if key[:1] == UPLOADS:
+            return self._expected_upload(key, value)
         sha256 = key[1 : 1 + SHA256_BYTES]
         if len(sha256) < SHA256_BYTES:
             return "the hash of a content"
@@ -115,6 +118,13 @@ class FileVerification:
             refers = state is not None and sha256 in contents_of_object(state.attributes)
         return "" if refers else "one that refers to this content"
 
+    def _expected_upload(self, key: bytes, value: bytes) -> str:
+        try:
+            check_entry(key, value)
+        except ValueError:
+            return "an entry of its table"
+        return ""
+
     def _missing(self, where: str, referrer: bytes, contents: Iterable[bytes]) -> Iterator[Finding]:
         for entry in entries_of(referrer, contents):
             if self._records.index(entry) is None:
@@ -127,12 +137,13 @@ def content_finding(contents: ContentStore, tenant: str, key: bytes, value: byte
     """Return what is wrong with a content that an entry of the table of indexes puts on record. All of it is read."""
     sha256 = content_of(key)
     try:
-        size = unpack_content(value).size
+        record = unpack_content(value)
     except ValueError:
         return None  # the entry is named for itself
+    size = record.size
     where, expected = f"content {sha256.hex()}", f"{size} bytes of this hash"
     try:
-        found, digest = _read(contents, tenant, sha256)
+        found, digest = _read(contents, tenant, sha256, record.copy)
     except ContentLost:
         return Finding(FindingKind.CONTENT_LOST, where, expected, "none")
     except TidelogError as error:
@@ -142,11 +153,11 @@ def content_finding(contents: ContentStore, tenant: str, key: bytes, value: byte
     return Finding(FindingKind.CONTENT_DAMAGED, where, expected, f"{found} bytes with the hash {digest.hex()}")
 
 
-def _read(contents: ContentStore, tenant: str, sha256: bytes) -> tuple[int, bytes]:
+def _read(contents: ContentStore, tenant: str, sha256: bytes, copy: str) -> tuple[int, bytes]:
     """Return length and hash of a content."""
     digest = hashlib.sha256()
     size = 0
-    for piece in contents.read(tenant, sha256):
+    for piece in contents.read(tenant, sha256, copy=copy):
         digest.update(piece)
         size += len(piece)
     return size, digest.digest()

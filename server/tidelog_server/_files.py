@@ -1,10 +1,13 @@
 """
 Files: the contents that a server keeps, and what its records say of them, kept in step.
 
-A content is in the content store before its record is written, and its record goes
-before it does: so what a record names is there, and what a crash leaves in between is a
-content that nobody knows of, which is collected. Making one and collecting it exclude
-each other, content by content, within this process.
+A content is in the content store before it is on record, and off the record before it is
+deleted: so what is on record is there. Which copy of it, and why that holds however many
+servers share the records and the content store, is told in `_upload_records`. What a
+crash leaves in between is a copy that nobody knows of, which is collected.
+
+A copy that is found lost or damaged is noted as broken, and its content passes for
+missing from then on: whoever has it is asked to upload it once more.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import hashlib
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import BinaryIO, Final, NamedTuple, TypeVar
@@ -30,24 +32,38 @@ from tidelog_server._application import Application
 from tidelog_server._collection import is_referred_to, without_content
 from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
-from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid
+from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid, UploadSuperseded
 from tidelog_server._file_records import (
+    FOUND_AGAIN,
     SERVICE,
     ContentRecord,
     content_key,
     content_record,
     grant_key,
+    kept_record,
     pack_content,
-    pack_grant,
     renewed_grant,
+    unpack_grant,
 )
 from tidelog_server._file_rules import FileRules
-from tidelog_server._incoming import Incoming, KeyedLocks, Parts, part_name
+from tidelog_server._incoming import Incoming, Parts, part_name
 from tidelog_server._indexes import IndexWrites
 from tidelog_server._overlay import Overlay
+from tidelog_server._place import Place
 from tidelog_server._principal import Principal
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader, Store
+from tidelog_server._upload_records import (
+    OtherCopy,
+    begun,
+    completed,
+    due_uploads,
+    is_begun,
+    new_copy,
+    upload_key,
+    upload_record,
+    without_uploads,
+)
 
 # What a server notes in its store about when its timeline began.
 TIMELINE_NOTE: Final = "timeline began"
@@ -60,6 +76,10 @@ UNSEEN_MAX: Final = timedelta(days=7)
 LOOKED_AT_ONCE: Final = 1_000
 # How long nothing was appended to a part that goes while there are uploads, however short the grace is.
 PART_SECONDS_MIN: Final = 3600.0
+PART_US_MIN: Final = int(PART_SECONDS_MIN * 1_000_000)
+FILE_GRACE_DEFAULT: Final = timedelta(days=1)
+# What is gone on with, or asked for, is noted so many times in a grace period at the most, and kept that much longer.
+RENEWALS: Final = 32
 
 _TIMES: Final = struct.Struct(">QQ")  # when a timeline began, and when a server last had a look
 _NOTED_EVERY: Final = timedelta(hours=1)
@@ -117,6 +137,8 @@ class Files:
         contents: Keeps the bytes.
         clock: Returns the time in microseconds since 1970.
         bytes_max: How large a content may be that is uploaded.
+        room_bytes: How much a user may have uploaded that nothing refers to yet. None: whatever it is.
+        grace: How long contents are kept that nothing refers to, or not yet.
     """
 
     def __init__(
@@ -127,24 +149,25 @@ class Files:
         clock: Callable[[], int],
         *,
         bytes_max: int = FILE_BYTES_MAX_DEFAULT,
+        room_bytes: int | None = None,
+        grace: timedelta = FILE_GRACE_DEFAULT,
     ) -> None:
         self.contents = contents
         self._application = application
         self._store = store
         self._clock = clock
         self._bytes_max = bytes_max
-        self._parts = Parts(contents)
-        self._being_changed: KeyedLocks[tuple[str, bytes]] = KeyedLocks()
-        self._known_tenants: set[str] = set()
+        self._room_bytes = room_bytes
+        self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
+        self.place = Place(store, contents)
+        self._parts = Parts(contents, clock)
 
     def stat(self, principal: Principal, wanted: Sequence[Wanted]) -> list[Standing]:
         """Tell how contents stand. Operations of the user may refer to those that are present, from now on."""
         tenant = principal.tenant
         asked = dict.fromkeys(wanted)  # once each, however often
         entitled = self._entitled(principal, asked)
-        there = {one for one in entitled if self.contents.size(tenant, one.sha256) == one.size}
-        for one in entitled - there:
-            self._forget_lost(tenant, one)
+        there = {one for one, record in entitled.items() if self._is_kept(tenant, one.sha256, record)}
         present = self._granted(principal, there) if there else there
         standings = {
             one: Standing(is_present=True)
@@ -162,13 +185,15 @@ class Files:
 
         Raises:
             FileTooLarge: The server takes no content of that size.
+            FileRoomExhausted: The user has uploaded too much that nothing refers to.
             PartMismatch: *offset* is not how far the upload got.
         """
         if wanted.size > self._bytes_max:
             raise FileTooLarge(f"a file of {wanted.size} bytes: the limit is {self._bytes_max}")
         tenant, part = principal.tenant, part_name(principal.user_id, wanted.sha256)
-        self._make_known(tenant)
-        complete = partial(self._complete, tenant, part, wanted, principal.user_id)
+        self.place.check(marks=True)
+        copy = self._begin(tenant, wanted, principal.user_id, self._room_bytes)
+        complete = partial(self._complete, tenant, part, wanted, principal.user_id, copy)
         return self._parts.begin(tenant, part, offset, wanted.size, complete)
 
     def download(
@@ -189,19 +214,29 @@ class Files:
 
     def open(self, tenant: str, wanted: Wanted) -> BinaryIO:
         """Open a content to be read. Raises ContentLost, also later."""
-        self._check_there(tenant, wanted)
-        return open_content(partial(self.contents.read, tenant, wanted.sha256), wanted.size)
+        record = self._located(tenant, wanted)
+        return open_content(lambda offset: self.contents.read(tenant, wanted.sha256, offset, record.copy), wanted.size)
 
     def read(self, tenant: str, wanted: Wanted, offset: int, length: int) -> Generator[bytes, None, None]:
-        """Yield *length* bytes of a content from *offset* on. Raises ContentLost, with the first step if it can."""
-        self._check_there(tenant, wanted)
+        """
+        Yield *length* bytes of a content from *offset* on. Raises ContentLost, with the first step if it can.
+
+        All of it is compared with its hash on the way, before the last piece.
+        """
+        record = self._located(tenant, wanted)
         if not length:
             return
-        pieces = self.contents.read(tenant, wanted.sha256, offset)
+        digest = hashlib.sha256() if length == wanted.size else None
+        pieces = self.contents.read(tenant, wanted.sha256, offset, record.copy)
         try:
             for piece in pieces:
-                yield piece[:length]
                 length -= len(piece)
+                if digest is not None:
+                    digest.update(piece)
+                    if length <= 0 and digest.digest() != wanted.sha256:
+                        self._note_broken(tenant, wanted.sha256, record, "it has another hash")
+                        raise ContentLost(f"the content {wanted.sha256.hex()} is damaged")
+                yield piece if length >= 0 else piece[:length]
                 if length <= 0:
                     return
         finally:
@@ -215,8 +250,9 @@ class Files:
         Raises:
             StorageError: It cannot be stored; or a hook adds it, on whose end the store waits.
         """
-        # Before anything waits: whoever completes the same content may wait for the store with its lock.
+        # Before anything waits: who completes it waits for the store.
         self._store.check_outside_of_jobs()
+        self.place.check(marks=True)
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
@@ -230,43 +266,76 @@ class Files:
                 self.contents.discard(tenant, part)
                 raise
             wanted = Wanted(digest.digest(), size)
-            self._complete(tenant, part, wanted, user_id)
+            self._complete(tenant, part, wanted, user_id, self._begin(tenant, wanted, user_id))
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
         """Delete a content that nothing has referred to since a time; return how many were."""
-        with self._alone(tenant, sha256):
-            count = self._write(tenant, partial(without_content, sha256=sha256, before_us=before_us))
-            if count:
-                self.contents.delete(tenant, sha256)
-        return count
+        self.place.check()
+        copy = self._write(tenant, partial(without_content, sha256=sha256, before_us=before_us))
+        if copy is None:
+            return 0
+        self.contents.delete(tenant, sha256, copy)
+        return 1
+
+    def collect_uploads(self, tenant: str, before_us: int) -> Iterator[int]:
+        """
+        Give up uploads that nobody has gone on with since a time; yield now and then.
+
+        A copy that is there all the same is left to `collect_unknown`: a store that was put back may have lost
+        that the upload came to its end.
+        """
+        before_us = min(before_us, self._clock() - PART_US_MIN)
+        after = b""
+        more = True
+        while more:
+            with self._store.read(tenant) as reader:
+                due, after = due_uploads(reader, after, before_us)
+            if due:
+                self._write(tenant, partial(_given_up, keys=due, before_us=before_us))
+            more = bool(after)
+            yield 0
 
     def collect_unknown(self, tenant: str, before_us: int) -> Iterator[int]:
         """
-        Delete contents that have not been on record for long, one after the other; yield how many were.
+        Delete copies that have been gone for long, one after the other; yield how many were.
 
-        What somebody refers to comes back on record, if it is whole: its place was out of reach for a while.
-        What nobody knows may be what a store that was put back has lost, and is kept for as long as that
-        may be offered again, however it was put back.
+        What somebody refers to and nobody has comes back on record, if it is whole. What nobody knows may be what
+        a store that was put back has lost, and is kept for as long as that may be offered again, however it was put
+        back.
         """
+        self.place.check()
         is_settled = self.note_timeline()
-        gone_before_us = min(before_us, self._clock() - UNKNOWN_KEPT // _MICROSECOND)
+        kept_us = UNKNOWN_KEPT // _MICROSECOND
         for number, content in enumerate(self.contents.contents(tenant)):
             if not number % LOOKED_AT_ONCE:
                 yield 0
             time_us = content.time * 1_000_000
-            if time_us < before_us and not self._is_on_record(tenant, content.sha256):
-                with self._alone(tenant, content.sha256):
-                    if self._is_needed(tenant, content.sha256):
-                        self._record_again(tenant, content)
-                    elif is_settled and time_us < gone_before_us and not self._is_on_record(tenant, content.sha256):
-                        self.contents.delete(tenant, content.sha256)
-                        yield 1
+            if time_us >= before_us or not self._is_gone(tenant, content):
+                continue
+            with self._store.read(tenant) as reader:
+                is_there = content_record(content.sha256, reader.index) is not None
+                is_missed = not is_there and is_referred_to(reader, content.sha256)
+            if is_missed:
+                self._put_back(tenant, content)
+            elif is_settled and (is_there or time_us < self._clock() - kept_us):
+                self.contents.delete(tenant, content.sha256, content.copy)
+                yield 1
+
+    def mend(self, tenant: str, sha256: bytes) -> None:
+        """Look at a content that was broken: if somebody put it back, it is there again."""
+        with self._store.read(tenant) as reader:
+            record = kept_record(sha256, reader.index)
+        if record is None or not record.is_broken or not self._is_whole(tenant, sha256, record):
+            return
+        if self._note(tenant, sha256, record, is_broken=False):
+            _log.info("a content is back", tenant=tenant, sha256=sha256.hex())
 
     def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
         """Delete what is left of uploads; return how many. While somebody uploads, nothing young goes."""
         if self._parts.is_any_on_its_way(tenant):
             older_than_seconds = max(older_than_seconds, PART_SECONDS_MIN)
+        self.place.check()
         return self.contents.delete_leftovers(tenant, older_than_seconds)
 
     def note_timeline(self) -> bool:
@@ -287,43 +356,75 @@ class Files:
             self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
         return not began_us or now_us - began_us > UNKNOWN_KEPT // _MICROSECOND
 
-    @contextmanager
-    def _alone(self, tenant: str, sha256: bytes) -> Iterator[None]:
-        """Let nobody else make or collect a content meanwhile."""
-        with self._being_changed.held((tenant, sha256)):
-            yield
-
-    def _is_on_record(self, tenant: str, sha256: bytes) -> bool:
+    def _is_gone(self, tenant: str, content: Content) -> bool:
+        """Tell whether a copy, which is there, is neither on record nor on its way there: it never will be."""
         with self._store.read(tenant) as reader:
-            return content_record(sha256, reader.index) is not None
+            record = kept_record(content.sha256, reader.index)
+            is_on_record = record is not None and record.copy == content.copy
+            return not is_on_record and not is_begun(reader, content.sha256, content.copy)
 
-    def _is_needed(self, tenant: str, sha256: bytes) -> bool:
-        """Tell whether anything refers to a content, or is about to."""
-        with self._store.read(tenant) as reader:
-            return is_referred_to(reader, sha256)
-
-    def _record_again(self, tenant: str, content: Content) -> None:
-        """Put a content on record that lost its record, unless what is there is something else."""
-        digest = hashlib.sha256()
-        for piece in self.contents.read(tenant, content.sha256):
-            digest.update(piece)
-        if digest.digest() == content.sha256:
-            record = pack_content(ContentRecord(content.size, self._clock()))
-            self._write(tenant, lambda reader: (_entries(reader, {content_key(content.sha256): record}), None))
+    def _put_back(self, tenant: str, content: Content) -> None:
+        """Make another copy of one that is gone, if it is what it should be: what is gone does not come back itself."""
+        if self._is_whole(tenant, content.sha256, ContentRecord(content.size, 0, content.copy)):
+            pieces = partial(self.contents.read, tenant, content.sha256, copy=content.copy)
+            self.add(tenant, open_content(pieces, content.size), FOUND_AGAIN)
             _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
 
-    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
-        """Make a part a content that operations of a user may refer to."""
-        with self._alone(tenant, wanted.sha256):
-            self.contents.complete(tenant, part, wanted.sha256, wanted.size)
-            time_us = self._clock()
-            entries: IndexWrites = {
-                content_key(wanted.sha256): pack_content(ContentRecord(wanted.size, time_us)),
-                grant_key(wanted.sha256, user_id): pack_grant(time_us, is_upload=True),
-            }
-            self._write(tenant, lambda reader: (_entries(reader, entries), None))
+    def _begin(self, tenant: str, wanted: Wanted, user_id: str, room_bytes: int | None = None) -> str:
+        """Begin an upload, or go on with one; return the name of its copy."""
+        now_us = self._clock()
+        with self._store.read(tenant) as reader:
+            known = upload_record(upload_key(user_id, wanted.sha256), reader.index)
+        if (
+            known is not None
+            and known.copy
+            and known.size == wanted.size
+            and now_us < known.time_us + self._renewal_us
+        ):
+            return known.copy
 
-    def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> set[Wanted]:
+        def job(reader: Reader) -> tuple[Writes, str]:
+            entries, copy = begun(
+                reader, user_id, *wanted, copy=new_copy(user_id), time_us=now_us, room_bytes=room_bytes
+            )
+            return _entries(reader, entries), copy
+
+        return self._write(tenant, job)
+
+    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str, copy: str) -> None:
+        """Make a part a content that operations of a user may refer to."""
+        try:
+            self.contents.complete(tenant, part, *wanted, copy)
+        finally:
+            self.place.check()  # before anything is promised, or the client is blamed
+        whole: str | None = None
+
+        def job(reader: Reader) -> tuple[Writes | None, tuple[str | None] | None]:
+            done = completed(reader, user_id, *wanted, copy=copy, time_us=self._clock(), whole=whole)
+            return (None, None) if done is None else (_entries(reader, done[0]), done[1:])
+
+        while True:
+            try:
+                done = self._write(tenant, job)
+                break
+            except OtherCopy:
+                whole = self._whole_copy(tenant, wanted.sha256)
+        if done is None:
+            raise UploadSuperseded("the upload took so long that it was given up: begin anew")
+        if done[0] is not None:
+            self.contents.delete(tenant, wanted.sha256, done[0])
+
+    def _whole_copy(self, tenant: str, sha256: bytes) -> str | None:
+        """Return the copy that is on record, if it is what it should be; else note that it is not."""
+        with self._store.read(tenant) as reader:
+            record = content_record(sha256, reader.index)
+        if record is not None:
+            if self._is_whole(tenant, sha256, record):
+                return record.copy
+            self._note_broken(tenant, sha256, record, "another upload of it found that")
+        return None
+
+    def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> dict[Wanted, ContentRecord]:
         """
         Return those of the contents on record which the user has uploaded, or may read by some object now.
 
@@ -331,7 +432,7 @@ class Files:
         """
         rights = self._application.rights(principal) if self._application.access_rules else None
         asked = {one.sha256: False for one in wanted}
-        entitled = set()
+        entitled = {}
         with self._store.read(principal.tenant) as reader:
             overlay = Overlay(reader)
             rules = FileRules(overlay, rights, user_id=principal.user_id, asked=asked)
@@ -342,34 +443,82 @@ class Files:
             for one in wanted:
                 record = content_record(one.sha256, reader.index)
                 if asked[one.sha256] and record is not None and record.size == one.size:
-                    entitled.add(one)
+                    entitled[one] = record
         return entitled
 
     def _granted(self, principal: Principal, there: set[Wanted]) -> set[Wanted]:
         """Let a user refer to contents, as far as they are still on record; return which."""
+        now_us = self._clock()
 
-        def job(reader: Reader) -> tuple[Writes, set[Wanted]]:
+        def job(reader: Reader) -> tuple[Writes | None, set[Wanted]]:
             kept = {one for one in there if content_record(one.sha256, reader.index) is not None}
-            keys = [grant_key(one.sha256, principal.user_id) for one in kept]
-            time_us = self._clock()
-            entries: IndexWrites = {key: renewed_grant(reader.index(key), time_us) for key in keys}
-            return _entries(reader, entries), kept
+            given = {key: reader.index(key) for key in (grant_key(one.sha256, principal.user_id) for one in kept)}
+            entries: IndexWrites = {
+                key: renewed_grant(value, now_us)
+                for key, value in given.items()
+                if value is None or unpack_grant(value) <= now_us - self._renewal_us
+            }
+            return _entries(reader, entries) if entries else None, kept
 
-        return self._write(principal.tenant, job)
+        with self._store.read(principal.tenant) as reader:
+            writes, kept = job(reader)
+        # What has a grant that is young stays on record.
+        return kept if writes is None else self._write(principal.tenant, job)
 
-    def _forget_lost(self, tenant: str, lost: Wanted) -> None:
-        """Take the record of a content that is not there: whoever has it may upload it once more."""
-        with self._alone(tenant, lost.sha256):
-            if self.contents.size(tenant, lost.sha256) != lost.size:
-                _log.error("a content was lost", tenant=tenant, sha256=lost.sha256.hex())
-                self._write(tenant, lambda reader: (_entries(reader, {content_key(lost.sha256): None}), None))
+    def _is_kept(self, tenant: str, sha256: bytes, record: ContentRecord) -> bool:
+        """Tell whether a content is there; if not, note that."""
+        found = self._size(tenant, sha256, record)
+        if found != record.size:
+            self._note_broken(tenant, sha256, record, _amiss(found, record))
+        return found == record.size
 
-    def _check_there(self, tenant: str, wanted: Wanted) -> None:
-        found = self.contents.size(tenant, wanted.sha256)
-        if found != wanted.size:
-            what = "is not there" if found is None else f"has {found} bytes instead of {wanted.size}"
+    def _size(self, tenant: str, sha256: bytes, record: ContentRecord) -> int | None:
+        """Return the length of a content, None if it is not there. Raises StorageError where nobody can tell."""
+        found = self.contents.size(tenant, sha256, record.copy)
+        if found != record.size:
+            self.place.check()
+            found = self.contents.size(tenant, sha256, record.copy)  # the place may be back just now
+        return found
+
+    def _is_whole(self, tenant: str, sha256: bytes, record: ContentRecord) -> bool:
+        """Tell whether a content is there, and what it should be. All of it is read."""
+        if self._size(tenant, sha256, record) != record.size:
+            return False
+        digest = hashlib.sha256()
+        try:
+            for piece in self.contents.read(tenant, sha256, copy=record.copy):
+                digest.update(piece)
+        except ContentLost:
+            return False
+        return digest.digest() == sha256
+
+    def _located(self, tenant: str, wanted: Wanted) -> ContentRecord:
+        """Return the record of a content that is there. Raises ContentLost."""
+        with self._store.read(tenant) as reader:
+            record = content_record(wanted.sha256, reader.index)
+        if record is None or record.size != wanted.size:
+            raise ContentLost(f"the content {wanted.sha256.hex()} is not there, or not whole")
+        if (found := self._size(tenant, wanted.sha256, record)) != record.size:
+            what = _amiss(found, record)
             _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
-            raise ContentLost(f"the content {wanted.sha256.hex()} {what}")
+            raise ContentLost(f"the content {wanted.sha256.hex()}: {what}")
+        return record
+
+    def _note_broken(self, tenant: str, sha256: bytes, record: ContentRecord, what: str) -> None:
+        """Note that a content is lost or damaged: whoever has it may upload it once more."""
+        if self._note(tenant, sha256, record, is_broken=True):
+            _log.error("a content was lost", tenant=tenant, sha256=sha256.hex(), detail=what)
+
+    def _note(self, tenant: str, sha256: bytes, record: ContentRecord, *, is_broken: bool) -> bool:
+        """Note whether a copy is broken; tell whether that is new, and the copy still on record."""
+
+        def job(reader: Reader) -> tuple[Writes | None, bool]:
+            known = kept_record(sha256, reader.index)
+            if known is None or known.copy != record.copy or known.is_broken is is_broken:
+                return None, False
+            return _entries(reader, {content_key(sha256): pack_content(known._replace(is_broken=is_broken))}), True
+
+        return self._write(tenant, job)
 
     def _readable_size(self, principal: Principal, sha256: bytes, key: ObjectKey) -> int:
         with self._store.read(principal.tenant) as reader:
@@ -382,16 +531,17 @@ class Files:
                     return reference.size
         raise NotFound(f"{key[0]} {key[1]!r} refers to no such file", reason="FILE_NOT_FOUND")
 
-    def _make_known(self, tenant: str) -> None:
-        """Have the store know a tenant: what is left of an upload is found by way of those it knows."""
-        if tenant not in self._known_tenants:
-            if tenant not in self._store.tenants():
-                self._write(tenant, lambda reader: (_entries(reader, {}), None))
-            self._known_tenants.add(tenant)
-
     def _write(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> T:
         written: Future[T] = self._store.submit(tenant, job)
         return written.result()
+
+
+def _amiss(found: int | None, record: ContentRecord) -> str:
+    return "it is not there" if found is None else f"it has {found} bytes instead of {record.size}"
+
+
+def _given_up(reader: Reader, keys: list[bytes], before_us: int) -> tuple[Writes, None]:
+    return _entries(reader, without_uploads(reader, keys, before_us)), None
 
 
 def _entries(reader: Reader, entries: IndexWrites) -> Writes:

@@ -2,8 +2,10 @@
 Incoming contents: whose turn it is to append to a part.
 
 A client whose connection broke begins its upload anew, and the server may not know yet
-that the former one is dead. So the newest upload of a content by a user has the part,
-and whoever had it before finds that out with the next bytes.
+that the former one is dead. So the newest upload of a content by a user has the part, once
+the former one has been silent for a while, which finds that out with the next bytes. While
+it is not silent, as when two devices upload the same content, who comes later waits: each
+byte comes once.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from tidelog_server._errors import RequestInvalid, ServerBusy, UploadSuperseded
 
 K = TypeVar("K", bound=Hashable)
 
-# When to come again whose content is being stored.
+# When to come again whose content is being stored, or uploaded by somebody else.
 STORING_SECONDS: Final = 1.0
+UPLOADING_SECONDS: Final = 2.0
+# How long nothing came of an upload that another one may take over.
+SILENCE_US: Final = 5_000_000
 
 _PART_CHARS: Final = 40
 
@@ -58,10 +63,17 @@ class KeyedLocks(Generic[K]):
 
 
 class Parts:
-    """The parts that are on their way, in one process."""
+    """
+    The parts that are on their way, in one process.
 
-    def __init__(self, contents: ContentStore) -> None:
+    Args:
+        contents: Where they are kept.
+        clock: Returns the time in microseconds.
+    """
+
+    def __init__(self, contents: ContentStore, clock: Callable[[], int]) -> None:
         self.contents = contents
+        self.clock = clock
         self.locks: KeyedLocks[tuple[str, str]] = KeyedLocks()
         self.turns: dict[tuple[str, str], Incoming] = {}
         self.added: set[tuple[str, str]] = set()
@@ -83,7 +95,7 @@ class Parts:
 
     def begin(self, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None]) -> Incoming:
         """
-        Begin to append to a part, or go on with it. Whoever had it before may append nothing more.
+        Begin to append to a part, or go on with it. Whoever had it before may append nothing more, if he is silent.
 
         Args:
             tenant: Whose part it is.
@@ -94,13 +106,18 @@ class Parts:
 
         Raises:
             PartMismatch: It has not so many bytes.
-            ServerBusy: All of it has come, and a content is being made of it, which may take a while.
+            ServerBusy: Somebody else is appending to it; or all of it has come, and a content is being made of it.
         """
         incoming = Incoming(self, tenant, part, offset, size, complete)
         with self.guard:
             if (tenant, part) in self.completing:
                 raise ServerBusy(
                     "all of the file has come, and is being stored: come again", retry_after_seconds=STORING_SECONDS
+                )
+            former = self.turns.get((tenant, part))
+            if former is not None and 0 <= incoming.heard_us - former.heard_us < SILENCE_US:
+                raise ServerBusy(
+                    "the same file is being uploaded already: come again", retry_after_seconds=UPLOADING_SECONDS
                 )
             self.turns[tenant, part] = incoming  # from now on the former one stops
         try:
@@ -121,12 +138,14 @@ class Incoming:
 
     Attributes:
         received: How many bytes have come.
+        heard_us: When the last of them came.
     """
 
     def __init__(  # noqa: PLR0917 - what makes a part
         self, parts: Parts, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None]
     ) -> None:
         self.received = offset
+        self.heard_us = parts.clock()
         self._parts = parts
         self._tenant = tenant
         self._part = part
@@ -155,6 +174,7 @@ class Incoming:
                 raise ContentCorrupt(f"more than the {self._size} bytes that the file was said to have")
             self._parts.contents.append(self._tenant, self._part, self.received, data)
             self.received += len(data)
+            self.heard_us = self._parts.clock()
 
     def complete(self) -> None:
         """

@@ -30,7 +30,7 @@ from tidelog._keys import POSITION_BYTES, unpack_position
 from tidelog._logging import get_logger
 from tidelog_server._backup_note import BackupNote
 from tidelog_server._content_backup import copy_contents, sync_to_disk
-from tidelog_server._content_store import CONTENTS_DIRECTORY
+from tidelog_server._content_store import CONTENTS_DIRECTORY, CONTENTS_ELSEWHERE, CONTENTS_NOTE, DirectoryContents
 from tidelog_server._errors import BackupDamaged
 from tidelog_server._lmdb_store import (
     FORMAT,
@@ -41,6 +41,7 @@ from tidelog_server._lmdb_store import (
     LmdbStore,
 )
 from tidelog_server._lmdb_verification import verify_store
+from tidelog_server._place import MARKED_NOTE
 from tidelog_server._records import Identity
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ def restore_store(
             identity, versions = _checked_copy(unfinished)
             with closing(LmdbStore(unfinished)) as store:
                 timeline = store.begin_timeline().timeline
+                if store.note(MARKED_NOTE) and store.note(CONTENTS_NOTE) != CONTENTS_ELSEWHERE:
+                    DirectoryContents(unfinished / CONTENTS_DIRECTORY).set_mark(identity.epoch.encode())
             copy_contents(backup, unfinished, share=False)
             _sync_files(unfinished)
             _move_contents(unfinished, path)

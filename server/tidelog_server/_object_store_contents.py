@@ -1,8 +1,9 @@
 """
 Object store contents: a content store for many servers, in S3 or whatever else speaks to `obstore`.
 
-    <tenant>/ab/abcd...                     a content, named by its SHA-256
+    <tenant>/ab/abcd...-copy                a copy of a content, named by its SHA-256
     <tenant>/incoming/<part>/<start>-<end>  a piece of a part: these bytes of it, some MiB
+    tidelog-contents                        the mark of the place
 
 Nothing can be appended to an object. So what is appended to a part becomes pieces, and
 at its end they pass through the hash into the content, whose upload is completed only
@@ -32,7 +33,7 @@ from tidelog._contents import Content, ContentCorrupt
 from tidelog._errors import DiskFull, InvalidValue, StorageError
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
-from tidelog_server._content_store import ContentLost, PartMismatch, tenant_name
+from tidelog_server._content_store import MARK_NAME, ContentLost, PartMismatch, tenant_name
 from tidelog_server._errors import ExtraMissing
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ RETRIES: Final = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2},
 }
 
-_CONTENT: Final = re.compile(r"(?:^|/)([0-9a-f]{64})")
+_CONTENT: Final = re.compile(r"(?:^|/)([0-9a-f]{64})(?:-([0-9a-z]+))?$")
 _PIECE: Final = re.compile(r"(?:^|/)incoming/([^/]+)/([0-9]{20})-[0-9]+")
 # ENOSPC, EDQUOT and EFBIG of a directory; what S3-compatible stores say.
 _FULL: Final = re.compile(r"os error (?:28|122|27)\)|status code: 507 |StorageFull|QuotaExceeded")
@@ -109,20 +110,32 @@ class ObjectStoreContents:
         with self._storage_errors():
             next(iter(self._store.list("check", chunk_size=1)), None)
 
-    def size(self, tenant: str, sha256: bytes) -> int | None:
+    def mark(self) -> bytes | None:
+        """Return what the object of the mark says, if it is there."""
+        with self._storage_errors():
+            try:
+                return bytes(self._store.get(MARK_NAME).bytes()).strip()
+            except FileNotFoundError:
+                return None
+
+    def set_mark(self, mark: bytes) -> None:
+        """Put the object of the mark."""
+        self._put(MARK_NAME, bytearray(mark))
+
+    def size(self, tenant: str, sha256: bytes, copy: str = "") -> int | None:
         """Return the length of a content in bytes, or None if it is not there."""
         with self._storage_errors():
             try:
-                return self._store.head(_content_path(tenant, sha256))["size"]
+                return self._store.head(_content_path(tenant, sha256, copy))["size"]
             except FileNotFoundError:
                 # The same is said of a bucket that is not there, and then nothing is known of the content.
                 self.check()
                 return None
 
-    def read(self, tenant: str, sha256: bytes, offset: int = 0) -> Generator[bytes, None, None]:
+    def read(self, tenant: str, sha256: bytes, offset: int = 0, copy: str = "") -> Generator[bytes, None, None]:
         """Iterate over a content from *offset* on. Raises ContentLost."""
-        path = _content_path(tenant, sha256)
-        size = self.size(tenant, sha256)
+        path = _content_path(tenant, sha256, copy)
+        size = self.size(tenant, sha256, copy)
         if size is None:
             raise ContentLost(f"the content {sha256.hex()} is not there")
         for start in range(offset, size, READ_BYTES):
@@ -157,7 +170,7 @@ class ObjectStoreContents:
         if tail is not None and tail.data:
             self._put(_piece_path(tenant, part, tail), tail.data)
 
-    def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
+    def complete(self, tenant: str, part: str, sha256: bytes, size: int, copy: str = "") -> None:
         """Make a part a content. Raises ContentCorrupt."""
         tail = self._tails.pop((tenant, part), None)
         pieces = list(self._pieces(tenant, part))
@@ -166,7 +179,7 @@ class ObjectStoreContents:
             rest = bytearray() if tail is None else tail.behind(_end(stretches))
             if (found := _end(stretches) + len(rest)) != size:
                 raise ContentCorrupt(f"{found} bytes instead of {size}")
-            path = _content_path(tenant, sha256)
+            path = _content_path(tenant, sha256, copy)
             if stretches:
                 with self._storage_errors():
                     asyncio.run(self._put_verified(path, stretches, rest, sha256, size))
@@ -187,15 +200,16 @@ class ObjectStoreContents:
         self._tails.pop((tenant, part), None)
         self._delete(piece.path for piece in self._pieces(tenant, part))
 
-    def delete(self, tenant: str, sha256: bytes) -> None:
+    def delete(self, tenant: str, sha256: bytes, copy: str = "") -> None:
         """Delete a content, if it is there. Who reads it finds it lost."""
-        self._delete([_content_path(tenant, sha256)])
+        self._delete([_content_path(tenant, sha256, copy)])
 
     def contents(self, tenant: str) -> Iterator[Content]:
         """Iterate over a tenant's contents, in no order."""
         for found in self._list(tenant_name(tenant)):
             if match := _CONTENT.search(found["path"]):
-                yield Content(bytes.fromhex(match[1]), found["size"], found["last_modified"].timestamp())
+                moment = found["last_modified"].timestamp()
+                yield Content(bytes.fromhex(match[1]), found["size"], moment, match[2] or "")
 
     def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
         """Delete parts of a tenant that nothing was appended to for so long; return how many."""
@@ -358,9 +372,9 @@ def _verify(digest: hashlib._Hash, sha256: bytes) -> None:
         raise ContentCorrupt(f"the SHA-256 {digest.hexdigest()} instead of {sha256.hex()}")
 
 
-def _content_path(tenant: str, sha256: bytes) -> str:
+def _content_path(tenant: str, sha256: bytes, copy: str) -> str:
     name = sha256.hex()
-    return f"{tenant_name(tenant)}/{name[:2]}/{name}"
+    return f"{tenant_name(tenant)}/{name[:2]}/{name}" + (f"-{copy}" if copy else "")
 
 
 def _piece_path(tenant: str, part: str, tail: _Tail) -> str:

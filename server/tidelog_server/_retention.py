@@ -15,7 +15,7 @@ from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._logging import get_logger
 from tidelog_server import _collection as collection
 from tidelog_server._failures import is_payload_due, without_payloads
-from tidelog_server._files import Files
+from tidelog_server._files import FILE_GRACE_DEFAULT, RENEWALS, Files
 from tidelog_server._indexes import left_up_to
 from tidelog_server._records import ReplicaState, Writes
 from tidelog_server._store import Reader, Store
@@ -23,7 +23,6 @@ from tidelog_server._store import Reader, Store
 HISTORY_RETENTION_DEFAULT: Final = timedelta(days=90)
 REPLICA_RETENTION_DEFAULT: Final = timedelta(days=365)
 FAILURE_RETENTION_DEFAULT: Final = timedelta(days=90)
-FILE_GRACE_DEFAULT: Final = timedelta(days=1)
 COLLECT_SECONDS: Final = 3600.0
 PAGE_FAILURES: Final = 500
 
@@ -145,7 +144,7 @@ class Retention:
         steps = (self._history, self._left_entries, self._replicas, self._notes, self._payloads)
         yield from product(tenants, steps)
         # Last, because what keeps contents may be out of reach when nothing else is.
-        yield from product(tenants, (self._grants, self._contents, self._unknown_contents))
+        yield from product(tenants, (self._grants, self._uploads, self._contents, self._unknown_contents))
 
     def _history(self, tenant: str) -> Iterator[Collected]:
         before_us = self._before(self._periods.history)
@@ -235,6 +234,13 @@ class Retention:
                 self._submit(tenant, partial(_without_payloads, due=due))
             yield Collected(payloads=len(due))
 
+    def _uploads(self, tenant: str) -> Iterator[Collected]:
+        """Give up uploads that nobody goes on with."""
+        if self._files is None:
+            return
+        for _ in self._files.collect_uploads(tenant, self._before(self._periods.files)):
+            yield Collected()
+
     def _contents(self, tenant: str) -> Iterator[Collected]:
         """Delete contents that nobody refers to, unless a store that was put back does not know who does."""
         if self._files is None or not self._files.note_timeline():
@@ -244,9 +250,12 @@ class Retention:
         more = True
         while more:
             with self._store.read(tenant) as reader:
-                unneeded, after = collection.unneeded_contents(reader, after, before_us)
-            for sha256 in unneeded:
+                due, after = collection.contents_due(reader, after, before_us)
+            for sha256 in due.unneeded:
                 yield Collected(contents=self._files.collect(tenant, sha256, before_us))
+            for sha256 in due.broken:
+                self._files.mend(tenant, sha256)
+                yield Collected()
             more = bool(after)
             yield Collected()
 
@@ -261,7 +270,8 @@ class Retention:
     def _grants(self, tenant: str) -> Iterator[Collected]:
         if self._files is not None and not self._files.note_timeline():
             return  # who offers again what refers to a content has to have the right once more
-        before_us = self._before(self._periods.files)
+        period = self._periods.files
+        before_us = self._before(period) - period // RENEWALS // timedelta(microseconds=1)
         after = b""
         more = True
         while more:

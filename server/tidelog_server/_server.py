@@ -35,13 +35,12 @@ from tidelog_server._content_store import (
     DirectoryContents,
 )
 from tidelog_server._errors import AddressUnavailable
-from tidelog_server._files import Files
+from tidelog_server._files import FILE_GRACE_DEFAULT, Files
 from tidelog_server._lmdb_backup import backup_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._principal import DEFAULT_TENANT, Principal
 from tidelog_server._retention import (
     FAILURE_RETENTION_DEFAULT,
-    FILE_GRACE_DEFAULT,
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
     Collected,
@@ -181,8 +180,11 @@ class Server:
                 self._contents_of(self._store),
                 self._clock,
                 bytes_max=self._limits.file_bytes,
+                room_bytes=self._limits.file_room_per_user,
+                grace=self._periods.files,
             )
             self._files.note_timeline()
+            self._look_at_contents()
             self._services = Services(
                 self._application, self._store, self._callers, self._limits, self._files, clock=self._clock
             )
@@ -314,6 +316,13 @@ class Server:
         elif self._credentials is None and not local:
             _log.warning("tokens and data travel without TLS: whoever is on the way can read them")
 
+    def _look_at_contents(self) -> None:
+        """Warn if contents of files are out of reach. Everything else is served."""
+        try:
+            self._files.place.look()
+        except StorageError as error:
+            _log.error("files can be neither uploaded nor downloaded, nor are they collected", detail=str(error))
+
     def _end_loop(self) -> None:
         if self._loop is not None and self._thread is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -334,7 +343,7 @@ class Server:
         if (noted := store.note(CONTENTS_NOTE)) != place:
             if store.tenants():
                 _log.warning(
-                    "contents of files lie in another place than before: those that were not moved there are missing",
+                    "contents of files are to lie in another place than before",
                     before=noted.decode() or CONTENTS_DIRECTORY,
                     now=place.decode() or CONTENTS_DIRECTORY,
                 )

@@ -51,10 +51,10 @@ from tidelog_server import (
     failure_commands,
     verify_store,
 )
+from tidelog_server._files import FILE_GRACE_DEFAULT
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
 from tidelog_server._retention import (
     FAILURE_RETENTION_DEFAULT,
-    FILE_GRACE_DEFAULT,
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
 )

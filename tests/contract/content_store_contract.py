@@ -50,6 +50,15 @@ class ContentStoreContract:
         """Open an empty store."""
         raise NotImplementedError
 
+    def test_a_mark_stays(self, contents: ContentStore) -> None:
+        """A place has no mark at first, and keeps the newest one; it is no content of anybody."""
+        assert contents.mark() is None
+        contents.set_mark(b"one")
+        contents.set_mark(b"another")
+        put(contents, DATA)
+        assert contents.mark() == b"another"
+        assert [one.sha256 for one in contents.contents(TENANT)] == [sha256_of(DATA)]
+
     def test_a_content_is_read_as_it_was_uploaded(self, contents: ContentStore) -> None:
         """What came in chunks is there under its hash, and comes back in pieces that fit a message."""
         sha256 = put(contents, DATA)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import shutil
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,7 +33,9 @@ from tidelog_server import (
     verify_store,
 )
 from tidelog_server._content_backup import copy_contents
+from tidelog_server._content_store import MARK_NAME
 from tidelog_server._files import UNKNOWN_KEPT, Files
+from tidelog_server._place import Place
 from tidelog_server._records import Change
 from tidelog_server._retention import Periods, Retention
 
@@ -151,7 +153,7 @@ def history(path: Path) -> list[Change]:
 def contents(path: Path) -> list[bytes]:
     """Return the contents of files that a store has."""
     kept = DirectoryContents(path / "files")
-    return [b"".join(kept.read(TENANT, one.sha256)) for one in kept.contents(TENANT)]
+    return [b"".join(kept.read(TENANT, one.sha256, copy=one.copy)) for one in kept.contents(TENANT)]
 
 
 class TestContents:
@@ -166,8 +168,10 @@ class TestContents:
             assert contents(copy) == [PHOTO]
             assert list(verify_store(copy)) == []
             assert DirectoryContents(copy / "files").part_size(TENANT, "apart") == 0
-            (file,) = (one for one in (copy / "files").rglob("*") if one.is_file())
+            (file,) = (one for one in (copy / "files").rglob("*") if one.is_file() and one.name != MARK_NAME)
             assert file.stat().st_nlink == (2 if copy.name == "backup" else 1)
+        with closing(LmdbStore(folder / "restored")) as restored:
+            Place(restored, DirectoryContents(folder / "restored" / "files")).look()
 
     def test_where_files_cannot_share(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """On a file system that cannot give a file two names contents are copied."""
@@ -186,7 +190,8 @@ class TestContents:
         """What becomes of a content in the store, deleted or replaced, does not touch the backup."""
         backup_store(store, folder / "backup")
         kept = DirectoryContents(store / "files")
-        kept.delete(TENANT, hashlib.sha256(PHOTO).digest())
+        (one,) = kept.contents(TENANT)
+        kept.delete(TENANT, one.sha256, one.copy)
 
         assert contents(folder / "backup") == [PHOTO]
 
@@ -203,7 +208,7 @@ class TestContents:
         def collecting(source: Path, target: Path) -> int:
             never = timedelta.max
             Retention(opened, Periods(never, never, never, timedelta(0)), lambda: now_us + 1, files).collect()
-            assert files.contents.size(TENANT, unneeded.sha256) is None
+            assert unneeded.sha256 not in {one.sha256 for one in files.contents.contents(TENANT)}
             return copy_contents(source, target)
 
         with monkeypatch.context() as patched:
@@ -376,7 +381,7 @@ class TestCommands:
     def test_verify(self, store: Path, folder: Path) -> None:
         """What was looked at is counted; what is wrong is named, a line for each, with exit code 5."""
         sound = succeed("verify", "--data", store, cwd=folder)
-        counts = "tenants 1, changes 300, objects 300, index entries 3, replicas 1, outcomes 299, contents 1"
+        counts = "tenants 1, changes 300, objects 300, index entries 5, replicas 1, outcomes 299, contents 1"
         assert sound == f"checked: {counts}\n"
         [summary] = read_json(succeed("verify", "--data", store, "--json", cwd=folder))
         assert summary["findings"] == 0

@@ -35,8 +35,10 @@ from tidelog_server import (
     ServerLimits,
     StaticTokens,
     _files,
+    _incoming,
     verify_store,
 )
+from tidelog_server._content_store import MARK_NAME
 from tidelog_server._file_service import FILE_THREADS, STAT_PART_CONTENTS, STAT_PARTS_PER_USER
 from tidelog_server._incoming import part_name
 
@@ -217,7 +219,12 @@ def ruled_world(folder: Path) -> Iterator[World]:
 
 def kept_files(world: World) -> list[Path]:
     """Return the files that the server keeps for contents and parts."""
-    return sorted(one for one in (world.folder / "server" / "files").rglob("*") if one.is_file())
+    return files_in(world.folder / "server" / "files")
+
+
+def files_in(place: Path) -> list[Path]:
+    """Return the files of contents and parts in a place."""
+    return sorted(one for one in place.rglob("*") if one.is_file() and one.name != MARK_NAME)
 
 
 class TestUploads:
@@ -289,8 +296,9 @@ class TestUploads:
             assert client.create(photo=reference(PHOTO)) == ["TOO_LARGE"]
             assert kept_files(world) == []
 
-    def test_the_newest_one_wins(self, world: World) -> None:
-        """An upload that begins takes the part from the one before, which may append nothing more."""
+    def test_the_newest_one_wins(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An upload takes the part from one before that is silent, which may append nothing more."""
+        monkeypatch.setattr(_incoming, "SILENCE_US", 0)
         client = Client(world)
         sending = Sending(client, messages(PHOTO, until=FILE_CHUNK_BYTES))
         wait_for(lambda: client.stat(PHOTO) == [(MISSING, FILE_CHUNK_BYTES)])
@@ -299,6 +307,22 @@ class TestUploads:
 
         sending.go_on(messages(PHOTO, FILE_CHUNK_BYTES)[1:])
         assert refused(sending.result) == (grpc.StatusCode.ABORTED, "UPLOAD_SUPERSEDED")
+        assert client.stat(PHOTO) == [(PRESENT, 0)]
+
+    def test_under_way_are_left_alone(self, world: World) -> None:
+        """Who begins an upload that goes on elsewhere is told when to come again, and finds the content there then."""
+        client = Client(world)
+        sending = Sending(client, messages(PHOTO, until=FILE_CHUNK_BYTES))
+        wait_for(lambda: client.stat(PHOTO) == [(MISSING, FILE_CHUNK_BYTES)])
+
+        with pytest.raises(grpc.RpcError) as caught:
+            client.upload(PHOTO, FILE_CHUNK_BYTES)
+        status = rpc_status.from_call(cast("grpc.Call", caught.value))
+        assert status is not None
+        assert status.details[1].Is(RetryInfo.DESCRIPTOR)
+
+        sending.go_on(messages(PHOTO, FILE_CHUNK_BYTES)[1:])
+        sending.result()
         assert client.stat(PHOTO) == [(PRESENT, 0)]
 
     def test_of_two_users_do_not_meet(self, ruled_world: World) -> None:
@@ -364,9 +388,9 @@ class TestUploads:
         class Slow(DirectoryContents):
             """Takes its time for a large content."""
 
-            def complete(self, tenant: str, part: str, sha256: bytes, size: int) -> None:
+            def complete(self, tenant: str, part: str, sha256: bytes, size: int, copy: str = "") -> None:
                 assert size < FILE_CHUNK_BYTES or stored.wait(30)
-                super().complete(tenant, part, sha256, size)
+                super().complete(tenant, part, sha256, size, copy)
 
         large = [bytes([number]) * FILE_CHUNK_BYTES for number in range(FILE_THREADS)]
         with World(folder, contents=Slow(folder / "slow")) as world:
@@ -624,6 +648,7 @@ class TestCrashes:
             assert client.stat(PHOTO) == [(PRESENT, 0) if place == "behind" else (MISSING, received)]
             assert len(kept_files(world)) == 1
         monkeypatch.setattr(_files, "UNKNOWN_KEPT", timedelta(0))
+        monkeypatch.setattr(_files, "PART_US_MIN", 0)
         with Server(Application(), store=folder / "server", file_grace=timedelta(0)) as server:
             wait_for(lambda: server.collect() == Collected())
         assert kept_files(world) == []
@@ -698,7 +723,7 @@ class TestService:
             client.create(photo=reference(PHOTO))
             assert client.download(PHOTO) == PHOTO
         assert kept_files(world) == []
-        assert len([one for one in (folder / "elsewhere").rglob("*") if one.is_file()]) == 1
+        assert len(files_in(folder / "elsewhere")) == 1
 
     def test_survives_a_restart(self, world: World) -> None:
         """Parts, contents and rights to them are there after the server was stopped and started again."""

@@ -15,9 +15,10 @@ from tests.builders import World, quick_folder
 
 from tidelog import FailureReason, attribute, claim
 from tidelog.testing import Proxy
+from tidelog.v1 import file_pb2, file_pb2_grpc
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
 from tidelog_client._call_errors import Transient
-from tidelog_server import Application, Principal, StaticTokens
+from tidelog_server import Application, Principal, ServerLimits, StaticTokens
 from tidelog_server._file_rules import REFERRERS_MAX
 
 pytestmark = pytest.mark.slow
@@ -53,7 +54,8 @@ def read(replica: Replica, id: str, attribute: str = "photo", **options: Any) ->
 
 def server_contents(world: World) -> list[bytes]:
     """Return the hashes of the contents that lie in the server's directory."""
-    return [bytes.fromhex(one.name) for one in (world.folder / "server" / "files").rglob("*") if len(one.name) == 64]
+    names = (one.name.partition("-")[0] for one in (world.folder / "server" / "files").rglob("*") if one.is_file())
+    return [bytes.fromhex(name) for name in names if len(name) == 64]
 
 
 def cutting(proxy: Proxy, size: int) -> Callable[[Progress], None]:
@@ -85,6 +87,78 @@ def test_a_photo_travels_from_one_replica_to_another(world: World) -> None:
     assert read(one, "t1") == b"another one"
     assert [list(replica.failures()) for replica in (one, two)] == [[], []]
     assert [list(replica.verify()) for replica in (one, two)] == [[], []]
+
+
+def test_the_servers_folder_of_contents_is_away(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """While the server's contents are out of reach, who refers to one loses nothing, and goes on when it is back."""
+    author = world.replica("author")
+    author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
+    author.synchronize_all()
+    replica = world.replica(files={"Task": "never"})
+    replica.synchronize_all()
+    (seen,) = replica.query("Task")
+    replica.create("Task", {"photo": seen["photo"]}, "t2")
+    replica.create("Task", {}, "t3")
+    place = world.folder / "server" / "files"
+    away = place.rename(place.with_name("away"))
+    address = world.server.address
+    world.server.stop(grace_seconds=0)
+    world.server = world.made_server(address)
+    world.server.start()
+
+    report = replica.synchronize_all(timeout=2)
+
+    assert [(one.id, one.reason) for one in report.skipped] == [("t2", SkipReason.FILE_NOT_UPLOADED)]
+    assert (report.applied, replica.pending_count(), list(replica.failures())) == (1, 1, [])
+    assert "files can be neither uploaded nor downloaded, nor are they collected" in caplog.text
+    away.rename(place)
+    report = replica.synchronize_all()
+    assert (report.applied, report.skipped, list(replica.failures())) == (1, [], [])
+    assert read(author, "t1") == PHOTO
+
+
+@pytest.mark.timeout(120)
+def test_two_devices_that_upload_the_same(world: World, proxy: Proxy) -> None:
+    """Of two devices with the same content one uploads it, and the other one waits: its bytes go up once."""
+    replicas = [world.replica(name, server=proxy.address) for name in ("one", "two")]
+    for number, replica in enumerate(replicas):
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, f"t{number}")
+    proxy.up.bytes_per_second = proxy.down.bytes_per_second = PATH_BYTES_PER_SECOND // 2
+    reports: dict[str, Report] = {}
+    threads = [
+        threading.Thread(target=lambda one=one, name=name: reports.update({name: one.synchronize_all()}))
+        for one, name in zip(replicas, "ab", strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert [(one.applied, one.skipped) for one in reports.values()] == [(1, [])] * 2
+    assert sum(one.files_uploaded for one in reports.values()) == 1
+    assert len(LARGE) < proxy.up.byte_count <= COST_MAX * len(LARGE)
+
+
+def test_no_room_for_more_that_nothing_refers_to() -> None:
+    """What a user may not upload yet stays pending and is reported at once, and goes up when there is room."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=len(PHOTO) + 5_000)) as world:
+        replica, other = world.replica("one"), world.replica("other")
+        stub = file_pb2_grpc.FileServiceStub(world.channel())
+        content = file_pb2.FileContent(sha256=_hash(b"nothing"), size=len(b"nothing"))
+        start = file_pb2.UploadFileStart(content=content)
+        messages = [file_pb2.UploadFileRequest(start=start), file_pb2.UploadFileRequest(chunk=b"nothing")]
+        stub.UploadFile(iter(messages), timeout=10)
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        replica.create("Task", {}, "t2")
+
+        report = replica.synchronize_all()
+
+        assert [(one.id, one.reason) for one in report.skipped] == [("t1", SkipReason.FILE_NOT_UPLOADED)]
+        assert "above the limit" in report.skipped[0].message
+        assert (report.applied, replica.pending_count(), list(replica.failures())) == (1, 1, [])
+        other.create("Task", {"photo": other.add_file(b"nothing")}, "t3")
+        other.synchronize_all()
+        assert replica.synchronize_all().applied == 1
 
 
 @pytest.mark.timeout(120)
@@ -232,7 +306,7 @@ def test_a_content_that_the_server_lost_is_had_again(world: World) -> None:
     author.create("Task", {"photo": author.add_file(PHOTO)}, "t1")
     author.create("Task", {"photo": author.add_file(b"another")}, "t2")
     author.synchronize_all()
-    (path,) = (world.folder / "server" / "files").rglob(_hash(PHOTO).hex())
+    (path,) = (world.folder / "server" / "files").rglob(f"{_hash(PHOTO).hex()}*")
     path.rename(world.folder / "elsewhere")
     report = replica.synchronize_all()
     assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_DOWNLOADED, "t1")]

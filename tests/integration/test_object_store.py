@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -107,7 +106,7 @@ def test_a_content_that_was_lost(world: World, bucket: Bucket) -> None:
     client.create(photo=reference(PHOTO))
     contents = ObjectStoreContents(bucket.url, **bucket.options)
     (found,) = contents.contents("default")
-    contents.delete("default", found.sha256)
+    contents.delete("default", found.sha256, found.copy)
 
     assert refused(lambda: client.download(PHOTO)) == (grpc.StatusCode.DATA_LOSS, "FILE_LOST")
     assert client.stat(PHOTO) == [(MISSING, 0)]
@@ -190,11 +189,12 @@ class TestCommand:
 
         succeed("verify", "--data", "data", "--contents", bucket.url, cwd=folder)
         contents = ObjectStoreContents(bucket.url, **bucket.options)
-        contents.delete("default", hashlib.sha256(PHOTO).digest())
+        (found,) = contents.contents("default")
+        contents.delete("default", found.sha256, found.copy)
         succeed("verify", "--data", "data", cwd=folder)
-        found = run("verify", "--data", "data", "--contents", bucket.url, cwd=folder)
-        assert found.returncode == ExitCode.STORAGE
-        assert "content_lost" in found.stdout
+        verified = run("verify", "--data", "data", "--contents", bucket.url, cwd=folder)
+        assert verified.returncode == ExitCode.STORAGE
+        assert "content_lost" in verified.stdout
 
     @pytest.mark.parametrize(
         ("url", "code", "message"),

@@ -13,7 +13,7 @@ import uuid_utils
 
 from tidelog import _contents
 from tidelog_client import _commit, _file_exchange, _lineage, _replica, _synchronizer, _transfer
-from tidelog_server import _hooks, _lmdb_store, _outcomes, _tenant
+from tidelog_server import _hooks, _lmdb_store, _outcomes, _tenant, _upload_records
 
 UUID_BYTES = 16
 
@@ -58,6 +58,9 @@ class _Chance:
     def token_bytes(self, size: int) -> bytes:
         return self._random.randbytes(size)
 
+    def token_hex(self, size: int) -> str:
+        return self.token_bytes(size).hex()
+
     def uuid4(self) -> uuid.UUID:
         return uuid.UUID(bytes=self._random.randbytes(UUID_BYTES), version=4)
 
@@ -82,6 +85,7 @@ def from_seed(random: Random, clocks: Clocks) -> Iterator[None]:
             (_transfer, "random", random),
             (_commit, "secrets", chance),
             (_lmdb_store, "secrets", chance),
+            (_upload_records, "secrets", chance),
             (_lineage, "uuid", chance),
             (_lmdb_store, "uuid", chance),
             (_commit, "uuid_utils", chance),

@@ -235,9 +235,9 @@ def _inserted_contents(disks: dict[Path, Disk], time: Callable[[], float]) -> It
     def renewing(contents: ContentDirectory, sha256: bytes, at: float | None = None) -> bool:
         return renew(contents, sha256, time() if at is None else at)
 
-    def deleting(contents: ContentDirectory, sha256: bytes) -> None:
+    def deleting(contents: ContentDirectory, sha256: bytes, copy: str = "") -> None:
         disk = disk_of(contents.path)
-        disk.touch(disk.files.deleted, lambda: delete(contents, sha256))
+        disk.touch(disk.files.deleted, lambda: delete(contents, sha256, copy))
 
     def moving_out(contents: ContentDirectory, sha256: bytes, target: Path) -> None:
         disk_of(contents.path).require_life()

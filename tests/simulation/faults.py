@@ -103,10 +103,11 @@ class Commit(enum.StrEnum):
     PART = "a replica: bytes of a content"
     CONTENT = "a replica: a content, whole"
     CONTENT_DELETED = "a replica: a content is deleted"
-    TENANT = "the server: a tenant that nothing was written of"
+    UPLOAD = "the server: an upload begins"
     RECORD = "the server: a content on record"
     GRANT = "the server: who may refer to contents"
-    FORGET_CONTENT = "the server: a content is not there"
+    BROKEN_CONTENT = "the server: a content is lost, or back"
+    COLLECT_UPLOADS = "the server: uploads are given up"
     COLLECT_CONTENT = "the server: a content is taken off the record"
     COLLECT_GRANTS = "the server: who might refer to contents is forgotten"
     SERVER_PART = "the server: bytes of a content"
@@ -197,10 +198,11 @@ _SERVER_JOBS = {
     "retired": Commit.RETIRE,
 }
 _SERVER_FILE_JOBS = {
-    "Files._make_known": Commit.TENANT,
+    "Files._begin": Commit.UPLOAD,
     "Files._complete": Commit.RECORD,
     "Files._granted": Commit.GRANT,
-    "Files._forget_lost": Commit.FORGET_CONTENT,
+    "Files._note": Commit.BROKEN_CONTENT,
+    "_given_up": Commit.COLLECT_UPLOADS,
     "without_content": Commit.COLLECT_CONTENT,
     "without_grants": Commit.COLLECT_GRANTS,
 }

@@ -33,6 +33,7 @@ from tests.simulation.witness import (
     destroy,
     needed_on_replica,
     needed_on_server,
+    sha256_of,
 )
 
 from tidelog import FailureReason, Operation, StorageError
@@ -274,11 +275,11 @@ class FileHappenings(ABC):
         if not found:
             return
         needed = {one.sha256.hex() for _, some in device.needed_contents() for one in some} if is_here else set()
-        path = random.choice([one for one in found if one.name in needed] or found)
+        path = random.choice([one for one in found if sha256_of(one).hex() in needed] or found)
         if random.random() < LOST_TRAPS_SHARE:
             self._lay_lost_trap(device, is_here=is_here)
         destroy(path, is_damaged=is_damaged)
-        (witness.lost_here if is_here else witness.lost_there).add(bytes.fromhex(path.name))
+        (witness.lost_here if is_here else witness.lost_there).add(sha256_of(path))
         if is_here:
             fault = Fault.CONTENT_DAMAGED if is_damaged else Fault.CONTENT_LOST
         else:
@@ -292,7 +293,7 @@ class FileHappenings(ABC):
         found = content_files(self._server.contents)
         if not found or not keys:
             return
-        fetch = Fetch(bytes.fromhex(random.choice(found).name), random.choice(keys), 0)
+        fetch = Fetch(sha256_of(random.choice(found)), random.choice(keys), 0)
         ask = Ask([Needed(fetch.sha256, len(witness.library.content(fetch.sha256) or b""))])
         watch = Watch(witness, eyes, lambda: self._server_record().visible())
         message: Ask | Fetch = ask if random.random() < 0.5 else fetch
@@ -310,7 +311,7 @@ class FileHappenings(ABC):
         if is_here:
             device.disk.trap = Trap(Fault.CLIENT_CRASH, 0, Commit.GONE, self._moment())
         else:
-            self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.FORGET_CONTENT, self._moment())
+            self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.BROKEN_CONTENT, self._moment())
 
     def _lay_file_trap(self, device: Device) -> None:
         fault = self._random.choices(

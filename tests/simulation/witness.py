@@ -105,7 +105,7 @@ class Witness:
                 record = content_record(one.sha256, reader.index)
                 if record is None or record.size != one.size:
                     yield f"{key} refers to {one.sha256.hex()} by {name!r}, on record is {record}"
-                if not _is_whole(contents, one.sha256):
+                if record is not None and not _is_whole(contents, one.sha256, record.copy):
                     yield f"{key} refers to {one.sha256.hex()} by {name!r}, which is not there"
 
     @promise("Files: after a complete synchronize-all a replica has the contents that it wants, byte for byte")
@@ -216,7 +216,12 @@ def destroy(path: Path, *, is_damaged: bool) -> None:
 
 def content_files(contents: ContentDirectory) -> list[Path]:
     """Return where contents lie."""
-    return [contents._path(one.sha256) for one in contents.contents()]
+    return [contents._path(one.sha256, one.copy) for one in contents.contents()]
+
+
+def sha256_of(path: Path) -> bytes:
+    """Return the content that lies in a file."""
+    return bytes.fromhex(path.name.partition("-")[0])
 
 
 def _needed(operation: Operation) -> set[bytes]:
@@ -233,8 +238,8 @@ def _readable(eyes: Eyes, key: Key, attributes: Attributes | None) -> set[bytes]
     return {one.sha256 for one in references(eyes.readable(key[0], attributes)).values()}
 
 
-def _is_whole(contents: ContentDirectory, sha256: bytes) -> bool:
-    file = contents.open(sha256)
+def _is_whole(contents: ContentDirectory, sha256: bytes, copy: str) -> bool:
+    file = contents.open(sha256, copy)
     if file is None:
         return False
     with file:

@@ -196,7 +196,7 @@ class World(FileHappenings):
                     for device in self._devices:
                         self._open(device)
                     if self.witness is not None and self._random.random() < FILE_TRAPS_SHARE:
-                        self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.TENANT, self._moment())
+                        self._server.disk.trap = Trap(Fault.SERVER_CRASH, 0, Commit.UPLOAD, self._moment())
                     for _ in range(self._steps):
                         self._step()
                     self._heal()

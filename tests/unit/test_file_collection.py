@@ -16,9 +16,9 @@ from tests.builders import TENANT, TIME_US, USER, Cabinet, Lab, create, delete, 
 
 from tidelog import ResourceClosed, StorageError
 from tidelog._contents import Content
-from tidelog_server import Application, DirectoryContents, HookContext, HookObject, Principal, Reject, Tenant
+from tidelog_server import Application, DirectoryContents, HookContext, HookObject, Principal, Reject, Tenant, _files
 from tidelog_server._collection import old_grants
-from tidelog_server._content_store import PartMismatch
+from tidelog_server._content_store import MARK_NAME, PartMismatch
 from tidelog_server._files import LOOKED_AT_ONCE, TIMELINE_NOTE, Files
 from tidelog_server._records import Writes
 from tidelog_server._retention import Periods, Retention
@@ -37,8 +37,8 @@ def cabinet(tmp_path: Path) -> Cabinet:
 
 
 def kept(cabinet: Cabinet) -> list[Path]:
-    """Return the files of the directory."""
-    return [one for one in cabinet.contents.path.rglob("*") if one.is_file()]
+    """Return the files of the directory, but for its mark."""
+    return [one for one in cabinet.contents.path.rglob("*") if one.is_file() and one.name != MARK_NAME]
 
 
 def test_what_nothing_refers_to_goes_after_the_grace(cabinet: Cabinet) -> None:
@@ -132,8 +132,8 @@ def test_what_is_called_present_while_it_is_collected(tmp_path: Path) -> None:
     class Collecting(DirectoryContents):
         """Collects before it says that a content is there."""
 
-        def size(self, tenant: str, sha256: bytes) -> int | None:
-            size = super().size(tenant, sha256)
+        def size(self, tenant: str, sha256: bytes, copy: str = "") -> int | None:
+            size = super().size(tenant, sha256, copy)
             if racing.is_due:
                 racing.is_due = False
                 assert racing.collect() == 1
@@ -175,11 +175,11 @@ def test_an_upload_while_the_same_content_is_collected(tmp_path: Path) -> None:
     class Slow(DirectoryContents):
         """Lets an upload of the content have all the time it wants before it deletes it."""
 
-        def delete(self, tenant: str, sha256: bytes) -> None:
+        def delete(self, tenant: str, sha256: bytes, copy: str = "") -> None:
             uploads.append(threading.Thread(target=racing.upload, args=(PHOTO,)))
             uploads[0].start()
             uploads[0].join(0.3)
-            super().delete(tenant, sha256)
+            super().delete(tenant, sha256, copy)
 
     racing = Cabinet(lab, tmp_path)
     racing.contents = Slow(tmp_path)
@@ -201,8 +201,7 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
         raise ResourceClosed("the server ends here")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cabinet.files, "_write", ends)
-        cabinet.files._known_tenants.add(TENANT)
+        patched.setattr(_files, "completed", ends)
         with pytest.raises(ResourceClosed):
             cabinet.upload(PHOTO)
     assert len(kept(cabinet)) == 1
@@ -216,27 +215,31 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
     assert len(kept(cabinet)) == 1
     assert collected_in(cabinet, days=1) == 1
     assert kept(cabinet) == []
+    assert cabinet.entries(b"w") == []
 
 
 def test_contents_that_were_away(cabinet: Cabinet) -> None:
     """A content that was out of reach when somebody asked for it, and that is referred to, stays once it is back."""
     photo, other = cabinet.upload(PHOTO), cabinet.upload(OTHER)
     cabinet.lab.settle(create(1, set={"photo": photo}), create(2, set={"photo": other}))
-    away = cabinet.contents.path.rename(cabinet.contents.path.with_name("away"))
+    paths = cabinet.path(PHOTO), cabinet.path(OTHER)
+    away = [(path, path.rename(cabinet.contents.path / path.name)) for path in paths]
     assert not any(one.is_present for one in cabinet.files.stat(USER, [wanted(PHOTO), wanted(OTHER)]))
-    away.rename(cabinet.contents.path)
-    (cabinet.contents.tenant_path(TENANT) / path_of(OTHER)).write_bytes(b"something else")
+    for path, moved in away:
+        moved.rename(path)
+    paths[1].write_bytes(b"something el")
 
     of_the_directory(cabinet)
     cabinet.wait(10 * DAY)
     assert cabinet.collect() == 0
 
     assert cabinet.has(PHOTO)
-    assert cabinet.entries(b"c") == [b"c" + photo["sha256"]]
-    assert len(kept(cabinet)) == 2
     assert cabinet.files.stat(USER, [wanted(PHOTO)])[0].is_present
+    assert not cabinet.files.stat(USER, [wanted(OTHER)])[0].is_present
+    assert len(kept(cabinet)) == 2
     cabinet.upload(OTHER)
     assert cabinet.has(OTHER)
+    assert len(kept(cabinet)) == 2
 
 
 def test_contents_without_a_record_after_a_restore(cabinet: Cabinet) -> None:
@@ -381,7 +384,8 @@ def test_trouble_of_one_tenant(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="this part"):
         cabinet.collect()
 
-    assert [cabinet.contents.size(tenant, wanted(PHOTO).sha256) for tenant in tenants] == [None, len(PHOTO), None]
+    kept_of = [len(list(DirectoryContents(tmp_path).contents(tenant))) for tenant in tenants]
+    assert kept_of == [0, 1, 0]
 
 
 def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
@@ -394,9 +398,10 @@ def test_contents_that_are_out_of_reach(tmp_path: Path) -> None:
             raise StorageError("the place cannot be reached")
 
     lab = Lab()
+    files = Files(lab.application, lab.store, Away(tmp_path), lambda: TIME_US)
+    files.note_timeline()
     lab.settle(create(1), delete(2))
     Tenant(lab.application, lab.store, "other", None, lambda: TIME_US).create("Task", {})
-    files = Files(lab.application, lab.store, Away(tmp_path), lambda: TIME_US)
     periods = Periods(timedelta(0), timedelta(days=1), timedelta(days=1), timedelta(days=1))
     retention = Retention(lab.store, periods, lambda: TIME_US + 1, files)
 

@@ -404,7 +404,7 @@ class TestRights:
     def test_a_right_to_what_is_lost(self, cabinet: Cabinet) -> None:
         """Who uploaded a content that the server has lost since uploads it again before anything refers to it."""
         cabinet.upload(PHOTO)
-        cabinet.contents.delete(TENANT, sha256(PHOTO))
+        cabinet.path(PHOTO).unlink()
         assert not cabinet.files.stat(USER, [wanted_of(PHOTO)])[0].is_present
 
         assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["NOT_READY"]
@@ -913,7 +913,7 @@ class TestServices:
         for id_ in ("t2", "t3"):
             with pytest.raises(ObjectNotFound):
                 bob.open_file("Task", id_, "photo")
-        ruled.contents.delete(TENANT, sha256(PHOTO))
+        ruled.path(PHOTO).unlink()
         with pytest.raises(ContentLost):
             bob.open_file("Task", "t1", "photo")
 

@@ -77,11 +77,15 @@ class FileServiceServicer:
 
         A stream that breaks leaves what came: the next one goes on from there.
         Fails with `ABORTED`, reason `FILE_OFFSET_MISMATCH`, when `start.offset` is
-        not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when another
-        upload of the same content by the same user has begun: ask `StatFiles` again.
+        not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when nothing
+        came for a while and another upload of the same content by the same user has
+        begun: ask `StatFiles` again. Who begins one while another one goes on gets
+        `RESOURCE_EXHAUSTED`, reason `SERVER_BUSY`, and is told when to come again.
         Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
         size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-        `FILE_TOO_LARGE`, when the server takes no content of that size.
+        `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+        `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+        uploaded too much that nothing refers to yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

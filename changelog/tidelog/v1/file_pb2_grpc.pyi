@@ -49,11 +49,15 @@ class FileServiceStub:
 
     A stream that breaks leaves what came: the next one goes on from there.
     Fails with `ABORTED`, reason `FILE_OFFSET_MISMATCH`, when `start.offset` is
-    not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when another
-    upload of the same content by the same user has begun: ask `StatFiles` again.
+    not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when nothing
+    came for a while and another upload of the same content by the same user has
+    begun: ask `StatFiles` again. Who begins one while another one goes on gets
+    `RESOURCE_EXHAUSTED`, reason `SERVER_BUSY`, and is told when to come again.
     Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
     size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-    `FILE_TOO_LARGE`, when the server takes no content of that size.
+    `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+    `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+    uploaded too much that nothing refers to yet.
     """
     DownloadFile: _grpc.UnaryStreamMultiCallable[_file_pb2.DownloadFileRequest, _file_pb2.DownloadFileResponse]
     """Downloads a content, or a part of one, in chunks of at most 256 KiB.
@@ -84,11 +88,15 @@ class FileServiceAsyncStub(FileServiceStub):
 
     A stream that breaks leaves what came: the next one goes on from there.
     Fails with `ABORTED`, reason `FILE_OFFSET_MISMATCH`, when `start.offset` is
-    not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when another
-    upload of the same content by the same user has begun: ask `StatFiles` again.
+    not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when nothing
+    came for a while and another upload of the same content by the same user has
+    begun: ask `StatFiles` again. Who begins one while another one goes on gets
+    `RESOURCE_EXHAUSTED`, reason `SERVER_BUSY`, and is told when to come again.
     Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
     size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-    `FILE_TOO_LARGE`, when the server takes no content of that size.
+    `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+    `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+    uploaded too much that nothing refers to yet.
     """
     DownloadFile: _aio.UnaryStreamMultiCallable[_file_pb2.DownloadFileRequest, _file_pb2.DownloadFileResponse]  # type: ignore[assignment]
     """Downloads a content, or a part of one, in chunks of at most 256 KiB.
@@ -128,11 +136,15 @@ class FileServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A stream that breaks leaves what came: the next one goes on from there.
         Fails with `ABORTED`, reason `FILE_OFFSET_MISMATCH`, when `start.offset` is
-        not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when another
-        upload of the same content by the same user has begun: ask `StatFiles` again.
+        not how far the upload got, and with reason `UPLOAD_SUPERSEDED` when nothing
+        came for a while and another upload of the same content by the same user has
+        begun: ask `StatFiles` again. Who begins one while another one goes on gets
+        `RESOURCE_EXHAUSTED`, reason `SERVER_BUSY`, and is told when to come again.
         Fails with `DATA_LOSS`, reason `FILE_CORRUPT`, when what came has another
         size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
-        `FILE_TOO_LARGE`, when the server takes no content of that size.
+        `FILE_TOO_LARGE`, when the server takes no content of that size, and with
+        `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
+        uploaded too much that nothing refers to yet.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,292 @@
+"""
+Upload records: what is on its way, or came and nothing refers to it yet. No I/O.
+
+    w digest of user sha256  -> size time copy user   an upload has begun; without a copy: it came
+    w digest of user         -> bytes                 what all of these cost
+
+They say which copies a server may still put on record, and so decide what may be
+deleted, however many servers share the records and the place of the contents, and
+however long one of them was asleep. A copy is made of an upload, under a name that no
+other one ever has, and it is in one of these states, which only transactions change:
+
+    begun       an upload names it
+    on record   the content's record names it
+    gone        nothing names it
+
+It begins before anything of it is stored; goes on record once all of it is, if it is still
+begun then; and is deleted once it is gone. Nothing that is gone comes back, for a name
+is given once, and only what is begun goes on record. So what is on record was never gone,
+nobody has ever set out to delete it, and it is there. What is there and gone is nobody's,
+whoever put it there, and whenever: it is deleted by whoever finds it.
+
+An upload counts for its user from its beginning until something refers to the content,
+or it is given up: so nobody fills the disk with what nothing needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import struct
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from tidelog._contents import SHA256_BYTES
+from tidelog_server._errors import FileRoomExhausted
+from tidelog_server._file_records import (
+    ContentRecord,
+    Lookup,
+    content_key,
+    failures_prefix,
+    grant_key,
+    is_upload_grant,
+    kept_record,
+    objects_prefix,
+    pack_content,
+    pack_grant,
+)
+from tidelog_server._indexes import IndexWrites
+from tidelog_server._store import Reader
+
+UPLOADS: Final = b"w"
+
+# What a content costs besides its bytes: a file, and its records.
+COST_BYTES: Final = 4096
+# How many uploads are looked at to find some that do not count any more.
+LOOKED_AT: Final = 500
+
+_USER_BYTES: Final = 8
+_USER_KEY_BYTES: Final = len(UPLOADS) + _USER_BYTES
+_KEY_BYTES: Final = _USER_KEY_BYTES + SHA256_BYTES
+
+_UPLOAD: Final = struct.Struct(">QQB")
+_BYTES: Final = struct.Struct(">Q")
+
+
+class UploadRecord(NamedTuple):
+    """
+    An upload that has begun.
+
+    Attributes:
+        size: How many bytes it has.
+        time_us: When it was last gone on with.
+        user_id: Who uploads.
+        copy: The copy that is made of it. Empty: that was done.
+    """
+
+    size: int
+    time_us: int
+    user_id: str
+    copy: str
+
+
+def new_copy(user_id: str) -> str:
+    """Return the name of a copy that a user uploads, which no other one has."""
+    return _user_digest(user_id).hex() + secrets.token_hex(_USER_BYTES)
+
+
+def upload_key(user_id: str, sha256: bytes) -> bytes:
+    """Return the key of a user's upload of a content."""
+    return _user_key(user_id) + sha256
+
+
+def upload_of_copy(copy: str, sha256: bytes) -> bytes:
+    """Return the key of the upload of which a copy was made. Raises ValueError if it is none."""
+    return UPLOADS + bytes.fromhex(copy[: 2 * _USER_BYTES]) + sha256
+
+
+def upload_record(key: bytes, lookup: Lookup) -> UploadRecord | None:
+    """Return what is known of an upload, or None."""
+    value = lookup(key)
+    return None if value is None else unpack_upload(value)
+
+
+def unpack_upload(value: bytes) -> UploadRecord:
+    """Return what a value says. Raises ValueError if it is none."""
+    try:
+        size, time_us, copy_chars = _UPLOAD.unpack_from(value)
+        rest = value[_UPLOAD.size :].decode()
+        return UploadRecord(size, time_us, rest[copy_chars:], rest[:copy_chars])
+    except struct.error as error:
+        raise ValueError(str(error)) from error
+
+
+def check_entry(key: bytes, value: bytes) -> None:
+    """Raise ValueError if an entry of the table is none."""
+    if len(key) == _KEY_BYTES:
+        unpack_upload(value)
+    elif len(key) != _USER_KEY_BYTES or len(value) != _BYTES.size:
+        raise ValueError("neither an upload nor what uploads cost")
+
+
+def is_begun(reader: Reader, sha256: bytes, copy: str) -> bool:
+    """Tell whether an upload names a copy."""
+    try:
+        record = upload_record(upload_of_copy(copy, sha256), reader.index)
+    except ValueError:
+        return False
+    return record is not None and record.copy == copy != ""
+
+
+def begun(
+    reader: Reader,
+    user_id: str,
+    sha256: bytes,
+    size: int,
+    *,
+    copy: str,
+    time_us: int,
+    room_bytes: int | None,
+) -> tuple[IndexWrites, str]:
+    """
+    Begin an upload, or go on with one; return the name of its copy, too.
+
+    Args:
+        reader: The tenant's records.
+        user_id: Who uploads.
+        sha256: What.
+        size: How many bytes that are.
+        copy: The name, should it begin now.
+        time_us: The time.
+        room_bytes: What uploads of the user may cost. One alone always may. None: whatever it is.
+
+    Raises:
+        FileRoomExhausted: It would be more.
+    """
+    key, user_key = upload_key(user_id, sha256), _user_key(user_id)
+    known = upload_record(key, reader.index)
+    copy = (known.copy if known is not None else "") or copy
+    writes: IndexWrites = {key: _pack(UploadRecord(size, time_us, user_id, copy))}
+    counted = 0 if known is None else known.size + COST_BYTES
+    if counted != size + COST_BYTES:
+        cost = size + COST_BYTES
+        others = _cost(reader, user_key) - counted
+        if room_bytes is not None and others and others + cost > room_bytes:
+            pruned = [one for one in _some_of(reader, user_key, key) if one != key and is_settled(reader, one)]
+            others -= sum(_cost_of(reader, one) for one in pruned)
+            if others and others + cost > room_bytes:
+                raise FileRoomExhausted(
+                    f"files of {others} bytes that nothing refers to yet are there, or on their way: "
+                    f"with {size} more it would be above the limit of {room_bytes}"
+                )
+            writes.update(dict.fromkeys(pruned))
+        writes[user_key] = _BYTES.pack(others + cost)
+    return writes, copy
+
+
+def completed(
+    reader: Reader, user_id: str, sha256: bytes, size: int, *, copy: str, time_us: int, whole: str | None
+) -> tuple[IndexWrites, str | None] | None:
+    """
+    Put a copy, all of which is stored, on record; the user may refer to the content from then on.
+
+    Args:
+        reader: The tenant's records.
+        user_id: Who uploaded it.
+        sha256: What.
+        size: How many bytes that are.
+        copy: The copy.
+        time_us: The time.
+        whole: The copy on record that proved to be what it should be, and stays instead. None: none did.
+
+    Returns:
+        What is written, and the name of the copy that is gone then, if one is. None: it is not begun any more.
+
+    Raises:
+        OtherCopy: There is another copy on record, which has to be looked at before.
+    """
+    key = upload_key(user_id, sha256)
+    upload, known = upload_record(key, reader.index), kept_record(sha256, reader.index)
+    writes: IndexWrites = {grant_key(sha256, user_id): pack_grant(time_us, is_upload=True)}
+    if upload is None or upload.copy != copy:
+        # Somebody else may have done it, with the same bytes.
+        return (writes, None) if known is not None and known.copy == copy else None
+    writes[key] = _pack(upload._replace(time_us=time_us, copy=""))
+    if known is not None and not known.is_broken:
+        if known.copy != whole:
+            raise OtherCopy
+        if known.size == size:
+            writes[content_key(sha256)] = pack_content(known._replace(time_us=time_us))
+            return writes, copy
+    writes[content_key(sha256)] = pack_content(ContentRecord(size, time_us, copy))
+    return writes, None if known is None else known.copy
+
+
+class OtherCopy(Exception):
+    """There is another copy on record, of which nothing is known."""
+
+
+def due_uploads(reader: Reader, after: bytes, before_us: int) -> tuple[list[bytes], bytes]:
+    """
+    Look at some uploads; return the keys of those that nobody has gone on with since a time, or that do not count.
+
+    Returns them with the key to go on after; empty: there are no more.
+    """
+    entries = reader.index_range(UPLOADS, after, LOOKED_AT)
+    due = [key for key, _ in entries if _is_due(reader, key, before_us)]
+    return due, entries[-1][0] if entries else b""
+
+
+def without_uploads(reader: Reader, keys: Iterable[bytes], before_us: int) -> IndexWrites:
+    """Give up uploads, as far as they are still due."""
+    writes: IndexWrites = {}
+    costs: dict[bytes, int] = {}
+    for key in keys:
+        if _is_due(reader, key, before_us):
+            record = unpack_upload(reader.index(key) or b"")
+            user_key = key[:_USER_KEY_BYTES]
+            costs[user_key] = costs.get(user_key, _cost(reader, user_key)) - record.size - COST_BYTES
+            writes[key] = None
+    writes.update((key, _BYTES.pack(cost) if cost > 0 else None) for key, cost in costs.items())
+    return writes
+
+
+def is_settled(reader: Reader, key: bytes) -> bool:
+    """Tell whether an upload does not count any more: it came, and something refers to it, or nobody may any more."""
+    record = upload_record(key, reader.index)
+    if record is None or record.copy:
+        return False
+    sha256 = key[_USER_KEY_BYTES:]
+    referrers = (objects_prefix(sha256), failures_prefix(sha256, record.user_id))
+    return any(reader.index_range(prefix, b"", 1) for prefix in referrers) or not is_upload_grant(
+        reader.index(grant_key(sha256, record.user_id))
+    )
+
+
+def _is_due(reader: Reader, key: bytes, before_us: int) -> bool:
+    if len(key) != _KEY_BYTES:
+        return False
+    record = upload_record(key, reader.index)
+    return record is not None and (record.time_us < before_us if record.copy else is_settled(reader, key))
+
+
+def _some_of(reader: Reader, user_key: bytes, near: bytes) -> list[bytes]:
+    """Return some uploads of a user, others than the last time: those about a place where chance has put one."""
+    page = reader.index_range(user_key, near, LOOKED_AT)
+    if len(page) < LOOKED_AT:
+        page += reader.index_range(user_key, user_key, LOOKED_AT - len(page))
+    return list({key: None for key, _ in page if len(key) == _KEY_BYTES})
+
+
+def _cost(reader: Reader, user_key: bytes) -> int:
+    """Return what the uploads of a user cost."""
+    value = reader.index(user_key)
+    return 0 if value is None else int(_BYTES.unpack(value)[0])
+
+
+def _cost_of(reader: Reader, key: bytes) -> int:
+    record = upload_record(key, reader.index)
+    return 0 if record is None else record.size + COST_BYTES
+
+
+def _pack(record: UploadRecord) -> bytes:
+    copy = record.copy.encode()
+    return _UPLOAD.pack(record.size, record.time_us, len(copy)) + copy + record.user_id.encode()
+
+
+def _user_key(user_id: str) -> bytes:
+    return UPLOADS + _user_digest(user_id)
+
+
+def _user_digest(user_id: str) -> bytes:
+    return hashlib.sha256(user_id.encode()).digest()[:_USER_BYTES]

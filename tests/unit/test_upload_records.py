@@ -1,0 +1,220 @@
+"""Whose turn it is to upload, how much he may that nothing refers to, and contents that are found damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from tests.builders import TENANT, USER, Cabinet, Lab, create, file_value, said, wanted
+
+from tidelog_server import ContentLost, Principal, _upload_records
+from tidelog_server._errors import FileRoomExhausted, ServerBusy, UploadSuperseded
+from tidelog_server._files import Files
+from tidelog_server._upload_records import COST_BYTES
+
+SECOND: Final = timedelta(seconds=1)
+HOUR: Final = timedelta(hours=1)
+DAY: Final = timedelta(days=1)
+# Room for three small files.
+ROOM: Final = 3 * (COST_BYTES + 100)
+KEY: Final = ("Task", "t1")
+
+
+@pytest.fixture
+def cabinet(tmp_path: Path) -> Cabinet:
+    """Give files of which a user may upload three before he refers to them."""
+    cabinet = Cabinet(Lab(), tmp_path / "files")
+    cabinet.files = Files(
+        cabinet.lab.application, cabinet.lab.store, cabinet.contents, lambda: cabinet.time_us, room_bytes=ROOM
+    )
+    cabinet.files.note_timeline()
+    return cabinet
+
+
+def data(number: int) -> bytes:
+    """Return a content."""
+    return f"photo {number}".encode()
+
+
+def fill(cabinet: Cabinet) -> None:
+    """Upload as much as there is room for."""
+    for number in range(3):
+        cabinet.upload(data(number))
+
+
+def test_more_than_there_is_room_for(cabinet: Cabinet) -> None:
+    """Who has uploaded as much as he may without referring to it uploads no more; others do."""
+    fill(cabinet)
+
+    with pytest.raises(FileRoomExhausted, match=str(ROOM)):
+        cabinet.upload(data(3))
+    cabinet.upload(data(3), Principal("bob"))
+    cabinet.upload(data(2))
+    assert cabinet.files.stat(USER, [wanted(data(3))]) == [(False, False, 0)]
+
+
+def test_what_is_referred_to_makes_room(cabinet: Cabinet) -> None:
+    """Contents do not count any more once something refers to them."""
+    fill(cabinet)
+    cabinet.lab.settle(create(1, set={"photo": file_value(data(1))}))
+
+    cabinet.upload(data(3))
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(4))
+
+
+def test_what_is_collected_makes_room(cabinet: Cabinet) -> None:
+    """Contents that nothing came to refer to, and uploads that nobody went on with, do not count after the grace."""
+    fill(cabinet)
+    cabinet.wait(2 * DAY)
+    cabinet.collect()
+    assert cabinet.entries(b"w") == []
+    for number in range(3):
+        cabinet.files.begin_upload(USER, wanted(data(number)), 0).leave()
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(3))
+
+    cabinet.wait(2 * DAY)
+    cabinet.collect()
+    assert cabinet.entries(b"w") == []
+    fill(cabinet)
+
+
+def test_one_file_always_fits(cabinet: Cabinet) -> None:
+    """A file that is larger than the room is taken if it is alone."""
+    cabinet.upload(bytes(ROOM))
+
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(0))
+
+
+def test_an_upload_counts_once(cabinet: Cabinet) -> None:
+    """However often an upload is gone on with, or comes again, it counts once; with another size as that."""
+    for _ in range(10):
+        cabinet.files.begin_upload(USER, wanted(data(0)), 0).leave()
+        cabinet.wait(HOUR)
+    fill(cabinet)
+    fill(cabinet)
+    with pytest.raises(FileRoomExhausted):
+        cabinet.files.begin_upload(USER, wanted(data(0))._replace(size=ROOM), 0)
+
+
+def test_room_is_found_among_many(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find room a few uploads are looked at, not all: each time others, until there is some."""
+    monkeypatch.setattr(_upload_records, "LOOKED_AT", 2)
+    for number in range(40):
+        cabinet.lab.settle(create(number + 1, f"t{number}", {"photo": cabinet.upload(data(number))}))
+    assert len(cabinet.entries(b"w")) < 8
+
+
+def test_the_service_has_all_the_room(cabinet: Cabinet) -> None:
+    """What the service itself adds is not limited."""
+    for number in range(10):
+        cabinet.tenant().add_file(data(number), name="photo")
+
+
+def test_what_is_known_is_not_written_again(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on with an upload, or asks how contents stand, causes no write before it has been a while."""
+    written: list[object] = []
+    submit = cabinet.lab.store.submit
+
+    def counting(*arguments: Any) -> Any:
+        written.append(arguments)
+        return submit(*arguments)
+
+    monkeypatch.setattr(cabinet.lab.store, "submit", counting)
+
+    def writes(act: Callable[[], object]) -> int:
+        written.clear()
+        act()
+        return len(written)
+
+    def go_on() -> None:
+        cabinet.files.begin_upload(USER, wanted(data(0)), 0).leave()
+
+    def ask() -> None:
+        assert cabinet.files.stat(USER, [wanted(data(1))])[0].is_present
+
+    cabinet.upload(data(1))
+    assert [writes(act) for act in (ask, go_on, ask, go_on)] == [0, 1, 0, 0]
+    cabinet.wait(HOUR)
+    assert [writes(act) for act in (ask, go_on, ask, go_on)] == [1, 1, 0, 0]
+
+
+def test_the_turn_to_upload(cabinet: Cabinet) -> None:
+    """An upload is taken over by another one of the same content only when nothing has come of it for a while."""
+    first = cabinet.files.begin_upload(USER, wanted(data(0)), 0)
+    for _ in range(3):
+        cabinet.wait(4 * SECOND)
+        first.append(data(0)[first.received : first.received + 1])
+    cabinet.wait(4 * SECOND)
+    with pytest.raises(ServerBusy):
+        cabinet.files.begin_upload(USER, wanted(data(0)), 3)
+    cabinet.files.begin_upload(Principal("bob"), wanted(data(0)), 0)
+    first.append(data(0)[3:4])
+
+    cabinet.wait(5 * SECOND)
+    second = cabinet.files.begin_upload(USER, wanted(data(0)), 4)
+    with pytest.raises(UploadSuperseded):
+        first.append(data(0)[4:])
+    first.leave()
+    second.append(data(0)[4:])
+    second.complete()
+    assert cabinet.has(data(0))
+
+
+class TestDamage:
+    def test_is_found_by_whoever_downloads(self, cabinet: Cabinet) -> None:
+        """A content with other bytes than it had is not sent to its end, and missing until it is uploaded again."""
+        photo = cabinet.upload(data(0))
+        cabinet.lab.settle(create(1, set={"photo": photo}))
+        cabinet.path(data(0)).write_bytes(b"photo ?")
+
+        with pytest.raises(ContentLost):
+            b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 0, 0))
+        with pytest.raises(ContentLost):
+            cabinet.files.download(USER, photo["sha256"], KEY, 3, 1).__next__()
+        assert not cabinet.files.stat(USER, [wanted(data(0))])[0].is_present
+        assert said(cabinet.lab.settle(create(2, "t2", {"photo": photo}))) == ["NOT_READY"]
+
+        cabinet.upload(data(0))
+        assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 0, 0)) == data(0)
+        assert said(cabinet.lab.settle(create(2, "t2", {"photo": photo}))) == ["APPLIED"]
+        assert cabinet.has(data(0))
+
+    def test_is_found_by_an_upload(self, cabinet: Cabinet) -> None:
+        """Who uploads what is there already, but damaged, mends it."""
+        photo = cabinet.upload(data(0))
+        cabinet.lab.settle(create(1, set={"photo": photo}))
+        cabinet.path(data(0)).write_bytes(b"photo ?")
+
+        cabinet.upload(data(0), Principal("bob"))
+
+        assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 0, 0)) == data(0)
+        assert len(list(cabinet.contents.contents(TENANT))) == 1
+
+    def test_that_somebody_mended(self, cabinet: Cabinet) -> None:
+        """A content that was put back as it was is there again with the next collection."""
+        photo = cabinet.upload(data(0))
+        cabinet.lab.settle(create(1, set={"photo": photo}))
+        path = cabinet.path(data(0))
+        path.write_bytes(b"photo ?")
+        with pytest.raises(ContentLost):
+            b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 0, 0))
+        cabinet.collect()
+        assert not cabinet.files.stat(USER, [wanted(data(0))])[0].is_present
+
+        path.write_bytes(data(0))
+        cabinet.collect()
+        assert cabinet.files.stat(USER, [wanted(data(0))])[0].is_present
+
+    def test_a_part_of_a_content(self, cabinet: Cabinet) -> None:
+        """Some bytes of a content are sent as they are, and say nothing of the rest."""
+        photo = cabinet.upload(data(0))
+        cabinet.lab.settle(create(1, set={"photo": photo}))
+        assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 2, 3)) == data(0)[2:5]
+        assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 0, 5)) == data(0)[:5]
+        assert cabinet.files.stat(USER, [wanted(data(0))])[0].is_present
