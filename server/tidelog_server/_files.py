@@ -316,9 +316,9 @@ class Files:
             with self._store.read(tenant) as reader:
                 is_there = content_record(content.sha256, reader.index) is not None
                 is_missed = not is_there and is_referred_to(reader, content.sha256)
-            if is_missed:
-                self._put_back(tenant, content)
-            elif is_settled and (is_there or time_us < self._clock() - kept_us):
+            if is_missed and self._put_back(tenant, content):
+                continue  # it is one too many from now on
+            if is_settled and (is_there or time_us < self._clock() - kept_us):
                 self.contents.delete(tenant, content.sha256, content.copy)
                 yield 1
 
@@ -363,12 +363,14 @@ class Files:
             is_on_record = record is not None and record.copy == content.copy
             return not is_on_record and not is_begun(reader, content.sha256, content.copy)
 
-    def _put_back(self, tenant: str, content: Content) -> None:
-        """Make another copy of one that is gone, if it is what it should be: what is gone does not come back itself."""
-        if self._is_whole(tenant, content.sha256, ContentRecord(content.size, 0, content.copy)):
-            pieces = partial(self.contents.read, tenant, content.sha256, copy=content.copy)
-            self.add(tenant, open_content(pieces, content.size), FOUND_AGAIN)
-            _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
+    def _put_back(self, tenant: str, content: Content) -> bool:
+        """Make another copy of one that is gone, if it is whole: what is gone does not come back itself."""
+        if not self._is_whole(tenant, content.sha256, ContentRecord(content.size, 0, content.copy)):
+            return False
+        pieces = partial(self.contents.read, tenant, content.sha256, copy=content.copy)
+        self.add(tenant, open_content(pieces, content.size), FOUND_AGAIN)
+        _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
+        return True
 
     def _begin(self, tenant: str, wanted: Wanted, user_id: str, room_bytes: int | None = None) -> str:
         """Begin an upload, or go on with one; return the name of its copy."""

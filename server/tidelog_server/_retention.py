@@ -242,16 +242,21 @@ class Retention:
             yield Collected()
 
     def _contents(self, tenant: str) -> Iterator[Collected]:
-        """Delete contents that nobody refers to, unless a store that was put back does not know who does."""
-        if self._files is None or not self._files.note_timeline():
+        """
+        Delete contents that nobody refers to, unless a store that was put back does not know who does.
+
+        Look at those, too, that were lost: somebody may have put them back.
+        """
+        if self._files is None:
             return
+        is_settled = self._files.note_timeline()
         before_us = self._before(self._periods.files)
         after = b""
         more = True
         while more:
             with self._store.read(tenant) as reader:
                 due, after = collection.contents_due(reader, after, before_us)
-            for sha256 in due.unneeded:
+            for sha256 in due.unneeded if is_settled else ():
                 yield Collected(contents=self._files.collect(tenant, sha256, before_us))
             for sha256 in due.broken:
                 self._files.mend(tenant, sha256)

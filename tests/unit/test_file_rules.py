@@ -678,7 +678,7 @@ class TestHooks:
 
         cabinet = cabinet_of(tmp_path, application)
         assert said(cabinet.lab.settle(create(1, set={"photo": cabinet.upload(PHOTO)}))) == ["APPLIED"]
-        cabinet.contents.delete(TENANT, sha256(PHOTO))
+        cabinet.path(PHOTO).unlink()
         assert not cabinet.files.stat(USER, [wanted_of(PHOTO)])[0].is_present
 
         assert said(cabinet.lab.settle(delete(2))) == ["APPLIED"]
