@@ -129,6 +129,12 @@ class Business:
         """Draw how much a replica wants."""
         return {entity: _offer(random) for entity in ENTITIES if random.random() < 0.15}
 
+    def narrow_wishes(self, random: Random) -> dict[str, Download]:
+        """Draw how much a replica wants that wants something else of most entities than before."""
+        return {
+            entity: Download(DownloadMode.WHERE, _constraint(random)) for entity in ENTITIES if random.random() < 0.6
+        }
+
     def breaks_rules(self, entity: str, attributes: Attributes) -> bool:
         """Tell whether an object does not fit the server's schema."""
         if not self.is_strict:

@@ -60,8 +60,13 @@ CALM: Final = dict.fromkeys(
     ),
     0,
 )
-RESTORES: Final = {"restore": 3, "back up": 2}
-ONLY_RESTORES: Final = {"restore": 4, "back up": 3, "copy": 0, "put aside": 0, "put back": 0}
+RESTORES: Final = {"copies": 4, "restore": 3, "back up": 2, "relapse": 0}
+ONLY_RESTORES: Final = {
+    "copies": 4,
+    "restore": 4,
+    "back up": 3,
+    **dict.fromkeys(("copy", "put aside", "put back", "relapse"), 0),
+}
 
 _Patch = AbstractContextManager[Any]
 
@@ -550,7 +555,7 @@ MUTATIONS: Final = (
     Mutation(
         "what is offered again overwrites what was done since",
         _overwrite_after_restore,
-        {**ONLY_RESTORES, **CALM, "service": 10, "act": 2, "synchronize": 3},
+        {**ONLY_RESTORES, **CALM, "restore": 0, "set back": 20, "act": 2, "synchronize": 3},
     ),
     Mutation("nobody is asked before most of an entity goes", _no_guard, RESTORES),
     Mutation("the guard looks at all entities together", _guard_the_whole, RESTORES),

@@ -132,10 +132,16 @@ class Settings:
     files: FileSettings | None = None
 
     @classmethod
-    def drawn(cls, random: Random) -> Settings:
-        """Draw settings: small limits reach in a few steps what takes a million objects otherwise."""
+    def drawn(cls, random: Random, *, copies_focus: float = 1.0) -> Settings:
+        """
+        Draw settings: small limits reach in a few steps what takes a million objects otherwise.
+
+        Args:
+            random: The dice.
+            copies_focus: How much more often than usual directories are copied and stores put back.
+        """
         replica_count = random.randint(1, 4)
-        has_copies = random.random() < COPIES_SHARE
+        has_copies = random.random() < COPIES_SHARE * copies_focus
         history = random.choice([timedelta(0), timedelta(microseconds=200), timedelta(days=30)])
         return cls(
             replica_count,
@@ -167,6 +173,11 @@ class Settings:
         if random.random() >= FILES_SHARE:
             return self
         return replace(self, files=FileSettings.drawn(random, self.replica_count))
+
+    @property
+    def has_restless_files(self) -> bool:
+        """Whether a synchronization that waits for contents looks at the server again and again, without a pause."""
+        return self.files is not None and not self.files.limits["session_seconds"]
 
     def with_guard(self, random: Random) -> Settings:
         """Return the settings of a world with some way to deal with the loss of most of an entity; see above."""

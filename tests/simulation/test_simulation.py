@@ -39,8 +39,8 @@ PROMISES = {
     "Forks and restores", "Fresh", "In order", "Incarnation", "No mass delete", "No poison", "Nothing lost on refusal",
     "One at a time", "Private", "Projection", "References", "Settled marks", "Settled once", "Sole writer",
     "Verification", "View",
-    # What the product itself says of an id that cannot be used any more.
-    "ReplicaForked", "ReplicaRetired",
+    # What the product itself says of an id that cannot be used any more, and of a backup that contradicts itself.
+    "ReplicaForked", "ReplicaRetired", "BackupDamaged",
 }  # fmt: skip
 
 

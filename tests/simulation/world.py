@@ -57,6 +57,7 @@ from tidelog import (
     ObjectExists,
     ObjectNotFound,
     Operation,
+    OperationKind,
     ReplicaRetired,
     ServerUnavailable,
     StorageError,
@@ -89,6 +90,7 @@ SELDOM: Final = frozenset(
 )
 DEVICES_MAX: Final = 5
 ASIDES_MAX: Final = 4
+SET_BACK_ACTIONS: Final = 6
 MONTH: Final = timedelta(days=31)
 BACKUPS_MAX: Final = 3
 # What is noted by the way of a copy or a restore takes attempts of its own.
@@ -132,7 +134,8 @@ class World(FileHappenings):
         self._random = Random(seed)
         self._steps = steps
         self._focus = focus or {}
-        settings = Settings.drawn(self._random).with_files(Random(f"{seed} files"))
+        settings = Settings.drawn(self._random, copies_focus=self._focus.get("copies", 1.0))
+        settings = settings.with_files(Random(f"{seed} files"))
         self.settings = settings.with_guard(Random(f"{seed} guard"))
         self.coverage.settings.update(self.settings.business.names())
         if self.settings.has_third_party:
@@ -160,6 +163,9 @@ class World(FileHappenings):
         # What the store was before it was put back, and the failures that it had.
         self._past_lives: list[History] = []
         self._restored_at = 0
+        # Whether the store ever became what it had been before another backup was put back: then what replicas were
+        # told in between is of a life beside that one, and the store may know of other outcomes.
+        self._has_gone_aside = False
         self._former_failures: set[bytes] = set()
         # All operations that anybody ever committed, by nonce.
         self._ledger: dict[int, bytes] = {}
@@ -295,6 +301,8 @@ class World(FileHappenings):
                 raise AssertionError("a download is published, and nobody asked for it")
             before = device.record()
             expected = self._loss(device, link, before)
+            if call.life != self._history.lives:
+                return publish(*arguments, **options)  # the store that sent all this is gone
             try:
                 counts = publish(*arguments, **options)
             except MassRemoval as error:
@@ -360,6 +368,7 @@ class World(FileHappenings):
                 ("relapse", 2.0 if device.is_new_with_work else 0.0, lambda: self._relapse(device)),
                 ("back up", 0.8, self._back_up),
                 ("restore", 0.8 if self._backups else 0.0, self._restore),
+                ("set back", 0.15 if device.call is None else 0.0, lambda: self._set_back(device)),
             ]
         if self.witness is not None:
             happenings += self._happenings_with_files(self.witness, device)
@@ -600,10 +609,11 @@ class World(FileHappenings):
 
     # --- others who write -------------------------------------------------------------------
 
-    def _write_as_service(self) -> None:
-        """Let the service itself change some objects."""
+    def _write_as_service(self, keys: list[Key] | None = None, names: str = "x") -> None:
+        """Let the service itself change some objects, whichever or certain ones."""
         random = self._random
-        keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
+        if keys is None:
+            keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
         server = self._server
         tenant = Tenant(server.application, server.store, DEFAULT_TENANT, None, self._clock, server.files)
         what = "the service writes"
@@ -616,7 +626,8 @@ class World(FileHappenings):
                     elif random.random() < 0.3:
                         transaction.delete(*key)
                     else:
-                        transaction.update(*key, {"x": random.randint(0, 3), **files}, increment={"n": 1})
+                        values = {name: random.randint(0, 3) for name in names}
+                        transaction.update(*key, {**values, **files}, increment={"n": 1})
         except (OperationRefused, ObjectExists, ObjectNotFound, InvalidValue, TransientError, StorageError) as error:
             if self._server.has_died:
                 self._restart_server(Fault.SERVER_CRASH)
@@ -739,20 +750,42 @@ class World(FileHappenings):
         self._say(f"the server's store is kept as {backup.path.name}{' behind its back' if is_raw else ''}")
         self._backups = [*self._backups, backup][-BACKUPS_MAX:]
 
-    def _restore(self) -> None:
-        """Put a backup in the place of the server's store: what was applied since is gone."""
-        backup = self._random.choice(self._backups)
+    def _set_back(self, device: Device) -> None:
+        """Let the server lose what a device has just done, and acknowledged."""
+        for is_to_be_lost in (False, True):
+            if is_to_be_lost:
+                self._back_up()
+            for _ in range(SET_BACK_ACTIONS):
+                self._act(device)
+            if device.call is None:
+                self._begin(device, Mode.ALL, [], None, has_consent=self._agrees(device))
+                self._advance(device, moves=HASTY_MOVES)
+        self._restore(self._backups[-1])
+
+    def _restore(self, backup: Backup | None = None) -> None:
+        """Put a backup, whichever or a certain one, in the place of the store: what was applied since is gone."""
+        backup = backup or self._random.choice(self._backups)
         self._read_history()
         self._past_lives.append(self._history.copy())
         self._former_failures |= {one.failure_id for one in self._server.chronicle.marks.values() if one.failure_id}
+        known, kept = self._server.chronicle.marks, {one.nonce for one in backup.chronicle.marks.values()}
+        self._has_gone_aside |= any(known.get(place) != one for place, one in backup.chronicle.marks.items())
         self._history.become(backup.history)
         for device in self._devices:
             outcomes, operations = device.record().outcomes, device.committed.operations
-            known = {operations[seq].nonce: outcome.failure_id for seq, outcome in outcomes.items()}
-            self._acknowledged.setdefault(device.name, {}).update(known)
+            told = {operations[seq].nonce: outcome.failure_id for seq, outcome in outcomes.items()}
+            acknowledged = {**self._acknowledged.get(device.name, {}), **told}
+            # What the backup has is not offered again.
+            self._acknowledged[device.name] = {nonce: one for nonce, one in acknowledged.items() if nonce not in kept}
         self._restored_at = backup.history.version
         self._lay_traps(Commit.REBASE, self._devices)
+        since = backup.history.version
+        edits = [one for one in self._past_lives[-1].changes if one.kind is OperationKind.UPDATE and not one.by_hook]
+        lost = list(dict.fromkeys(one.key for one in edits if one.version > since))
         self._restart_server(Fault.SILENTLY_RESTORED if backup.is_raw else Fault.RESTORED, backup)
+        if lost and self._random.random() < 0.7:
+            # Before those who did it offer it again.
+            self._write_as_service(self._random.sample(lost, min(2, len(lost))), "xyz")
 
     def _lay_traps(self, commit: Commit, devices: Iterable[Device]) -> None:
         """Let some of the devices die where they note what is about to come."""
@@ -765,9 +798,13 @@ class World(FileHappenings):
         return device.life == self._history.lives
 
     def _knows_outcomes(self, device: Device) -> bool:
-        """Tell whether nobody else has settled anew, or in doubt, what the replica believes to be settled."""
+        """Tell whether nobody has settled otherwise, or in doubt, what the replica believes to be settled."""
         doubted = self._server.chronicle.doubted
-        return not (device.is_copied and self._history.lives) and doubted.isdisjoint(device.nonces)
+        return (
+            not self._has_gone_aside
+            and not (device.is_copied and self._history.lives)
+            and doubted.isdisjoint(device.nonces)
+        )
 
     # --- faults of the network ------------------------------------------------------------
 
@@ -1056,9 +1093,9 @@ class World(FileHappenings):
         if not device.has_staged_pages:
             # What is staged for other wishes has to be thrown away.
             device = next((one for one in self._devices if one.has_staged_pages), device)
-        device.wish(self.settings.business.wishes(self._random))
+        is_staged, business = device.has_staged_pages, self.settings.business
+        device.wish(business.narrow_wishes(self._random) if is_staged else business.wishes(self._random))
         self._say(f"{device.name} wants {device.wishes}")
-        is_staged = device.has_staged_pages
         self._die(device)
         if is_staged:
             # It comes seldom, and no trap laid by chance would wait for it long enough.
@@ -1146,7 +1183,9 @@ class World(FileHappenings):
         attempts_max = COPIES_ATTEMPTS_MAX if self.settings.has_copies else 1
         if self.witness is not None:
             attempts_max += content_count + 1
-        if call.report.attempts > attempts_max:
+        # While what is offered again waits for contents there is a session every few seconds, here all the time.
+        is_restless = call.report.server_restored and self.settings.has_restless_files
+        if call.report.attempts > attempts_max and not is_restless:
             raise PromiseBroken(
                 "Converges: one attempt is enough when nothing fails", [f"{device.name} took {call.report.attempts}"]
             )
