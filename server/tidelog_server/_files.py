@@ -217,6 +217,7 @@ class Files:
         """
         # Before anything waits: whoever completes the same content may wait for the store with its lock.
         self._store.check_outside_of_jobs()
+        self._make_known(tenant)
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()

@@ -343,16 +343,16 @@ def test_a_part_that_is_on_its_way(cabinet: Cabinet) -> None:
 
 
 def test_what_the_service_is_adding(cabinet: Cabinet) -> None:
-    """However short the grace is, a stream that the service adds comes to its end."""
+    """However short the grace is, what the service adds comes to its end, and is known before."""
 
     class Slow(io.BytesIO):
         """Gives a server the time to collect while it is read."""
 
         def read(self, size: int | None = -1) -> bytes:
+            assert cabinet.lab.store.tenants() == [TENANT]
             cabinet.collect(timedelta(seconds=-1))
             return super().read(5)
 
-    cabinet.lab.settle(create(1))
     assert cabinet.tenant().add_file(Slow(PHOTO), name="photo.jpg") == file_value(PHOTO)
 
 
