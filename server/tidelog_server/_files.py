@@ -350,9 +350,10 @@ class Files:
         known = self._store.note(TIMELINE_NOTE)
         is_new = known[_TIMES.size :] != timeline
         began_us, looked_us = (0, 0) if is_new else _TIMES.unpack_from(known)
-        if is_new or now_us - looked_us > UNSEEN_MAX // _MICROSECOND:
+        since_us = abs(now_us - looked_us)  # a clock may have been ahead
+        if is_new or since_us > UNSEEN_MAX // _MICROSECOND:
             began_us = now_us if known or self._store.tenants() else 0
-        if is_new or now_us - looked_us > _NOTED_EVERY // _MICROSECOND:
+        if is_new or since_us > _NOTED_EVERY // _MICROSECOND:
             self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
         return not began_us or now_us - began_us > UNKNOWN_KEPT // _MICROSECOND
 

@@ -23,7 +23,8 @@ import hashlib
 import re
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from datetime import timedelta
 from itertools import chain
@@ -64,7 +65,8 @@ _CONTENT: Final = re.compile(r"(?:^|/)([0-9a-f]{64})(?:-([0-9a-z]+))?$")
 _PIECE: Final = re.compile(r"(?:^|/)incoming/([^/]+)/([0-9]{20})-[0-9]+")
 # ENOSPC, EDQUOT and EFBIG of a directory; what S3-compatible stores say.
 _FULL: Final = re.compile(r"os error (?:28|122|27)\)|status code: 507 |StorageFull|QuotaExceeded")
-# It may be a signature.
+# There may be a password in the one, and a signature in the other.
+_USER: Final = re.compile(r"(\w+://)[^\s/?\"]*@")
 _QUERY: Final = re.compile(r"(\w+://[^\s?\"]+)\?[^\s\"]*")
 
 _log = get_logger("tidelog.contents")
@@ -93,7 +95,7 @@ class ObjectStoreContents:
             from obstore.store import from_url  # noqa: PLC0415
         except ImportError as error:
             raise ExtraMissing("contents in an object store need the extra s3: pip install 'tidelog[s3]'") from error
-        self.url = url.partition("?")[0]  # behind it may be a signature
+        self.url = _USER.sub(r"\1", url.partition("?")[0])  # behind it may be a signature
         self._library_errors = (BaseError, OSError)
         given: dict[str, Any] = {"retry_config": RETRIES, **options}
         try:
@@ -182,7 +184,7 @@ class ObjectStoreContents:
             path = _content_path(tenant, sha256, copy)
             if stretches:
                 with self._storage_errors():
-                    asyncio.run(self._put_verified(path, stretches, rest, sha256, size))
+                    _run(self._put_verified(path, stretches, rest, sha256, size))
             else:
                 _verify(hashlib.sha256(rest), sha256)
                 self._put(path, rest)
@@ -372,6 +374,12 @@ def _verify(digest: hashlib._Hash, sha256: bytes) -> None:
         raise ContentCorrupt(f"the SHA-256 {digest.hexdigest()} instead of {sha256.hex()}")
 
 
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end, in a thread of its own: that of the caller may have an event loop, which waits."""
+    with ThreadPoolExecutor(1) as alone:
+        alone.submit(asyncio.run, coroutine).result()
+
+
 def _content_path(tenant: str, sha256: bytes, copy: str) -> str:
     name = sha256.hex()
     return f"{tenant_name(tenant)}/{name[:2]}/{name}" + (f"-{copy}" if copy else "")
@@ -383,5 +391,6 @@ def _piece_path(tenant: str, part: str, tail: _Tail) -> str:
 
 def _said(error: BaseException) -> str:
     """Return what the library says, without what is there for its own authors."""
-    text = _QUERY.sub(r"\1", " ".join(str(error).partition("\n\nDebug source")[0].split()))
+    text = " ".join(str(error).partition("\n\nDebug source")[0].split())
+    text = _USER.sub(r"\1", _QUERY.sub(r"\1", text))
     return text if len(text) <= MESSAGE_CHARS_MAX else f"{text[:MESSAGE_CHARS_MAX]}..."

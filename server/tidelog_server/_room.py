@@ -14,9 +14,11 @@ the sum.
   larger than its page may be waits in line, before it reads the object, until those who are
   before it have taken theirs, or were ended because they did not.
 
-There are two such lines, each with room of its own. A session begins in that of the
-newcomers, and goes over to the other one once it has taken enough to show that its client
-reads: those who read on do not wait for those who have come to a halt.
+There are three such lines, each with room of its own. A session begins in that of the
+newcomers, and goes over to that of the readers once it has taken enough to show that its
+client reads: those who read on do not wait for those who have come to a halt. Nor do
+newcomers again and again: whose last session was ended because it did not read begins in
+the third line.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from tidelog._limits import PAGE_BYTES_MAX
 QUEUED_BATCHES_MAX: Final = 128
 QUEUED_BYTES_MAX: Final = 64 * 1024 * 1024
 
-# For the pages of newcomers, and for those of sessions that read on; and for each session a least page besides.
+# For the pages of newcomers, of sessions that read on, and of those who did not read before; and for each
+# session a least page besides.
 PAGES_BYTES_MAX: Final = 32 * 1024 * 1024
 PAGE_BYTES_LEAST: Final = 16 * 1024
 # gRPC keeps one of its own of what is being sent.
@@ -128,11 +131,12 @@ class PageRoom:
         self.bytes = 0
         self.of_newcomers = Room(math.inf, bytes_max)
         self.of_readers = Room(math.inf, bytes_max)
+        self.of_slow = Room(math.inf, bytes_max)
 
     @property
     def waiting(self) -> int:
         """How many sessions wait for room."""
-        return self.of_newcomers.waiting + self.of_readers.waiting
+        return self.of_newcomers.waiting + self.of_readers.waiting + self.of_slow.waiting
 
 
 class HeldPages:
@@ -141,7 +145,7 @@ class HeldPages:
 
     Args:
         room: Where they are held.
-        page_bytes_max: How much one may hold, if it is not a single object.
+        page_bytes_max: How much one may hold, if it is not a single object: the least for who did not read before.
 
     Attributes:
         needed: What the next object takes, if it has to wait for room. 0: it has not.
@@ -151,7 +155,7 @@ class HeldPages:
         self.needed = 0
         self._page_bytes_max = page_bytes_max
         self._all = room
-        self._room = room.of_newcomers
+        self._room = room.of_newcomers if page_bytes_max > PAGE_BYTES_LEAST else room.of_slow
         self._held: deque[_Held] = deque()
         # Room that was waited for, and that the next page will have.
         self._granted: _Held | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import subprocess
@@ -177,6 +178,15 @@ class TestInS3(ContentStoreContract):
         assert contents.part_size(TENANT, PART) == 0
         with pytest.raises(PartMismatch):
             contents.append(TENANT, PART, len(DATA), b"more")
+
+    def test_a_service_on_an_event_loop_completes_a_content(self, bucket: Bucket) -> None:
+        """Who waits for a content of several pieces while his own event loop waits gets it all the same."""
+        contents = opened(bucket)
+
+        async def serves() -> bytes:
+            return put(contents, LARGE)
+
+        assert read(contents, asyncio.run(serves())) == LARGE
 
     @pytest.mark.slow
     def test_a_large_content_comes_back(self, bucket: Bucket) -> None:
@@ -362,6 +372,13 @@ class TestOpening:
         """Errors name the store without it."""
         with pytest.raises(InvalidValue) as caught:
             ObjectStoreContents("ftp://host/path?sig=secret")
+        assert "ftp://host/path: " in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+    def test_a_password_in_the_address_is_not_told(self) -> None:
+        """Errors name the store without it."""
+        with pytest.raises(InvalidValue) as caught:
+            ObjectStoreContents("ftp://user:secret@host/path")
         assert "ftp://host/path: " in str(caught.value)
         assert "secret" not in str(caught.value)
 

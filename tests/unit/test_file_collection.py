@@ -287,7 +287,8 @@ def test_contents_without_a_record_after_a_silent_restore(cabinet: Cabinet, age:
     collected_in(cabinet, days=40)
     noted = cabinet.lab.store.note(TIMELINE_NOTE)
     cabinet.upload(PHOTO)
-    os.utime(kept(cabinet)[0], (cabinet.time_us / 1_000_000,) * 2)
+    now = cabinet.time_us / 1_000_000
+    os.utime(kept(cabinet)[0], (now, now))
     cabinet.wait(age)
 
     forget_files(cabinet)
@@ -296,6 +297,21 @@ def test_contents_without_a_record_after_a_silent_restore(cabinet: Cabinet, age:
     assert collected_in(cabinet, days=26) == 0
     assert len(kept(cabinet)) == 1
     assert collected_in(cabinet, days=5) == 1
+
+
+def test_a_clock_that_was_ahead(cabinet: Cabinet) -> None:
+    """What was noted by a clock that was years ahead keeps nothing for years once it is right."""
+    cabinet.lab.settle(create(1))
+    cabinet.upload(PHOTO)
+    forget_files(cabinet)
+    of_the_directory(cabinet)
+    now_us = cabinet.time_us
+    cabinet.wait(1_000 * DAY)
+    cabinet.files.note_timeline()
+    cabinet.time_us = now_us
+
+    assert collected_in(cabinet, days=30) == 0
+    assert collected_in(cabinet, days=2) == 1
 
 
 def test_ends_soon_when_the_server_stops(tmp_path: Path) -> None:
@@ -346,16 +362,16 @@ def test_a_part_that_is_on_its_way(cabinet: Cabinet) -> None:
 
 
 def test_what_the_service_is_adding(cabinet: Cabinet) -> None:
-    """However short the grace is, a stream that the service adds comes to its end."""
+    """However short the grace is, what the service adds comes to its end, and is known before."""
 
     class Slow(io.BytesIO):
         """Gives a server the time to collect while it is read."""
 
         def read(self, size: int | None = -1) -> bytes:
+            assert cabinet.lab.store.tenants() == [TENANT]
             cabinet.collect(timedelta(seconds=-1))
             return super().read(5)
 
-    cabinet.lab.settle(create(1))
     assert cabinet.tenant().add_file(Slow(PHOTO), name="photo.jpg") == file_value(PHOTO)
 
 

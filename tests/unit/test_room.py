@@ -204,6 +204,28 @@ class TestPageRoom:
 
         asyncio.run(scenario())
 
+    def test_newcomers_do_not_wait_for_those_who_did_not_read_before(self) -> None:
+        """Who comes back after he was ended because he did not read has room of a kind of its own."""
+
+        async def scenario() -> None:
+            room = PageRoom(bytes_max=4_000_000)
+            still, again = HeldPages(room, PAGE_BYTES_LEAST), HeldPages(room, PAGE_BYTES_LEAST)
+            newcomer = HeldPages(room)
+            still.add(1_900_000)
+            assert again.page_bytes(1_500_000) < 1_500_000
+            waiting = await _begun(again.wait())
+            assert room.waiting == 1
+
+            assert newcomer.page_bytes(100_000) >= 100_000
+            assert newcomer.page_bytes(1_500_000) < 1_500_000
+            await newcomer.wait()
+
+            assert newcomer.page_bytes(1_500_000) == 1_500_000
+            assert not waiting.done()
+            waiting.cancel()
+
+        asyncio.run(scenario())
+
     def test_who_reads_does_not_wait_for_those_who_do_not(self) -> None:
         """A session that has taken more than a connection holds has room of its own kind."""
 
