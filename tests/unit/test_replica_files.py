@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -867,6 +868,34 @@ class TestDownloading:
         report = replica.synchronize_all()
         assert [one.id for one in report.skipped] == [f"t{len(one)}" for one in lost]
         assert read(replica, "u1") == LARGE
+
+    @pytest.mark.parametrize("way", ["set aside", "next day", "folder away"])
+    def test_contents_that_vanished_or_rotted_come_again(self, replica: Replica, way: str) -> None:
+        """What a replica had, and has no more, is downloaded again, without a change of the objects."""
+        server = FileServer(pages=[page(task("t1", PHOTO), task("t2", LARGE))])
+        server.put(PHOTO)
+        server.put(LARGE)
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = ()
+        contents = replica._storage.files.contents
+        if way == "folder away":
+            shutil.rmtree(contents.path)
+        else:
+            contents.delete(sha256(PHOTO))
+        if way == "next day":
+            replica._storage.set_meta(files_swept=b"1.0")
+            replica.synchronize_all()
+        else:
+            damaged = LARGE[:-1] + b"x"
+            if way == "set aside":
+                name = sha256(LARGE).hex()
+                (replica.path / "files" / name[:2] / name[2:4] / name).write_bytes(damaged)
+            moved = replica.set_aside_damaged().contents
+            assert [path.read_bytes() for path in moved.values()] == ([damaged] if way == "set aside" else [])
+            assert list(replica.verify()) == []
+        assert replica.synchronize_all().files_downloaded == (1 if way == "next day" else 2)
+        assert (read(replica, "t1"), read(replica, "t2")) == (PHOTO, LARGE)
 
     @pytest.mark.parametrize("wish", ["lazy", "never", FileDownload("eager", bytes_max=100)])
     def test_what_is_not_wanted_does_not_come(self, folder: Path, wish: Any) -> None:
