@@ -119,6 +119,7 @@ class FileExchange:
         # What is under way, from one session to the next.
         self._jobs = _Jobs()
         self._transfers: Transfers | None = None
+        self._patience = Patience(end)
         self._results: Iterator[Result | None] = iter(())
         # What the newest session knew of: how many contents were ready, and where the log ended.
         self._ready_count = 0
@@ -300,8 +301,10 @@ class FileExchange:
                 self._lacking[key] = None
         self._look_at = time.monotonic() + SESSION_SECONDS
         self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
+        self._patience.resume()
         while self._begin(None if is_all else self._lacking):
             if self._go_on():
+                self._patience.suspend()
                 return True
         return False
 
@@ -320,7 +323,8 @@ class FileExchange:
             if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
                 return False
             self._done_bytes = 0
-            self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
+            self._patience = Patience(self._end)
+            self._transfers = Transfers(self._files, self._caller, self._patience, self._moved)
             self._results = self._transfers.run(self._jobs, self._jobs.next_size)
         left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
         self._begin_progress(self._done_bytes + left_bytes - sum(self._jobs.under_way.values()))

@@ -525,6 +525,43 @@ class TestUploading:
         assert pending(replica) == [1]
         assert connection.channel_count == 2
 
+    def test_a_cut_during_a_long_session_is_no_silence(
+        self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A transfer that was cut while a session took longer than patience lasts is tried again after it."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+        late_seconds = 0.0
+        cut, seen, in_session = threading.Event(), threading.Event(), threading.Event()
+
+        def on_progress(now: Progress) -> None:
+            if now.phase is Phase.FILES and now.done >= 2 * CHUNK_BYTES:
+                seen.set()
+
+        def on_upload(_name: bytes, position: int) -> None:
+            if position == 2 * CHUNK_BYTES and not cut.is_set():
+                cut.set()
+                assert seen.wait(30)
+                replica.create("Task", {}, "t2")
+                assert in_session.wait(30)
+                raise Transient("cut")
+
+        def settle(operations: Sequence[Operation]) -> list[operation_pb2.OperationResult]:
+            nonlocal late_seconds
+            late_seconds += 2 * _transfer.SILENCE_SECONDS_MAX
+            in_session.set()
+            return FileServer.settle(server, operations)
+
+        monkeypatch.setattr(server, "settle", settle)
+        monkeypatch.setattr(_transfer, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late_seconds))
+        server.on_upload = on_upload
+        report = replica.synchronize_all(on_progress=on_progress)
+        assert cut.is_set()
+        assert (report.applied, report.skipped) == (2, [])
+
     def test_a_session_that_comes_too_late_is_no_error(self, replica: Replica, small: None) -> None:
         """What a further session was to take is reported where none gets through, with what the first one said."""
         server = FileServer()
