@@ -303,8 +303,10 @@ class Files:
                 )
             ]
         for first in range(0, len(vanished), LOOK_STEP_OBJECTS):
-            marks = vanished[first : first + LOOK_STEP_OBJECTS]
-            self._environment.write(partial(put_many, database=self._marks, items=marks))
+            self._mark(vanished[first : first + LOOK_STEP_OBJECTS])
+
+    def _mark(self, marks: list[tuple[bytes, bytes]]) -> None:
+        self._environment.write(lambda transaction: put_many(transaction, self._marks, marks))
 
     def _uncollected(self, work: Callable[[], T]) -> T:
         """
