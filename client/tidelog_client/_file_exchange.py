@@ -227,24 +227,24 @@ class FileExchange:
             else:
                 self._lose(content, "it is not here any more")
         except StorageError as error:
-            self._put_off(content, str(error))
+            self._let_wait(content, str(error))
 
     def _lose(self, content: Needed, why: str) -> None:
         """Take a content for lost, unless it is only away, or was put here anew meanwhile."""
         try:
             if self._files.is_sound(*content):
-                self._put_off(content, f"{why}; by now it is here again")
+                self._let_wait(content, f"{why}; by now it is here again")
                 return
             self._files.check_place()
             self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
         except StorageError as error:
-            self._put_off(content, str(error))
+            self._let_wait(content, str(error))
             return
         _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
         self._waiting.pop(content, None)
         self._lost.add(content)
 
-    def _put_off(self, content: Needed, why: str) -> None:
+    def _let_wait(self, content: Needed, why: str) -> None:
         """Let a content wait for another synchronization."""
         self._waiting[content] = Uploading(content)
         self._reasons[content] = why
