@@ -39,8 +39,8 @@ class Verifier(Protocol):
         ...
 
 
-# Takes damaged operations out of a directory; returns the files with what is left of them, by their positions.
-SetAside = Callable[[Path], Mapping[int, Path]]
+# Takes what is damaged out of a directory; returns the files with what is left: of operations by their positions.
+SetAside = Callable[[Path], Mapping[int | str, Path]]
 
 # Returns a verifier that also looks at the contents of files which lie in an object store, by its URL.
 WithContents = Callable[[str], Verifier]
@@ -85,7 +85,8 @@ def verify(
         typer.Option(
             "--set-aside",
             help="Before, take operations that cannot be read out of the replica's log, into files. "
-            "Pending ones become failures, so that the rest can be synchronized.",
+            "Pending ones become failures, so that the rest can be synchronized. "
+            "Damaged contents of files go there too, and come again.",
         ),
     ] = False,
     json_: JsonOption = False,
@@ -104,11 +105,11 @@ def verify(
     if set_aside:
         if option not in _ways_out:
             raise typer.BadParameter("only operations of a replica can be set aside", param_hint="--set-aside")
-        for seq, file in _ways_out[option](path).items():
+        for what, file in _ways_out[option](path).items():
             if json_:
-                print_json({"set_aside": seq, "file": str(file)})
+                print_json({"set_aside": what, "file": str(file)})
             else:
-                print(f"set aside operation {seq}: {file}")
+                print(f"set aside {f'operation {what}' if isinstance(what, int) else what}: {file}")
     verifier = _verifiers[option]
     if contents is not None:
         if option not in _with_contents:

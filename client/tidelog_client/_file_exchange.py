@@ -55,8 +55,6 @@ SMALL_UPLOADS_SHARE: Final = 0.25
 SMALL_SILENCE_SECONDS: Final = 3.0
 # How many objects whose contents could not be had are tried again where not all are.
 FAILED_OBJECTS_MAX: Final = 1_000
-# How many objects are asked for a content that is to be uploaded and is not here.
-HOLDERS_MAX: Final = 1_000
 # How many results of downloads are written down together.
 NOTED_AT_ONCE: Final = 500
 SWEEP_SECONDS: Final = 24 * 3600.0
@@ -127,6 +125,7 @@ class FileExchange:
         # What is under way, from one session to the next.
         self._jobs = _Jobs()
         self._transfers: Transfers | None = None
+        self._patience = Patience(end)
         self._results: Iterator[Result | None] = iter(())
         # What the newest session knew of: how many contents were ready, and where the log ended.
         self._ready_count = 0
@@ -237,7 +236,7 @@ class FileExchange:
             else:
                 self._miss(content, "it is not here any more")
         except StorageError as error:
-            self._postpone(content, str(error))
+            self._let_wait(content, str(error))
 
     def _miss(self, content: Needed, why: str) -> None:
         """
@@ -248,15 +247,15 @@ class FileExchange:
         """
         try:
             if self._files.is_sound(*content):
-                self._postpone(content, f"{why}; by now it is here again")
+                self._let_wait(content, f"{why}; by now it is here again")
                 return
             self._files.check_place()
             self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
             self._lacking |= dict.fromkeys(self._files.look_again())
         except StorageError as error:
-            self._postpone(content, str(error))
+            self._let_wait(content, str(error))
             return
-        holders = () if content in self._fetched else self._files.holders(content.sha256, HOLDERS_MAX)
+        holders = () if content in self._fetched else self._files.holders(content.sha256, ASKED_OBJECTS_MAX)
         if holders:
             self._fetched.add(content)
             self._fetching[content] = Downloading(content, holders)
@@ -269,7 +268,7 @@ class FileExchange:
         self._lost.add(content)
         self._waiting.pop(content, None)
 
-    def _postpone(self, content: Needed, why: str) -> None:
+    def _let_wait(self, content: Needed, why: str) -> None:
         """Let a content wait for another synchronization."""
         self._waiting[content] = Uploading(content)
         self._reasons[content] = why
@@ -333,8 +332,10 @@ class FileExchange:
                 self._lacking[key] = None
         self._look_at = time.monotonic() + SESSION_SECONDS
         self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
+        self._patience.resume()
         while self._begin(None if is_all else self._lacking):
             if self._go_on():
+                self._patience.suspend()
                 return True
         return False
 
@@ -352,7 +353,8 @@ class FileExchange:
         if self._transfers is None:
             if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
                 return False
-            self._transfers = Transfers(self._files, self._caller, Patience(self._end), self._moved)
+            self._patience = Patience(self._end)
+            self._transfers = Transfers(self._files, self._caller, self._patience, self._moved)
             self._results = self._transfers.run(self._jobs, self._jobs.next_size)
         left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
         self._expect(left_bytes - sum(self._jobs.under_way.values()))

@@ -283,14 +283,15 @@ class Files:
                     found[sha256] = reason
         return found
 
-    def note_gone(self, sha256: bytes, folder: Path) -> None:
+    def note_gone(self, sha256: bytes, folder: Path) -> Path:
         """
-        Note that a content is not here, or damaged: then what is left of it is moved to a folder.
+        Note that a content is not here, or damaged: then what is left of it is moved to the file returned.
 
         One that is sound stays: somebody said another size of it.
         """
+        target = folder / f"content-{sha256.hex()}"
         if not self._is_sound(sha256):
-            self.contents.move_out(sha256, folder / f"content-{sha256.hex()}")
+            self.contents.move_out(sha256, target)
 
         def work(transaction: LmdbTransaction) -> None:
             for user in scan_keys(transaction, self._users, sha256):
@@ -299,6 +300,39 @@ class Files:
                     transaction.put(key, b"", db=self._marks)
 
         self._environment.write(work)
+        return target
+
+    def set_aside_damaged(self, folder: Path) -> dict[bytes, Path]:
+        """
+        Move damaged contents to a folder, and note which ones are not here, so that they are downloaded again.
+
+        What is away is given up.
+        """
+        if self._meta.read("files_mark"):
+            self._uncollected(self.mark_place)
+        moved = {}
+        for content in self.contents.contents():
+            if not self._is_sound(content.sha256):
+                moved[content.sha256] = self.note_gone(content.sha256, folder)
+        self._note_vanished()
+        return moved
+
+    def _note_vanished(self) -> None:
+        """Mark the objects that show a content which is not here any more, and of which that is not known."""
+        with self._environment.read() as transaction:
+            vanished = [
+                (key, b"")
+                for key in self.referring(transaction)
+                if any(
+                    shown and not self.has(sha256, size) and not self.is_missing(transaction, key, sha256, size)
+                    for sha256, (shown, size) in self.references(transaction, key).items()
+                )
+            ]
+        for first in range(0, len(vanished), LOOK_STEP_OBJECTS):
+            self._mark(vanished[first : first + LOOK_STEP_OBJECTS])
+
+    def _mark(self, marks: list[tuple[bytes, bytes]]) -> None:
+        self._environment.write(lambda transaction: put_many(transaction, self._marks, marks))
 
     @contextmanager
     def _not_collecting(self) -> Iterator[None]:
@@ -557,7 +591,13 @@ class Files:
         return count, cursor.key() if found else b""
 
     def sweep(self) -> None:
-        """Find contents that nobody ever referred to, and what broken off transfers left, for `collect`."""
+        """
+        Find contents that nobody ever referred to, and what broken off transfers left, for `collect`.
+
+        And those that vanished, to be downloaded again. Raises StorageError if the contents are away.
+        """
+        self.check_place()
+        self._note_vanished()
         stray: list[tuple[bytes, bytes]] = []
         old = self._clock() / 1e6 - GRACE_SECONDS
         for content in self.contents.contents():

@@ -483,6 +483,7 @@ class Replica:
 
         What is left of each is kept in a file, in the folder `set-aside` of the replica.
         One that was pending becomes a failure, with its commit group. Does nothing if none is damaged.
+        Contents of files that were damaged go there too; those, and what vanished, are downloaded again.
 
         Raises:
             DiskFull, StorageError: The files cannot be written. Nothing was changed.

@@ -156,6 +156,7 @@ class Patience:
         self._silence_seconds = silence_seconds
         self._heard = time.monotonic()
         self._busy_since: float | None = None
+        self._suspended_at = self._heard
 
     def time_left(self) -> float:
         """Return the seconds to the deadline; infinite if there is none."""
@@ -170,6 +171,15 @@ class Patience:
     def is_over(self) -> bool:
         """Whether the deadline has passed."""
         return self._end is not None and time.monotonic() >= self._end
+
+    def suspend(self) -> None:
+        """Do not count as silence what passes until `resume`: nobody looks what gets ahead."""
+        self._suspended_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on where `suspend` was called."""
+        now = time.monotonic()
+        self._heard = max(self._heard, min(now, self._heard + now - self._suspended_at))
 
     def note_progress(self, pause: float = 0.0) -> None:
         """Note that something got ahead, and may be silent for so many seconds more than otherwise."""

@@ -489,9 +489,11 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is a word: JSON has no such number")
 
 
-def _set_aside(path: Path) -> dict[int, Path]:
+def _set_aside(path: Path) -> dict[int | str, Path]:
     with _opened(path) as replica:
-        return replica.set_aside_damaged().files
+        done = replica.set_aside_damaged()
+    found: dict[int | str, Path] = dict(done.files.items())
+    return found | {f"content {sha256.hex()}": file for sha256, file in done.contents.items()}
 
 
 def _print_operations(found: Iterable[LoggedOperation], *, json_: bool, live: bool = False) -> None:

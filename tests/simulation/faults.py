@@ -175,6 +175,7 @@ _CLIENT_FILE_WRITES = {
     "Files._look_step": Commit.LOOK,
     "Files.note_arrived": Commit.ARRIVED,
     "Files.note_gone": Commit.GONE,
+    "Files._mark": Commit.GONE,
     "Files._collect": Commit.DISCARD,
     "Files._note_garbage": Commit.STRAY,
 }

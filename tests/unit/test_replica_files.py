@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -676,6 +677,43 @@ class TestUploading:
         assert pending(replica) == [1]
         assert connection.channel_count == 2
 
+    def test_a_cut_during_a_long_session_is_no_silence(
+        self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A transfer that was cut while a session took longer than patience lasts is tried again after it."""
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        server = FileServer()
+        connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
+        late_seconds = 0.0
+        cut, seen, in_session = threading.Event(), threading.Event(), threading.Event()
+
+        def on_progress(now: Progress) -> None:
+            if now.phase is Phase.FILES and now.done >= 2 * CHUNK_BYTES:
+                seen.set()
+
+        def on_upload(_name: bytes, position: int) -> None:
+            if position == 2 * CHUNK_BYTES and not cut.is_set():
+                cut.set()
+                assert seen.wait(30)
+                replica.create("Task", {}, "t2")
+                assert in_session.wait(30)
+                raise Transient("cut")
+
+        def settle(operations: Sequence[Operation]) -> list[operation_pb2.OperationResult]:
+            nonlocal late_seconds
+            late_seconds += 2 * _transfer.SILENCE_SECONDS_MAX
+            in_session.set()
+            return FileServer.settle(server, operations)
+
+        monkeypatch.setattr(server, "settle", settle)
+        monkeypatch.setattr(_transfer, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late_seconds))
+        server.on_upload = on_upload
+        report = replica.synchronize_all(on_progress=on_progress)
+        assert cut.is_set()
+        assert (report.applied, report.skipped) == (2, [])
+
     def test_a_session_that_comes_too_late_is_no_error(self, replica: Replica, small: None) -> None:
         """What a further session was to take is reported where none gets through, with what the first one said."""
         server = FileServer()
@@ -1152,6 +1190,34 @@ class TestDownloading:
         report = replica.synchronize_all()
         assert [one.id for one in report.skipped] == [f"t{len(one)}" for one in lost]
         assert read(replica, "u1") == LARGE
+
+    @pytest.mark.parametrize("way", ["set aside", "next day", "folder away"])
+    def test_contents_that_vanished_or_rotted_come_again(self, replica: Replica, way: str) -> None:
+        """What a replica had, and has no more, is downloaded again, without a change of the objects."""
+        server = FileServer(pages=[page(task("t1", PHOTO), task("t2", LARGE))])
+        server.put(PHOTO)
+        server.put(LARGE)
+        connect(replica, server)
+        replica.synchronize_all()
+        server.pages = ()
+        contents = replica._storage.files.contents
+        if way == "folder away":
+            shutil.rmtree(contents.path)
+        else:
+            contents.delete(sha256(PHOTO))
+        if way == "next day":
+            replica._storage.set_meta(files_swept=b"1.0")
+            replica.synchronize_all()
+        else:
+            damaged = LARGE[:-1] + b"x"
+            if way == "set aside":
+                name = sha256(LARGE).hex()
+                (replica.path / "files" / name[:2] / name[2:4] / name).write_bytes(damaged)
+            moved = replica.set_aside_damaged().contents
+            assert [path.read_bytes() for path in moved.values()] == ([damaged] if way == "set aside" else [])
+            assert list(replica.verify()) == []
+        assert replica.synchronize_all().files_downloaded == (1 if way == "next day" else 2)
+        assert (read(replica, "t1"), read(replica, "t2")) == (PHOTO, LARGE)
 
     @pytest.mark.parametrize("wish", ["lazy", "never", FileDownload("eager", bytes_max=100)])
     def test_what_is_not_wanted_does_not_come(self, folder: Path, wish: Any) -> None:

@@ -504,5 +504,5 @@ class TestSetAside:
     def test_nothing_is_damaged(self, path: Path) -> None:
         """Where nothing is damaged nothing is done."""
         with Replica(path) as replica:
-            assert replica.set_aside_damaged() == ({}, [])
+            assert replica.set_aside_damaged() == ({}, [], {})
         assert not (path / "set-aside").exists()
