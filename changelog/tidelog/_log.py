@@ -124,9 +124,11 @@ class OperationLog:
         stat = transaction.stat(self._database)
         return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))
 
-    def trim(self, transaction: LmdbTransaction, *, going: Callable[[int, bytes], int], count_max: int) -> list[int]:
+    def trim(
+        self, transaction: LmdbTransaction, *, going: Callable[[int, bytes], int], count_max: int
+    ) -> list[tuple[int, bytes]]:
         """
-        Remove entries from the oldest on, and return their positions.
+        Remove entries from the oldest on, and return (seq, serialized operation) of each.
 
         Args:
             transaction: The caller's.
@@ -134,18 +136,18 @@ class OperationLog:
                 entries go together, it and those behind it; 0 ends the trimming.
             count_max: At how many the trimming ends; the last ones that go together go whole.
         """
-        trimmed: list[int] = []
+        trimmed: list[tuple[int, bytes]] = []
         left = 0
         cursor = transaction.cursor(self._database)
         found = cursor.first()
         while found:
-            seq = unpack_position(cursor.key())
+            seq, data = unpack_position(cursor.key()), cursor.value()[_CRC_BYTES:]
             if not left:
-                left = going(seq, cursor.value()[_CRC_BYTES:]) if len(trimmed) < count_max else 0
+                left = going(seq, data) if len(trimmed) < count_max else 0
                 if not left:
                     break
             found = cursor.delete() and bool(cursor.key())
-            trimmed.append(seq)
+            trimmed.append((seq, data))
             left -= 1
         return trimmed
 

@@ -309,7 +309,8 @@ class Files:
         What is away is given up.
         """
         if self._meta.read("files_mark"):
-            self._uncollected(self.mark_place)
+            with self._not_collecting():
+                self.mark_place()
         moved = {}
         for content in self.contents.contents():
             if not self._is_sound(content.sha256):
@@ -386,10 +387,15 @@ class Files:
         return transaction.stat(self._uploads)["entries"] > 0
 
     def settle_operation(self, transaction: LmdbTransaction, seq: int, *, applied: bool) -> None:
-        """Note that an operation is settled. One that failed keeps its contents: it may be tried again."""
+        """Note that an operation is settled. One that failed keeps its contents while it is logged."""
         packed = transaction.pop(pack_position(seq), db=self._uploads)
         if packed is not None and applied:
             self._release(transaction, seq, _unpacked(packed))
+
+    def forget_operation(self, transaction: LmdbTransaction, seq: int, data: bytes) -> None:
+        """Note that a settled operation leaves the log."""
+        if may_refer_to_files(data):
+            self._release(transaction, seq, {one.sha256 for one in set_references(data)})
 
     def _release(self, transaction: LmdbTransaction, seq: int, contents: Iterable[bytes]) -> None:
         for sha256 in contents:

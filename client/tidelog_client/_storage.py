@@ -645,19 +645,20 @@ class Storage:
         goes whole: a part of it could not be offered again to a server that lost it.
         """
 
-        def work(transaction: LmdbTransaction) -> list[int]:
+        def work(transaction: LmdbTransaction) -> int:
             trimmed = self.log.trim(
                 transaction, going=self._trimmable(transaction, oldest_us, size_bytes_max), count_max=count_max
             )
-            for seq in trimmed:
+            for seq, data in trimmed:
+                self.files.forget_operation(transaction, seq, data)
                 transaction.delete(pack_position(seq), db=self._outcomes)
-            return trimmed
+            return len(trimmed)
 
         with self.environment.read() as transaction:
             oldest = self.log.first(transaction)
             if oldest is None or not self._trimmable(transaction, oldest_us, size_bytes_max)(*oldest):
                 return 0
-        return len(self.environment.write(work))
+        return self.environment.write(work)
 
     def _trimmable(
         self, transaction: LmdbTransaction, oldest_us: float, size_bytes_max: int

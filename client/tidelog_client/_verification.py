@@ -304,11 +304,11 @@ class _Verification:
                 yield _finding(FindingKind.FAILURE_WRONG, where, "the refused operation", "none")
             for data in operations:
                 seq, _nonce = identity_of(data)
-                if may_refer_to_files(data):
-                    self._failed[seq] = data
                 outcome = self._outcome_at(seq)
                 if outcome is None and seq < self._first:
                     continue  # it has left the log
+                if may_refer_to_files(data):
+                    self._failed[seq] = data
                 if outcome is None or outcome.failure_id != failure.id:
                     expected = f"operation {seq} to be refused with it"
                     found = "no outcome" if outcome is None else str(outcome)

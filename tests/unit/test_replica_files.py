@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -1476,6 +1477,24 @@ class TestRemoval:
         replica._storage.set_meta(files_swept=b"1")  # it was long ago
         replica.synchronize_all()
         assert contents_of(replica) == {}
+
+    def test_a_failure_keeps_its_content_while_it_is_logged(self, folder: Path) -> None:
+        """The content of a refused operation goes when the operation leaves the log; the failure stays."""
+        with Replica(folder / "a") as replica:
+            connect(replica, FileServer(refuses=[1]))
+            replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+            replica.synchronize_all()
+            age(replica)
+            replica.synchronize_all()
+            assert list(contents_of(replica)) == [sha256(PHOTO)]
+            assert list(replica.verify()) == []
+        with Replica(folder / "a", log_retention=timedelta(0)) as replica:
+            assert replica.trim_log() == 1
+            connect(replica, FileServer())
+            replica.synchronize_all()
+            assert contents_of(replica) == {}
+            assert [one.object_id for one in replica.failures()] == ["t1"]
+            assert list(replica.verify()) == []
 
     def test_a_crash_before_the_commit_leaves_what_is_collected(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
