@@ -1326,6 +1326,24 @@ class TestDownloading:
             (SkipReason.UNCOMMITTED, "new"),
         ]
 
+    @pytest.mark.parametrize("wish", ["eager", "lazy"])
+    def test_what_could_not_be_had_is_pending_once_its_object_comes_anew(self, folder: Path, wish: str) -> None:
+        """That a content could not be had is forgotten when the server tells of its object again."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        with Replica(folder / "a", files={"Task": wish}) as replica:
+            connect(replica, server)
+            replica.synchronize_all()
+            with pytest.raises(FileUnavailable):
+                read(replica)
+            server.pages = ()
+            replica.synchronize_all()
+            assert replica.file_state("Task", "t1", "photo") is FileState.FAILED
+            server.put(PHOTO)
+            server.pages = [page(("Task", "t1", 101, {"photo": reference(PHOTO)}))]
+            replica.synchronize_all()
+            expected = {"eager": FileState.AVAILABLE, "lazy": FileState.PENDING}[wish]
+            assert replica.file_state("Task", "t1", "photo") is expected
+
     def test_a_file_that_is_replaced_here_is_not_downloaded(self, replica: Replica) -> None:
         """Only what the replica shows is downloaded, not what an own pending operation has replaced."""
         server = FileServer(pages=[page(task("t1", b"old"))])
