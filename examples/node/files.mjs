@@ -8,7 +8,7 @@
  * before that operation is sent. Only what the other side lacks travels, and what was cut
  * off goes on where it was.
  */
-import { createHash } from 'node:crypto';
+import { createHash, randomUUID } from 'node:crypto';
 import { once } from 'node:events';
 import { constants, createReadStream, existsSync, mkdirSync, rmSync, statSync } from 'node:fs';
 import { copyFile, open, rename } from 'node:fs/promises';
@@ -48,7 +48,7 @@ export class Files {
 
   /** Keep a copy of a file, and return the reference to it: the value of an attribute. */
   async add(path, { name = basename(path), mediaType = 'application/octet-stream' } = {}) {
-    const part = join(this.#folder, `${process.pid}.${Date.now()}.part`);
+    const part = join(this.#folder, `${randomUUID()}.part`);
     await copyFile(path, part, constants.COPYFILE_EXCL);
     const sha256 = await digest(part);
     const size = BigInt(statSync(part).size);
@@ -62,17 +62,34 @@ export class Files {
     return existsSync(path) ? path : undefined;
   }
 
-  /** Bring to the server what it lacks of the contents that operations refer to. */
+  /**
+   * Bring to the server what it lacks of the contents that operations refer to, the smallest first.
+   *
+   * Returns the hashes of those that are not there: `lost` are those that are not here either, `waiting` go on
+   * another time. One that fails stops no other.
+   */
   async upload(operations, deadline) {
-    const contents = [...referencesOf(operations).values()];
-    for (let at = 0; at < contents.length; at += STAT_MAX) {
-      const asked = contents.slice(at, at + STAT_MAX);
-      const request = { contents: asked.map(({ sha256, size }) => ({ sha256, size: `${size}` })) };
-      const { statuses } = await unary(this.#service, 'StatFiles', request, deadline);
-      for (const [place, { state, receivedBytes }] of statuses.entries()) {
-        if (state === 'FILE_STATE_MISSING') await this.#upload(asked[place], Number(receivedBytes), deadline);
+    const contents = [...referencesOf(operations).values()].sort((a, b) => Number(a.size - b.size));
+    const left = { lost: new Set(), waiting: new Set(contents.map(({ sha256 }) => hex(sha256))) };
+    try {
+      for (let at = 0; at < contents.length; at += STAT_MAX) {
+        const asked = contents.slice(at, at + STAT_MAX);
+        const request = { contents: asked.map(({ sha256, size }) => ({ sha256, size: `${size}` })) };
+        const { statuses } = await unary(this.#service, 'StatFiles', request, deadline);
+        for (const [place, { state, receivedBytes }] of statuses.entries()) {
+          const name = hex(asked[place].sha256);
+          const isMissing = state === 'FILE_STATE_MISSING';
+          const isLost = isMissing && this.find(asked[place]) === undefined;
+          if (isLost) left.lost.add(name);
+          if (isLost || !isMissing || (await this.#isUploaded(asked[place], Number(receivedBytes), deadline))) {
+            left.waiting.delete(name);
+          }
+        }
       }
+    } catch (error) {
+      if (!(error instanceof SynchronizationError)) throw error;
     }
+    return left;
   }
 
   /** The path of the content that an attribute of an object refers to; fetched if it is not here. */
@@ -80,9 +97,18 @@ export class Files {
     return this.find(reference) ?? (await this.#download(reference, object, deadline));
   }
 
+  async #isUploaded(content, offset, deadline) {
+    try {
+      await this.#upload(content, offset, deadline);
+      return true;
+    } catch (error) {
+      if (error instanceof SynchronizationError) return false;
+      throw error;
+    }
+  }
+
   async #upload({ sha256, size }, offset, deadline) {
     const path = this.find({ sha256 });
-    if (path === undefined) throw new SynchronizationError(`the content ${hex(sha256)} is not here any more`);
     let call;
     const answer = new Promise((resolve, reject) => {
       call = this.#service.UploadFile({ deadline }, (error) => (error ? reject(errorOf(error)) : resolve()));
@@ -130,6 +156,21 @@ export class Files {
   #path(sha256) {
     return join(this.#folder, hex(sha256));
   }
+}
+
+/** What of operations can be sent: not those whose contents wait, nor what comes later on their objects. */
+export function sendable(operations, waiting) {
+  const held = new Set();
+  const sent = [];
+  for (let at = 0; at < operations.length; ) {
+    const unit = operations.slice(at, at + (operations[at].group?.size ?? 1));
+    const keys = unit.map(({ entity, id }) => `${entity}\0${id}`);
+    const waits = [...referencesOf(unit).keys()].some((name) => waiting.has(name));
+    if (waits || keys.some((key) => held.has(key))) keys.forEach((key) => held.add(key));
+    else sent.push(...unit);
+    at += unit.length;
+  }
+  return sent;
 }
 
 /** The references to files that operations set, by hash. */

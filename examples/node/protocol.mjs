@@ -29,8 +29,10 @@ function splice(method, parts) {
 }
 
 const sync = definitions['tidelog.v1.SyncService'];
-splice(sync.Synchronize, ({ batchOf }) =>
-  batchOf ? [field(2, Buffer.concat(batchOf.map((one) => field(1, one))))] : [],
+splice(sync.Synchronize, ({ batchOf, lostContents = [] }) =>
+  batchOf
+    ? [field(2, Buffer.concat([...batchOf.map((one) => field(1, one)), ...lostContents.map((one) => field(3, one))]))]
+    : [],
 );
 splice(sync.UploadOperations, ({ operationsOf }) => operationsOf.map((one) => field(3, one)));
 

@@ -9,7 +9,7 @@
  */
 import { setTimeout } from 'node:timers/promises';
 import { credentials } from '@grpc/grpc-js';
-import { Files, referenceOf } from './files.mjs';
+import { Files, referenceOf, sendable } from './files.mjs';
 import {
   FailureService,
   FileService,
@@ -123,6 +123,7 @@ export class Client {
    *
    * `mode` is ALL, or UNSYNCHRONIZED to download only what the upload changed. Whatever
    * breaks off is tried again until the time is over, from the start: it cannot do harm.
+   * Contents have half of the time; operations whose contents need more are `notReady`.
    */
   async synchronize({ mode = 'ALL', timeoutMs = TIMEOUT_MS_DEFAULT } = {}) {
     if (this.#synchronizing) {
@@ -137,8 +138,8 @@ export class Client {
     try {
       await this.#retried(Date.now() + timeoutMs, async (deadline) => {
         report.attempts += 1;
-        await this.#files.upload(this.#state.pending(), deadline);
-        await new Session(this.#state, this.#sync, mode, report).run(deadline);
+        const contents = await this.#files.upload(this.#state.pending(), (Date.now() + deadline) / 2);
+        await new Session(this.#state, this.#sync, mode, report, contents).run(deadline);
       });
       return report;
     } finally {
@@ -193,8 +194,10 @@ class Session {
   #held = new Map(); // seq -> operation
   #reconcile = false;
   #pages = [];
+  #contents;
 
-  constructor(state, service, mode, report) {
+  constructor(state, service, mode, report, contents) {
+    this.#contents = contents;
     this.#state = state;
     this.#service = service;
     this.#mode = mode;
@@ -203,7 +206,9 @@ class Session {
 
   async run(deadline) {
     // What is committed from now on belongs to the next session.
-    const operations = this.#state.pending();
+    const pending = this.#state.pending();
+    const operations = sendable(pending, this.#contents.waiting);
+    const left = pending.filter((one) => !operations.includes(one));
     this.#call = this.#service.Synchronize({ deadline });
     this.#call.on('error', () => {}); // the loop below throws it
     try {
@@ -214,6 +219,7 @@ class Session {
           mode: `SYNCHRONIZE_MODE_${this.#mode}`,
           cursor: this.#state.cursor,
           uploading: operations.length > 0,
+          leavesEarlierOperations: left.length > 0 && left[0].seq < (operations.at(-1)?.seq ?? 0n),
           acceptsConfirmations: !this.#state.stateLost,
         },
       });
@@ -225,6 +231,8 @@ class Session {
       this.#call.cancel();
     }
     if (this.#stage !== 'done') throw new SynchronizationError('the server broke off', { transient: true });
+    const message = 'the content of a file is not at the server yet';
+    this.#report.notReady.push(...left.map((operation) => ({ operation, message })));
   }
 
   #receive({ message, ...response }, operations) {
@@ -272,7 +280,8 @@ class Session {
         return;
       }
       this.#inFlight.push(batch);
-      this.#call.write({ batchOf: batch.map((operation) => operation.data) });
+      const lostContents = [...this.#contents.lost].map((name) => Buffer.from(name, 'hex'));
+      this.#call.write({ batchOf: batch.map((operation) => operation.data), lostContents });
     }
   }
 

@@ -413,6 +413,44 @@ def test_an_upload_goes_on_where_it_was_cut(address: str, tmp_path: Path) -> Non
         assert 2_120_000 < proxy.up.byte_count < 2_300_000
 
 
+def test_a_content_that_vanished_costs_its_operation_only(address: str, tmp_path: Path) -> None:
+    """What refers to a content that is nowhere any more is refused for good; everything else is exchanged."""
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"a photo")
+    state = tmp_path / "state.json"
+    with Replica(tmp_path / "device", server=address) as replica:
+        replica.create("Task", {"title": "Buy milk"}, "t1")
+        replica.synchronize_all()
+    run_node("--server", address, "--state", state, "--update", "t1", "--file", photo, "sync", "attach")
+    for content in (tmp_path / "state.json.files").iterdir():
+        content.unlink()
+    printed = run_node("--server", address, "--state", state, "edit", "sync")
+    reasons = {one["id"]: one["reason"] for one in events(printed, "rejected")}
+    assert reasons["t1"] == "FAILURE_REASON_FILE_MISSING"
+    assert len(events(printed, "applied")) == 6
+    assert events(printed, "synchronized")[-1]["pending"] == 0
+
+
+def test_a_content_that_cannot_go_up_holds_up_nothing_else(address: str, tmp_path: Path) -> None:
+    """What refers to a content that the server does not take yet stays pending; everything else is exchanged."""
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"a photo")
+    state = tmp_path / "state.json"
+    with Replica(tmp_path / "device", server=address) as replica:
+        replica.create("Task", {"title": "Buy milk"}, "t1")
+        replica.synchronize_all()
+    run_node("--server", address, "--state", state, "--update", "t1", "--file", photo, "sync", "attach")
+    (content,) = (tmp_path / "state.json.files").iterdir()
+    content.write_bytes(b"damaged")
+    printed = run_node("--server", address, "--state", state, "--update", "t1", "edit", "sync")
+    assert [one["id"] for one in events(printed, "not_ready")] == ["t1", "t1"]
+    assert events(printed, "synchronized")[-1]["pending"] == 2
+    assert len(events(printed, "applied")) == 4
+    content.write_bytes(b"a photo")
+    printed = run_node("--server", address, "--state", state, "sync")
+    assert [one["id"] for one in events(printed, "applied")] == ["t1", "t1"]
+
+
 def _cut_upload(content: file_pb2.FileContent, data: bytes) -> Iterator[file_pb2.UploadFileRequest]:
     """The beginning of an upload: the stream ends before the content does."""
     yield file_pb2.UploadFileRequest(start=file_pb2.UploadFileStart(content=content))
