@@ -456,11 +456,7 @@ class Files:
         for sha256, (shown, size) in before.items():
             if shown and after.get(sha256) != (shown, size):
                 transaction.delete(_missing_key(key, sha256, size), db=self._missing)
-        lacks = [
-            (sha256, size)
-            for sha256, (shown, size) in after.items()
-            if shown and not self.has(sha256, size)
-        ]
+        lacks = [(sha256, size) for sha256, (shown, size) in after.items() if shown and not self.has(sha256, size)]
         put_many(transaction, self._missing, [(_missing_key(key, *one), b"") for one in lacks])
         for sha256, _ in lacks:
             transaction.delete(sha256, db=self._states)  # the server may have it by now

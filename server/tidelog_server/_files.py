@@ -253,6 +253,8 @@ class Files:
         # Before anything waits: who completes it waits for the store.
         self._store.check_outside_of_jobs()
         self.place.check(marks=True)
+        if tenant not in self._store.tenants():  # else nobody would find what a crash leaves
+            self._write(tenant, lambda reader: (_entries(reader, {}), None))
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
