@@ -459,7 +459,9 @@ class Files:
         lacks = [(sha256, size) for sha256, (shown, size) in after.items() if shown and not self.has(sha256, size)]
         put_many(transaction, self._missing, [(_missing_key(key, *one), b"") for one in lacks])
         for sha256, _ in lacks:
-            transaction.delete(sha256, db=self._states)  # the server may have it by now
+            why_not = transaction.get(sha256, db=self._states)
+            if why_not is not None and not _unpacked_state(why_not)[0]:
+                transaction.delete(sha256, db=self._states)  # the server may have it by now
         if after:
             transaction.put(key, packed_references(after), db=self._files)
         else:
