@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Se
 from filelock import FileLock, Timeout
 
 from tidelog._contents import ContentCorrupt
+from tidelog._environment import typed_errors
 from tidelog._errors import DiskFull, StorageError, TidelogError, Unauthenticated
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
@@ -534,6 +535,10 @@ class _Turn:
         self._lock = FileLock(self._path, is_singleton=False)
 
     def __enter__(self) -> None:
+        with typed_errors(self._path):
+            self._acquire()
+
+    def _acquire(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -543,8 +548,6 @@ class _Turn:
                 if self._is_over():
                     raise Transient("somebody else is about to download it") from None
                 self._tell(Moved(self._part.size, 0))  # by somebody else, but it gets ahead
-            except OSError as error:
-                raise StorageError(f"{self._path}: {error.strerror or error}") from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:

@@ -16,7 +16,8 @@ from dataclasses import asdict, fields
 from datetime import UTC
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, BinaryIO, Final, NoReturn
+from uuid import uuid4
 
 import typer
 
@@ -361,9 +362,28 @@ def save_file(
     with (
         _opened(replica, server=server, token=token, tls=tls_given or False) as opened,
         opened.open_file(entity, id, attribute, timeout=timeout) as content,
-        target.open("wb") as file,
+        _replacing(target) as file,
     ):
         shutil.copyfileobj(content, file)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of another one once it is whole; what is no regular file is written to."""
+    if target.exists() and not target.is_file():
+        with target.open("wb") as file:
+            yield file
+        return
+    path = target.resolve()
+    draft = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        with draft.open("xb") as file:
+            yield file
+        if path.exists():
+            shutil.copymode(path, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _opened(path: Path, **options: Any) -> Replica:

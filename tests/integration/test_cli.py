@@ -27,7 +27,7 @@ import trustme
 from typer.main import get_command
 
 from tidelog.cli import ExitCode, build_app
-from tidelog_client import Replica
+from tidelog_client import Replica, commands
 
 pytestmark = pytest.mark.slow
 
@@ -737,6 +737,20 @@ def without_measures(text: str) -> str:
     return re.sub(r"\(\d+ bytes sent, \d+ received, [\d.]+ s\)", "(MEASURES)", text)
 
 
+def test_a_file_that_cannot_be_saved_leaves_the_former_one(tmp_path: Path) -> None:
+    """What fails in the middle changes no file, and leaves none; what is no file is written as it comes."""
+    target = tmp_path / "saved.jpg"
+    target.write_bytes(b"the former one")
+    with pytest.raises(RuntimeError), commands._replacing(target) as file:  # noqa: PT012 - all of it is one
+        file.write(b"a part")
+        raise RuntimeError
+    assert [one.name for one in tmp_path.iterdir()] == ["saved.jpg"]
+    assert target.read_bytes() == b"the former one"
+    with commands._replacing(Path(os.devnull)) as file:
+        file.write(b"anything")
+    assert not Path(os.devnull).is_file()
+
+
 def test_files_travel(folder: Path) -> None:
     """A file that was attached to an object of one replica is saved from another one, fetched if need be."""
     (folder / "photo.jpg").write_bytes(b"a photo")
@@ -754,6 +768,11 @@ def test_files_travel(folder: Path) -> None:
         assert not (folder / "saved.jpg").exists()
         succeed(*save, "--server", address, cwd=folder)
     assert (folder / "saved.jpg").read_bytes() == b"a photo"
+    (folder / "saved.jpg").write_bytes(b"longer than the photo is")
+    before = sorted(folder.iterdir())
+    succeed(*save, cwd=folder)
+    assert (folder / "saved.jpg").read_bytes() == b"a photo"
+    assert sorted(folder.iterdir()) == before
     attributes = read_json(succeed("get", "Task", "milk", "--replica", "copy", "--json", cwd=folder))[0]["attributes"]
     assert (attributes["photo"]["name"], attributes["photo"]["media_type"]) == ("photo.jpg", "image/jpeg")
     for wish in ("Task", "Task=sometimes", "Task=eager:many"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import lmdb
 import pytest
+from filelock import FileLock
 from tests.builders import quick_folder
 from tests.files import CHUNK_BYTES, Calls, FileServer, connect, reference, sha256
 from tests.sessions import applied, page
@@ -1000,6 +1002,17 @@ class TestDownloading:
         now += _files.DAMAGED_SECONDS_MAX
         assert replica.synchronize_all().skipped == []
         assert read(replica) == LARGE
+
+    def test_no_room_for_a_lock_is_told_as_that(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A disk that has no room for an empty file is full, not broken."""
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        part = replica._storage.files.contents.part("part")
+        monkeypatch.setattr(FileLock, "acquire", refuse)
+        with pytest.raises(DiskFull), _transfer._Turn(part, lambda: False, lambda _: None):
+            pass
 
     def test_who_opens_what_came_damaged_asks_at_once(self, replica: Replica) -> None:
         """A content that is put off comes when somebody opens it, and then is here for everybody."""
