@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import msgpack
@@ -390,7 +390,7 @@ class TestCopiedReplicas:
         site.sync("a")
         b = site.device("b")
         former = b._storage.fork()
-        b._storage.set_meta(former_identities=msgpack.packb([(former, 2, 1)]))
+        b._storage.set_meta(former_identities=cast("bytes", msgpack.packb([(former, 2, 1)])))
         b.update("Task", "both", increment={"n": 1})
 
         report = b.synchronize_all()
