@@ -25,7 +25,6 @@ import enum
 import hashlib
 import struct
 import threading
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -273,7 +272,7 @@ class Files:
 
     def put_off(self) -> dict[bytes, str]:
         """Return the contents that are not to be asked for yet, because what came of them was damaged, and why."""
-        now = time.time()
+        now = self._clock() / 1e6
         found = {}
         with self._environment.read() as transaction:
             for sha256, value in transaction.cursor(self._states):
@@ -549,7 +548,7 @@ class Files:
                 value = why.reason.encode(errors="replace")
                 if why.is_damaged:
                     count, _, _ = _unpacked_state(transaction.get(sha256, b"", db=self._states))
-                    value = _DAMAGED.pack(min(count + 1, 1_000), max(0, int(time.time()))) + value
+                    value = _DAMAGED.pack(min(count + 1, 1_000), max(0, self._clock() // 1_000_000)) + value
                 transaction.put(sha256, value, db=self._states)
 
         self._environment.write(work)

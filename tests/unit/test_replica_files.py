@@ -40,6 +40,7 @@ from tidelog import (
 from tidelog._contents import Part
 from tidelog._keys import pack_position
 from tidelog._operation import decode_operation
+from tidelog.testing import ManualClock
 from tidelog.v1 import operation_pb2
 from tidelog_client import (
     FileDownload,
@@ -973,35 +974,34 @@ class TestDownloading:
         assert read(replica) == LARGE
 
     def test_what_comes_damaged_is_not_asked_for_each_time(
-        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A content that comes damaged again and again is asked for after longer and longer, reported each time."""
-        now = time.time()
-        monkeypatch.setattr(_files, "time", SimpleNamespace(time=lambda: now))
         monkeypatch.setattr(_files, "DAMAGED_SECONDS_MAX", 3000.0)
         server = FileServer(pages=[page(task("t1", LARGE), task("t2", PHOTO))])
         server.put(PHOTO)
         server.gives[sha256(LARGE)] = LARGE[:-1] + b"x"
-        connect(replica, server)
+        clock = ManualClock()
         asked_at = []
-        start = now
-        while now < start + 5 * 3600:
-            server.downloads.clear()
-            report = replica.synchronize_all()
-            assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_DOWNLOADED, "t1")]
-            assert "another content" in report.skipped[0].message
-            assert replica.file_state("Task", "t1", "photo") is FileState.FAILED
-            if any(name == sha256(LARGE) for name, _, _ in server.downloads):
-                asked_at.append(now)
-            now += 300
-        pauses = [after - before for before, after in pairwise(asked_at)]
-        assert pauses == [300, 600, 1200, 2400, *[3000] * (len(pauses) - 4)]
-        assert len(pauses) > 5
-        server.gives.clear()
-        server.put(LARGE)
-        now += _files.DAMAGED_SECONDS_MAX
-        assert replica.synchronize_all().skipped == []
-        assert read(replica) == LARGE
+        with Replica(folder / "b", clock=clock) as replica:
+            connect(replica, server)
+            for _ in range(60):
+                server.downloads.clear()
+                report = replica.synchronize_all()
+                assert [(one.reason, one.id) for one in report.skipped] == [(SkipReason.FILE_NOT_DOWNLOADED, "t1")]
+                assert "another content" in report.skipped[0].message
+                assert replica.file_state("Task", "t1", "photo") is FileState.FAILED
+                if any(name == sha256(LARGE) for name, _, _ in server.downloads):
+                    asked_at.append(clock.now)
+                clock.advance(timedelta(seconds=300))
+            pauses = [(after - before).total_seconds() for before, after in pairwise(asked_at)]
+            assert pauses == [300, 600, 1200, 2400, *[3000] * (len(pauses) - 4)]
+            assert len(pauses) > 5
+            server.gives.clear()
+            server.put(LARGE)
+            clock.advance(timedelta(seconds=3000))
+            assert replica.synchronize_all().skipped == []
+            assert read(replica) == LARGE
 
     def test_no_room_for_a_lock_is_told_as_that(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
         """A disk that has no room for an empty file is full, not broken."""
