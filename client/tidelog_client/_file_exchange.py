@@ -330,6 +330,8 @@ class FileExchange:
         for key in (*(selected or ()), *failed, *self._looked_again()):
             if not is_all:
                 self._lacking[key] = None
+        if self._transfers is None:
+            self._make_room()
         self._look_at = time.monotonic() + SESSION_SECONDS
         self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
         self._patience.resume()
@@ -345,6 +347,13 @@ class FileExchange:
             yield from self._files.look_again()
         except StorageError as error:
             _log.warning("the contents of files cannot be looked at", detail=str(error))
+
+    def _make_room(self) -> None:
+        """Delete what nobody refers to any more: what comes may need the room."""
+        try:
+            self._files.collect()
+        except StorageError as error:
+            _log.warning("contents could not be deleted", detail=str(error))
 
     def _begin(self, keys: Collection[ObjectKey] | None) -> bool:
         """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -258,6 +259,8 @@ class Transfers:
         self._workers = caller.workers(TRANSFERS_AT_ONCE + OVERTAKING_MAX)
         self._at_once = 1
         self._moved_at = 0.0
+        # The contents of which what had come was no good.
+        self._begun_anew: set[bytes] = set()
         # Read by workers, who end then.
         self._is_over = False
         self.is_given_up = False
@@ -482,6 +485,8 @@ class Transfers:
                 return True
             if part.size > content.size:
                 part.discard()
+            came_before = part.size
+            _require_room(part, content.size)
             tell(Moved(part.size, 0))
             try:
                 if part.size < content.size:
@@ -491,6 +496,10 @@ class Transfers:
                 part.discard()
                 raise
             except ContentCorrupt as error:
+                if came_before and content.sha256 not in self._begun_anew:
+                    # What came before may have been damaged here, by a loss of power say.
+                    self._begun_anew.add(content.sha256)
+                    raise Transient(f"what had come before is damaged: {error}") from error
                 raise FileRefused(f"the server sent another content: {error}", is_damaged=True) from error
             finally:
                 part.close()
@@ -517,6 +526,16 @@ class Transfers:
                     raise
         if part.size < size:
             raise Transient(f"the server ended the download after {part.size} of {size} bytes")
+
+
+def _require_room(part: Part, size: int) -> None:
+    """Raise DiskFull if there is no room for what a part lacks: it would come in vain, again and again."""
+    try:
+        free_bytes = shutil.disk_usage(part.path.parent).free
+    except OSError:
+        return  # whoever writes is told
+    if free_bytes < size - part.size:
+        raise DiskFull(f"{size - part.size} bytes are to come, and there is room for {free_bytes}: make room")
 
 
 class _Turn:

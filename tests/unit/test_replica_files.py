@@ -1061,6 +1061,47 @@ class TestDownloading:
         assert replica.synchronize_all().skipped == []
         assert read(replica) == LARGE
 
+    @pytest.mark.usefixtures("impatient")
+    def test_a_part_that_was_damaged_here_is_not_the_servers_fault(self, replica: Replica) -> None:
+        """What came before, and lost its bytes with the power, is fetched anew by the same synchronization."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.put(LARGE)
+        connect(replica, server)
+        part = replica._storage.files.contents.part(sha256(LARGE).hex())
+        part.append(LARGE[:CHUNK_BYTES] + bytes(CHUNK_BYTES))
+        part.close()
+        report = replica.synchronize_all()
+        assert [offset for _, _, offset in server.downloads] == [2 * CHUNK_BYTES, 0]
+        assert (report.files_downloaded, report.skipped) == (1, [])
+        assert read(replica) == LARGE
+
+    def test_what_has_no_room_is_not_asked_for(self, replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A content for which there is no room costs nothing, and comes as soon as there is room."""
+        server = FileServer(pages=[page(task("t1", LARGE), task("t2", PHOTO))])
+        server.put(LARGE)
+        server.put(PHOTO)
+        connect(replica, server)
+        free_bytes = len(LARGE) - 1
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free_bytes))
+        report = replica.synchronize_all()
+        assert [name for name, _, _ in server.downloads] == [sha256(PHOTO)]
+        assert [one.id for one in report.skipped] == ["t1"]
+        free_bytes += 1
+        assert (replica.synchronize_all().skipped, read(replica)) == ([], LARGE)
+
+    def test_what_nobody_needs_makes_room_first(self, replica: Replica) -> None:
+        """Contents whose objects are gone are deleted before others are downloaded."""
+        server = FileServer(pages=[page(task("t1", LARGE))])
+        server.put(LARGE)
+        server.put(PHOTO)
+        connect(replica, server)
+        replica.synchronize_all()
+        found: list[dict[bytes, int]] = []
+        server.on_download = lambda *_: found.append(contents_of(replica))
+        server.pages = [page(task("t2", PHOTO), removals=[("Task", "t1", 101)])]
+        replica.synchronize_all()
+        assert found == [{}]
+
     def test_more_than_there_should_be_is_not_taken(self, replica: Replica) -> None:
         """A server that sends without end fills no disk: what is too much ends the download."""
         server = FileServer(pages=[page(task("t1", PHOTO))])
