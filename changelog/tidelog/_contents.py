@@ -16,6 +16,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -139,7 +140,7 @@ class ContentDirectory:
         with _storage_errors(self.path), suppress(FileNotFoundError):
             if self.size(sha256) is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._path(sha256).replace(target)
+                shutil.move(self._path(sha256), target)  # to another file system, perhaps
                 self._remove_folders(sha256)
 
     def delete(self, sha256: bytes, copy: str = "") -> None:

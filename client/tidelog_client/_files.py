@@ -210,11 +210,17 @@ class Files:
 
     def check_place(self) -> None:
         """Mark the folder of the contents, if it was not yet; raise StorageError if what was marked is away."""
-        if not (mark := self._meta.read("files_mark")):
+        if not self._meta.read("files_mark"):
             with self._not_collecting():
                 if not self._meta.read("files_mark"):  # by somebody else meanwhile
                     self.mark_place()
-        elif self.contents.mark(_MARK_FILE) != mark:
+        else:
+            self.require_place()
+
+    def require_place(self) -> None:
+        """Raise StorageError if the folder of the contents was marked, and is away."""
+        mark = self._meta.read("files_mark")
+        if mark and self.contents.mark(_MARK_FILE) != mark:
             raise StorageError(
                 f"{self.contents.path}: the contents of this replica's files are away: nothing is taken for lost. Put "
                 "the folder back (is a disk not mounted?), or set aside what is damaged if it is gone for good"
@@ -286,11 +292,12 @@ class Files:
         """
         Note that a content is not here, or damaged: then what is left of it is moved to the file returned.
 
-        One that is sound stays: somebody said another size of it.
+        One that is sound stays: somebody said another size of it, or it has come again meanwhile.
         """
         target = folder / f"content-{sha256.hex()}"
-        if not self._is_sound(sha256):
-            self.contents.move_out(sha256, target)
+        with self._not_collecting():
+            if not self._is_sound(sha256):
+                self.contents.move_out(sha256, target)
 
         def work(transaction: LmdbTransaction) -> None:
             for user in scan_keys(transaction, self._users, sha256):
@@ -653,6 +660,13 @@ class Files:
     def is_marked(self, transaction: LmdbTransaction, key: bytes) -> bool:
         """Tell whether what is noted of an object is to be worked out again."""
         return transaction.get(key, db=self._marks) is not None
+
+    def objects(self, transaction: LmdbTransaction, sha256: bytes) -> Iterator[bytes]:
+        """Iterate over the keys of the objects that refer to a content, or may: what they do is to be worked out."""
+        for user in scan_keys(transaction, self._users, sha256):
+            if not user[SHA256_BYTES:].startswith(_OPERATION):
+                yield user[SHA256_BYTES:]
+        yield from scan_keys(transaction, self._marks)
 
     def is_user(self, transaction: LmdbTransaction, sha256: bytes, user: bytes | int) -> bool:
         """Tell whether an object, or an operation, is noted as one that refers to a content."""

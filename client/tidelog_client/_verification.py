@@ -104,7 +104,11 @@ class _Verification:
             yield from self._remembered()
             yield from self._staged()
             yield from self._files.run(
-                transaction, to_upload=self._to_upload, failed=self._failed, is_set_aside=self._was_set_aside
+                transaction,
+                to_upload=self._to_upload,
+                failed=self._failed,
+                is_pending=self._is_pending,
+                is_set_aside=self._was_set_aside,
             )
 
     # --- the log, and what became of it ---------------------------------------
@@ -257,6 +261,9 @@ class _Verification:
         if base is not None and version <= base.version and not is_rebasing:
             return (f"a version above the base's, {base.version}", f"version {version}")
         return None
+
+    def _is_pending(self, seq: int) -> bool:
+        return self._transaction.get(pack_position(seq), db=self._positions[_PENDING]) is not None
 
     def _was_set_aside(self, seq: int) -> bool:
         """Tell whether an operation failed here because it, or one of its commit group, cannot be read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -145,6 +146,21 @@ def test_a_content_that_is_deleted_is_gone(tmp_path: Path) -> None:
     assert contents.size(SHA256) is None
     assert contents.open(SHA256) is None
     assert not contents.renew(SHA256)
+
+
+def test_a_content_is_moved_to_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is moved out arrives where no rename goes, too."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    contents = ContentDirectory(tmp_path / "files")
+    contents.add(io.BytesIO(TEXT))
+    monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    contents.move_out(SHA256, tmp_path / "elsewhere" / "content")
+    assert (tmp_path / "elsewhere" / "content").read_bytes() == TEXT
+    assert contents.size(SHA256) is None
 
 
 def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
