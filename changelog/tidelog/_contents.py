@@ -19,9 +19,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple, TypeAlias
 from uuid import uuid4
 
 from tidelog._errors import DiskFull, StorageError
@@ -32,7 +32,13 @@ READ_BYTES: Final = 1024 * 1024
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME: Final = re.compile(r"([0-9a-f]{64})(?:-([0-9a-z]+))?")
 _INCOMING: Final = "incoming"
-_NOBODY_MINDS: Final = nullcontext()
+
+
+Alone: TypeAlias = Callable[[Callable[[], None]], None]
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 class Content(NamedTuple):
@@ -173,13 +179,16 @@ class ContentDirectory:
     def _path(self, sha256: bytes, copy: str = "") -> Path:
         return self.path / content_path(sha256, copy)
 
-    def _adopt(self, path: Path, content: Content, alone: AbstractContextManager[object], at: float | None) -> None:
+    def _adopt(self, path: Path, content: Content, alone: Alone, at: float | None) -> None:
         """Move a file that is on disk to its place, instead of what is there: it may be damaged."""
         target = self._path(content.sha256, content.copy)
         _make_durably(target.parent)
-        with alone:
+
+        def place() -> None:
             os.utime(path, None if at is None or target.exists() else (at, at))
             _replace(path, target)
+
+        alone(place)
         with suppress(FileNotFoundError):  # deleted already
             _sync_directory(target.parent)
 
@@ -199,9 +208,7 @@ class Part:
         path: Its file.
     """
 
-    def __init__(
-        self, path: Path, adopt: Callable[[Path, Content, AbstractContextManager[object], float | None], None]
-    ) -> None:
+    def __init__(self, path: Path, adopt: Callable[[Path, Content, Alone, float | None], None]) -> None:
         self.path = path
         self._adopt = adopt
         self._file: BinaryIO | None = None
@@ -239,7 +246,7 @@ class Part:
         size: int | None = None,
         copy: str = "",
         *,
-        alone: AbstractContextManager[object] = _NOBODY_MINDS,
+        alone: Alone = _at_once,
         at: float | None = None,
     ) -> Content:
         """
@@ -249,7 +256,7 @@ class Part:
             sha256: What its hash must be. None: whatever it is.
             size: What its length must be. None: whatever it is.
             copy: Which copy of the content it becomes.
-            alone: Entered when it is put in its place: what takes long is done by then.
+            alone: Puts it in its place, by calling what it is given: what takes long is done by then.
             at: The time that it gets if it was not there. None, or if it was: now.
 
         Raises:

@@ -25,11 +25,11 @@ import enum
 import hashlib
 import struct
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 from filelock import FileLock
@@ -66,6 +66,8 @@ LOOK_STEP_OBJECTS: Final = 1_000
 COLLECT_STEP_CONTENTS: Final = 1_000
 # How long a content stays that nobody refers to: a program may have put it there to refer to it.
 GRACE_SECONDS: Final = 3600.0
+T = TypeVar("T")
+
 # How long a content is not asked for after what came of it was damaged for the second time; from then on twice as long
 # each time, up to this. What came the first time may have been of a download that began long ago.
 DAMAGED_SECONDS_FIRST: Final = 600.0
@@ -194,28 +196,29 @@ class Files:
         try:
             while chunk := source.read(READ_BYTES):
                 part.append(chunk)
-            return part.complete(alone=self._not_collecting())
+            return part.complete(alone=self._uncollected)
         except BaseException:
             part.discard()
             raise
 
     def keep(self, sha256: bytes) -> bool:
         """Let a content be safe for another hour from being collected; tell whether it is here."""
-        with self._not_collecting():
-            return self.contents.renew(sha256)
+        return self._uncollected(lambda: self.contents.renew(sha256))
 
     def adopt(self, part: Part, sha256: bytes, size: int) -> None:
         """Make a downloaded part a content, which no program is about to refer to. Raises ContentCorrupt."""
-        part.complete(sha256, size, alone=self._not_collecting(), at=0.0)
+        part.complete(sha256, size, alone=self._uncollected, at=0.0)
 
     def check_place(self) -> None:
         """Mark the folder of the contents, if it was not yet; raise StorageError if what was marked is away."""
         if not self._meta.read("files_mark"):
-            with self._not_collecting():
-                if not self._meta.read("files_mark"):  # by somebody else meanwhile
-                    self.mark_place()
+            self._uncollected(self._mark_new_place)
         else:
             self.require_place()
+
+    def _mark_new_place(self) -> None:
+        if not self._meta.read("files_mark"):  # by somebody else meanwhile
+            self.mark_place()
 
     def require_place(self) -> None:
         """Raise StorageError if the folder of the contents was marked, and is away."""
@@ -295,9 +298,12 @@ class Files:
         One that is sound stays: somebody said another size of it, or it has come again meanwhile.
         """
         target = folder / f"content-{sha256.hex()}"
-        with self._not_collecting():
+
+        def move_out() -> None:
             if not self._is_sound(sha256):
                 self.contents.move_out(sha256, target)
+
+        self._uncollected(move_out)
 
         def work(transaction: LmdbTransaction) -> None:
             for user in scan_keys(transaction, self._users, sha256):
@@ -315,8 +321,7 @@ class Files:
         What is away is given up.
         """
         if self._meta.read("files_mark"):
-            with self._not_collecting():
-                self.mark_place()
+            self._uncollected(self.mark_place)
         moved = {}
         for content in self.contents.contents():
             if not self._is_sound(content.sha256):
@@ -341,19 +346,19 @@ class Files:
     def _mark(self, marks: list[tuple[bytes, bytes]]) -> None:
         self._environment.write(lambda transaction: put_many(transaction, self._marks, marks))
 
-    @contextmanager
-    def _not_collecting(self) -> Iterator[None]:
+    def _uncollected(self, work: Callable[[], T]) -> T:
         """
         Do something while no content is deleted, by whatever process; or delete some while nobody does that.
 
-        So no content is deleted that was made young after its age was looked at.
+        So no content is deleted that was made young after its age was looked at. No context manager will do: an
+        interrupt at its beginning may leave the lock taken.
         """
         lock = FileLock(self._environment.path / _LOCK_FILE, is_singleton=False)
         # Who waits for another process asks now and then; threads of this one would wait for each other like that.
         with self._moving:
             try:
                 lock.acquire()
-                yield
+                return work()
             finally:
                 try:
                     lock.release()
@@ -571,8 +576,8 @@ class Files:
                 # What was marked since may be a new user.
                 if not transaction.stat(self._garbage)["entries"] or transaction.stat(self._marks)["entries"]:
                     return count
-            with self._not_collecting():
-                deleted, start = self._environment.write(partial(self._collect, start=start))
+            step = partial(self._environment.write, partial(self._collect, start=start))
+            deleted, start = self._uncollected(step)
             count += deleted
             if not start:
                 return count

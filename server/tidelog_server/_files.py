@@ -254,7 +254,7 @@ class Files:
         self._store.check_outside_of_jobs()
         self.place.check(marks=True)
         if tenant not in self._store.tenants():  # else nobody would find what a crash leaves
-            self._write(tenant, lambda reader: (_entries(reader, {}), None))
+            self._write(tenant, _known)
         part = f"own{uuid4().hex}"
         size = 0
         digest = hashlib.sha256()
@@ -543,6 +543,10 @@ class Files:
 
 def _amiss(found: int | None, record: ContentRecord) -> str:
     return "it is not there" if found is None else f"it has {found} bytes instead of {record.size}"
+
+
+def _known(reader: Reader) -> tuple[Writes, None]:
+    return _entries(reader, {}), None
 
 
 def _given_up(reader: Reader, keys: list[bytes], before_us: int) -> tuple[Writes, None]:

@@ -223,9 +223,11 @@ def _inserted_contents(disks: dict[Path, Disk], time: Callable[[], float]) -> It
         else:
             disk.touch(disk.files.part, lambda: write(len(data)), lambda: write(len(data) // 2))
 
-    def completing(part: Part, sha256: bytes | None = None, size: int | None = None, **how: Any) -> Content:
+    def completing(
+        part: Part, sha256: bytes | None = None, size: int | None = None, copy: str = "", **how: Any
+    ) -> Content:
         disk = disk_of(part.path)
-        return disk.touch(disk.files.content, lambda: complete(part, sha256, size, **how))
+        return disk.touch(disk.files.content, lambda: complete(part, sha256, size, copy, **how))
 
     def discarding(part: Part) -> None:
         part.close()  # which a process does that dies, too

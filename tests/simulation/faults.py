@@ -200,6 +200,7 @@ _SERVER_JOBS = {
 }
 _SERVER_FILE_JOBS = {
     "Files._begin": Commit.UPLOAD,
+    "_known": Commit.UPLOAD,
     "Files._complete": Commit.RECORD,
     "Files._granted": Commit.GRANT,
     "Files._note": Commit.BROKEN_CONTENT,

@@ -7,8 +7,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -230,13 +229,12 @@ def test_a_folder_that_leaves_meanwhile_is_made_again(tmp_path: Path) -> None:
     part = contents.part("part")
     part.append(TEXT)
 
-    @contextmanager
-    def deleting() -> Iterator[None]:
+    def after_deleting(place: Callable[[], None]) -> None:
         contents._remove_folders(SHA256)
         assert not contents._path(SHA256).parent.exists()
-        yield
+        place()
 
-    part.complete(SHA256, len(TEXT), alone=deleting())
+    part.complete(SHA256, len(TEXT), alone=after_deleting)
     assert contents.size(SHA256) == len(TEXT)
 
 
