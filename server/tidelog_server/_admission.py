@@ -116,7 +116,7 @@ class Admission:
         self.uploads = self._line("sessions that upload", limits.uploads)
         self.calls = self._line("calls", CALLS_MAX)
         self.file_transfers = self._line("transfers of files", limits.file_transfers)
-        self._file_questions = self._line("questions about files", limits.file_transfers)
+        self.file_questions = self._line("questions about files", limits.file_transfers)
         self._of_some: dict[tuple[str, ...], Line] = {}
         self._crowd = LINES_KEPT_MIN
         self.put_off_count = 0
@@ -152,19 +152,20 @@ class Admission:
 
     def file_transfer_of(self, principal: Principal) -> AbstractContextManager[None]:
         """Take the place of such a transfer among those of its user. Raises ServerBusy."""
-        return self._files_of(principal, "transfers")
+        return self._files_of(principal, "transfers", self._limits.file_transfers_per_user)
 
     def file_question(self) -> AbstractContextManager[None]:
         """Take a place for a question how contents stand. Raises ServerBusy."""
-        return self._place(self._file_questions)
+        return self._place(self.file_questions)
 
     def file_question_of(self, principal: Principal) -> AbstractContextManager[None]:
-        """Take the place of such a question among those of its user. Raises ServerBusy."""
-        return self._files_of(principal, "questions")
+        """Take the place of such a question among those of its user: half of all, at the most. Raises ServerBusy."""
+        limits = self._limits
+        limit = limits.file_transfers_per_user or max(limits.file_transfers // 2, 1)
+        return self._files_of(principal, "questions", limit)
 
-    def _files_of(self, principal: Principal, what: str) -> AbstractContextManager[None]:
+    def _files_of(self, principal: Principal, what: str, limit: int | None) -> AbstractContextManager[None]:
         self._forget_strangers()
-        limit = self._limits.file_transfers_per_user
         if limit is None:
             return self._place()
         return self._place(self._own((principal.tenant, principal.user_id, what), f"{what} of a user", limit))

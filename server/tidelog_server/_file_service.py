@@ -6,27 +6,23 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Final, TypeVar
-from weakref import WeakValueDictionary
 
 from tidelog._limits import FILES_STAT_MAX
 from tidelog._values import check_id, check_name
 from tidelog.v1 import file_pb2
 from tidelog_server._errors import RequestInvalid
+from tidelog_server._file_questions import FileQuestions
 from tidelog_server._files import Files, Standing, Wanted
 from tidelog_server._incoming import Incoming
 from tidelog_server._peer import Peer
 from tidelog_server._principal import Principal
 from tidelog_server._requests import parsed
 
-# They wait for disks, or for an object store. Questions do not wait behind chunks, nor chunks behind
-# contents that are being made of what came, which takes the longer the larger they are.
+# They wait for disks, or for an object store. Chunks do not wait behind contents that are being made of
+# what came, which takes the longer the larger they are.
 FILE_THREADS: Final = 8
-STAT_THREADS: Final = 16
-# A question about many contents is asked in parts, so that those of others come in between, and that nothing is
-# left to be done when nobody waits for the answer any more: so many contents a part, so many parts of a user at once.
-STAT_PART_CONTENTS: Final = 16
-STAT_PARTS_PER_USER: Final = 4
 # What a download sends at a time. Of a message that has not come whole a client has nothing: on a slow path it would
 # not get ahead with large ones, and pay for the same bytes again and again.
 DOWNLOAD_CHUNK_BYTES: Final = 32 * 1024
@@ -41,13 +37,13 @@ class FileService:
         self._files = files
         self._pool = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="tidelog-files")
         self._completing = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="tidelog-files-completed")
-        self._asking = ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="tidelog-files-asked")
-        self._shares: WeakValueDictionary[tuple[str, str], asyncio.Semaphore] = WeakValueDictionary()
+        self._questions = FileQuestions()
 
     def close(self) -> None:
         """Let what is under way end."""
-        for pool in (self._pool, self._completing, self._asking):
+        for pool in (self._pool, self._completing):
             pool.shutdown(wait=True, cancel_futures=True)
+        self._questions.close()
 
     async def stat_files(self, data: bytes, principal: Principal) -> file_pb2.StatFilesResponse:
         """Tell how contents stand."""
@@ -55,22 +51,8 @@ class FileService:
         if not 1 <= len(request.contents) <= FILES_STAT_MAX:
             raise RequestInvalid(f"{len(request.contents)} contents: 1 to {FILES_STAT_MAX} are asked about at once")
         wanted = [_wanted(content) for content in request.contents]
-        asked = list(dict.fromkeys(wanted))
-        if len(asked) > len({one.sha256 for one in asked}):
-            raise RequestInvalid("one content is asked about with several sizes")
-        parts = [asked[start : start + STAT_PART_CONTENTS] for start in range(0, len(asked), STAT_PART_CONTENTS)]
-        share = self._shares.setdefault((principal.tenant, principal.user_id), asyncio.Semaphore(STAT_PARTS_PER_USER))
-
-        async def standings_of(part: list[Wanted]) -> list[Standing]:
-            async with share:
-                return await _run(self._asking, self._files.stat, principal, part)
-
-        standings: dict[Wanted, Standing] = {}
-        for start in range(0, len(parts), STAT_PARTS_PER_USER):
-            some = parts[start : start + STAT_PARTS_PER_USER]
-            for part, found in zip(some, await asyncio.gather(*map(standings_of, some)), strict=True):
-                standings.update(zip(part, found, strict=True))
-        return file_pb2.StatFilesResponse(statuses=[_status(standings[one]) for one in wanted])
+        standings = await self._questions.ask(principal, partial(self._files.stat, principal, wanted))
+        return file_pb2.StatFilesResponse(statuses=map(_status, standings))
 
     async def upload_file(self, peer: Peer, principal: Principal) -> file_pb2.UploadFileResponse:
         """Upload a content."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
-from typing import BinaryIO, Final, NamedTuple, TypeVar
+from typing import BinaryIO, Final, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from tidelog._contents import SHA256_BYTES, Content
@@ -125,6 +125,14 @@ class Standing(NamedTuple):
     received_bytes: int = 0
 
 
+class Each(Protocol):
+    """Calls a function with each of some contents; what comes of it is in their order. `map` is one."""
+
+    def __call__(self, function: Callable[[Wanted], T], wanted: Iterable[Wanted], /) -> Iterable[T]:
+        """Return what the function returns."""
+        ...
+
+
 class Files:
     """
     The contents of all tenants.
@@ -162,21 +170,31 @@ class Files:
         self.place = Place(store, contents)
         self._parts = Parts(contents, clock)
 
-    def stat(self, principal: Principal, wanted: Sequence[Wanted]) -> list[Standing]:
-        """Tell how contents stand. Operations of the user may refer to those that are present, from now on."""
+    def stat(self, principal: Principal, wanted: Sequence[Wanted], each: Each = map) -> list[Standing]:
+        """
+        Tell how contents stand. Operations of the user may refer to those that are present, from now on.
+
+        Args:
+            principal: The user.
+            wanted: The contents.
+            each: Calls a function with contents, several at once if it likes; what it takes waits for their place.
+        """
         tenant = principal.tenant
         asked = dict.fromkeys(wanted)  # once each, however often
         entitled = self._entitled(principal, asked)
-        there = {one for one, record in entitled.items() if self._is_kept(tenant, one.sha256, record)}
+        found = each(lambda one: self._is_kept(tenant, one.sha256, entitled[one]), entitled)
+        there = {one for one, is_there in zip(entitled, found, strict=True) if is_there}
         present = self._granted(principal, there) if there else there
-        standings = {
-            one: Standing(is_present=True)
-            if one in present
-            else Standing(is_too_large=True)
-            if one.size > self._bytes_max
-            else Standing(received_bytes=self.contents.part_size(tenant, part_name(principal.user_id, one.sha256)))
-            for one in asked
-        }
+
+        def standing(one: Wanted) -> Standing:
+            if one in present:
+                return Standing(is_present=True)
+            if one.size > self._bytes_max:
+                return Standing(is_too_large=True)
+            part = part_name(principal.user_id, one.sha256)
+            return Standing(received_bytes=self.contents.part_size(tenant, part))
+
+        standings = dict(zip(asked, each(standing, asked), strict=True))
         return [standings[one] for one in wanted]
 
     def begin_upload(self, principal: Principal, wanted: Wanted, offset: int) -> Incoming:

@@ -7,7 +7,6 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +38,8 @@ from tidelog_server import (
     verify_store,
 )
 from tidelog_server._content_store import MARK_NAME
-from tidelog_server._file_service import FILE_THREADS, STAT_PART_CONTENTS, STAT_PARTS_PER_USER
+from tidelog_server._file_questions import LOOKS_OF_QUESTION, QUESTIONS_OF_USER
+from tidelog_server._file_service import FILE_THREADS
 from tidelog_server._incoming import part_name
 
 ANN: Final = "ann-token"
@@ -669,50 +669,74 @@ class TestService:
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
         assert client.stat(*[SMALL] * 1_000) == [(MISSING, 0)] * 1_000
 
-    def test_is_asked_about_a_content_with_one_size(self, client: Client) -> None:
-        """Who names a content with several sizes in one question is told that this makes no sense."""
-        contents = [file_pb2.FileContent(sha256=sha256(SMALL), size=size) for size in (1, 2)]
-        request = file_pb2.StatFilesRequest(contents=contents)
+    def test_tells_of_one_content_with_several_sizes(self, client: Client) -> None:
+        """Whoever names a content with a wrong size, too, is told that this one is not there, and of all others."""
+        client.upload(SMALL)
+        contents = [file_pb2.FileContent(sha256=sha256(SMALL), size=size) for size in (1, len(SMALL))]
+        request = file_pb2.StatFilesRequest(contents=[*contents, content(PHOTO)])
 
-        code, reason = refused(lambda: client.stub.StatFiles(request, timeout=10))
-        assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
+        response = client.stub.StatFiles(request, timeout=10)
+        assert [one.state for one in response.statuses] == [MISSING, PRESENT, MISSING]
 
-    def test_answers_others_while_many_are_asked_about(self, folder: Path) -> None:
-        """Who asks about many contents of a slow place keeps no others waiting, nor the place busy once he is gone."""
-        many = [b"%d" % number for number in range(1_000)]
-        slow_parts = {part_name("ann", sha256(data)) for data in many}
-        entered: list[str] = []
-        is_free = threading.Event()
+    def test_asks_about_several_contents_at_once(self, folder: Path) -> None:
+        """A place of contents that takes its time for each answer is asked about several contents at once."""
+        together = threading.Barrier(LOOKS_OF_QUESTION)
 
         class Slow(DirectoryContents):
-            """Is slow to say what it has of some."""
+            """Answers to so many together only."""
+
+            def size(self, tenant: str, sha256: bytes) -> int | None:
+                if is_slow:
+                    together.wait(30)
+                return super().size(tenant, sha256)
 
             def part_size(self, tenant: str, part: str) -> int:
-                if part in slow_parts:
-                    entered.append(part)
-                    assert is_free.wait(30)
+                if is_slow:
+                    together.wait(30)
                 return super().part_size(tenant, part)
 
-        def is_let_in(client: Client) -> bool:
-            with suppress(grpc.RpcError):
-                return client.stat(SMALL) == [(MISSING, 0)]
-            return False
+        there, missing = ([b"%d %d" % (kind, one) for one in range(2 * LOOKS_OF_QUESTION)] for kind in range(2))
+        is_slow = False
+        with World(folder, contents=Slow(folder / "slow")) as world:
+            client = Client(world)
+            for data in there:
+                client.upload(data)
+            is_slow = True
+            assert client.stat(*there) == [(PRESENT, 0)] * len(there)
+            assert client.stat(*missing) == [(MISSING, 0)] * len(missing)
 
-        limits = ServerLimits(file_transfers_per_user=1)
-        with World(folder, authenticator=TOKENS, contents=Slow(folder / "slow"), limits=limits) as world:
-            ann, bob = Client(world, ANN), Client(world, BOB)
-            request = file_pb2.StatFilesRequest(contents=map(content, many))
+    def test_is_not_kept_busy_by_one_user(self, folder: Path) -> None:
+        """Questions of one user that wait for the place of contents hold up nobody else, and end with their client."""
+        answered = threading.Event()
+        asked: list[str] = []
+
+        class Slow(DirectoryContents):
+            """Takes its time for one user."""
+
+            def part_size(self, tenant: str, part: str) -> int:
+                asked.append(part)
+                assert part not in of_eve or answered.wait(30)
+                return super().part_size(tenant, part)
+
+        contents = [bytes([number]) for number in range(10 * LOOKS_OF_QUESTION)]
+        of_eve = {part_name("eve", sha256(data)) for data in contents}
+        with World(folder, ruled(), contents=Slow(folder / "slow"), authenticator=TOKENS) as world:
+            ann, eve = Client(world, ANN), Client(world, EVE)
+            ann.create(owner="ann")
+            request = file_pb2.StatFilesRequest(contents=map(content, contents))
+            calls = [eve.stub.StatFiles.future(request, timeout=30, metadata=eve.metadata) for _ in range(100)]
             try:
-                asked = ann.stub.StatFiles.future(request, timeout=30, metadata=ann.metadata)
-                wait_for(lambda: len(entered) == STAT_PARTS_PER_USER)
-                assert bob.stat(SMALL) == [(MISSING, 0)]
-                assert refused(lambda: ann.stat(SMALL)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SERVER_BUSY")
-                assert world.server.load.calls == 0
-                asked.cancel()
-                wait_for(lambda: is_let_in(ann))
+                wait_for(lambda: len(asked) == QUESTIONS_OF_USER * LOOKS_OF_QUESTION)
+                assert ann.stat(SMALL) == [(MISSING, 0)]
+                assert ann.attributes() == {"owner": "ann"}
+                for call in calls:
+                    call.cancel()
+                questions = world.server._services._admission.file_questions
+                wait_for(lambda: not questions.taken)
             finally:
-                is_free.set()
-        assert len(entered) <= STAT_PARTS_PER_USER * STAT_PART_CONTENTS
+                answered.set()
+            assert ann.stat(SMALL, b"eve's are over") == [(MISSING, 0)] * 2
+        assert sum(part in of_eve for part in asked) == QUESTIONS_OF_USER * LOOKS_OF_QUESTION
 
     def test_keeps_contents_where_it_is_told(self, folder: Path) -> None:
         """A server that is given another place keeps contents there."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import random
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -127,6 +128,25 @@ def test_one_user_does_not_take_all_transfers() -> None:
             pass
     with door.admission.file_transfer_of(ann):
         pass
+
+
+def test_one_user_does_not_take_all_questions_about_files() -> None:
+    """Who asks about files again and again leaves places to others; transfers and calls have their own."""
+    door = Door(file_transfers=4)
+    ann, bob = Principal("ann"), Principal("bob")
+    with ExitStack() as taken:
+        for _ in range(2):
+            taken.enter_context(door.admission.file_question())
+            taken.enter_context(door.admission.file_question_of(ann))
+        with pytest.raises(ServerBusy, match="2 questions of a user"):
+            taken.enter_context(door.admission.file_question_of(ann))
+        for _ in range(2):
+            taken.enter_context(door.admission.file_question())
+            taken.enter_context(door.admission.file_question_of(bob))
+        with pytest.raises(ServerBusy, match="4 questions about files"):
+            taken.enter_context(door.admission.file_question())
+        with door.admission.file_transfer(), door.admission.call():
+            pass
 
 
 def test_strangers_are_forgotten() -> None:
