@@ -28,6 +28,8 @@ from tidelog_server._refusal import NotReady, Refused
 # Objects that are looked at to find one that somebody may read, for each content: so few that the time it takes
 # tells next to nothing of whether there are any, and never as many for one content because of another.
 REFERRERS_MAX: Final = 32
+# How many contents it is remembered of that some object which the user may read refers to them.
+READ_MAX: Final = 500_000
 
 _NOT_THERE: Final = "what hooks write refers to a file whose content is not there"
 
@@ -74,8 +76,11 @@ class FileRules:
         self._said = b""
         # What was decided of contents that the author refers to.
         self._judged: dict[bytes, bool] = {}
-        # To what objects refer as far as the user may read them, with the version that they have.
-        self._read: dict[ObjectKey, tuple[int, frozenset[bytes]]] = {}
+        # To what objects refer as far as the user may read them: as the store has them, and as the present
+        # operation found those that were written before.
+        self._read: dict[ObjectKey, frozenset[bytes]] = {}
+        self._read_written: dict[ObjectKey, frozenset[bytes]] = {}
+        self._read_count = 0
         # What hooks have seen: contents that objects refer to, and other bytes that may name one.
         self._seen_referred: set[bytes] = set()
         self._seen_otherwise: set[bytes] = set()
@@ -85,7 +90,7 @@ class FileRules:
         """Take note of what the author of the operation that follows says: its patch, encoded."""
         self._said = said
         self._judged = {}
-        self._read = {}
+        self._read_written = {}
         self._seen_referred, self._seen_otherwise = set(), set()
 
     def note_seen(self, attributes: Attributes, *, is_stored: bool) -> None:
@@ -193,9 +198,7 @@ class FileRules:
 
     def reads(self, sha256: bytes) -> bool:
         """Tell whether the user may read a content by some object."""
-        return self._may_read and any(
-            self._overlay.exists(one) and sha256 in self._contents_read(one) for one in self._candidates(sha256)
-        )
+        return self._may_read and any(sha256 in self._contents_read(one) for one in self._candidates(sha256))
 
     def _is_the_authors(self, sha256: bytes) -> bool:
         """Tell whether a hash that a hook writes may come from the author, who is still to be asked for a right."""
@@ -248,16 +251,20 @@ class FileRules:
 
     def _is_referred_to(self, sha256: bytes) -> bool:
         """Tell whether any object refers to a content."""
-        return any(self._overlay.exists(one) for one in self._candidates(sha256))
+        return any(self._overlay.passed_by(one) is not None for one in self._candidates(sha256))
 
     def _contents_read(self, key: ObjectKey) -> frozenset[bytes]:
-        """Return the contents that an object refers to, which exists, as far as the user may read it."""
-        state = self._overlay.state(key)
-        version = state.version if state is not None else 0
-        known = self._read.get(key)
-        if known is None or known[0] != version:
-            known = self._read[key] = (version, self._readable_contents(key, self._overlay.attributes(key)))
-        return known[1]
+        """Return the contents that an object refers to, as far as the user may read it. Looked at once."""
+        known = self._read_written if self._overlay.is_written(key) else self._read
+        contents = known.get(key)
+        if contents is None:
+            contents = self._readable_contents(key, self._overlay.passed_by(key) or {})
+            self._read_count += len(contents)
+            if self._read_count > READ_MAX:
+                self._read.clear()
+                self._read_count = len(contents)
+            known[key] = contents
+        return contents
 
     def _readable_contents(self, key: ObjectKey, attributes: Attributes) -> frozenset[bytes]:
         """Return the contents that an object with some attributes refers to, as far as the user may read them."""

@@ -457,12 +457,10 @@ class Files:
         asked = {one.sha256: False for one in wanted}
         entitled = {}
         with self._store.read(principal.tenant) as reader:
-            overlay = Overlay(reader)
-            rules = FileRules(overlay, rights, user_id=principal.user_id, asked=asked)
+            rules = FileRules(Overlay(reader), rights, user_id=principal.user_id, asked=asked)
             for sha256 in asked:
                 # Once each, and of what is not there too: the time it takes should not tell.
                 asked[sha256] = rules.has_uploaded(sha256, principal.user_id) or rules.reads(sha256)
-                overlay.let_go()  # of a thousand contents, referred to by large objects
             for one in wanted:
                 record = content_record(one.sha256, reader.index)
                 if asked[one.sha256] and record is not None and record.size == one.size:

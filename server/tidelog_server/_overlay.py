@@ -73,10 +73,20 @@ class Overlay:
             attributes = self._decoded[key] = decode_trusted(state.attributes)
         return attributes
 
-    def let_go(self) -> None:
-        """Keep no object that was only looked at."""
-        self._states = {key: self._states[key] for key in self._written}
-        self._decoded.clear()
+    def passed_by(self, key: ObjectKey) -> Attributes | None:
+        """
+        Return the attributes of an object, or None if it does not exist. Not to be changed.
+
+        What is only passed by is not kept, however many there are.
+        """
+        if key in self._states:
+            return self.attributes(key) if self.exists(key) else None
+        state = self._reader.objects((key,)).get(key)
+        return None if state is None or state.deleted else decode_trusted(state.attributes)
+
+    def is_written(self, key: ObjectKey) -> bool:
+        """Tell whether an object is another one than in the store."""
+        return key in self._written
 
     def change(self, version: int) -> Change | None:
         """Return the change of a version, or None if it is not kept."""

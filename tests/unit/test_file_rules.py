@@ -467,12 +467,24 @@ class TestRights:
         ruled.tenant().create("Task", {"owner": "ann", "public": 1, "photo": file_value(OTHER)}, "b")
         looked_at: list[int] = []
         for data in (PHOTO, b"nobody's ..."):
-            with mock.patch.object(Overlay, "exists", autospec=True, side_effect=Overlay.exists) as exists:
+            with mock.patch.object(Overlay, "passed_by", autospec=True, side_effect=Overlay.passed_by) as passed_by:
                 sizes = [Wanted(sha256(data), size) for size in range(100)]
                 standings = ruled.files.stat(BOB, [*[wanted_of(data)] * 5_000, *sizes, wanted_of(OTHER)])
             assert [one.is_present for one in standings] == [False] * 5_100 + [True]
-            looked_at.append(exists.call_count)
+            looked_at.append(passed_by.call_count)
         assert looked_at == [3 + 1, 1]  # each object once
+
+    def test_what_refers_to_many_is_looked_at_once(self, ruled: Cabinet) -> None:
+        """However many of the contents that somebody asks about an object refers to, it is read once."""
+        contents = [b"%d" % number for number in range(50)]
+        forms = {"owner": "ann", **{f"a{number}": ruled.upload(data, ANN) for number, data in enumerate(contents)}}
+        for number in range(3):
+            ruled.tenant().create("Task", forms, f"t{number}")
+
+        with mock.patch.object(Overlay, "passed_by", autospec=True, side_effect=Overlay.passed_by) as passed_by:
+            standings = ruled.files.stat(BOB, [wanted_of(data) for data in contents])
+        assert not any(one.is_present for one in standings)
+        assert passed_by.call_count == 3
 
     def test_what_is_looked_at_is_not_kept(self, cabinet: Cabinet) -> None:
         """However many contents large objects refer to, a question about them holds few objects in memory at once."""
