@@ -215,13 +215,13 @@ class _Retry:
         self._head_version = overlay.version
         # What the author uploaded, the author may refer to, whoever retries; and what the operator has put in its
         # place since. What an operator may merely read, or had before, is for nobody else.
+        author_then = Principal(record.user_id, operator.tenant, frozenset(record.roles))
         self._files = FileRules(
             overlay,
-            application.rights(author) if application.access_rules else None,
+            application.rights(known_author or author_then) if application.access_rules else None,
             user_id=record.user_id,
             bytes_max=MAX_POSITION,
             vouching=(operator.user_id, SERVICE),
-            reads=known_author is not None or not application.access_rules,
         )
         self._units = UnitApplier(
             application,

@@ -48,7 +48,6 @@ class FileRules:
         lost: Contents that the user's replica says it has lost.
         vouching: Other users whose uploads count as the user's, from `vouching_since_us` on.
         asked: The only contents that are asked about. None: any may be.
-        reads: Whether the user may refer to what the rights let him read: they may be somebody else's.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class FileRules:
         lost: Collection[bytes] = (),
         vouching: Collection[str] = (),
         asked: Collection[bytes] | None = None,
-        reads: bool = True,
     ) -> None:
         self._overlay = overlay
         self._rights = rights
@@ -72,7 +70,6 @@ class FileRules:
         # Objects that may have come to refer to a content since the overlay was made, in their order.
         self._noted: defaultdict[bytes, dict[ObjectKey, None]] = defaultdict(dict)
         self._asked = asked
-        self._may_read = reads
         self._said = b""
         # What was decided of contents that the author refers to.
         self._judged: dict[bytes, bool] = {}
@@ -130,7 +127,7 @@ class FileRules:
                 continue
             if sha256 not in self._judged:
                 if held is None:
-                    held = self._readable_contents(key, before) if self._may_read else frozenset()
+                    held = self._readable_contents(key, before)
                 # Asked of a content that is not there too: the time it takes should not tell.
                 self._judged[sha256] = sha256 in held or self.may_refer(sha256)
             self._check_reference(where, f"the file {reference.name!r}", reference, self._judged[sha256])
@@ -198,7 +195,7 @@ class FileRules:
 
     def reads(self, sha256: bytes) -> bool:
         """Tell whether the user may read a content by some object."""
-        return self._may_read and any(sha256 in self._contents_read(one) for one in self._candidates(sha256))
+        return any(sha256 in self._contents_read(one) for one in self._candidates(sha256))
 
     def _is_the_authors(self, sha256: bytes) -> bool:
         """Tell whether a hash that a hook writes may come from the author, who is still to be asked for a right."""

@@ -62,6 +62,7 @@ from tidelog_server._store import Reader
 from tidelog_server._units import FormerOutcome
 
 WEEK: Final = timedelta(days=7)
+SECOND: Final = timedelta(seconds=1)
 
 PHOTO: Final = b"a photo, say"
 OTHER: Final = b"another one"
@@ -797,6 +798,37 @@ class TestFailures:
         assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
         adder.add_file(PHOTO, name="salaries.pdf")
         assert retry(desk, failed)[0].version == 1
+
+    def test_a_retry_for_somebody_who_is_not_known(self, tmp_path: Path) -> None:
+        """An operator who retries by his own rights gives the author no content that the author could not read."""
+        application = Application()
+        application.allow("operator", "*", create=True, write="*")
+        application.allow("clerk", "Task", create=True, write="*", where=attribute("owner") == claim("user_id"))
+        application.allow("clerk", "Task", where=attribute("public") == 1)
+        desk = cabinet_of(tmp_path, application)
+        desk.upload(PHOTO, BOB)
+        desk.tenant().create("Task", {"owner": "bob", "photo": file_value(PHOTO)}, "of bob")
+        named = create(1, "a", {"owner": "ann", "photo": file_value(PHOTO)})
+        (failed,) = upload(desk, ANN, named, lost=[sha256(PHOTO)])
+
+        assert retry(desk, failed)[0].reason is FailureReason.FILE_MISSING
+        desk.tenant().update("Task", "of bob", {"public": 1})
+        assert retry(desk, failed)[0].version
+
+    def test_a_retry_of_what_follows_with_what_was_there(self, desk: Cabinet) -> None:
+        """What was added between a failure and one that follows from it was not added for the latter."""
+        (failed,) = desk.lab.settle(create(1, set={"title": "x"}))
+        desk.wait(SECOND)
+        desk.tenant().add_file(PHOTO, name="salaries.pdf")
+        desk.wait(SECOND)
+        desk.lab.time_us = desk.time_us
+        named = update(2, set={"photo": file_value(PHOTO)})
+        (following,) = desk.lab.session().settle(named, lost=[sha256(PHOTO)])
+        assert said([failed, following]) == ["HOOK_REJECTED", "DEPENDENCY_FAILED"]
+        self.is_accepting = True
+
+        first, second = retry(desk, failed)
+        assert (first.version, second.reason) == (1, FailureReason.FILE_MISSING)
 
     def test_a_failure_keeps_what_its_author_may_have(self, desk: Cabinet) -> None:
         """A failure keeps no content that its author has no right to, nor anybody else's right to it."""
