@@ -17,8 +17,8 @@ the sum.
 There are three such lines, each with room of its own. A session begins in that of the
 newcomers, and goes over to that of the readers once it has taken enough to show that its
 client reads: those who read on do not wait for those who have come to a halt. Nor do
-newcomers again and again: whose last session was ended because it did not read begins in
-the third line.
+newcomers again and again: whose last session was ended because it did not read stands in
+the third line, till one of its sessions comes to its end.
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ class HeldPages:
         self._all.bytes -= held.page_bytes
         held.room.give_back(held.room_bytes)
         self._taken_bytes += held.page_bytes
-        if self._taken_bytes > WINDOW_BYTES:  # less may stand unread in the client's connection
+        # Less may stand unread in the client's connection. Who did not read before may have taken all of that to halt
+        # once more.
+        if self._taken_bytes > WINDOW_BYTES and self._room is not self._all.of_slow:
             self._room = self._all.of_readers
 
     def _withdraw(self) -> None:

@@ -211,6 +211,8 @@ class TestPageRoom:
             room = PageRoom(bytes_max=4_000_000)
             still, again = HeldPages(room, PAGE_BYTES_LEAST), HeldPages(room, PAGE_BYTES_LEAST)
             newcomer = HeldPages(room)
+            still.add(WINDOW_BYTES + 1)
+            still.drop()  # what a client takes that halts again
             still.add(1_900_000)
             assert again.page_bytes(1_500_000) < 1_500_000
             waiting = await _begun(again.wait())
