@@ -530,10 +530,10 @@ class Storage:
             for seq in kept:
                 key = self.lineage.note_reoffered(transaction, seq)
                 self.files.settle_operation(transaction, seq, applied=bool(key))
-                outcome = self.outcome(transaction, seq)
-                if key and outcome is not None and self.view.is_open(transaction, key, seq):
-                    # It comes with the data of the new timeline, and stays in view until then.
-                    self.view.settle_applied(transaction, [(key, seq, outcome.version)], rebasing=True)
+                if key and self.view.is_open(transaction, key, seq):
+                    # It comes with the next data of the new timeline, whose versions are not those of its outcome, and
+                    # stays in view until then.
+                    self.view.settle_applied(transaction, [(key, seq, 1)], rebasing=True)
             return len(kept)
 
         return self.environment.write(work) if formers else 0

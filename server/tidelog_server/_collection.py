@@ -22,6 +22,7 @@ from tidelog._operation import OperationKind
 from tidelog.v1 import failure_pb2
 from tidelog_server._file_records import (
     CONTENTS,
+    FOUND_AGAIN,
     GRANTS,
     content_key,
     content_of,
@@ -30,6 +31,7 @@ from tidelog_server._file_records import (
     grants_prefix,
     kept_record,
     objects_prefix,
+    referrers_prefix,
     unpack_content,
     unpack_grant,
 )
@@ -197,6 +199,11 @@ def is_referred_to(reader: Reader, sha256: bytes) -> bool:
     return any(reader.index_range(prefix(sha256), b"", 1) for prefix in (objects_prefix, grants_prefix))
 
 
+def is_held_by_any(reader: Reader, sha256: bytes) -> bool:
+    """Tell the same, or whether a failure holds a content, whose author may have no right to it yet."""
+    return is_referred_to(reader, sha256) or bool(reader.index_range(referrers_prefix(sha256), b"", 1))
+
+
 def without_content(reader: Reader, sha256: bytes, before_us: int) -> tuple[Writes | None, str | None]:
     """Take a content off the record, if it is still unneeded; return which copy of it is gone then."""
     record = kept_record(sha256, reader.index)
@@ -226,12 +233,13 @@ def without_grants(reader: Reader, keys: Sequence[bytes], before_us: int) -> tup
 
 def _is_old_grant(reader: Reader, key: bytes, before_us: int) -> bool:
     given = reader.index(key)
-    return (
-        given is not None
-        and unpack_grant(given) < before_us
-        # Asked in one step, however many failures there are: those who write wait for it.
-        and not reader.index_range(failures_prefix(content_of(key), grantee(key)), b"", 1)
-    )
+    if given is None or unpack_grant(given) >= before_us:
+        return False
+    # Asked in one step, however many failures there are: those who write wait for it. What was found again is kept
+    # for anybody's.
+    sha256, user_id = content_of(key), grantee(key)
+    prefix = referrers_prefix(sha256) if user_id == FOUND_AGAIN else failures_prefix(sha256, user_id)
+    return not reader.index_range(prefix, b"", 1)
 
 
 def _is_old(reader: Reader, settled: Settled, collected: int, before_us: int) -> bool:

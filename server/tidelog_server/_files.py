@@ -29,7 +29,7 @@ from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
 from tidelog._logging import get_logger
 from tidelog._values import decode_trusted
 from tidelog_server._application import Application
-from tidelog_server._collection import is_referred_to, without_content
+from tidelog_server._collection import is_held_by_any, without_content
 from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
 from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid, UploadSuperseded
@@ -167,6 +167,7 @@ class Files:
         self._bytes_max = bytes_max
         self._room_bytes = room_bytes
         self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
+        self._seen_timeline = b""
         self.place = Place(store, contents)
         self._parts = Parts(contents, clock)
 
@@ -210,8 +211,8 @@ class Files:
             raise FileTooLarge(f"a file of {wanted.size} bytes: the limit is {self._bytes_max}")
         tenant, part = principal.tenant, part_name(principal.user_id, wanted.sha256)
         self.place.check(marks=True)
-        copy = self._begin(tenant, wanted, principal.user_id, self._room_bytes)
-        complete = partial(self._complete, tenant, part, wanted, principal.user_id, copy)
+        self._begin(tenant, wanted, principal.user_id, self._room_bytes)
+        complete = partial(self._complete, tenant, part, wanted, principal.user_id)
         return self._parts.begin(tenant, part, offset, wanted.size, complete)
 
     def download(
@@ -286,7 +287,7 @@ class Files:
                 self.contents.discard(tenant, part)
                 raise
             wanted = Wanted(digest.digest(), size)
-            self._complete(tenant, part, wanted, user_id, self._begin(tenant, wanted, user_id))
+            self._complete(tenant, part, wanted, user_id)
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
@@ -334,13 +335,18 @@ class Files:
             if time_us >= before_us or not self._is_gone(tenant, content):
                 continue
             with self._store.read(tenant) as reader:
-                is_there = content_record(content.sha256, reader.index) is not None
-                is_missed = not is_there and is_referred_to(reader, content.sha256)
-            if is_missed and self._put_back(tenant, content):
+                record = content_record(content.sha256, reader.index)
+                is_held = is_held_by_any(reader, content.sha256)
+            is_there = record is not None and self._is_kept(tenant, content.sha256, record)
+            if is_held and not is_there and self._put_back(tenant, content):
                 continue  # it is one too many from now on
-            if is_settled and (is_there or time_us < self._clock() - kept_us):
-                self.contents.delete(tenant, content.sha256, content.copy)
-                yield 1
+            if not is_settled or not (is_there or time_us < self._clock() - kept_us):
+                continue
+            if record is not None and is_there and not self._is_whole(tenant, content.sha256, record):
+                self._note_broken(tenant, content.sha256, record, "it has another hash")
+                continue  # the next time it is put back
+            self.contents.delete(tenant, content.sha256, content.copy)
+            yield 1
 
     def mend(self, tenant: str, sha256: bytes) -> None:
         """Look at a content that was broken: if somebody put it back, it is there again."""
@@ -371,7 +377,9 @@ class Files:
         is_new = known[_TIMES.size :] != timeline
         began_us, looked_us = (0, 0) if is_new else _TIMES.unpack_from(known)
         since_us = abs(now_us - looked_us)  # a clock may have been ahead
-        if is_new or since_us > UNSEEN_MAX // _MICROSECOND:
+        was_seen = self._seen_timeline == timeline  # by this process, which nobody puts a store back under
+        self._seen_timeline = timeline
+        if is_new or (since_us > UNSEEN_MAX // _MICROSECOND and not was_seen):
             began_us = now_us if known or self._store.tenants() else 0
         if is_new or since_us > _NOTED_EVERY // _MICROSECOND:
             self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
@@ -414,8 +422,9 @@ class Files:
 
         return self._write(tenant, job)
 
-    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str, copy: str) -> None:
+    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
         """Make a part a content that operations of a user may refer to."""
+        copy = self._begin(tenant, wanted, user_id)  # it may have taken so long that it was given up
         try:
             self.contents.complete(tenant, part, *wanted, copy)
         finally:

@@ -685,10 +685,10 @@ class TestService:
         class Slow(DirectoryContents):
             """Answers to so many together only."""
 
-            def size(self, tenant: str, sha256: bytes) -> int | None:
+            def size(self, tenant: str, sha256: bytes, copy: str = "") -> int | None:
                 if is_slow:
                     together.wait(30)
-                return super().size(tenant, sha256)
+                return super().size(tenant, sha256, copy)
 
             def part_size(self, tenant: str, part: str) -> int:
                 if is_slow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -378,6 +378,51 @@ class TestCopiedReplicas:
         assert (report.reoffered, report.rejected, list(report.failures)) == (1, 0, [])
         assert contents(site.device("a")) == site.truth()
         assert {f"t{number}" for number in range(7)} <= site.truth().keys()
+
+    def test_what_waits_and_a_copy_brought_counts_once(self, tmp_path: Path) -> None:
+        """What a replica could not offer again yet, and a copy of it did, is not replayed on top of itself."""
+        schemas = _task_schema(1), _task_schema(2)
+        former, newer = (Application(schema=schema) for schema in schemas)
+        with closing(Site(tmp_path, former)) as site:
+            c = site.device("c", schema=schemas[0])
+            c.create("Task", {"n": 0}, "t0")
+            c.synchronize_all()
+            site.shut("c")
+            site.back_up()
+            site.stop()
+            site.application = newer
+            site.start()
+            c = site.device("c", schema=schemas[1])
+            for _ in range(60):  # so that the versions of the former life are far ahead
+                c.create("Task", {"n": 0})
+            c.synchronize_all()
+            site.shut("c")
+            a = site.device("a", schema=schemas[1])
+            a.synchronize_all()
+            a.update("Task", "t0", {"z": "new"}, increment={"n": 1})
+            a.synchronize_all()
+            site.shut("a")
+            site.copy("a", "b")
+            site.application = former
+            site.restore()
+            for name in ("a", "b"):
+                device = site.device(name, schema=schemas[0])
+                device.create("Task", {"n": 9}, f"of {name}")
+                device.synchronize_all(accept_mass_removal=True)
+                device.synchronize_all()
+                site.shut(name)
+            site.stop()
+            site.application = newer
+            site.start()
+            site.device("a", schema=schemas[1]).synchronize_all()
+            b = site.device("b", schema=schemas[1])
+            b.synchronize_all()
+
+            b.update("Task", "t0", {"z": "later"})
+            b.synchronize_all()
+
+            assert site.truth()["t0"] == {"n": 1, "z": "later"}
+            assert contents(b) == site.truth()
 
     def test_a_fork_of_an_older_version(self, site: Site) -> None:
         """A replica that forked before nonces were noted with former ids goes on, and is recognized as before."""
