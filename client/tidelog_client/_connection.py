@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, TypeAlias
+from uuid import uuid4
 
 import grpc
 
@@ -61,6 +62,7 @@ class Connection:
         self._channel: grpc.Channel | None = None
         self._stream: Stream | None = None
         self._is_closed = False
+        self._uploader = uuid4().hex
         self._file_channels: weakref.WeakSet[FileChannel] = weakref.WeakSet()
         if token is not None and tls is None and not is_loopback(host_of(address)):
             _log.warning("a token is sent without TLS: whoever is on the way can read it", address=address)
@@ -108,7 +110,7 @@ class Connection:
         Raises:
             ResourceClosed: The connection was closed.
         """
-        calls = FileChannel(self.address, self._open, timeout)
+        calls = FileChannel(self.address, self._open, timeout, self._uploader)
         self._file_channels.add(calls)
         if self._is_closed:
             raise ResourceClosed("the connection is closed")

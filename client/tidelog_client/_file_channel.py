@@ -38,12 +38,16 @@ class FileChannel:
         address: Where it leads to.
         open_channel: Opens the channel, which nobody else uses.
         timeout: Seconds that a transfer may take. None: as long as it likes.
+        uploader: Who uploads, by a name that nobody else has.
     """
 
-    def __init__(self, address: str, open_channel: Callable[[], grpc.Channel], timeout: float | None) -> None:
+    def __init__(
+        self, address: str, open_channel: Callable[[], grpc.Channel], timeout: float | None, uploader: str
+    ) -> None:
         self._address = address
         self._open_channel = open_channel
         self._timeout = timeout
+        self._uploader = uploader
         self._opening = threading.Lock()
         self._channel: grpc.Channel | None = None
         self._is_closed = False
@@ -66,7 +70,9 @@ class FileChannel:
         """See `FileCalls`."""
         failed: list[Exception] = []
         start = file_pb2.UploadFileStart(
-            content=file_pb2.FileContent(sha256=content.sha256, size=content.size), offset=offset
+            content=file_pb2.FileContent(sha256=content.sha256, size=content.size),
+            offset=offset,
+            uploader=self._uploader,
         )
 
         def requests() -> Iterator[file_pb2.UploadFileRequest]:

@@ -523,9 +523,11 @@ class FileExchange:
         except StorageError as error:
             # Housekeeping does not undo what was done.
             _log.warning("the contents of files cannot be cleaned up", detail=str(error))
+            self._report.skipped.append(Skipped("", "", SkipReason.FILE_NOT_DOWNLOADED, str(error)))
 
     def _clean_up(self) -> None:
         if self._files.any_contents():
+            self._files.require_place()
             now = self._storage.clock() / 1e6
             swept = float(self._storage.meta("files_swept") or 0)
             if not swept <= now <= swept + SWEEP_SECONDS:

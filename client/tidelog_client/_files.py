@@ -636,7 +636,7 @@ class Files:
 
     def any_contents(self) -> bool:
         """Tell whether there ever was a content."""
-        return self.contents.path.exists()
+        return bool(self._meta.read("files_mark")) or self.contents.path.exists()
 
     def _note_garbage(self, found: list[tuple[bytes, bytes]]) -> None:
         if found:

@@ -30,7 +30,7 @@ class Skipped:
     Something that was left out.
 
     Attributes:
-        entity: Type of the object.
+        entity: Type of the object; empty for `FILE_NOT_DOWNLOADED` where none can be had: their folder is away.
         id: Its id; empty where it stands for several: for `NEVER`, for all operations on the entity that stay behind,
             and for `FILE_NOT_DOWNLOADED`, for objects for which no time was left, or that share a content.
         reason: Why.

@@ -27,6 +27,8 @@ FILE_THREADS: Final = 8
 # not get ahead with large ones, and pay for the same bytes again and again.
 DOWNLOAD_CHUNK_BYTES: Final = 32 * 1024
 
+UPLOADER_CHARS_MAX: Final = 36
+
 T = TypeVar("T")
 
 
@@ -58,7 +60,11 @@ class FileService:
         """Upload a content."""
         start = (await _received(peer, "start")).start
         wanted = _wanted(start.content)
-        begun = self._pool.submit(self._files.begin_upload, principal, wanted, start.offset)
+        if len(start.uploader) > UPLOADER_CHARS_MAX:
+            raise RequestInvalid(
+                f"an uploader of {len(start.uploader)} characters: it has {UPLOADER_CHARS_MAX} at most"
+            )
+        begun = self._pool.submit(self._files.begin_upload, principal, wanted, start.offset, start.uploader)
         try:
             incoming = await asyncio.wrap_future(begun)
             while not incoming.is_whole:

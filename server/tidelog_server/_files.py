@@ -198,9 +198,11 @@ class Files:
         standings = dict(zip(asked, each(standing, asked), strict=True))
         return [standings[one] for one in wanted]
 
-    def begin_upload(self, principal: Principal, wanted: Wanted, offset: int) -> Incoming:
+    def begin_upload(self, principal: Principal, wanted: Wanted, offset: int, uploader: str = "") -> Incoming:
         """
         Begin an upload, or go on with one. A former one of the same content by the same user ends.
+
+        Unless it is that of another *uploader*, and gets ahead: then that one is waited for.
 
         Raises:
             FileTooLarge: The server takes no content of that size.
@@ -213,7 +215,7 @@ class Files:
         self.place.check(marks=True)
         self._begin(tenant, wanted, principal.user_id, self._room_bytes)
         complete = partial(self._complete, tenant, part, wanted, principal.user_id)
-        return self._parts.begin(tenant, part, offset, wanted.size, complete)
+        return self._parts.begin(tenant, part, offset, wanted.size, complete, uploader)
 
     def download(
         self, principal: Principal, sha256: bytes, key: ObjectKey, offset: int, length: int
@@ -340,7 +342,7 @@ class Files:
             is_there = record is not None and self._is_kept(tenant, content.sha256, record)
             if is_held and not is_there and self._put_back(tenant, content):
                 continue  # it is one too many from now on
-            if not is_settled or not (is_there or time_us < self._clock() - kept_us):
+            if not is_settled or time_us >= self._clock() - kept_us:
                 continue
             if record is not None and is_there and not self._is_whole(tenant, content.sha256, record):
                 self._note_broken(tenant, content.sha256, record, "it has another hash")

@@ -93,9 +93,11 @@ class Parts:
         finally:
             self.added.discard((tenant, part))
 
-    def begin(self, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None]) -> Incoming:
+    def begin(  # noqa: PLR0917 - what makes a part
+        self, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None], uploader: str = ""
+    ) -> Incoming:
         """
-        Begin to append to a part, or go on with it. Whoever had it before may append nothing more, if he is silent.
+        Begin to append to a part, or go on with it. Whoever had it before may append nothing more.
 
         Args:
             tenant: Whose part it is.
@@ -103,19 +105,20 @@ class Parts:
             offset: How many bytes it has.
             size: How many it is to have.
             complete: Makes a content of it.
+            uploader: Who appends. Empty: somebody who waits for nobody.
 
         Raises:
             PartMismatch: It has not so many bytes.
-            ServerBusy: Somebody else is appending to it; or all of it has come, and a content is being made of it.
+            ServerBusy: Another uploader is appending to it; or all of it has come, and a content is being made of it.
         """
-        incoming = Incoming(self, tenant, part, offset, size, complete)
+        incoming = Incoming(self, tenant, part, offset, size, complete, uploader)
         with self.guard:
             if (tenant, part) in self.completing:
                 raise ServerBusy(
                     "all of the file has come, and is being stored: come again", retry_after_seconds=STORING_SECONDS
                 )
             former = self.turns.get((tenant, part))
-            if former is not None and 0 <= incoming.heard_us - former.heard_us < SILENCE_US:
+            if former is not None and incoming.waits_for(former):
                 raise ServerBusy(
                     "the same file is being uploaded already: come again", retry_after_seconds=UPLOADING_SECONDS
                 )
@@ -142,7 +145,7 @@ class Incoming:
     """
 
     def __init__(  # noqa: PLR0917 - what makes a part
-        self, parts: Parts, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None]
+        self, parts: Parts, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None], uploader: str
     ) -> None:
         self.received = offset
         self.heard_us = parts.clock()
@@ -151,6 +154,12 @@ class Incoming:
         self._part = part
         self._size = size
         self._complete = complete
+        self._uploader = uploader
+
+    def waits_for(self, former: Incoming) -> bool:
+        """Tell whether another uploader gets ahead with the same: a former call of one's own may be dead by now."""
+        is_another = self._uploader not in {"", former._uploader}
+        return is_another and 0 <= self.heard_us - former.heard_us < SILENCE_US
 
     @property
     def is_whole(self) -> bool:

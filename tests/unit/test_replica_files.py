@@ -535,6 +535,17 @@ class TestUploading:
         assert (report.applied, report.skipped, pending(replica)) == (1, [], [])
         assert read(replica, "t3") == LARGE
 
+    def test_that_the_contents_are_away_is_reported(self, replica: Replica) -> None:
+        """A replica whose folder of contents is gone says so at each synchronization, though nothing is to travel."""
+        connect(replica, FileServer(pages=[page(task("t1", PHOTO))]))
+        replica.add_file(PHOTO)
+        replica.synchronize_all()
+        shutil.rmtree(replica.path / "files")
+        for _ in range(2):
+            (skipped,) = replica.synchronize_all().skipped
+            assert (skipped.entity, skipped.reason) == ("", SkipReason.FILE_NOT_DOWNLOADED)
+            assert "are away" in skipped.message
+
     def test_a_content_that_is_put_back_during_its_upload_stays(self, replica: Replica) -> None:
         """What was damaged when it was read, and is whole again when that is found out, goes up another time."""
         server = FileServer()

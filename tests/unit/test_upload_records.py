@@ -145,23 +145,34 @@ def test_what_is_known_is_not_written_again(cabinet: Cabinet, monkeypatch: pytes
 
 
 def test_the_turn_to_upload(cabinet: Cabinet) -> None:
-    """An upload is taken over by another one of the same content only when nothing has come of it for a while."""
-    first = cabinet.files.begin_upload(USER, wanted(data(0)), 0)
+    """An upload is taken over by another device's of the same content only when nothing has come of it for a while."""
+    first = cabinet.files.begin_upload(USER, wanted(data(0)), 0, "first")
     for _ in range(3):
         cabinet.wait(4 * SECOND)
         first.append(data(0)[first.received : first.received + 1])
     cabinet.wait(4 * SECOND)
     with pytest.raises(ServerBusy):
-        cabinet.files.begin_upload(USER, wanted(data(0)), 3)
+        cabinet.files.begin_upload(USER, wanted(data(0)), 3, "second")
     cabinet.files.begin_upload(Principal("bob"), wanted(data(0)), 0)
     first.append(data(0)[3:4])
 
     cabinet.wait(5 * SECOND)
-    second = cabinet.files.begin_upload(USER, wanted(data(0)), 4)
+    second = cabinet.files.begin_upload(USER, wanted(data(0)), 4, "second")
     with pytest.raises(UploadSuperseded):
         first.append(data(0)[4:])
     first.leave()
     second.append(data(0)[4:])
+    second.complete()
+    assert cabinet.has(data(0))
+
+
+@pytest.mark.parametrize("uploader", ["first", ""])
+def test_an_upload_of_ones_own_is_taken_up_at_once(cabinet: Cabinet, uploader: str) -> None:
+    """A device does not wait for itself, whose former connection is dead and does not know it."""
+    first = cabinet.files.begin_upload(USER, wanted(data(0)), 0, "first")
+    first.append(data(0)[:3])
+    second = cabinet.files.begin_upload(USER, wanted(data(0)), 3, uploader)
+    second.append(data(0)[3:])
     second.complete()
     assert cabinet.has(data(0))
 

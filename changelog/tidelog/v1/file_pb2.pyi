@@ -190,8 +190,14 @@ class UploadFileStart(_message.Message):
 
     CONTENT_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    UPLOADER_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     """How many of its bytes the server has: `FileStatus.received_bytes`."""
+    uploader: _builtins.str
+    """Who uploads, by a name that nobody else has: 36 characters at most. It takes up at once what it had begun before,
+    on a connection that is not known to be dead yet; others of the same user come later while it gets ahead. Empty: it
+    takes up whatever anybody had begun.
+    """
     @_builtins.property
     def content(self) -> Global___FileContent:
         """What is uploaded."""
@@ -201,10 +207,11 @@ class UploadFileStart(_message.Message):
         *,
         content: Global___FileContent | None = ...,
         offset: _builtins.int = ...,
+        uploader: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "offset", b"offset", "uploader", b"uploader"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
