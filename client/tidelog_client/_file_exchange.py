@@ -133,6 +133,7 @@ class FileExchange:
         self._look_at = 0.0
         self._refresh_at = math.inf
         self._has_moved = False
+        self._heard_at = 0.0
         self._is_last = False
 
     def __enter__(self) -> Self:
@@ -164,26 +165,41 @@ class FileExchange:
             self._plan, self._needed = NO_FILES, {}
             return self._plan
         self._needed = self._needed_contents(until, seqs)
-        unknown = self._unknown()
-        small = self._small_uploads()
-        if unknown or small:
-            patience = Patience(self._end, SMALL_SILENCE_SECONDS)
-            patience.limit(min(SMALL_UPLOADS_SECONDS, patience.time_left() * SMALL_UPLOADS_SHARE))
-            with Transfers(self._files, self._caller, patience, self._moved) as transfers:
-                self._ask(transfers, unknown)
-                small = self._small_uploads()
-                self._jobs.under_way |= {one.content: 0 for one in small}
-                self._expect(self._jobs.left_bytes)
-                try:
-                    for result in filter(None, transfers.run(iter(small))):
-                        self._take_out(result)
-                        self._count_up(result, is_last_try=False)
-                finally:
-                    for one in small:
-                        self._jobs.under_way.pop(one.content, None)
+        if unknown := self._unknown():
+            with Transfers(
+                self._files, self._caller, Patience(self._end, SMALL_SILENCE_SECONDS), _tell_nobody
+            ) as calls:
+                self._ask(calls, unknown)
+        if small := self._small_uploads():
+            self._upload_small(small)
         self._plan = self._planned(until)
         self._ready_count = len(self._ready) + len(self._lost)
         return self._plan
+
+    def _upload_small(self, small: list[Uploading]) -> None:
+        """Upload what is small, for a while; what is under way then goes on beside the session."""
+        if self._transfers is None:
+            self._begin_transfers()
+        self._patience.resume()
+        self._heard_at = now = time.monotonic()
+        end = now + min(SMALL_UPLOADS_SECONDS, self._patience.time_left() * SMALL_UPLOADS_SHARE)
+        self._jobs.fill(small, ())
+        self._expect(sum(map(_size, small)) + self._jobs.left_bytes)
+        arrived: list[Needed] = []
+        failed: dict[bytes, Failed] = {}
+        try:
+            for result in self._results:
+                if result is not None:
+                    self._take_out(result)
+                    self._count(result, arrived, failed)
+                now = time.monotonic()
+                is_over = now >= end or now >= self._heard_at + SMALL_SILENCE_SECONDS
+                if self._jobs.under_way and (is_over or not any(one.content in self._waiting for one in small)):
+                    self._patience.suspend()
+                    return
+        finally:
+            self._files.note_arrived(arrived, failed)
+        self._end_transfers()
 
     def _needed_contents(self, until: int, seqs: Sequence[int] | None) -> dict[int, list[Needed]]:
         chosen = None if seqs is None else set(seqs)
@@ -362,9 +378,7 @@ class FileExchange:
         if self._transfers is None:
             if self._is_given_up or (not uploads and next(self._wanted(keys), None) is None):
                 return False
-            self._patience = Patience(self._end)
-            self._transfers = Transfers(self._files, self._caller, self._patience, self._moved)
-            self._results = self._transfers.run(self._jobs, self._jobs.next_size)
+            self._begin_transfers()
         left_bytes = sum(map(_size, uploads)) + sum(map(_size, self._wanted(keys)))
         self._expect(left_bytes - sum(self._jobs.under_way.values()))
         return True
@@ -385,12 +399,20 @@ class FileExchange:
                     return True
         finally:
             self._files.note_arrived(arrived, failed)
+        self._end_transfers()
+        return self._is_more_ready()
+
+    def _begin_transfers(self) -> None:
+        self._patience = Patience(self._end)
+        self._transfers = Transfers(self._files, self._caller, self._patience, self._moved)
+        self._results = self._transfers.run(self._jobs, self._jobs.next_size)
+
+    def _end_transfers(self) -> None:
         transfers, self._transfers = self._transfers, None
         if transfers is not None:
             transfers.__exit__(None)
             if transfers.is_given_up:
                 self._give_up()
-        return self._is_more_ready()
 
     def _give_up(self) -> None:
         """Report what was not even begun."""
@@ -452,7 +474,7 @@ class FileExchange:
     def _count(self, result: Result, arrived: list[Needed], failed: dict[bytes, Failed]) -> None:
         """Take in how a transfer ended; what is to be noted of a download is put to the rest."""
         if isinstance(result.job, Uploading):
-            self._count_up(result, is_last_try=True)
+            self._count_up(result)
             return
         content = result.job.content
         if content in self._fetching:
@@ -493,7 +515,7 @@ class FileExchange:
         else:
             self._reasons[content] = f"it is not here any more, and could not be downloaded: {error}"
 
-    def _count_up(self, result: Result, *, is_last_try: bool) -> None:
+    def _count_up(self, result: Result) -> None:
         (content, *_), error, was_there = result
         if error is None:
             self._report.files_uploaded += not was_there
@@ -501,8 +523,7 @@ class FileExchange:
             self._miss(content, str(error))
             return
         elif not (isinstance(error, FileRefused) and error.is_too_large):
-            if is_last_try or not isinstance(error, Transient):
-                self._reasons[content] = str(error)
+            self._reasons[content] = str(error)
             self._waiting[content] = Uploading(content)
             return
         self._waiting.pop(content, None)
@@ -591,9 +612,14 @@ class FileExchange:
         else:
             self._total_bytes -= more_bytes  # they go once more
         self._has_moved = True
+        self._heard_at = time.monotonic()
         if job.content in self._jobs.under_way:
             self._jobs.under_way[job.content] += more_bytes
         self._on_progress(Progress(Phase.FILES, self._done_bytes, self._total_bytes))
+
+
+def _tell_nobody(*_progress: object) -> None:
+    pass
 
 
 class _Jobs:
