@@ -123,7 +123,7 @@ class Connection:
     def close(self) -> None:
         """Close the channel; calls under way end."""
         self._is_closed = True
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, RuntimeError):  # no thread begins any more where the interpreter ends
             aside(self._close_channel, CLOSE_SECONDS_MAX)
         for calls in list(self._file_channels):
             calls.close()
@@ -196,6 +196,15 @@ class Stream:
         # sees the end of the messages first would take it for a mistake.
 
     def _run(self, metadata: Metadata, timeout: float | None) -> None:
+        end: BaseException | None = None
+        try:
+            self._receive(metadata, timeout)
+        except BaseException as error:  # noqa: BLE001 - raised where the answer is waited for
+            end = error
+        self._answers.put(end)
+        self._requests.put(None)  # a thread of gRPC's may wait for it
+
+    def _receive(self, metadata: Metadata, timeout: float | None) -> None:
         try:
             method: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(_SYNCHRONIZE)
             self._call = method(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
@@ -204,14 +213,7 @@ class Stream:
             for data in self._call:
                 self._answers.put(data)
                 self._wanted.get()
-            self._answers.put(None)
         except grpc.RpcError as error:
-            failure = error_of(error, self._address)
-            failure.__cause__ = error
-            self._answers.put(failure)
-        except ValueError:  # what gRPC says of a channel that was closed meanwhile
-            self._answers.put(ResourceClosed("the connection is closed"))
-        except BaseException as error:  # noqa: BLE001 - raised where the answer is waited for
-            self._answers.put(error)
-        finally:
-            self._requests.put(None)  # a thread of gRPC's may wait for it
+            raise error_of(error, self._address) from error
+        except ValueError as error:  # what gRPC says of a channel that was closed meanwhile
+            raise ResourceClosed(f"the connection is closed: {error}") from error

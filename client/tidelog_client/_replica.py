@@ -166,8 +166,10 @@ class Replica:
 
     def close(self) -> None:
         """Close the replica. Using it afterwards raises ResourceClosed."""
-        self._synchronizer.close()
-        self._storage.close()
+        try:
+            self._synchronizer.close()
+        finally:
+            self._storage.close()
 
     def __enter__(self) -> Self:
         return self

@@ -172,8 +172,8 @@ class Synchronization:
             self._until = storage.last_seq(transaction) if self._files.until is None else self._files.until
             first_seq = storage.first_unsettled(transaction)
             first_kept = storage.log.first_seq(transaction)
-            if self._mode is not Mode.SELECTED:
-                self._reoffer_count = storage.lineage.reoffer_count(transaction)
+            # In all modes: what comes behind it on the same objects has to wait for it, on the server too.
+            self._reoffer_count = storage.lineage.reoffer_count(transaction)
         storage.lineage.forget_old_bases(first_seq)
         self._plans = Plans.decode(storage.meta("plans"))
         self._upload = self._planned_upload()

@@ -134,15 +134,12 @@ class Synchronizer:
                 backoff = BACKOFF_SECONDS_FIRST
                 token_refused = False
                 has_new_plans = False
-                has_adopted = False
                 timelines_left = NEW_TIMELINES_MAX
                 completed: _Completed | None = None
                 while True:
                     report.begin_attempt()
                     # A new timeline is adopted with all of its data, whatever was asked for.
-                    adopts = mode is not Mode.ALL and (
-                        self._storage.lineage.is_rebasing or (not has_adopted and self._storage.has_reoffers())
-                    )
+                    adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
                     try:
                         report.count_published(self._storage.publication.finish())
                         selected = selection() if selection is not None and not adopts else None
@@ -221,7 +218,7 @@ class Synchronizer:
                         report.end_session()
                         if adopts:
                             # What is offered again may wait for its contents.
-                            has_adopted = not files.exchange(None, is_all=True)
+                            files.exchange(None, is_all=True)
                             continue
                         completed = _Completed(None if selected is None else selected.keys)
                         is_more = files.exchange(completed.keys, is_all=mode is Mode.ALL)

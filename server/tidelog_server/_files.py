@@ -22,7 +22,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from tidelog._contents import SHA256_BYTES, Content
-from tidelog._errors import InvalidValue
+from tidelog._errors import DiskFull, InvalidValue
 from tidelog._file_reference import file_references
 from tidelog._keys import ObjectKey
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
@@ -341,7 +341,7 @@ class Files:
                 is_held = is_held_by_any(reader, content.sha256)
             is_there = record is not None and self._is_kept(tenant, content.sha256, record)
             if is_held and not is_there and self._put_back(tenant, content):
-                continue  # it is one too many from now on
+                continue
             if not is_settled or time_us >= self._clock() - kept_us:
                 continue
             if record is not None and is_there and not self._is_whole(tenant, content.sha256, record):
@@ -395,12 +395,22 @@ class Files:
             return not is_on_record and not is_begun(reader, content.sha256, content.copy)
 
     def _put_back(self, tenant: str, content: Content) -> bool:
-        """Make another copy of one that is gone, if it is whole: what is gone does not come back itself."""
+        """
+        Make another copy of one that is gone, which does not come back itself; tell whether it is whole.
+
+        Where there is no room that is done another time.
+        """
         if not self._is_whole(tenant, content.sha256, ContentRecord(content.size, 0, content.copy)):
             return False
         pieces = partial(self.contents.read, tenant, content.sha256, copy=content.copy)
-        self.add(tenant, open_content(pieces, content.size), FOUND_AGAIN)
-        _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
+        try:
+            self.add(tenant, open_content(pieces, content.size), FOUND_AGAIN)
+        except DiskFull as error:
+            _log.warning(
+                "a content is not put back yet", tenant=tenant, sha256=content.sha256.hex(), detail=str(error)
+            )
+        else:
+            _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
         return True
 
     def _begin(self, tenant: str, wanted: Wanted, user_id: str, room_bytes: int | None = None) -> str:

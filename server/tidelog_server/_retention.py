@@ -268,9 +268,10 @@ class Retention:
         """Delete contents that are not on record, and what is left of uploads that nobody goes on with."""
         if self._files is None:
             return
+        # First: what is put back may need the room.
+        self._files.delete_leftovers(tenant, self._periods.files.total_seconds())
         for count in self._files.collect_unknown(tenant, self._before(self._periods.files)):
             yield Collected(contents=count)
-        self._files.delete_leftovers(tenant, self._periods.files.total_seconds())
 
     def _grants(self, tenant: str) -> Iterator[Collected]:
         if self._files is not None and not self._files.note_timeline():

@@ -156,6 +156,8 @@ def begun(
     key, user_key = upload_key(user_id, sha256), _user_key(user_id)
     known = upload_record(key, reader.index)
     copy = (known.copy if known is not None else "") or copy
+    if known is not None and known.copy:
+        size = max(size, known.size)  # so much of it may be there already
     writes: IndexWrites = {key: _pack(UploadRecord(size, time_us, user_id, copy))}
     counted = 0 if known is None else known.size + COST_BYTES
     if counted != size + COST_BYTES:

@@ -424,6 +424,46 @@ class TestCopiedReplicas:
             assert site.truth()["t0"] == {"n": 1, "z": "later"}
             assert contents(b) == site.truth()
 
+    @pytest.mark.parametrize("kind", ["create", "update"])
+    def test_what_is_selected_waits_for_what_waits(self, tmp_path: Path, kind: str) -> None:
+        """A selected edit behind an operation that cannot be offered again yet is neither refused nor overtakes it."""
+        schemas = _task_schema(1), _task_schema(2)
+        former, newer = (Application(schema=schema) for schema in schemas)
+        with closing(Site(tmp_path, former)) as site:
+            c = site.device("c", schema=schemas[0])
+            c.create("Task", {"n": 0}, "t0")
+            c.synchronize_all()
+            site.shut("c")
+            site.back_up()
+            site.stop()
+            site.application = newer
+            site.start()
+            a = site.device("a", schema=schemas[1])
+            a.synchronize_all()
+            if kind == "create":
+                a.create("Task", {"n": 0, "z": "own"}, "t1")
+            else:
+                a.update("Task", "t0", {"z": "own"})
+            a.synchronize_all()
+            site.shut("a")
+            site.application = former
+            site.restore()
+            a = site.device("a", schema=schemas[0])
+            a.synchronize_all()
+            id_ = "t1" if kind == "create" else "t0"
+            a.update("Task", id_, {"n": 7})
+
+            report = a.synchronize_selected([("Task", id_)])
+
+            assert (report.applied, report.rejected, a.pending_count()) == (0, 0, 1)
+            site.shut("a")
+            site.stop()
+            site.application = newer
+            site.start()
+            report = site.device("a", schema=schemas[1]).synchronize_all()
+            assert (report.applied, report.reoffered, report.rejected) == (1, 1, 0)
+            assert site.truth()[id_] == {"n": 7, "z": "own"}
+
     def test_a_fork_of_an_older_version(self, site: Site) -> None:
         """A replica that forked before nonces were noted with former ids goes on, and is recognized as before."""
         a = site.device("a")

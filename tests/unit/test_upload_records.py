@@ -102,6 +102,15 @@ def test_an_upload_counts_once(cabinet: Cabinet) -> None:
         cabinet.files.begin_upload(USER, wanted(data(0))._replace(size=ROOM), 0)
 
 
+def test_what_was_begun_as_larger_counts_as_that(cabinet: Cabinet) -> None:
+    """To say a smaller size of what has come in part makes no room: its bytes are there."""
+    large = wanted(data(0))._replace(size=ROOM)
+    cabinet.files.begin_upload(USER, large, 0).leave()
+    cabinet.files.begin_upload(USER, large._replace(size=1), 0).leave()
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(1))
+
+
 def test_room_is_found_among_many(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
     """To find room a few uploads are looked at, not all: each time others, until there is some."""
     monkeypatch.setattr(_upload_records, "LOOKED_AT", 2)

@@ -596,7 +596,7 @@ class FormerSettled(_message.Message):
     """The id."""
     common_seq: _builtins.int
     """Up to where these are surely operations of the client's own log. Behind it,
-    they may be those of another copy of the replica. 0: everywhere.
+    they may be those of another copy of the replica. 0: nowhere.
     """
     @_builtins.property
     def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeqRange]:
