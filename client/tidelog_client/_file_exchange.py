@@ -548,7 +548,7 @@ class FileExchange:
 
     def _clean_up(self) -> None:
         if self._files.any_contents():
-            self._files.require_place()
+            self._files.check_place()
             now = self._storage.clock() / 1e6
             swept = float(self._storage.meta("files_swept") or 0)
             if not swept <= now <= swept + SWEEP_SECONDS:

@@ -211,10 +211,20 @@ class Files:
 
     def check_place(self) -> None:
         """Mark the folder of the contents, if it was not yet; raise StorageError if what was marked is away."""
-        if not self._meta.read("files_mark"):
+        mark = self._meta.read("files_mark")
+        if not mark:
             self._uncollected(self._mark_new_place)
+        elif self.contents.mark(_MARK_FILE) is None and self._knows_what_is_here():
+            self.contents.set_mark(_MARK_FILE, mark)  # it went astray, and nothing else
         else:
             self.require_place()
+
+    def _knows_what_is_here(self) -> bool:
+        with self._environment.read() as transaction:
+            return any(
+                next(iter(scan_keys(transaction, self._users, one.sha256)), None) is not None
+                for one in self.contents.contents()
+            )
 
     def _mark_new_place(self) -> None:
         if not self._meta.read("files_mark"):  # by somebody else meanwhile

@@ -106,14 +106,18 @@ def _content_findings(  # noqa: PLR0917 - where the records are, and where the c
             reader = LmdbReader(transaction, databases, prefix)
             if reader.index(key) is None:
                 return False
-            is_lost = finding.kind is FindingKind.CONTENT_LOST
-            return not is_lost or bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
+            if finding.kind is not FindingKind.CONTENT_LOST:
+                return True
+            is_needed = bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
+        # Another copy may have taken its place: a server that finds it puts it on record.
+        return is_needed and all(one.sha256 != content_of(key) for one in contents.contents(tenant))
 
+    tenant = name.decode(errors="replace")
     after = b""
     while page := entries(after, PAGE_CONTENTS):
         for after, value in page:
             counts["contents"] += 1
-            finding = content_finding(contents, name.decode(errors="replace"), after, value)
+            finding = content_finding(contents, tenant, after, value)
             if finding is not None and is_wrong(finding, after):
                 yield finding
 

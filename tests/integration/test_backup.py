@@ -220,6 +220,28 @@ class TestContents:
         assert contents(folder / "restored") == [PHOTO]
         assert list(verify_store(folder / "restored")) == []
 
+    def test_that_are_replaced_meanwhile(self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A damaged content of which a sound copy comes between the copies of data and contents does no harm."""
+        opened = LmdbStore(store)
+        files = Files(Application(), opened, DirectoryContents(store / "files"), lambda: TIME_US)
+
+        def replacing(source: Path, target: Path) -> int:
+            (damaged,) = (one for one in (store / "files").rglob("*") if one.is_file() and one.name != MARK_NAME)
+            damaged.write_bytes(b"rot")
+            files.add(TENANT, io.BytesIO(PHOTO))
+            assert not damaged.exists()
+            return copy_contents(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_lmdb_backup, "copy_contents", replacing)
+            backup_store(store, folder / "backup")
+        opened.close()
+
+        restore_store(folder / "backup", folder / "restored")
+
+        assert contents(folder / "restored") == [PHOTO]
+        assert list(verify_store(folder / "restored")) == []
+
     def test_that_were_lost(self, store: Path, folder: Path) -> None:
         """A backup that lacks a content, or has another one in its place, is refused."""
         backup_store(store, folder / "backup")

@@ -535,6 +535,19 @@ class TestUploading:
         assert (report.applied, report.skipped, pending(replica)) == (1, [], [])
         assert read(replica, "t3") == LARGE
 
+    def test_a_mark_that_goes_astray_is_made_anew(self, replica: Replica) -> None:
+        """Where contents that the replica knows lie in their place the folder is not away, only its mark is."""
+        server = FileServer(pages=[page(task("t1", PHOTO))])
+        server.put(PHOTO)
+        connect(replica, server)
+        replica.synchronize_all()
+        mark = replica.path / "files" / "tidelog-replica"
+        known = mark.read_bytes()
+        mark.unlink()
+        server.pages = ()
+        assert replica.synchronize_all().skipped == []
+        assert mark.read_bytes() == known
+
     def test_that_the_contents_are_away_is_reported(self, replica: Replica) -> None:
         """A replica whose folder of contents is gone says so at each synchronization, though nothing is to travel."""
         connect(replica, FileServer(pages=[page(task("t1", PHOTO))]))
