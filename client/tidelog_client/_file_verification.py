@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from tidelog._contents import READ_BYTES
 from tidelog._errors import StorageError, TidelogError
-from tidelog._file_reference import encoded_file_references
 from tidelog._finding import Finding, FindingKind
 from tidelog._keys import unpack_object_key
 from tidelog_client._files import Files, References, references_of, set_references
@@ -46,7 +45,6 @@ class FileVerification:
         *,
         to_upload: Mapping[int, bytes],
         failed: Mapping[int, bytes],
-        is_pending: Callable[[int], bool],
         is_set_aside: Callable[[int], bool],
     ) -> Iterator[Finding]:
         """
@@ -56,7 +54,6 @@ class FileVerification:
             transaction: What is verified.
             to_upload: The operations to be uploaded that may refer to files, by seq.
             failed: The operations that failed and may refer to files, by seq.
-            is_pending: Tells whether the server never settled an operation that is to be uploaded.
             is_set_aside: Tells whether an operation failed because it cannot be read: it keeps what it referred to.
         """
         uploads, kept = _needed(to_upload), _needed(failed)
@@ -67,7 +64,6 @@ class FileVerification:
             yield Finding(FindingKind.CONTENT_LOST, "all contents", "to be where they were put", str(error))
         yield from self._objects(transaction)
         yield from self._uploads(transaction, uploads)
-        yield from self._unsent(transaction, {seq: found for seq, found in uploads.items() if is_pending(seq)})
         yield from self._users(transaction, {**kept, **uploads}, is_set_aside)
         yield from self._contents()
 
@@ -106,29 +102,8 @@ class FileVerification:
                 where = f"files of operation {seq}"
                 yield Finding(FindingKind.INDEX_WRONG, where, _contents_text(expected), _contents_text(found))
 
-    def _unsent(self, transaction: LmdbTransaction, pending: _Needed) -> Iterator[Finding]:
-        """Name what the server cannot have: its operation is pending, and no object that came from it has it."""
-        for seq, contents in pending.items():
-            for sha256, (_, size) in (contents or {}).items():
-                if self._is_lost(sha256, size) and not self._server_has(transaction, sha256):
-                    expected = f"{size} bytes, for operation {seq} refers to it"
-                    yield Finding(FindingKind.CONTENT_LOST, _content(sha256), expected, "none, or others")
-
     def _is_lost(self, sha256: bytes, size: int) -> bool:
         return not self._is_away and not self._files.has(sha256, size)
-
-    def _server_has(self, transaction: LmdbTransaction, sha256: bytes) -> bool:
-        """Tell whether an object, as it came from the server, refers to a content."""
-        view = self._view
-        for key in self._files.objects(transaction, sha256):
-            record = view.get(transaction, key)
-            if record is None or record.dirty:
-                record = view.base(transaction, key)
-            if record is not None and any(
-                one.sha256 == sha256 for one in encoded_file_references(record.attributes).values()
-            ):
-                return True
-        return False
 
     def _users(
         self, transaction: LmdbTransaction, needed: _Needed, is_set_aside: Callable[[int], bool]

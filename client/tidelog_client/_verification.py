@@ -107,7 +107,6 @@ class _Verification:
                 transaction,
                 to_upload=self._to_upload,
                 failed=self._failed,
-                is_pending=self._is_pending,
                 is_set_aside=self._was_set_aside,
             )
 
@@ -261,9 +260,6 @@ class _Verification:
         if base is not None and version <= base.version and not is_rebasing:
             return (f"a version above the base's, {base.version}", f"version {version}")
         return None
-
-    def _is_pending(self, seq: int) -> bool:
-        return self._transaction.get(pack_position(seq), db=self._positions[_PENDING]) is not None
 
     def _was_set_aside(self, seq: int) -> bool:
         """Tell whether an operation failed here because it, or one of its commit group, cannot be read."""

@@ -164,11 +164,13 @@ def content(data: bytes) -> file_pb2.FileContent:
     return file_pb2.FileContent(sha256=sha256(data), size=len(data))
 
 
-def messages(data: bytes, offset: int = 0, until: int | None = None, **said: Any) -> list[file_pb2.UploadFileRequest]:
+def messages(
+    data: bytes, offset: int = 0, until: int | None = None, *, uploader: str = "", **said: Any
+) -> list[file_pb2.UploadFileRequest]:
     """Return the messages of an upload, or of a part of one."""
     named = content(data)
     named.MergeFrom(file_pb2.FileContent(**said))
-    start = file_pb2.UploadFileStart(content=named, offset=offset)
+    start = file_pb2.UploadFileStart(content=named, offset=offset, uploader=uploader)
     end = len(data) if until is None else until
     return [
         file_pb2.UploadFileRequest(start=start),
@@ -316,10 +318,11 @@ class TestUploads:
         wait_for(lambda: client.stat(PHOTO) == [(MISSING, FILE_CHUNK_BYTES)])
 
         with pytest.raises(grpc.RpcError) as caught:
-            client.upload(PHOTO, FILE_CHUNK_BYTES)
+            client.upload(PHOTO, FILE_CHUNK_BYTES, uploader="another device")
         status = rpc_status.from_call(cast("grpc.Call", caught.value))
         assert status is not None
         assert status.details[1].Is(RetryInfo.DESCRIPTOR)
+        assert refused(lambda: client.upload(PHOTO, uploader="x" * 37))[1] == "REQUEST_INVALID"
 
         sending.go_on(messages(PHOTO, FILE_CHUNK_BYTES)[1:])
         sending.result()

@@ -7,7 +7,7 @@ replica held before; what the product counts for itself is only compared with it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from tests.simulation.model import Key
@@ -72,7 +72,14 @@ class Reconciled:
 
 
 def loss(
-    reconciled: Reconciled, replica: ReplicaRecord, eyes: Eyes, history: History, since: int, *, unasked_max: int
+    reconciled: Reconciled,
+    replica: ReplicaRecord,
+    eyes: Eyes,
+    history: History,
+    since: int,
+    *,
+    waiting: Collection[Key],
+    unasked_max: int,
 ) -> Loss:
     """
     Work out what a download takes away.
@@ -83,6 +90,7 @@ def loss(
         eyes: What the replica's user sees.
         history: The server's.
         since: The version at which the download began.
+        waiting: The objects that wait to be created anew at a server that was put back. They stay in view.
         unasked_max: As many may go in any case.
     """
     known: dict[str, set[Key]] = {}
@@ -93,6 +101,8 @@ def loss(
         if replica.held(key) is None or not eyes.downloads(entity) or not reconciled.is_unexplained(entity):
             continue
         known.setdefault(entity, set()).add(key)
+        if key in waiting:
+            continue
         shown = [eyes.shown(entity, state) is not None for state in history.states_between(key, since)]
         if not any(shown):
             surely.setdefault(entity, set()).add(key)

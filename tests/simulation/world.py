@@ -324,8 +324,15 @@ class World(FileHappenings):
         reconciled = removals.Reconciled(link.started, is_rebasing, had_cursor=record.cursor is not None)
         # What was kept of earlier ones was the server's state when they came.
         since = min(one.settled_version for one in (device.sessions if link.started.resumed else [link]))
+        storage = device.replica._storage
+        with storage.environment.read() as transaction:
+            seqs = [seq for seq, _ in storage.lineage.waiting(transaction)]
+        operations = [decode_operation(record.log[seq]) for seq in seqs]
+        waiting = [one.key for one in operations if one.kind is OperationKind.CREATE]
         unasked_max = self.settings.limits["removed_unasked"]
-        return removals.loss(reconciled, record, device.eyes, self._history, since, unasked_max=unasked_max)
+        return removals.loss(
+            reconciled, record, device.eyes, self._history, since, waiting=waiting, unasked_max=unasked_max
+        )
 
     # --- what can happen ----------------------------------------------------------------
 
@@ -778,7 +785,7 @@ class World(FileHappenings):
             # What the backup has is not offered again.
             self._acknowledged[device.name] = {nonce: one for nonce, one in acknowledged.items() if nonce not in kept}
         self._restored_at = backup.history.version
-        self._lay_traps(Commit.REBASE, self._devices)
+        self._lay_traps(self._random.choice([Commit.REBASE, Commit.KEEP]), self._devices)
         since = backup.history.version
         edits = [one for one in self._past_lives[-1].changes if one.kind is OperationKind.UPDATE and not one.by_hook]
         lost = list(dict.fromkeys(one.key for one in edits if one.version > since))

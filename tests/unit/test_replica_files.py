@@ -1716,19 +1716,6 @@ class TestVerification:
         with history._storage.environment.read() as transaction:
             assert not history._storage.files.is_user(transaction, sha256(b"failed"), 1)
 
-    def test_a_lost_content_of_a_pending_operation_is_named(self, replica: Replica) -> None:
-        """What only this replica had is named as lost; what it never downloaded is not, whoever refers to it too."""
-        server = FileServer(pages=[page(task("t1", LARGE))])
-        connect(replica, server)
-        replica.synchronize_all()
-        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t2")
-        replica.create("Task", {"photo": reference(LARGE)}, "t3")
-        assert list(replica.verify()) == []
-        replica._storage.files.contents.delete(sha256(PHOTO))
-        (found,) = replica.verify()
-        assert (found.kind, found.where) == (FindingKind.CONTENT_LOST, f"content {sha256(PHOTO).hex()}")
-        assert "operation 1" in found.expected
-
     def test_a_folder_that_is_away_is_said_once(self, replica: Replica) -> None:
         """That the folder of the contents is away is one finding, however many contents there are."""
         connect(replica, FileServer())
