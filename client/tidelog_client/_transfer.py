@@ -164,11 +164,6 @@ class Patience:
         """Return the seconds to the deadline; infinite if there is none."""
         return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
 
-    def limit(self, seconds: float) -> None:
-        """Go on for so many seconds from now, at the most."""
-        end = time.monotonic() + seconds
-        self._end = end if self._end is None else min(end, self._end)
-
     @property
     def is_over(self) -> bool:
         """Whether the deadline has passed."""
