@@ -25,7 +25,7 @@ from tidelog_server._content_store import (
     ContentStore,
     DirectoryContents,
 )
-from tidelog_server._file_records import CONTENTS, content_of, referrers_prefix
+from tidelog_server._file_records import CONTENTS, content_of, kept_record, referrers_prefix
 from tidelog_server._file_verification import content_finding
 from tidelog_server._lmdb_records import LmdbRecords
 from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, LmdbReader, noted
@@ -104,13 +104,15 @@ def _content_findings(  # noqa: PLR0917 - where the records are, and where the c
         """Tell whether a content should be there: it may have been collected, now or while a backup was made."""
         with environment.read() as transaction:
             reader = LmdbReader(transaction, databases, prefix)
-            if reader.index(key) is None:
+            record = kept_record(content_of(key), reader.index)
+            if record is None:
                 return False
             if finding.kind is not FindingKind.CONTENT_LOST:
                 return True
             is_needed = bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
         # Another copy may have taken its place: a server that finds it puts it on record.
-        return is_needed and all(one.sha256 != content_of(key) for one in contents.contents(tenant))
+        others = (one for one in contents.contents(tenant) if one.sha256 == content_of(key))
+        return is_needed and all(one.size != record.size for one in others)
 
     tenant = name.decode(errors="replace")
     after = b""
