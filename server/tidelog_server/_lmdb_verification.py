@@ -104,15 +104,15 @@ def _content_findings(  # noqa: PLR0917 - where the records are, and where the c
         """Tell whether a content should be there: it may have been collected, now or while a backup was made."""
         with environment.read() as transaction:
             reader = LmdbReader(transaction, databases, prefix)
-            record = kept_record(content_of(key), reader.index)
-            if record is None:
+            if reader.index(key) is None:
                 return False
             if finding.kind is not FindingKind.CONTENT_LOST:
                 return True
+            record = kept_record(content_of(key), reader.index)
             is_needed = bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
         # Another copy may have taken its place: a server that finds it puts it on record.
         others = (one for one in contents.contents(tenant) if one.sha256 == content_of(key))
-        return is_needed and all(one.size != record.size for one in others)
+        return is_needed and record is not None and all(one.size != record.size for one in others)
 
     tenant = name.decode(errors="replace")
     after = b""
