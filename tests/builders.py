@@ -58,6 +58,7 @@ from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import ANONYMOUS
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
+    RUN_BYTES,
     Change,
     Forgotten,
     Head,
@@ -305,8 +306,9 @@ class _Data:
 class _MemoryReader:
     """Reads one tenant as of one moment. See `Reader`."""
 
-    def __init__(self, data: _Data) -> None:
+    def __init__(self, data: _Data, run: bytes) -> None:
         self._data = data
+        self._run = run
 
     def head(self) -> Head:
         return self._data.head
@@ -317,6 +319,9 @@ class _MemoryReader:
     def commit_until(self, version: int) -> Head | None:
         newest = max((one for one in self._data.commits if one <= version), default=None)
         return None if newest is None else Head(newest, self._data.commits[newest])
+
+    def run(self) -> bytes:
+        return self._run
 
     def collected(self) -> int:
         return self._data.collected
@@ -401,6 +406,7 @@ class MemoryStore:
         self._tenants: dict[str, _Data] = self._disk.setdefault("tenants", {})
         self._notes: dict[str, bytes] = self._disk.setdefault("notes", {})
         self._left: list[tuple[str, Attempt]] = self._disk.get("under way", [])
+        self._run = secrets.token_bytes(RUN_BYTES)
         self._lock = threading.RLock()
         self._is_running_job = False
         self._closed = False
@@ -416,7 +422,7 @@ class MemoryStore:
         if self._closed:
             raise ResourceClosed("the store is closed")
         with self._lock:
-            yield _MemoryReader(self._tenants.get(tenant, _Data()).copy())
+            yield _MemoryReader(self._tenants.get(tenant, _Data()).copy(), self._run)
 
     def submit(
         self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
@@ -431,7 +437,7 @@ class MemoryStore:
             data = self._tenants.get(tenant, _Data()).copy()
             self._is_running_job = True
             try:
-                writes, result = job(_MemoryReader(data))
+                writes, result = job(_MemoryReader(data, self._run))
                 if writes is not None:
                     _write(data, writes)
             except ProcessDied:

@@ -2,11 +2,12 @@
 Checkpoints: what a replica shows a server that was put back from a backup.
 
 A checkpoint names commits of a tenant's history: the newest one, and older ones at
-growing distances. A store that lacks one of them, in the same timeline, has lost
-history that somebody was told of; so has one in which fewer of the replica's operations
-are settled, refusals among them, or something else is settled in the place of the newest
-of them: a copy of the replica may have come first. The newest commit that it has tells how far its history
-and the replica's are the same. A checkpoint is sealed: nobody can make one up.
+growing distances, and how far settling had come in which run of the store; see `_runs`.
+A store that lacks the newest commit, in the same timeline, has lost history that
+somebody was told of; so has one that never came so far in that run: refusals move no
+version, and of commits that are collected nobody can tell any more. The newest commit
+that it has tells how far its history and the replica's are the same. A checkpoint is
+sealed: nobody can make one up.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import uuid_utils
 from google.protobuf.message import DecodeError
 
 from tidelog.internal.v1 import splice_pb2
-from tidelog_server._records import Head, ReplicaState
+from tidelog_server._records import Head
+from tidelog_server._runs import Moment, lacks
 from tidelog_server._sealing import Sealer
 from tidelog_server._store import Reader, Store
 
@@ -45,18 +47,16 @@ def is_found(timeline: str) -> bool:
 
 class Checkpoints:
     """
-    Makes and reads the checkpoints of one replica.
+    Makes and reads the checkpoints of a tenant's replicas.
 
     Args:
         store: Whose history they are of.
         tenant: The tenant.
-        replica: The replica's id in 16 bytes.
     """
 
-    def __init__(self, store: Store, tenant: str, replica: bytes) -> None:
+    def __init__(self, store: Store, tenant: str) -> None:
         self._store = store
         self._tenant = tenant
-        self._replica = replica
         self._sealer = Sealer(store, "checkpoint")
         self._older: list[Head] = []
 
@@ -64,10 +64,9 @@ class Checkpoints:
         """Note the older commits that the checkpoints of a session name."""
         self._older = _spread(reader)
 
-    def at(self, head: Head, known: ReplicaState | None) -> bytes:
+    def at(self, head: Head, settling: Moment) -> bytes:
         """Return the checkpoint of a history at *head*; empty if it has not begun and nothing was settled."""
-        settled_count = known.settled_count if known is not None else 0
-        if not head.version and not settled_count:
+        if not head.version and not settling.number:
             return b""
         identity = self._store.identity
         commits = [head, *(one for one in self._older if one.version < head.version)]
@@ -75,10 +74,8 @@ class Checkpoints:
             epoch=identity.epoch,
             timeline=identity.timeline,
             commits=[splice_pb2.Commit(version=one.version, commit_id=one.commit_id) for one in commits],
-            replica=self._replica,
-            settled_count=settled_count,
-            newest_seq=known.newest_seq if known is not None else 0,
-            newest_nonce=known.newest_nonce if known is not None else 0,
+            settling_count=settling.number,
+            settling_run=settling.run,
         )
         return self._sealer.seal(checkpoint.SerializeToString(), self._tenant)
 
@@ -88,12 +85,7 @@ class Checkpoints:
         identity = self._store.identity
         if checkpoint is None or (checkpoint.epoch, checkpoint.timeline) != (identity.epoch, identity.timeline):
             return False
-        state = reader.replica(checkpoint.replica)
-        if (state.settled_count if state is not None else 0) < checkpoint.settled_count:
-            return True
-        newest_seq = checkpoint.newest_seq
-        settled = reader.settled(checkpoint.replica, (newest_seq,)).get(newest_seq) if newest_seq else None
-        if settled is not None and settled.nonce != checkpoint.newest_nonce:
+        if lacks(reader, Moment(checkpoint.settling_count, checkpoint.settling_run)):
             return True
         newest = max(checkpoint.commits, key=lambda one: one.version)
         if newest.version > reader.head().version:

@@ -26,6 +26,7 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import BATCH_OPERATIONS_MAX, GROUP_BYTES_MAX
 from tidelog._operation import OperationKind
 from tidelog._patch import Patch
+from tidelog_server import _runs
 from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
@@ -380,6 +381,7 @@ class _Evaluator:
                 **self._units.index_writes(failures),
                 **outcomes.index_writes(),
                 **self._formers.notes(outcomes.settled),
+                **(_runs.next_commit(self._reader) if outcomes.settled else {}),
             },
         )
         state = UploadState(

@@ -14,6 +14,7 @@ tells what it is about:
     t  replica                       -> seq             up to which such entries are no longer kept
     s                                -> version         since when `l` has all that left a value
     c g f                            -> contents of files, and who refers to them; see `_file_records`
+    n                                -> lives of the store; see `_runs`
     w                                -> uploads of contents; see `_upload_records`
 
 Values are represented by a digest, because a key has a limited length: whoever looks

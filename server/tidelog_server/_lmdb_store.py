@@ -54,6 +54,7 @@ from tidelog_server._attempts import Attempt, UnderWay, decode_under_way, encode
 from tidelog_server._backup_note import BACKUP_FILE
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
+    RUN_BYTES,
     Change,
     Forgotten,
     Head,
@@ -135,6 +136,7 @@ class LmdbStore:
             if isinstance(error, OSError):
                 raise StorageError(f"{self.path} cannot be used: {error}") from error
             raise
+        self._run = secrets.token_bytes(RUN_BYTES)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = False
         self._writer = threading.Thread(target=self._write_jobs, name="tidelog-writer", daemon=True)
@@ -149,7 +151,8 @@ class LmdbStore:
     def read(self, tenant: str) -> Iterator[LmdbReader]:
         """Read a tenant's data as of one moment."""
         with self._environment.read() as transaction:
-            reader = LmdbReader(transaction, self._databases, self._known_prefix(transaction, tenant) or _NO_TENANT)
+            prefix = self._known_prefix(transaction, tenant) or _NO_TENANT
+            reader = LmdbReader(transaction, self._databases, prefix, self._run)
             try:
                 yield reader
             finally:
@@ -293,7 +296,7 @@ class LmdbStore:
         heads: dict[bytes, int] = {}
         for job in group:
             known = self._known_prefix(transaction, job.tenant)
-            reader = LmdbReader(transaction, self._databases, known or _NO_TENANT)
+            reader = LmdbReader(transaction, self._databases, known or _NO_TENANT, self._run)
             try:
                 writes, result = job.work(reader)
             except BaseException as error:  # noqa: BLE001 - handed to the job's owner; nothing of it was written
@@ -385,10 +388,13 @@ class LmdbStore:
 class LmdbReader:
     """Reads one tenant in one transaction. See `Reader` for what each method promises."""
 
-    def __init__(self, transaction: LmdbTransaction, databases: Databases, prefix: bytes) -> None:
+    def __init__(
+        self, transaction: LmdbTransaction, databases: Databases, prefix: bytes, run: bytes = bytes(RUN_BYTES)
+    ) -> None:
         self._transaction = transaction
         self._databases = databases
         self._prefix = prefix
+        self._run = run
 
     def detach(self) -> None:
         """
@@ -415,6 +421,9 @@ class LmdbReader:
         if not found or not (key := cursor.key()).startswith(self._prefix):
             return None
         return Head(unpack_position(key[len(self._prefix) :]), cursor.value())
+
+    def run(self) -> bytes:
+        return self._run
 
     def collected(self) -> int:
         return unpack_position(self._transaction.get(self._prefix, b"", db=self._databases.collected))

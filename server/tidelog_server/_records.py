@@ -19,6 +19,7 @@ REPLICA_ID_BYTES: Final = 16
 # Greater than any version or seq.
 MAX_POSITION: Final = 1 << 63
 COMMIT_ID_BYTES: Final = 8
+RUN_BYTES: Final = 16
 
 # The writer of what no replica wrote: the service itself.
 NO_REPLICA: Final = bytes(REPLICA_ID_BYTES)
@@ -143,11 +144,6 @@ class ReplicaState(NamedTuple):
     def watermark(self) -> int:
         """The seq up to which everything is settled."""
         return self.settled_ranges[0][1] if self.settled_ranges and self.settled_ranges[0][0] == 1 else 0
-
-    @property
-    def settled_count(self) -> int:
-        """How many operations are settled."""
-        return sum(last - first + 1 for first, last in self.settled_ranges)
 
     def has_settled(self, seq: int) -> bool:
         """Tell whether an operation is settled, also if nobody knows any more how."""

@@ -24,7 +24,7 @@ from tidelog._keys import ObjectKey
 from tidelog._logging import get_logger
 from tidelog._values import check_id, check_name
 from tidelog.v1 import operation_pb2, sync_pb2
-from tidelog_server import _engine
+from tidelog_server import _engine, _runs
 from tidelog_server._application import Application
 from tidelog_server._attempts import NO_SUSPECTS, Attempt, Suspects, last_seq
 from tidelog_server._author import FormerIdentity, OldBases
@@ -45,6 +45,7 @@ from tidelog_server._principal import Principal
 from tidelog_server._projection import Projection
 from tidelog_server._records import MAX_POSITION, Head, ReplicaState, Writes
 from tidelog_server._requests import uuid_bytes
+from tidelog_server._runs import Moment
 from tidelog_server._store import Reader, Store
 from tidelog_server._units import FormerOutcome, Unit, read_member, split_units
 
@@ -342,9 +343,9 @@ class Session:
         )
         self._start = Start()
         self._timeline = store.identity.timeline
-        self._known: ReplicaState | None = None
+        self._settling = Moment(0, b"")
         self._old_bases: OldBases | None = None
-        self._checkpoints = Checkpoints(store, principal.tenant, self._replica)
+        self._checkpoints = Checkpoints(store, principal.tenant)
         # Versions of another timeline do not tell what the replica still has.
         confirms = start.accepts_confirmations and not self._is_of_other_timeline
         self._download = Download(
@@ -398,8 +399,8 @@ class Session:
     def checkpoint(self) -> bytes:
         """Return the checkpoint of what is settled by now."""
         with self._store.read(self._principal.tenant) as reader:
-            self._known = reader.replica(self._replica)
-            return self._checkpoints.at(reader.head(), self._known)
+            self._settling = _runs.present(reader.index)
+            return self._checkpoints.at(reader.head(), self._settling)
 
     def select(self, selection: sync_pb2.Selection) -> None:
         """Add objects to be downloaded."""
@@ -440,7 +441,7 @@ class Session:
         """Return the last message, after the last page."""
         check_timeline(self._store, self._timeline)
         head: Head = self._download.head
-        checkpoint = self._checkpoints.at(head, self._known)
+        checkpoint = self._checkpoints.at(head, self._settling)
         complete = sync_pb2.SessionComplete(version=head.version, checkpoint=checkpoint)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
             complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
@@ -514,6 +515,7 @@ class Session:
             head = reader.head()
             self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
             self._checkpoints.begin(reader)
+            self._settling = _runs.present(reader.index)
             old_bases = self._old_bases = self._found_old_bases(reader)
             offers_again = request.uploading and request.HasField("old_bases")
             former_settled = self._settled_under_formers(reader, known) if known is not None and offers_again else []
@@ -537,7 +539,6 @@ class Session:
         )
         if self._application.has_schema:
             started.schema.CopyFrom(self._application.schema.to_message())
-        self._known = known
         if known is not None:
             started.settled.newest_seq = known.newest_seq
             started.settled.newest_nonce = known.newest_nonce

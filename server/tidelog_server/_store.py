@@ -43,6 +43,15 @@ class Reader(Protocol):
         """Return the id of the commit that ended at *version*, or None if none did or it is collected."""
         ...
 
+    def run(self) -> bytes:
+        """
+        Return which life of the store this is, in 16 bytes.
+
+        It is another one after each opening, and whenever the data may have been
+        replaced by older ones. As long as it is the same, nothing durable went away.
+        """
+        ...
+
     def collected(self) -> int:
         """
         Return the highest version collected: 0 at first, and never less than before.

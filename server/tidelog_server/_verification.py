@@ -30,6 +30,7 @@ from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import Attributes, decode_map, decode_trusted, equal
 from tidelog.v1 import failure_pb2
+from tidelog_server import _runs
 from tidelog_server._file_verification import FILE_TABLES, FileVerification
 from tidelog_server._formers import is_note_of_forgotten, read_note
 from tidelog_server._history import attributes_before, kept_changes
@@ -182,6 +183,7 @@ class _Verification:
         self._head = records.head().version
         self._indexed = indexed_entities(schema) if schema is not None else frozenset()
         self._since = complete_since(records.index)
+        self._settling = _runs.present(records.index)
         self._oldest = next((change.version for change in records.changes()), self._head + 1)
         # For each change that is kept: whether it was found to be one of its object's.
         self._reached = bytearray((max(0, self._head + 1 - self._oldest) + 7) // 8)
@@ -437,6 +439,8 @@ class _Verification:
             if noted is None:
                 return "" if is_note_of_forgotten(key, value) else "what a copy of a replica settled"
             return next((finding.expected for finding in self._mark("", noted.settled)), "")
+        if _runs.is_entry(key):
+            return "" if _runs.is_in_order(key, value, self._settling) else "how far settling came in which run"
         pair = split_dependent(key)
         if pair is None:
             return "" if key in rebuilt(0) else "an entry of a known table"

@@ -483,9 +483,12 @@ class TestCopiedReplicas:
         assert (report.applied, report.rejected) == (2, 0)
         assert contents(b) == site.truth() == {"t1": {}, "both": {"n": 2}}
 
+    @pytest.mark.parametrize("is_noticed", [True, False])
     @pytest.mark.parametrize("is_forgotten", [False, True])
-    def test_what_a_copy_settled_in_ones_place_under_a_former_id(self, site: Site, *, is_forgotten: bool) -> None:
-        """What another copy has in the place of what was lost is not taken for it, nor where that was forgotten."""
+    def test_what_a_copy_settled_in_ones_place_under_a_former_id(
+        self, site: Site, *, is_forgotten: bool, is_noticed: bool
+    ) -> None:
+        """What another copy has in the place of what was lost is not taken for it, however late that is noticed."""
         a = site.device("a")
         a.create("Task", {}, "t1")
         a.synchronize_all()
@@ -496,11 +499,13 @@ class TestCopiedReplicas:
         a.create("Task", {}, "t2")
         a.create("Task", {}, "t3")
         a.synchronize_all()
-        site.sync("c")
+        if is_noticed:
+            site.sync("c")
+            site.shut("c")
         site.shut("a")
-        site.shut("c")
         site.restore()
-        assert site.sync("c").server_restored
+        if is_noticed:
+            assert site.sync("c").server_restored
         b = site.device("b")
         for number in range(3):
             b.create("Task", {}, f"of b {number}")
@@ -514,8 +519,36 @@ class TestCopiedReplicas:
 
         assert report.former_replica_id
         assert report.reoffered == 3
+        assert report.server_restored
         found = {one.object_id for one in report.failures} if is_forgotten else site.truth().keys()
         assert {"t2", "t3"} <= found
+
+    def test_refusals_that_nobody_else_knows_of(self, site: Site) -> None:
+        """What was refused is recorded again, though a copy went on in its place and all history is forgotten."""
+        a = site.device("a")
+        a.create("Task", {}, "t1")
+        a.synchronize_all()
+        site.shut("a")
+        site.copy("a", "b")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {"bad": True}, "refused")
+        (lost,) = a.synchronize_all().failures
+        site.shut("a")
+        site.restore()
+        b = site.device("b")
+        for number in range(3):
+            b.create("Task", {}, f"of b {number}")
+        b.synchronize_all()
+        assert collect(site.store, server_time_us() + 10**13).outcomes
+
+        report = site.sync("a")
+
+        assert report.server_restored
+        assert report.former_replica_id
+        with site.store.read("default") as reader:
+            recorded = reader.failures(b"", 10, 1 << 20)
+        assert any(lost.operation_bytes in data for _, data in recorded)
 
     def test_an_edit_while_it_forks(self, site: Site) -> None:
         """What is edited after the new id was taken, and before the server's state came, is one's own as before."""

@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 import pytest
-from tests.builders import REPLICA_A, REPLICA_B, TENANT, Lab, MemoryStore, create, update
+from tests.builders import REPLICA_B, TENANT, TIME_US, Lab, MemoryStore, collect, create, update
 
 from tidelog_server._checkpoints import COMMITS_MAX, Checkpoints
+from tidelog_server._runs import RUNS_MAX, Moment, lacks, present
 
 
 class Desk:
@@ -35,14 +36,14 @@ class Desk:
 
     def checkpoints(self, tenant: str = TENANT) -> Checkpoints:
         """Return the checkpoints of a replica."""
-        return Checkpoints(self.lab.store, tenant, REPLICA_A)
+        return Checkpoints(self.lab.store, tenant)
 
     def checkpoint(self) -> bytes:
         """Return the checkpoint of now."""
         found = self.checkpoints()
         with self.lab.store.read(TENANT) as reader:
             found.begin(reader)
-            return found.at(reader.head(), self.lab.replica())
+            return found.at(reader.head(), present(reader.index))
 
     def contradicts(self, checkpoint: bytes, tenant: str = TENANT) -> bool:
         """Tell whether the store lacks what a checkpoint names."""
@@ -123,6 +124,39 @@ def test_a_copy_in_the_place_of_what_was_lost(desk: Desk) -> None:
 
     assert backup.contradicts(checkpoint)
     assert not backup.contradicts(backup.checkpoint())
+
+
+def test_a_refusal_in_the_place_of_another_ones(desk: Desk) -> None:
+    """A refusal that was lost is missed although the store has refused more since, and forgotten all of it."""
+    backup = desk.copied()
+    desk.lab.settle(update(desk.seq + 1, "never there"))
+    checkpoint = desk.checkpoint()
+    for number in range(4):
+        backup.lab.settle(update(number + 1, "never there"), replica=REPLICA_B)
+    assert collect(backup.lab.store, TIME_US + 10**13).outcomes
+
+    assert backup.contradicts(checkpoint)
+    assert backup.copied().contradicts(checkpoint)
+    assert not backup.contradicts(backup.checkpoint())
+
+
+def test_a_store_that_was_opened_very_often(desk: Desk) -> None:
+    """Of a run that is remembered nothing contradicts; of one that is forgotten nobody can tell any more."""
+    checkpoints = [desk.checkpoint()]
+    moments = []
+    for number in range(RUNS_MAX + 2):
+        desk.lab.store = MemoryStore(desk.disk)
+        desk.lab.settle(update(number + 2, "never there"))
+        checkpoints.append(desk.checkpoint())
+        with desk.lab.store.read(TENANT) as reader:
+            moments.append(present(reader.index))
+    with desk.lab.store.read(TENANT) as reader:
+        assert not any(lacks(reader, moment) for moment in moments)
+        assert lacks(reader, Moment(RUNS_MAX, moments[0].run))
+        assert not lacks(reader, Moment(1, b"another run"))
+        assert len(reader.index_range(b"n", b"n", 2 * RUNS_MAX)) == RUNS_MAX
+
+    assert not any(desk.contradicts(checkpoint) for checkpoint in checkpoints)
 
 
 def test_another_timeline_or_store_is_no_contradiction(desk: Desk) -> None:

@@ -522,6 +522,16 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
         ["settled_wrong"],
         "expected no outcome, found one that the replica's state lacks",
     ),
+    "a run that nothing was settled in": (
+        lambda tables: tables.put("indexes", b"n" + pack_position(10**6), bytes(16)),
+        ["index_wrong"],
+        "expected how far settling came in which run",
+    ),
+    "how far settling came, without the run": (
+        lambda tables: tables.put("indexes", b"n", pack_position(7)),
+        ["index_wrong"],
+        "expected how far settling came in which run",
+    ),
     "another newest operation": (
         lambda tables: tables.state(REPLICA_A, newest_nonce=7),
         ["settled_wrong"],
@@ -589,7 +599,7 @@ def test_a_rich_history_is_sound(store: Path) -> None:
         "tenants": 2,
         "changes": 24,
         "objects": 9,
-        "index entries": 17,
+        "index entries": 18,
         "replicas": 2,
         "outcomes": 17,
         "failures": 6,

@@ -371,22 +371,16 @@ class Checkpoint(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     COMMITS_FIELD_NUMBER: _builtins.int
-    REPLICA_FIELD_NUMBER: _builtins.int
-    SETTLED_COUNT_FIELD_NUMBER: _builtins.int
-    NEWEST_SEQ_FIELD_NUMBER: _builtins.int
-    NEWEST_NONCE_FIELD_NUMBER: _builtins.int
+    SETTLING_COUNT_FIELD_NUMBER: _builtins.int
+    SETTLING_RUN_FIELD_NUMBER: _builtins.int
     epoch: _builtins.str
     """The store it speaks of."""
     timeline: _builtins.str
     """The run of history it speaks of."""
-    replica: _builtins.bytes
-    """The replica that it was given to."""
-    settled_count: _builtins.int
-    """How many of the replica's operations were settled."""
-    newest_seq: _builtins.int
-    """The newest of them; 0: none, or a server made it that did not say."""
-    newest_nonce: _builtins.int
-    """Its nonce."""
+    settling_count: _builtins.int
+    """How many commits had settled operations of the tenant."""
+    settling_run: _builtins.bytes
+    """The run of the store in which the last of them was made."""
     @_builtins.property
     def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Commit]:
         """Commits of that history: the newest one, and older ones at growing distances."""
@@ -397,14 +391,12 @@ class Checkpoint(_message.Message):
         epoch: _builtins.str = ...,
         timeline: _builtins.str = ...,
         commits: _abc.Iterable[Global___Commit] | None = ...,
-        replica: _builtins.bytes = ...,
-        settled_count: _builtins.int = ...,
-        newest_seq: _builtins.int = ...,
-        newest_nonce: _builtins.int = ...,
+        settling_count: _builtins.int = ...,
+        settling_run: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "epoch", b"epoch", "newest_nonce", b"newest_nonce", "newest_seq", b"newest_seq", "replica", b"replica", "settled_count", b"settled_count", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits", "epoch", b"epoch", "settling_count", b"settling_count", "settling_run", b"settling_run", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
