@@ -13,7 +13,6 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from random import Random
-from unittest import mock
 
 from tests.kill.children import Child, kill_at_once
 from tests.kill.load import free_port
@@ -22,6 +21,7 @@ from tests.simulation.processes import Journal
 
 from tidelog import OperationKind
 from tidelog._file_reference import file_references
+from tidelog.testing import ManualClock
 from tidelog_client import FileState, Replica
 from tidelog_server import Application, Server, _files, verify_store
 from tidelog_server._content_store import MARK_NAME
@@ -65,7 +65,8 @@ class Photos:
 
     def finish(self) -> None:
         """Let everybody synchronize in peace, and check that each has each content, and nobody one too many."""
-        with Server(Application(), store=self._server_directory, file_grace=timedelta(0)) as server:
+        clock = ManualClock()
+        with Server(Application(), store=self._server_directory, file_grace=timedelta(0), clock=clock) as server:
             replicas = [Replica(path, server=server.address) for path in self._directories]
             try:
                 for replica in replicas * 2:
@@ -80,8 +81,10 @@ class Photos:
             finally:
                 for replica in replicas:
                     replica.close()
-            with mock.patch.object(_files, "PART_US_MIN", 0):
-                server.collect()
+            server.collect()
+            # What a kill left that nobody knows is kept for as long as a store may have been put back.
+            clock.advance(_files.UNKNOWN_KEPT + timedelta(days=1))
+            server.collect()
         files = [path.name for path in (self._server_directory / "files").rglob("*") if path.is_file()]
         kept = [name.partition("-")[0] for name in files if name != MARK_NAME]
         expected = {sha256.hex() for sha256 in (*shown[0].values(), *failed)}
