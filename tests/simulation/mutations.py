@@ -256,6 +256,10 @@ def _no_checkpoints() -> _Patch:
     return mock.patch.object(_checkpoints.Checkpoints, "contradicts", return_value=False)
 
 
+def _no_runs() -> _Patch:
+    return mock.patch.object(_checkpoints, "lacks", return_value=False)
+
+
 def _nothing_lost() -> _Patch:
     return mock.patch.object(_storage.Storage, "_settled_outside", return_value=())
 
@@ -550,6 +554,7 @@ MUTATIONS: Final = (
     Mutation("a log entry is trimmed that the view needs", _trim_what_is_needed),
     Mutation("two synchronizations run at once", _two_at_once),
     Mutation("nobody notices that the server's store was put back", _no_checkpoints),
+    Mutation("what is settled is not missed when its history is not", _no_runs),
     Mutation("a replica offers nothing again", _nothing_lost),
     Mutation("what had failed before a restore is executed", _execute_former_failures, ONLY_RESTORES),
     Mutation(
