@@ -305,8 +305,12 @@ class _Data:
 class _MemoryReader:
     """Reads one tenant as of one moment. See `Reader`."""
 
-    def __init__(self, data: _Data) -> None:
+    def __init__(self, data: _Data, identity: Identity) -> None:
         self._data = data
+        self._identity = identity
+
+    def identity(self) -> Identity:
+        return self._identity
 
     def head(self) -> Head:
         return self._data.head
@@ -416,7 +420,7 @@ class MemoryStore:
         if self._closed:
             raise ResourceClosed("the store is closed")
         with self._lock:
-            yield _MemoryReader(self._tenants.get(tenant, _Data()).copy())
+            yield _MemoryReader(self._tenants.get(tenant, _Data()).copy(), self._identity)
 
     def submit(
         self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
@@ -431,7 +435,7 @@ class MemoryStore:
             data = self._tenants.get(tenant, _Data()).copy()
             self._is_running_job = True
             try:
-                writes, result = job(_MemoryReader(data))
+                writes, result = job(_MemoryReader(data, self._identity))
                 if writes is not None:
                     _write(data, writes)
             except ProcessDied:

@@ -35,6 +35,10 @@ class ObjectsPage(NamedTuple):
 class Reader(Protocol):
     """One tenant's data as of one moment."""
 
+    def identity(self) -> Identity:
+        """Return which store this is, as of that moment: in a job, with what those before it began."""
+        ...
+
     def head(self) -> Head:
         """Return where the tenant's history stands."""
         ...
@@ -138,7 +142,7 @@ class Store(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """Which store this is."""
+        """Which store this is, as far as this process has heard: another one may have begun a timeline since."""
         ...
 
     def read(self, tenant: str) -> AbstractContextManager[Reader]:

@@ -328,10 +328,16 @@ class StoreContract:
         store.submit(TENANT, writing(task("t1"))).result(10)
         before = store.identity
 
-        store.submit(TENANT, lambda _: (make_writes(version=1, timeline="another"), None)).result(10)
+        seen = [store.submit(TENANT, lambda reader: (None, reader.identity()))]
+        begun = store.submit(TENANT, lambda _: (make_writes(version=1, timeline="another"), None))
+        seen.append(store.submit(TENANT, lambda reader: (None, reader.identity())))
 
-        assert store.identity == before._replace(timeline="another")
+        begun.result(10)
+        after = before._replace(timeline="another")
+        assert [one.result(10) for one in seen] == [before, after]
+        assert store.identity == after
         with store.read(TENANT) as reader:
+            assert reader.identity() == after
             assert reader.head().version == 1
             assert task("t1") in reader.objects([task("t1")])
 
