@@ -306,9 +306,13 @@ class _Data:
 class _MemoryReader:
     """Reads one tenant as of one moment. See `Reader`."""
 
-    def __init__(self, data: _Data, run: bytes) -> None:
+    def __init__(self, data: _Data, identity: Identity, run: bytes) -> None:
         self._data = data
+        self._identity = identity
         self._run = run
+
+    def identity(self) -> Identity:
+        return self._identity
 
     def head(self) -> Head:
         return self._data.head
@@ -422,7 +426,7 @@ class MemoryStore:
         if self._closed:
             raise ResourceClosed("the store is closed")
         with self._lock:
-            yield _MemoryReader(self._tenants.get(tenant, _Data()).copy(), self._run)
+            yield _MemoryReader(self._tenants.get(tenant, _Data()).copy(), self._identity, self._run)
 
     def submit(
         self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]], attempt: Attempt | None = None
@@ -437,7 +441,7 @@ class MemoryStore:
             data = self._tenants.get(tenant, _Data()).copy()
             self._is_running_job = True
             try:
-                writes, result = job(_MemoryReader(data, self._run))
+                writes, result = job(_MemoryReader(data, self._identity, self._run))
                 if writes is not None:
                     _write(data, writes)
             except ProcessDied:

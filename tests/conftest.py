@@ -8,6 +8,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+# Fixtures are found here.
+from tests.postgres import postgres_cluster, postgres_database
+
+__all__ = ["postgres_cluster", "postgres_database"]
+
 EXIT_TIMEOUT_SECONDS = 5
 
 # Python keeps these until it exits itself.

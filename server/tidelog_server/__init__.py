@@ -24,12 +24,14 @@ from tidelog_server._errors import (
     MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
+    StoreUnavailable,
 )
 from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_backup import Restored, backup_store, restore_store
 from tidelog_server._lmdb_store import LmdbStore
 from tidelog_server._lmdb_verification import verify_store
 from tidelog_server._object_store_contents import ObjectStoreContents
+from tidelog_server._postgres_store import PostgresStore
 from tidelog_server._principal import Principal
 from tidelog_server._retention import Collected
 from tidelog_server._server import Server
@@ -62,6 +64,7 @@ __all__ = [
     "ObjectStoreContents",
     "OperationRefused",
     "PeerCertificate",
+    "PostgresStore",
     "Principal",
     "Reject",
     "Restored",
@@ -70,6 +73,7 @@ __all__ = [
     "ServerLimits",
     "ServerTls",
     "StaticTokens",
+    "StoreUnavailable",
     "Tenant",
     "TenantTransaction",
     "TransientError",

@@ -27,6 +27,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + AddressUnavailable         the server cannot listen where it should
   + ExtraMissing               what is asked for needs a library that is not installed
 * StorageError
+  + StoreUnavailable           the database cannot be reached now: nothing is known to have been done
   + SchemaContradicted         what the store holds does not fit the application's schema
   + MigrationUnfinished        a migration of the store was broken off, and this would not finish it
   + BackupDamaged              something is wrong in a backup that was to be restored
@@ -162,6 +163,15 @@ class FileRoomExhausted(TidelogError):
 
 class UploadSuperseded(TidelogError):
     """Another upload of the same content by the same user has begun: this one may append nothing more."""
+
+
+class StoreUnavailable(StorageError):
+    """
+    The database of a store cannot be reached now, or does not answer as it should. It may later.
+
+    What was under way was not done; if the connection broke while it was being committed, it
+    may have been done all the same.
+    """
 
 
 class SchemaContradicted(StorageError):

@@ -247,9 +247,7 @@ class LmdbStore:
         meta = self._databases.meta
         for name in (b"epoch", b"timeline"):
             transaction.put(name, str(uuid.uuid4()).encode(), db=meta, overwrite=False)
-        return Identity(
-            transaction.get(b"epoch", b"", db=meta).decode(), transaction.get(b"timeline", b"", db=meta).decode()
-        )
+        return read_identity(transaction, self._databases)
 
     def _write_jobs(self) -> None:
         group: list[_Job] = []
@@ -404,6 +402,9 @@ class LmdbReader:
         to it: a generator that waits for a slow client would, and the slots run out.
         """
         del self._transaction
+
+    def identity(self) -> Identity:
+        return read_identity(self._transaction, self._databases)
 
     def head(self) -> Head:
         value = self._transaction.get(self._prefix, db=self._databases.heads)
@@ -634,6 +635,12 @@ def _delete_up_to(transaction: LmdbTransaction, database: LmdbDatabase, prefix: 
 def noted(transaction: LmdbTransaction, databases: Databases, name: str) -> bytes:
     """Return what the server noted about the whole store under a name; empty if nothing."""
     return transaction.get(_NOTE + name.encode(), b"", db=databases.meta)
+
+
+def read_identity(transaction: LmdbTransaction, databases: Databases) -> Identity:
+    """Return which store this is."""
+    get, meta = transaction.get, databases.meta
+    return Identity(get(b"epoch", b"", db=meta).decode(), get(b"timeline", b"", db=meta).decode())
 
 
 def _unpack_object(value: bytes) -> ObjectState:

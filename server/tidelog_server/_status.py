@@ -33,6 +33,7 @@ from tidelog_server._errors import (
     ServerBusy,
     SessionIdle,
     SessionSuperseded,
+    StoreUnavailable,
     UploadSuperseded,
     for_people,
 )
@@ -66,6 +67,7 @@ STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
     (TransientError, grpc.StatusCode.UNAVAILABLE, "HOOK_TRANSIENT"),
     (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     (ResourceClosed, grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),
+    (StoreUnavailable, grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
     (StorageError, grpc.StatusCode.UNAVAILABLE, "STORE_FAILED"),
 )
 

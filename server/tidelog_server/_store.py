@@ -35,6 +35,10 @@ class ObjectsPage(NamedTuple):
 class Reader(Protocol):
     """One tenant's data as of one moment."""
 
+    def identity(self) -> Identity:
+        """Return which store this is, as of that moment: in a job, with what those before it began."""
+        ...
+
     def head(self) -> Head:
         """Return where the tenant's history stands."""
         ...
@@ -47,8 +51,9 @@ class Reader(Protocol):
         """
         Return which life of the store this is, in 16 bytes.
 
-        It is another one after each opening, and whenever the data may have been
-        replaced by older ones. As long as it is the same, nothing durable went away.
+        It is another one whenever the data may have been replaced by older ones: after
+        each opening of an embedded store. As long as it is the same, nothing durable
+        went away.
         """
         ...
 
@@ -147,7 +152,7 @@ class Store(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """Which store this is."""
+        """Which store this is, as far as this process has heard: another one may have begun a timeline since."""
         ...
 
     def read(self, tenant: str) -> AbstractContextManager[Reader]:

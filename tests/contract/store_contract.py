@@ -18,6 +18,7 @@ from tidelog import OperationKind, ResourceClosed, StorageError
 from tidelog._keys import ObjectKey
 from tidelog_server._attempts import Attempt
 from tidelog_server._records import (
+    RUN_BYTES,
     Change,
     FailureRecord,
     Forgotten,
@@ -323,15 +324,36 @@ class StoreContract:
                 assert reader.commit_until(9) == reader.head()
                 assert reader.commit_until(1) is None
 
+    def test_one_run(self, store: Store) -> None:
+        """As long as nobody can have put older data in the place of these, the run is the same for everybody."""
+        runs = set()
+
+        def looks(reader: Reader) -> tuple[Writes | None, None]:
+            runs.add(reader.run())
+            return writing(task("t1"))(reader)[0], None
+
+        for tenant in ("one", "two", "one"):
+            store.submit(tenant, looks).result(10)
+            with store.read(tenant) as reader:
+                runs.add(reader.run())
+
+        assert [len(run) for run in runs] == [RUN_BYTES]
+
     def test_a_new_timeline(self, store: Store) -> None:
         """A job may begin a new timeline of the whole store; the epoch stays, and so do all data."""
         store.submit(TENANT, writing(task("t1"))).result(10)
         before = store.identity
 
-        store.submit(TENANT, lambda _: (make_writes(version=1, timeline="another"), None)).result(10)
+        seen = [store.submit(TENANT, lambda reader: (None, reader.identity()))]
+        begun = store.submit(TENANT, lambda _: (make_writes(version=1, timeline="another"), None))
+        seen.append(store.submit(TENANT, lambda reader: (None, reader.identity())))
 
-        assert store.identity == before._replace(timeline="another")
+        begun.result(10)
+        after = before._replace(timeline="another")
+        assert [one.result(10) for one in seen] == [before, after]
+        assert store.identity == after
         with store.read(TENANT) as reader:
+            assert reader.identity() == after
             assert reader.head().version == 1
             assert task("t1") in reader.objects([task("t1")])
 

@@ -39,6 +39,22 @@ class TestLmdbStore(StoreContract):
         return LmdbStore(folder)
 
 
+def run_of(store: LmdbStore) -> bytes:
+    """Return which life of the store this is."""
+    with store.read(TENANT) as reader:
+        return reader.run()
+
+
+def test_another_opening_is_another_run(tmp_path: Path) -> None:
+    """Between two openings somebody may have put an older directory in the place of this one."""
+    runs = set()
+    for _ in range(3):
+        with closing(LmdbStore(tmp_path / "store")) as store:
+            runs.add(run_of(store))
+
+    assert len(runs) == 3
+
+
 class Gate:
     """A job that holds the writer up, so that those submitted behind it come together."""
 

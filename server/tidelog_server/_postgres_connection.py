@@ -1,0 +1,316 @@
+"""
+Connections to PostgreSQL, and the one place that knows its driver.
+
+Within a transaction statements are sent in a pipeline: what nobody waits for costs no
+round trip. Whatever goes wrong ends the transaction and its connection too, for a new
+one is cheap compared with knowing what state the old one is in.
+
+There is a small pool here, and not the driver's: that one waits for its own threads to
+connect again, so an outage would be told late, and each server of many would hold
+connections that nobody uses.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Final, LiteralString, Never
+
+import psycopg
+from psycopg import conninfo as _conninfo
+from psycopg import errors
+from psycopg.adapt import Dumper
+from psycopg.pq import Format, TransactionStatus
+from psycopg.types.numeric import Int8BinaryDumper
+from psycopg.types.string import BytesBinaryDumper, StrBinaryDumper
+
+from tidelog._errors import DiskFull, InvalidValue, ResourceClosed, StorageError
+from tidelog_server._errors import StoreUnavailable
+from tidelog_server._postgres_arrays import ARRAYS
+
+SERVER_VERSION_MIN: Final = 130_000
+# Who reads waits so long for one of the connections that others have.
+TAKE_SECONDS_MAX: Final = 10.0
+
+# What whoever deploys a server may say otherwise in the connection string.
+_DEFAULTS: Final = {
+    "application_name": "tidelog",
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+    # Among several hosts, the one that takes writes.
+    "target_session_attrs": "read-write",
+}
+
+# Every query has its index: a plan that was made while a table was empty must not outlive that. A server that
+# vanished without a word holds its locks no longer than it takes to notice. And nobody's configuration makes a
+# commit return before it is durable.
+_SETTINGS: Final[LiteralString] = """
+    SELECT set_config(name, value, false) FROM (VALUES
+        ('search_path', 'tidelog, pg_temp'),
+        ('enable_seqscan', 'off'),
+        ('jit', 'off'),
+        ('lock_timeout', '0'),
+        ('statement_timeout', '0'),
+        ('idle_in_transaction_session_timeout', '600000'),
+        ('tcp_keepalives_idle', '10'),
+        ('tcp_keepalives_interval', '5'),
+        ('tcp_keepalives_count', '3'),
+        ('synchronous_commit', CASE current_setting('synchronous_commit')
+            WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END)
+    ) AS settings (name, value)
+"""
+
+# What may go better when it is done again, with the connection that broke or without it.
+_TRANSIENT: Final = (psycopg.OperationalError, errors.ReadOnlySqlTransaction, psycopg.errors.PipelineAborted)
+
+
+class Address:
+    """
+    Where a database is.
+
+    Args:
+        conninfo: A connection string as PostgreSQL's own programs take it, or a URL.
+
+    Raises:
+        InvalidValue: It is neither.
+    """
+
+    def __init__(self, conninfo: str) -> None:
+        try:
+            given = _conninfo.conninfo_to_dict(conninfo)
+        except psycopg.ProgrammingError:
+            # What the driver says of it may quote a password.
+            raise InvalidValue("this is no connection string of PostgreSQL: postgresql://user@host/database") from None
+        self._conninfo = _conninfo.make_conninfo(conninfo, **{k: v for k, v in _DEFAULTS.items() if k not in given})
+        host = given.get("host") or given.get("hostaddr") or "its default host"
+        port = f":{given['port']}" if given.get("port") else ""
+        self._name = f"PostgreSQL at {host}{port}, database {given.get('dbname') or 'of the default name'}"
+
+    def __str__(self) -> str:
+        """Name it, without a user or a password."""
+        return self._name
+
+    def connect(self) -> Connection:
+        """
+        Connect.
+
+        Raises:
+            StoreUnavailable: It cannot be reached now, or lets nobody in.
+            StorageError: It is none that can be used.
+        """
+        try:
+            connection = psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=0)
+        except psycopg.Error as error:
+            raise StoreUnavailable(f"{self} cannot be reached: {error}") from error
+        try:
+            for array in ARRAYS:
+                connection.adapters.register_dumper(array, _dumper_of(array))
+            connection.adapters.register_dumper(int, Int8BinaryDumper)
+            connection.adapters.register_dumper(str, StrBinaryDumper)
+            connection.adapters.register_dumper(bytes, BytesBinaryDumper)
+            if connection.info.server_version < SERVER_VERSION_MIN:
+                raise StorageError(
+                    f"{self} is of version {connection.info.server_version // 10_000}: 13 is the oldest"
+                )
+            if connection.info.parameter_status("server_encoding") != "UTF8":
+                raise StorageError(f"{self} has another encoding than UTF8: not every text can be stored there")
+            connection.execute(_SETTINGS)
+        except psycopg.Error as error:
+            connection.close()
+            raise _told(error, str(self)) from error
+        except BaseException:
+            connection.close()
+            raise
+        return Connection(connection, str(self))
+
+
+class Connection:
+    """A connection, used by one thread at a time."""
+
+    def __init__(self, connection: psycopg.Connection[Any], name: str) -> None:
+        self._connection = connection
+        self._name = name
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another transaction can begin, as far as is known here."""
+        connection = self._connection
+        return not connection.closed and connection.info.transaction_status == TransactionStatus.IDLE
+
+    def begin(self, how: LiteralString) -> Transaction:
+        """Begin a transaction, with this statement."""
+        return Transaction(self._connection, self._name, how)
+
+    def rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Run one statement in a transaction of its own."""
+        try:
+            cursor = self._connection.execute(statement, parameters, binary=True)
+            return cursor.fetchall() if cursor.description is not None else []
+        except psycopg.Error as error:
+            self.close()
+            raise _told(error, self._name) from error
+
+    def close(self) -> None:
+        """Close it."""
+        self._connection.close()
+
+
+class Transaction:
+    """
+    Statements that take effect together.
+
+    Attributes:
+        failure: What went wrong, once something has: then nothing of it will take effect, whoever
+            caught the error.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], name: str, how: LiteralString) -> None:
+        self._connection = connection
+        self._name = name
+        self.failure: StorageError | None = None
+        self._ended = False
+        try:
+            self._pipeline = connection.pipeline()
+            self._pipeline.__enter__()
+        except psycopg.Error as error:
+            self._fail(error)
+        self.send(how)
+
+    def send(self, statement: LiteralString, *parameters: Any) -> psycopg.Cursor[Any]:
+        """Send a statement. What comes of it is known when something is read, or at the end."""
+        self.check()
+        try:
+            return self._connection.execute(statement, parameters, binary=True)
+        except psycopg.Error as error:
+            self._fail(error)
+
+    def rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Return the rows of a statement."""
+        return self.rows_of(self.send(statement, *parameters))
+
+    def rows_of(self, sent: psycopg.Cursor[Any]) -> list[tuple[Any, ...]]:
+        """Return the rows of a statement that was sent."""
+        self.check()
+        try:
+            return sent.fetchall()
+        except psycopg.Error as error:
+            self._fail(error)
+
+    def end(self, how: LiteralString) -> None:
+        """End it, with this statement; return once that is done."""
+        sent = self.send(how)
+        self._ended = True
+        try:
+            self._pipeline.__exit__(None, None, None)
+            if sent.statusmessage != how:
+                raise errors.InternalError(f"{how} was answered with {sent.statusmessage}")
+        except psycopg.Error as error:
+            self._fail(error)
+
+    def abandon(self) -> None:
+        """End it in whatever state it is, with its connection. Nothing of it takes effect, unless it has ended."""
+        self._ended = True
+        self._connection.close()
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self.failure is not None:
+            raise self.failure
+        if self._ended:
+            raise ResourceClosed("the transaction has ended: a reader is used inside of its block")
+
+    def _fail(self, error: psycopg.Error) -> Never:
+        self.failure = _told(error, self._name)
+        self._connection.close()
+        raise self.failure from error
+
+
+class Pool:
+    """
+    Connections for short reads, made when they are needed and kept for the next ones.
+
+    Args:
+        address: Where to.
+        connections_max: How many there may be.
+    """
+
+    def __init__(self, address: Address, connections_max: int) -> None:
+        self._address = address
+        self._room = threading.Semaphore(connections_max)
+        self._lock = threading.Lock()
+        self._idle: list[Connection] = []
+        self._closed = False
+
+    def take(self) -> Connection:
+        """
+        Return a connection that nobody else uses until it is given back.
+
+        Raises:
+            ResourceClosed: The pool is closed.
+            StoreUnavailable: None can be made, or all are in use for too long.
+        """
+        if not self._room.acquire(timeout=TAKE_SECONDS_MAX):
+            raise StoreUnavailable(f"{self._address}: all connections for reading are in use")
+        try:
+            with self._lock:
+                if self._closed:
+                    raise ResourceClosed("the store is closed")
+                if self._idle:
+                    return self._idle.pop()
+            return self._address.connect()
+        except BaseException:
+            self._room.release()
+            raise
+
+    def renew(self, connection: Connection) -> Connection:
+        """
+        Return a new connection for one that broke. Those that nobody uses are as old and probably no better: they go.
+
+        Raises:
+            StoreUnavailable: None can be made. The broken one is still to be given back.
+        """
+        connection.close()
+        self._close_idle()
+        return self._address.connect()
+
+    def give_back(self, connection: Connection) -> None:
+        """Take a connection back."""
+        with self._lock:
+            if keeps := not self._closed and connection.is_usable:
+                self._idle.append(connection)
+        if not keeps:
+            connection.close()
+        self._room.release()
+
+    def close(self) -> None:
+        """Close what is not in use now, and the rest when it is given back."""
+        with self._lock:
+            self._closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+def _dumper_of(array: type[Any]) -> type[Dumper]:
+    class ArrayDumper(Dumper):
+        format = Format.BINARY
+        oid = array.ARRAY_OID
+
+        def dump(self, obj: Any) -> bytes:
+            return obj.data  # type: ignore[no-any-return]
+
+    return ArrayDumper
+
+
+def _told(error: psycopg.Error, name: str) -> StorageError:
+    """Return an error of the driver as one of ours."""
+    message = f"{name}: {error}"
+    if isinstance(error, errors.DiskFull):
+        return DiskFull(message)
+    return StoreUnavailable(message) if isinstance(error, _TRANSIENT) else StorageError(message)
