@@ -36,7 +36,7 @@ from tidelog_server._application import Application
 from tidelog_server._attempts import Suspects
 from tidelog_server._callers import Callers
 from tidelog_server._calls import let_go
-from tidelog_server._download import Download, cursor_at
+from tidelog_server._download import Download, Start, cursor_at
 from tidelog_server._errors import NothingRead, RequestInvalid, ServerBusy
 from tidelog_server._failure_service import FailureService
 from tidelog_server._file_service import FileService
@@ -66,7 +66,7 @@ from tidelog_server._store import Store
 
 ERROR_DOMAIN: Final = "tidelog"
 PAGE_THREADS: Final = 4
-CALL_THREADS: Final = 2
+CALL_THREADS: Final = 4
 
 _log = get_logger("tidelog.services")
 
@@ -225,9 +225,11 @@ class Services:
 
     def _pooled(self, method: Callable[[bytes, Principal], Message]) -> _Method:
         """Return a method that reads, as one that does so in the pool."""
-        return lambda data, principal: asyncio.get_running_loop().run_in_executor(
-            self._call_pool, method, data, principal
-        )
+        return partial(self._read, method)
+
+    async def _read(self, method: Callable[..., T], *arguments: object) -> T:
+        """Return what a function returns that reads the store: whatever that takes, no other call waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._call_pool, method, *arguments)
 
     def _unary(self, method: _Method, place: _Place) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
@@ -281,7 +283,7 @@ class Services:
                 yield principal
 
     async def _upload_phase(self, peer: Peer, session: Session) -> None:
-        started = await asyncio.wrap_future(session.open())
+        started = await asyncio.wrap_future(await self._read(session.open))
         await peer.send(_response(started=started.SerializeToString()))
         answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
         reading = asyncio.create_task(self._read_uploads(peer, session, answers))
@@ -290,7 +292,7 @@ class Services:
                 if isinstance(answer, BaseException):
                     raise answer
                 settled_now = await asyncio.wrap_future(answer)
-                results = sync_pb2.BatchResults(checkpoint=session.checkpoint())
+                results = sync_pb2.BatchResults(checkpoint=await self._read(session.checkpoint))
                 put_results(settled_now, results.results)
                 await peer.send(_response(batch_results=results.SerializeToString()))
                 peer.owed -= 1
@@ -299,7 +301,7 @@ class Services:
             reading.cancel()
             if self._stopping:
                 session.abandon()
-        checkpoint = session.checkpoint() if held else b""
+        checkpoint = await self._read(session.checkpoint) if held else b""
         for settled in settled_messages(held, checkpoint):
             await peer.send(_response(upload_settled=settled.SerializeToString()))
 
@@ -384,11 +386,13 @@ class Services:
             settled = await asyncio.wrap_future(held)
         final = iter(settled)
         merged = [next(final) if result.status == Status.HELD else result for result in results]
-        with self._store.read(principal.tenant) as reader:
-            version = reader.head().version
-        response = sync_pb2.UploadOperationsResponse(version=version)
+        response = sync_pb2.UploadOperationsResponse(version=await self._read(self._version, principal.tenant))
         put_results(merged, response.results)
         return response
+
+    def _version(self, tenant: str) -> int:
+        with self._store.read(tenant) as reader:
+            return reader.head().version
 
     async def _download_snapshots(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         download = self._download(data, Peer(context, self._limits.idle_seconds), context)
@@ -402,8 +406,7 @@ class Services:
             projection = Projection(self._application, principal, wishes_of(request.downloads))
             with self._pages_for(principal) as held:
                 download = Download(self._store, projection, page_bytes=held.page_bytes)
-                with self._store.read(principal.tenant) as reader:
-                    start = download.start_of(reader, request.cursor, request.resume_token)
+                start = await self._read(self._start_of, download, principal.tenant, request)
                 started = sync_pb2.DownloadStarted(
                     resumed=start.resumed,
                     reconcile=start.reconcile,
@@ -424,6 +427,10 @@ class Services:
                 cursor=cursor_at(identity, download.head, projection.scope), version=download.head.version
             )
             await peer.send(sync_pb2.DownloadSnapshotsResponse(complete=complete).SerializeToString())
+
+    def _start_of(self, download: Download, tenant: str, request: sync_pb2.DownloadSnapshotsRequest) -> Start:
+        with self._store.read(tenant) as reader:
+            return download.start_of(reader, request.cursor, request.resume_token)
 
     @contextmanager
     def _pages_for(self, principal: Principal, replica_id: str = "") -> Iterator[HeldPages]:

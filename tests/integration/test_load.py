@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, cast
@@ -29,7 +30,17 @@ from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import object_pb2, object_pb2_grpc, operation_pb2, sync_pb2
 from tidelog_client import Replica
 from tidelog_client import _synchronizer as synchronizer
-from tidelog_server import Application, HookContext, HookObject, Principal, ServerLimits, StaticTokens, _services
+from tidelog_server import (
+    Application,
+    HookContext,
+    HookObject,
+    LmdbStore,
+    Principal,
+    Server,
+    ServerLimits,
+    StaticTokens,
+    _services,
+)
 from tidelog_server._room import PAGE_BYTES_LEAST, PAGE_COPIES, HeldPages, PageRoom, QueueRoom
 from tidelog_server._session import Session, Upload
 
@@ -751,3 +762,46 @@ class TestComingAndGoing:
             replica.synchronize_all(timeout=WAIT_SECONDS_MAX)
             assert set(contents(replica)) == {"early"}
             assert set(contents(replica, "Slow")) == {"s"}
+
+
+class _SlowReads(LmdbStore):
+    """A store that becomes slow after so many reads: whoever reads then waits until somebody lets him."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.quick_reads = sys.maxsize
+        self.waits = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    @contextmanager
+    def read(self, tenant: str) -> Iterator[Any]:
+        """Wait, then read."""
+        self.quick_reads -= 1
+        if self.quick_reads < 0:
+            self.waits.release()
+            assert self.go_on.wait(WAIT_SECONDS_MAX)
+        with super().read(tenant) as reader:
+            yield reader
+
+
+@pytest.mark.parametrize("is_uploading", [False, True])
+@pytest.mark.parametrize("quick_reads", [0, 1, 2])
+def test_a_slow_store_holds_up_its_readers_only(folder: Path, quick_reads: int, *, is_uploading: bool) -> None:
+    """While the store does not answer, sessions wait that read it, and what needs no store is served."""
+    with (
+        closing(_SlowReads(folder / "server")) as store,
+        Server(Application(), store=store) as server,
+        Replica(folder / "a", server=server.address) as replica,
+        grpc.insecure_channel(server.address) as channel,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        if is_uploading:
+            replica.create("Task", {}, "t1")
+        store.quick_reads = quick_reads
+        try:
+            synchronized = pool.submit(replica.synchronize_all)
+            assert store.waits.acquire(timeout=WAIT_SECONDS_MAX)
+            assert health_status(channel) == health_pb2.HealthCheckResponse.SERVING
+        finally:
+            store.go_on.set()
+        assert synchronized.result(WAIT_SECONDS_MAX).applied == int(is_uploading)
