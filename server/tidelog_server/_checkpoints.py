@@ -17,7 +17,7 @@ import uuid_utils
 from google.protobuf.message import DecodeError
 
 from tidelog.internal.v1 import splice_pb2
-from tidelog_server._records import Head, ReplicaState
+from tidelog_server._records import Head, Identity, ReplicaState
 from tidelog_server._sealing import Sealer
 from tidelog_server._store import Reader, Store
 
@@ -54,7 +54,6 @@ class Checkpoints:
     """
 
     def __init__(self, store: Store, tenant: str, replica: bytes) -> None:
-        self._store = store
         self._tenant = tenant
         self._replica = replica
         self._sealer = Sealer(store, "checkpoint")
@@ -64,12 +63,11 @@ class Checkpoints:
         """Note the older commits that the checkpoints of a session name."""
         self._older = _spread(reader)
 
-    def at(self, head: Head, known: ReplicaState | None) -> bytes:
-        """Return the checkpoint of a history at *head*; empty if it has not begun and nothing was settled."""
+    def at(self, identity: Identity, head: Head, known: ReplicaState | None) -> bytes:
+        """Return the checkpoint of a store's history at *head*; empty if it has not begun and nothing was settled."""
         settled_count = known.settled_count if known is not None else 0
         if not head.version and not settled_count:
             return b""
-        identity = self._store.identity
         commits = [head, *(one for one in self._older if one.version < head.version)]
         checkpoint = splice_pb2.Checkpoint(
             epoch=identity.epoch,
@@ -85,7 +83,7 @@ class Checkpoints:
     def contradicts(self, reader: Reader, data: bytes) -> bool:
         """Tell whether a checkpoint is of this timeline, and names what the store has lost."""
         checkpoint = self._opened(data)
-        identity = self._store.identity
+        identity = reader.identity()
         if checkpoint is None or (checkpoint.epoch, checkpoint.timeline) != (identity.epoch, identity.timeline):
             return False
         state = reader.replica(checkpoint.replica)
@@ -107,7 +105,7 @@ class Checkpoints:
     def common_version(self, reader: Reader, data: bytes) -> int:
         """Return a version up to which a checkpoint's history is the store's own, the newest known one; 0: none."""
         checkpoint = self._opened(data)
-        if checkpoint is None or checkpoint.epoch != self._store.identity.epoch:
+        if checkpoint is None or checkpoint.epoch != reader.identity().epoch:
             return 0
         return max(
             (one.version for one in checkpoint.commits if reader.commit_id(one.version) == one.commit_id), default=0

@@ -42,7 +42,7 @@ class Desk:
         found = self.checkpoints()
         with self.lab.store.read(TENANT) as reader:
             found.begin(reader)
-            return found.at(reader.head(), self.lab.replica())
+            return found.at(reader.identity(), reader.head(), self.lab.replica())
 
     def contradicts(self, checkpoint: bytes, tenant: str = TENANT) -> bool:
         """Tell whether the store lacks what a checkpoint names."""
