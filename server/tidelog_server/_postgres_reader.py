@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, LiteralString, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, LiteralString
 
 import msgspec
 
@@ -15,18 +15,11 @@ from tidelog_server._store import ObjectsPage
 
 if TYPE_CHECKING:
     from tidelog_server._postgres_connection import Transaction
-
-# Neither a number of a tenant: one that was never written reads as empty.
-NO_TENANT: Final = 0
+    from tidelog_server._postgres_entry import TenantState
 
 _UINT64: Final = 1 << 64
 _KINDS: Final = {int(kind): kind for kind in OperationKind}
 _new = tuple.__new__
-
-_STATE: Final[LiteralString] = """
-    SELECT store.epoch, store.timeline, tenants.number, tenants.version, tenants.commit_id, tenants.collected
-    FROM store LEFT JOIN tenants ON tenants.name = %s
-"""
 
 _OBJECTS: Final[LiteralString] = """
     SELECT entity, id, version, created, creator, deleted, sole_writer, attributes
@@ -125,35 +118,6 @@ _FAILURES: Final[LiteralString] = """
     WHERE bytes_before < %s
     ORDER BY id
 """
-
-
-class TenantState(NamedTuple):
-    """
-    What every transaction reads first: which store this is, and where the tenant stands.
-
-    Attributes:
-        identity: Which store this is.
-        number: The tenant's number; `NO_TENANT`: nothing was ever written for it.
-        head: Where its history stands.
-        collected: The highest version collected.
-    """
-
-    identity: Identity
-    number: int
-    head: Head
-    collected: int
-
-    @classmethod
-    def of(cls, rows: list[tuple[Any, ...]]) -> Self:
-        """Return it from what `SELECT_STATE` finds."""
-        [(epoch, timeline, number, version, commit_id, collected)] = rows
-        identity = Identity(epoch, timeline)
-        if number is None:
-            return cls(identity, NO_TENANT, Head(0, b""), 0)
-        return cls(identity, number, Head(version, commit_id), collected)
-
-
-SELECT_STATE: Final = _STATE
 
 
 class PostgresReader:
