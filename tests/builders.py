@@ -51,6 +51,7 @@ from tidelog_server import (
 from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._author import FormerIdentity
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch, evaluate_held
+from tidelog_server._errors import ServerOutdated
 from tidelog_server._file_records import content_record
 from tidelog_server._files import Files, Wanted
 from tidelog_server._indexes import Written, index_writes
@@ -413,6 +414,7 @@ class MemoryStore:
         self._run = secrets.token_bytes(RUN_BYTES)
         self._lock = threading.RLock()
         self._is_running_job = False
+        self._required_note: tuple[str, bytes] | None = None
         self._closed = False
 
     @property
@@ -425,6 +427,7 @@ class MemoryStore:
         """Read a tenant's data as of one moment."""
         if self._closed:
             raise ResourceClosed("the store is closed")
+        self._check_note()
         with self._lock:
             yield _MemoryReader(self._tenants.get(tenant, _Data()).copy(), self._identity, self._run)
 
@@ -441,6 +444,7 @@ class MemoryStore:
             data = self._tenants.get(tenant, _Data()).copy()
             self._is_running_job = True
             try:
+                self._check_note()
                 writes, result = job(_MemoryReader(data, self._identity, self._run))
                 if writes is not None:
                     _write(data, writes)
@@ -488,9 +492,27 @@ class MemoryStore:
         """Return what was noted under a name."""
         return self._notes.get(name, b"")
 
-    def set_note(self, name: str, value: bytes) -> None:
+    def set_note(self, name: str, value: bytes, *, expected: bytes | None = None) -> bool:
         """Note something about the whole store."""
-        self._notes[name] = value
+        with self._lock:
+            if expected is not None and self.note(name) != expected:
+                return False
+            self._notes[name] = value
+            return True
+
+    def require_note(self, name: str, value: bytes) -> None:
+        """Go on only as long as this is noted."""
+        self._required_note = name, value
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Go on whatever is noted."""
+        self._required_note = None
+        yield
+
+    def _check_note(self) -> None:
+        if (required := self._required_note) is not None and self.note(required[0]) != required[1]:
+            raise ServerOutdated("the note is another one")
 
     def close(self) -> None:
         """Refuse everything from now on."""

@@ -24,6 +24,7 @@ from tidelog_server._errors import (
     MigrationUnfinished,
     OperationRefused,
     SchemaContradicted,
+    ServerOutdated,
     StoreUnavailable,
 )
 from tidelog_server._jwt import JwtAuthenticator
@@ -71,6 +72,7 @@ __all__ = [
     "SchemaContradicted",
     "Server",
     "ServerLimits",
+    "ServerOutdated",
     "ServerTls",
     "StaticTokens",
     "StoreUnavailable",

@@ -94,9 +94,11 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
     """
     Make a store ready to be served by the application's schema.
 
+    From then on the store is read and written only as long as nobody makes it ready for another schema.
+
     Args:
         application: The rules.
-        store: The store; nobody else uses it yet.
+        store: The store.
         migrate: Change what does not fit, as far as renames, defaults and migrations can.
         time_us: The server's clock.
 
@@ -104,12 +106,26 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
         SchemaContradicted: Something does not fit. Nothing was changed.
         MigrationUnfinished: A migration was broken off, and this would not finish it. Nothing was changed.
     """
-    schema = application.schema
-    text = schema.to_json() if application.has_schema else ""
+    text = application.schema.to_json() if application.has_schema else ""
+    # Most servers find everything as it should be: then those that are running go on.
+    if not _is_ready(_adopted(store), text):
+        with store.preparing():
+            if not _is_ready(known := _adopted(store), text):
+                _adopt(application, store, known, text, migrate=migrate, time_us=time_us)
+    store.require_note(_NOTE, store.note(_NOTE))
+
+
+def _adopted(store: Store) -> _Adopted:
     note = store.note(_NOTE)
-    known = msgspec.json.decode(note, type=_Adopted) if note else _Adopted()
-    if known == _Adopted(text, known.migrated, files=True):
-        return
+    return msgspec.json.decode(note, type=_Adopted) if note else _Adopted()
+
+
+def _is_ready(known: _Adopted, text: str) -> bool:
+    return known == _Adopted(text, known.migrated, files=True)
+
+
+def _adopt(application: Application, store: Store, known: _Adopted, text: str, *, migrate: bool, time_us: int) -> None:
+    schema = application.schema
     if schema.version < known.migrated:
         raise SchemaContradicted(
             f"the store was migrated to version {known.migrated} of the schema: "

@@ -12,7 +12,7 @@ five such attempts it is *given up*: refused without being run.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
@@ -123,13 +123,11 @@ class Suspects:
         self._suspects: dict[tuple[str, bytes], _Suspect] = {}
         if store is None:
             return
-        for tenant, replica, until, attempts in msgpack.unpackb(store.note(_NOTE) or b"\x90", strict_map_key=False):
-            self._suspects[tenant, replica] = _Suspect(until, attempts)
         if under_way := store.left_under_way():
-            for tenant, attempt in under_way:
-                self._accuse(tenant, attempt)
-            self._save(store)
+            self._change(store, lambda: self._accuse(under_way))
             store.forget_under_way()
+        else:
+            self._load(store.note(_NOTE))
 
     def suspicion(self, tenant: str, replica: bytes) -> Suspicion:
         """Return what is held against a replica."""
@@ -145,13 +143,13 @@ class Suspects:
                 return
             with store.read(tenant) as reader:
                 settled = reader.settled(replica, suspect.attempts)
-            suspect.attempts = {seq: count for seq, count in suspect.attempts.items() if seq not in settled}
-            suspect.until = max(suspect.attempts, default=0)
-            if not suspect.attempts:
-                del self._suspects[tenant, replica]
-            self._save(store)
+            self._change(store, lambda: self._lift(tenant, replica, settled))
 
-    def _accuse(self, tenant: str, attempt: Attempt) -> None:
+    def _accuse(self, under_way: UnderWay) -> None:
+        for tenant, attempt in under_way:
+            self._accuse_one(tenant, attempt)
+
+    def _accuse_one(self, tenant: str, attempt: Attempt) -> None:
         suspect = self._suspects.pop((tenant, attempt.replica), None) or _Suspect(0)
         self._suspects[tenant, attempt.replica] = suspect
         suspect.until = max(suspect.until, attempt.seq)
@@ -167,11 +165,34 @@ class Suspects:
             attempts_max=ATTEMPTS_MAX,
         )
 
-    def _save(self, store: Store) -> None:
+    def _lift(self, tenant: str, replica: bytes, settled: Container[int]) -> None:
+        suspect = self._suspects.get((tenant, replica))
+        if suspect is None:
+            return  # another server was told the same
+        suspect.attempts = {seq: count for seq, count in suspect.attempts.items() if seq not in settled}
+        suspect.until = max(suspect.attempts, default=0)
+        if not suspect.attempts:
+            del self._suspects[tenant, replica]
+
+    def _change(self, store: Store, change: Callable[[], object]) -> None:
+        """Change what is noted, with what other servers have noted meanwhile."""
+        while True:
+            noted = store.note(_NOTE)
+            self._load(noted)
+            change()
+            if store.set_note(_NOTE, self._noted(), expected=noted):
+                return
+
+    def _load(self, noted: bytes) -> None:
+        self._suspects = {
+            (tenant, replica): _Suspect(until, attempts)
+            for tenant, replica, until, attempts in msgpack.unpackb(noted or b"\x90", strict_map_key=False)
+        }
+
+    def _noted(self) -> bytes:
         while len(self._suspects) > SUSPECTS_MAX:
             del self._suspects[next(iter(self._suspects))]
-        suspects = [(*place, suspect.until, suspect.attempts) for place, suspect in self._suspects.items()]
-        store.set_note(_NOTE, _packed(suspects))
+        return _packed([(*place, suspect.until, suspect.attempts) for place, suspect in self._suspects.items()])
 
 
 def _packed(entries: Sequence[object]) -> bytes:

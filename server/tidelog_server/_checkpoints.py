@@ -18,7 +18,7 @@ import uuid_utils
 from google.protobuf.message import DecodeError
 
 from tidelog.internal.v1 import splice_pb2
-from tidelog_server._records import Head
+from tidelog_server._records import Head, Identity
 from tidelog_server._runs import Moment, lacks
 from tidelog_server._sealing import Sealer
 from tidelog_server._store import Reader, Store
@@ -55,7 +55,6 @@ class Checkpoints:
     """
 
     def __init__(self, store: Store, tenant: str) -> None:
-        self._store = store
         self._tenant = tenant
         self._sealer = Sealer(store, "checkpoint")
         self._older: list[Head] = []
@@ -64,11 +63,10 @@ class Checkpoints:
         """Note the older commits that the checkpoints of a session name."""
         self._older = _spread(reader)
 
-    def at(self, head: Head, settling: Moment) -> bytes:
-        """Return the checkpoint of a history at *head*; empty if it has not begun and nothing was settled."""
+    def at(self, identity: Identity, head: Head, settling: Moment) -> bytes:
+        """Return the checkpoint of a store's history at *head*; empty if it has not begun and nothing was settled."""
         if not head.version and not settling.number:
             return b""
-        identity = self._store.identity
         commits = [head, *(one for one in self._older if one.version < head.version)]
         checkpoint = splice_pb2.Checkpoint(
             epoch=identity.epoch,
@@ -82,7 +80,7 @@ class Checkpoints:
     def contradicts(self, reader: Reader, data: bytes) -> bool:
         """Tell whether a checkpoint is of this timeline, and names what the store has lost."""
         checkpoint = self._opened(data)
-        identity = self._store.identity
+        identity = reader.identity()
         if checkpoint is None or (checkpoint.epoch, checkpoint.timeline) != (identity.epoch, identity.timeline):
             return False
         if lacks(reader, Moment(checkpoint.settling_count, checkpoint.settling_run)):
@@ -99,7 +97,7 @@ class Checkpoints:
     def common_version(self, reader: Reader, data: bytes) -> int:
         """Return a version up to which a checkpoint's history is the store's own, the newest known one; 0: none."""
         checkpoint = self._opened(data)
-        if checkpoint is None or checkpoint.epoch != self._store.identity.epoch:
+        if checkpoint is None or checkpoint.epoch != reader.identity().epoch:
             return 0
         return max(
             (one.version for one in checkpoint.commits if reader.commit_id(one.version) == one.commit_id), default=0

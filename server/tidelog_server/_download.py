@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -31,7 +32,7 @@ from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog._values import Attributes
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import sync_pb2
-from tidelog_server._errors import HistoryCollected
+from tidelog_server._errors import HistoryCollected, SessionSuperseded
 from tidelog_server._history import changes_since, kept, undone_changes
 from tidelog_server._indexes import complete_since, left_prefix, versions_of
 from tidelog_server._projection import EntityProjection, Projection, Scope, Sight
@@ -164,6 +165,12 @@ def cursor_at(identity: Identity, head: Head, scope: Scope) -> bytes:
     ).SerializeToString()
 
 
+def check_timeline(found: Identity, told: Identity) -> None:
+    """Raise SessionSuperseded if the store has begun another timeline: what a session was told holds no more."""
+    if found != told:
+        raise SessionSuperseded("the server has begun a new timeline")
+
+
 class Download:
     """
     Reads the pages for one replica.
@@ -171,11 +178,14 @@ class Download:
     A page that is empty says that the next object has to wait for room: it is read when the next page is asked for.
     No page is held here once it was given.
 
+    Attributes:
+        identity: The store, and the timeline that all pages are of.
+        head: Where the history stood when the last page was read.
+
     Args:
         store: Where the data are.
         projection: What the replica has of them.
         replica: The replica's id in 16 bytes.
-        confirms: Whether it gets confirmations in place of what it wrote itself.
         page_bytes: Says how much the next page may hold.
     """
 
@@ -185,23 +195,33 @@ class Download:
         projection: Projection,
         *,
         replica: bytes = NO_REPLICA,
-        confirms: bool = False,
         page_bytes: PageBytes = full_pages,
     ) -> None:
         self._store = store
         self._projection = projection
         self._tenant = projection.principal.tenant
         self._replica = replica
-        self._confirmed = replica if confirms else None
+        self._confirmed: bytes | None = None
         self._page_bytes = page_bytes
         # A token tells where hidden objects stand, and by which values of hidden attributes they are found.
         self._sealer = Sealer(store, "resume")
+        self.identity = store.identity
         self.head = Head(0, b"")
 
-    def start_of(self, reader: Reader, cursor_bytes: bytes, resume_token: bytes) -> Start:
-        """Read what the replica says of its state. Whatever does not fit the store leads to a reconciliation."""
+    def start_of(self, reader: Reader, cursor_bytes: bytes, resume_token: bytes, *, confirms: bool = False) -> Start:
+        """
+        Begin with what the replica says of its state. Whatever does not fit the store leads to a reconciliation.
+
+        Args:
+            reader: Reads the store as it is now. All pages are of its timeline.
+            cursor_bytes: Where the replica stands.
+            resume_token: How far an earlier download came.
+            confirms: Whether it gets confirmations in place of what it wrote itself.
+        """
         projection = self._projection
-        cursor = _own_cursor(self._store.identity, cursor_bytes)
+        self.identity = reader.identity()
+        self._confirmed = self._replica if confirms else None
+        cursor = _own_cursor(self.identity, cursor_bytes)
         collected = cursor is not None and cursor.version < reader.collected()
         if cursor is not None and (collected or not _is_of_commit(cursor, reader)):
             cursor = None
@@ -239,8 +259,7 @@ class Download:
     def _scanned(self, scan: _Scan) -> deque[_Page]:
         """Read on in a transaction: a page, or, after several rounds, all that is left."""
         pages: deque[_Page] = deque()
-        with self._store.read(self._tenant) as reader:
-            self.head = reader.head()
+        with self._reading() as reader:
             for page in scan.pages(reader, self.head):
                 may_wait = scan.round_count <= CATCH_UP_ROUNDS_MAX
                 if not page.is_empty or (page.lacks_room and may_wait):
@@ -257,7 +276,7 @@ class Download:
 
     def _token(self, cursor: splice_pb2.Cursor | None, place: Place) -> splice_pb2.ResumeToken:
         """Return what a resume token holds. What another one holds besides the place is of another download."""
-        identity, scope = self._store.identity, self._projection.scope
+        identity, scope = self.identity, self._projection.scope
         return splice_pb2.ResumeToken(
             start=cursor,
             epoch=identity.epoch,
@@ -309,7 +328,7 @@ class Download:
 
         It is no lower than what is collected.
         """
-        with self._store.read(self._tenant) as reader:
+        with self._reading() as reader:
             change = reader.change(version)
             before = version - 1
             while change is not None:
@@ -342,7 +361,7 @@ class Download:
 
         def next_page() -> sync_pb2.SnapshotPage:
             page = _Page(self._page_bytes)
-            with self._store.read(self._tenant) as reader:
+            with self._reading() as reader:
                 while remaining and not page.is_full:
                     key = remaining[0]
                     if add(page, reader, key, reader.objects((key,)).get(key)):
@@ -376,8 +395,7 @@ class Download:
         def next_pages() -> deque[sync_pb2.SnapshotPage]:
             nonlocal position, round_head, round_count, caught_up
             pages: list[_Page] = []
-            with self._store.read(self._tenant) as reader:
-                self.head = reader.head()
+            with self._reading() as reader:
                 if position >= round_head:
                     round_head, round_count = self.head.version, round_count + 1
                 while position < self.head.version and (not pages or round_count > CATCH_UP_ROUNDS_MAX):
@@ -408,8 +426,16 @@ class Download:
         return max(self._page_bytes(0), needed)
 
     def _present_version(self) -> int:
-        with self._store.read(self._tenant) as reader:
+        with self._reading() as reader:
             return reader.head().version
+
+    @contextmanager
+    def _reading(self) -> Iterator[Reader]:
+        """Read the store as it is now, from where `head` is then."""
+        with self._store.read(self._tenant) as reader:
+            check_timeline(reader.identity(), self.identity)
+            self.head = reader.head()
+            yield reader
 
 
 class _Source(NamedTuple):

@@ -28,6 +28,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + ExtraMissing               what is asked for needs a library that is not installed
 * StorageError
   + StoreUnavailable           the database cannot be reached now: nothing is known to have been done
+  + ServerOutdated             another server makes the store ready for another schema, or has done so
   + SchemaContradicted         what the store holds does not fit the application's schema
   + MigrationUnfinished        a migration of the store was broken off, and this would not finish it
   + BackupDamaged              something is wrong in a backup that was to be restored
@@ -171,6 +172,14 @@ class StoreUnavailable(StorageError):
 
     What was under way was not done; if the connection broke while it was being committed, it
     may have been done all the same.
+    """
+
+
+class ServerOutdated(StorageError):
+    """
+    Another server makes the store ready for another schema, or has done so: this one may not go on.
+
+    Whoever is told so may come again: to a server that has that schema, or when this one has it.
     """
 
 

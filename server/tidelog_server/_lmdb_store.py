@@ -52,6 +52,7 @@ from tidelog._logging import get_logger
 from tidelog._operation import OperationKind
 from tidelog_server._attempts import Attempt, UnderWay, decode_under_way, encode_under_way
 from tidelog_server._backup_note import BACKUP_FILE
+from tidelog_server._errors import ServerOutdated
 from tidelog_server._records import (
     COMMIT_ID_BYTES,
     RUN_BYTES,
@@ -138,6 +139,7 @@ class LmdbStore:
             raise
         self._run = secrets.token_bytes(RUN_BYTES)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._required_note: tuple[str, bytes] | None = None
         self._closing = False
         self._writer = threading.Thread(target=self._write_jobs, name="tidelog-writer", daemon=True)
         self._writer.start()
@@ -151,6 +153,7 @@ class LmdbStore:
     def read(self, tenant: str) -> Iterator[LmdbReader]:
         """Read a tenant's data as of one moment."""
         with self._environment.read() as transaction:
+            self._check_note(transaction)
             prefix = self._known_prefix(transaction, tenant) or _NO_TENANT
             reader = LmdbReader(transaction, self._databases, prefix, self._run)
             try:
@@ -198,10 +201,32 @@ class LmdbStore:
         with self._environment.read() as transaction:
             return noted(transaction, self._databases, name)
 
-    def set_note(self, name: str, value: bytes) -> None:
-        """Note something about the whole store, durably. Any later `note` returns it."""
-        meta = self._databases.meta
-        self._environment.write(lambda transaction: transaction.put(_NOTE + name.encode(), value, db=meta))
+    def set_note(self, name: str, value: bytes, *, expected: bytes | None = None) -> bool:
+        """Note something about the whole store, durably. See `Store.set_note`."""
+        databases = self._databases
+
+        def work(transaction: LmdbTransaction) -> bool:
+            if expected is not None and noted(transaction, databases, name) != expected:
+                return False
+            return transaction.put(_NOTE + name.encode(), value, db=databases.meta)
+
+        return self._environment.write(work)
+
+    def require_note(self, name: str, value: bytes) -> None:
+        """Go on only as long as this is noted. See `Store.require_note`."""
+        self._required_note = name, value
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Make the store ready. There is no other server that could."""
+        self._required_note = None
+        yield
+
+    def _check_note(self, transaction: LmdbTransaction) -> None:
+        if (required := self._required_note) is not None:
+            name, value = required
+            if noted(transaction, self._databases, name) != value:
+                raise ServerOutdated(f"{self.path} was made ready for another schema")
 
     def begin_timeline(self) -> Identity:
         """Begin a new timeline, because the history may go on otherwise than it did, and return the identity."""
@@ -292,6 +317,7 @@ class LmdbStore:
         commit_ids: dict[bytes, bytes] = defaultdict(lambda: secrets.token_bytes(COMMIT_ID_BYTES))
         outcomes: list[tuple[Any, BaseException | None]] = []
         heads: dict[bytes, int] = {}
+        self._check_note(transaction)
         for job in group:
             known = self._known_prefix(transaction, job.tenant)
             reader = LmdbReader(transaction, self._databases, known or _NO_TENANT, self._run)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, LiteralString, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, LiteralString
 
 import msgspec
 
 from tidelog._keys import ObjectKey
 from tidelog._operation import OperationKind
 from tidelog_server._postgres_arrays import Bigints, Texts
-from tidelog_server._records import RUN_BYTES, Change, Head, Identity, ObjectState, ReplicaState, Settled
+from tidelog_server._records import Change, Head, Identity, ObjectState, ReplicaState, Settled
 from tidelog_server._store import ObjectsPage
 
 if TYPE_CHECKING:
     from tidelog_server._postgres_connection import Transaction
-
-# Neither a number of a tenant: one that was never written reads as empty.
-NO_TENANT: Final = 0
+    from tidelog_server._postgres_entry import TenantState
 
 _UINT64: Final = 1 << 64
 _KINDS: Final = {int(kind): kind for kind in OperationKind}
 _new = tuple.__new__
-
-# A database that was put back goes on in another process, under another number, or in other files.
-_STATE: Final[LiteralString] = """
-    SELECT store.epoch, store.timeline,
-        concat_ws(' ', pg_postmaster_start_time(), pg_relation_filenode('objects'), database.oid),
-        tenants.number, tenants.version, tenants.commit_id, tenants.collected
-    FROM pg_database AS database, store LEFT JOIN tenants ON tenants.name = %s
-    WHERE database.datname = current_database()
-"""
 
 _OBJECTS: Final[LiteralString] = """
     SELECT entity, id, version, created, creator, deleted, sole_writer, attributes
@@ -130,37 +118,6 @@ _FAILURES: Final[LiteralString] = """
     WHERE bytes_before < %s
     ORDER BY id
 """
-
-
-class TenantState(NamedTuple):
-    """
-    What every transaction reads first: which store this is, and where the tenant stands.
-
-    Attributes:
-        identity: Which store this is.
-        run: Which life of the store this is; see `Reader.run`.
-        number: The tenant's number; `NO_TENANT`: nothing was ever written for it.
-        head: Where its history stands.
-        collected: The highest version collected.
-    """
-
-    identity: Identity
-    run: bytes
-    number: int
-    head: Head
-    collected: int
-
-    @classmethod
-    def of(cls, rows: list[tuple[Any, ...]]) -> Self:
-        """Return it from what `SELECT_STATE` finds."""
-        [(epoch, timeline, life, number, version, commit_id, collected)] = rows
-        identity, run = Identity(epoch, timeline), hashlib.sha256(life.encode()).digest()[:RUN_BYTES]
-        if number is None:
-            return cls(identity, run, NO_TENANT, Head(0, b""), 0)
-        return cls(identity, run, number, Head(version, commit_id), collected)
-
-
-SELECT_STATE: Final = _STATE
 
 
 class PostgresReader:

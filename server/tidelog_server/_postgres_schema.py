@@ -25,7 +25,8 @@ FORMAT: Final = "tidelog-server-store-postgres-1"
 
 # Names of advisory locks. Whoever else uses a database takes others by accident only.
 LOCK_CLASS: Final = 0x71DE106  # with a server's number: the server runs
-PREPARING_LOCK: Final = 0x71DE106_00000001  # the store is being made ready
+TABLES_LOCK: Final = 0x71DE106_00000000  # the tables are being made
+PREPARING_LOCK: Final = 0x71DE106_00000001  # shared: the store is in use; alone: it is being made ready
 TIMELINE_LOCK: Final = 0x71DE106_00000002  # shared: the timeline holds; alone: another one begins
 
 _TABLES: Final[LiteralString] = """
@@ -39,7 +40,8 @@ _TABLES: Final[LiteralString] = """
     );
     CREATE TABLE tidelog.notes (
         name text COLLATE "C" PRIMARY KEY,
-        value bytea NOT NULL
+        value bytea NOT NULL,
+        digest bytea NOT NULL
     );
     CREATE TABLE tidelog.tenants (
         number bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
@@ -159,7 +161,7 @@ def prepare_tables(connection: Connection, name: str) -> None:
     """
     transaction = connection.begin("BEGIN")
     # One after the other, when several servers start at once. What the first has made the others find.
-    transaction.rows("SELECT pg_advisory_xact_lock(%s)", PREPARING_LOCK)
+    transaction.rows("SELECT pg_advisory_xact_lock(%s)", TABLES_LOCK)
     found = transaction.rows("SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('tidelog')")
     if not found:
         for statement in _TABLES.split(";\n"):

@@ -19,25 +19,33 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, LiteralString, TypeVar
+from typing import Any, Final, LiteralString, TypeVar
 
 from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError
 from tidelog._logging import get_logger
 from tidelog_server._attempts import Attempt, UnderWay
-from tidelog_server._errors import ExtraMissing, StoreUnavailable
-from tidelog_server._postgres_reader import SELECT_STATE, PostgresReader, TenantState
-from tidelog_server._postgres_writer import BEGIN_WRITING, Job, KnownIdentity, Outcome, Writer, change_timeline
+from tidelog_server._errors import ExtraMissing, ServerOutdated, StoreUnavailable
+from tidelog_server._postgres_entry import BEGIN_WRITING, Entry, note_digest
+from tidelog_server._postgres_reader import PostgresReader
+from tidelog_server._postgres_schema import PREPARING_LOCK, prepare_tables
+from tidelog_server._postgres_writer import Job, Outcome, Writer
 from tidelog_server._records import Identity, Writes
 from tidelog_server._tenant_queues import TenantQueues
-
-if TYPE_CHECKING:
-    from tidelog_server._postgres_connection import Connection, Transaction
 
 WRITERS: Final = 4
 READ_CONNECTIONS_MAX: Final = 16
 GROUP_JOBS_MAX: Final = 64
 
-_BEGIN_READING: Final[LiteralString] = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_PUT_NOTE: Final[LiteralString] = """
+    INSERT INTO notes (name, value, digest) VALUES (%s, %s, %s)
+    ON CONFLICT (name) DO UPDATE SET value = excluded.value, digest = excluded.digest RETURNING 1
+"""
+_PUT_EMPTY_NOTE: Final[LiteralString] = """
+    INSERT INTO notes (name, value, digest) VALUES (%s, '', %s) ON CONFLICT (name) DO NOTHING
+"""
+_CHANGE_NOTE: Final[LiteralString] = """
+    UPDATE notes SET value = %s, digest = %s WHERE name = %s AND value = %s RETURNING 1
+"""
 
 _log = get_logger("tidelog.store")
 
@@ -63,7 +71,6 @@ class PostgresStore:
         try:
             from tidelog_server._postgres_connection import Address, Pool  # noqa: PLC0415
             from tidelog_server._postgres_presence import Presence  # noqa: PLC0415
-            from tidelog_server._postgres_schema import prepare_tables  # noqa: PLC0415
         except ImportError as error:
             raise ExtraMissing(
                 "a store in PostgreSQL needs the extra postgres: pip install 'tidelog[postgres]'"
@@ -82,7 +89,7 @@ class PostgresStore:
             _log.warning(
                 "the database does not wait for its disk: a crash of its machine may lose what was acknowledged"
             )
-        self._known = KnownIdentity(Identity(epoch, timeline))
+        self._entry = Entry(Identity(epoch, timeline))
         self._readers = Pool(self._address, READ_CONNECTIONS_MAX)
         self._presence = Presence(self._address)
         self._queues: TenantQueues[Job] = TenantQueues(lambda job: job.is_alone, GROUP_JOBS_MAX)
@@ -101,7 +108,7 @@ class PostgresStore:
     @property
     def identity(self) -> Identity:
         """Which store this is, as far as this process has heard. See `Reader.identity`."""
-        return self._known.identity
+        return self._entry.identity
 
     @contextmanager
     def read(self, tenant: str) -> Iterator[PostgresReader]:
@@ -111,14 +118,12 @@ class PostgresStore:
             raise ResourceClosed("the store is closed")
         connection = self._readers.take()
         try:
-            since = self._known.moment()
             try:
-                transaction, state = _begin_reading(connection, tenant)
+                transaction, state = self._entry.read(connection, tenant)
             except StoreUnavailable:
                 # It may have been left by a database that was restarted since: nothing was read, so another will do.
                 connection = self._readers.renew(connection)
-                transaction, state = _begin_reading(connection, tenant)
-            self._known.hear(state.identity, since)
+                transaction, state = self._entry.read(connection, tenant)
             try:
                 yield PostgresReader(transaction, state)
             finally:
@@ -162,25 +167,43 @@ class PostgresStore:
         found = self._rows("SELECT value FROM notes WHERE name = %s", name)
         return found[0][0] if found else b""
 
-    def set_note(self, name: str, value: bytes) -> None:
-        """Note something about the whole store, durably. Any later `note` returns it."""
-        self._rows(
-            "INSERT INTO notes (name, value) VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            name,
-            value,
-        )
+    def set_note(self, name: str, value: bytes, *, expected: bytes | None = None) -> bool:
+        """Note something about the whole store, durably. See `Store.set_note`."""
+        digest = note_digest(value)
+        if expected is None:
+            return bool(self._rows(_PUT_NOTE, name, value, digest))
+        # Nothing noted and an empty note are the same; so there is a row that can be compared and locked.
+        self._rows(_PUT_EMPTY_NOTE, name, note_digest(b""))
+        return bool(self._rows(_CHANGE_NOTE, value, digest, name, expected))
+
+    def require_note(self, name: str, value: bytes) -> None:
+        """Go on only as long as this is noted. See `Store.require_note`."""
+        self._entry.require_note(name, value)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Be the only one who makes the store ready. See `Store.preparing`."""
+        connection = self._address.connect()
+        try:
+            connection.rows("SELECT pg_advisory_lock(%s)", PREPARING_LOCK)
+            self._entry.require_no_note()
+            self._entry.is_preparing = True
+            yield
+        finally:
+            self._entry.is_preparing = False
+            connection.close()
 
     def begin_timeline(self) -> Identity:
         """Begin a new timeline, because the history may go on otherwise than it did, and return the identity."""
         connection = self._address.connect()
         try:
             transaction = connection.begin(BEGIN_WRITING)
-            change_timeline(transaction, str(uuid.uuid4()))
+            self._entry.begin_timeline(transaction, str(uuid.uuid4()))
             [(epoch, timeline)] = transaction.rows("SELECT epoch, timeline FROM store")
             transaction.end("COMMIT")
         finally:
             connection.close()
-        self._known.hear(Identity(epoch, timeline), self._known.moment())
+        self._entry.hear(Identity(epoch, timeline))
         return self.identity
 
     def close(self) -> None:
@@ -229,7 +252,7 @@ class PostgresStore:
 
     def _write_jobs(self, number: int) -> None:
         self._place.writer = number
-        writer = Writer(self._address, self._presence, self._known, number)
+        writer = Writer(self._address, self._presence, self._entry, number)
         while (taken := self._queues.take()) is not None:
             tenant, group = taken
             try:
@@ -242,8 +265,8 @@ class PostgresStore:
         outcomes: list[Outcome]
         try:
             outcomes = writer.write(tenant, group)
-        except StoreUnavailable as error:
-            _log.warning("jobs were given up: the database is unavailable", job_count=len(group), detail=str(error))
+        except (StoreUnavailable, ServerOutdated) as error:
+            _log.warning("jobs were given up", tenant=tenant, job_count=len(group), detail=str(error))
             outcomes = [(None, error)] * len(group)
         except BaseException as error:  # noqa: BLE001 - the jobs' owners are told; this thread must live on
             if len(group) > 1:
@@ -261,8 +284,3 @@ class PostgresStore:
             else:
                 # What would end a program must not end whoever awaits this.
                 job.future.set_exception(StorageError(f"a job ended with {type(refusal).__name__}"))
-
-
-def _begin_reading(connection: Connection, tenant: str) -> tuple[Transaction, TenantState]:
-    transaction = connection.begin(_BEGIN_READING)
-    return transaction, TenantState.of(transaction.rows(SELECT_STATE, tenant))

@@ -1,9 +1,7 @@
 """
 A thread's way of writing to PostgreSQL: groups of one tenant's jobs, each in one transaction.
 
-The transaction locks its tenant's row first and reads everything after that, so the
-order of commits is the order of versions, whichever server makes them. It is broken off
-by a deadlock or a lost connection: then it runs again. Was the connection lost while it
+A transaction that is broken off, by a deadlock or a lost connection, runs again. Was the connection lost while it
 was being committed, then the database is asked what became of it: each transaction
 leaves a random name in a row of the thread that wrote it, which is there exactly if the
 rest is. An id that the database gives would not do: after a crash it may give it once more.
@@ -13,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, LiteralString, NamedTuple
 from tidelog._logging import get_logger
 from tidelog_server._attempts import Attempt
 from tidelog_server._errors import StoreUnavailable
-from tidelog_server._postgres_reader import NO_TENANT, SELECT_STATE, PostgresReader, TenantState
-from tidelog_server._postgres_schema import TIMELINE_LOCK
+from tidelog_server._postgres_entry import BEGIN_WRITING, Entry, TenantState, lock_tenant
+from tidelog_server._postgres_reader import PostgresReader
 from tidelog_server._postgres_writes import put_commit, statements_of
-from tidelog_server._records import COMMIT_ID_BYTES, Head, Identity, Writes
+from tidelog_server._records import COMMIT_ID_BYTES, Head, Writes
 
 if TYPE_CHECKING:
     from tidelog_server._postgres_connection import Address, Connection, Transaction
@@ -37,12 +34,6 @@ RUNS_MAX: Final = 5
 ASK_SECONDS_MAX: Final = 10.0
 ASK_EVERY_SECONDS: Final = 0.1
 
-# Each statement sees what was committed before it: so everything is read as it is once the tenant is locked.
-BEGIN_WRITING: Final[LiteralString] = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
-_LOCK_TENANT: Final[LiteralString] = "SELECT number FROM tenants WHERE name = %s FOR UPDATE"
-_PUT_TENANT: Final[LiteralString] = "INSERT INTO tenants (name) VALUES (%s) ON CONFLICT (name) DO NOTHING"
-_KEEP_TIMELINE: Final[LiteralString] = "SELECT pg_advisory_xact_lock_shared(%s)"
-_LOCK_TIMELINE: Final[LiteralString] = "SELECT pg_advisory_xact_lock(%s)"
 _REGISTER: Final[LiteralString] = """
     INSERT INTO writers (server, writer, transaction) VALUES (%s, %s, '') ON CONFLICT (server, writer) DO NOTHING
 """
@@ -81,31 +72,6 @@ class Job(NamedTuple):
         return self.attempt is not None and self.attempt.alone
 
 
-class KnownIdentity:
-    """
-    Which store a database is, as a process last heard. Safe to use from any thread.
-
-    Attributes:
-        identity: That.
-    """
-
-    def __init__(self, identity: Identity) -> None:
-        self.identity = identity
-        self._lock = threading.Lock()
-        self._moments = itertools.count(1)
-        self._heard_at = 0
-
-    def moment(self) -> int:
-        """Return a number that stands for now: whatever is read later was true then or after."""
-        return next(self._moments)
-
-    def hear(self, identity: Identity, since: int) -> None:
-        """Take note of what was read, or written, since a moment: it may be older than what is known."""
-        with self._lock:
-            if since > self._heard_at:
-                self._heard_at, self.identity = since, identity
-
-
 class Writer:
     """
     Writes groups of jobs. Used by one thread.
@@ -113,15 +79,15 @@ class Writer:
     Args:
         address: Where the database is.
         presence: Says what is under way.
-        known: Hears of timelines.
+        entry: How transactions begin.
         number: Tells the server's writers apart.
     """
 
-    def __init__(self, address: Address, presence: Presence, known: KnownIdentity, number: int) -> None:
+    def __init__(self, address: Address, presence: Presence, entry: Entry, number: int) -> None:
         self.number = number
         self._address = address
         self._presence = presence
-        self._known = known
+        self._entry = entry
         self._connection: Connection | None = None
 
     def write(self, tenant: str, jobs: Sequence[Job]) -> list[Outcome]:
@@ -153,8 +119,7 @@ class Writer:
         """Return what became of the jobs, and whether it is still noted what is under way."""
         locks_timeline = False
         for run in itertools.count(1):
-            attempt = _Run(self._connected(), self._presence.server, self.number, tenant)
-            since = self._known.moment()
+            attempt = _Run(self._entry, self._connected(), self._presence.server, self.number, tenant)
             try:
                 wrote = attempt.run(jobs, locks_timeline=locks_timeline, clears=is_noted)
             except StoreUnavailable as error:
@@ -170,7 +135,8 @@ class Writer:
             except BaseException:
                 self.close()
                 raise
-            self._known.hear(attempt.state.identity, self._known.moment() if attempt.begins_timeline else since)
+            if attempt.begins_timeline:
+                self._entry.hear(attempt.state.identity)
             return attempt.outcomes, is_noted and not wrote
         raise AssertionError  # there is always another run
 
@@ -202,9 +168,8 @@ class Writer:
         connection = self._address.connect()
         try:
             transaction = connection.begin(BEGIN_WRITING)
-            # As long as it is not over it holds this lock, or that of a tenant which it makes.
-            transaction.send(_PUT_TENANT, tenant)
-            transaction.send(_LOCK_TENANT, tenant)
+            # As long as it is not over it holds this lock.
+            lock_tenant(transaction, tenant)
             found = transaction.rows(_SIGNED, self._presence.server, self.number)
             transaction.end("ROLLBACK")
         finally:
@@ -230,12 +195,13 @@ class _Run:
         is_in_doubt: Whether the database was told to commit, so that it may have done so.
     """
 
-    def __init__(self, connection: Connection, server: int, writer: int, tenant: str) -> None:
+    def __init__(self, entry: Entry, connection: Connection, server: int, writer: int, tenant: str) -> None:
         self.name = secrets.token_bytes(_NAME_BYTES)
         self.outcomes: list[Outcome] = []
         self.begins_timeline = False
         self.is_in_doubt = False
         self.state: TenantState
+        self._entry = entry
         self._connection = connection
         self._signature = (server, writer)
         self._tenant = tenant
@@ -249,8 +215,7 @@ class _Run:
             locks_timeline: Whether one of them is known to begin a timeline.
             clears: Whether nothing is under way any more once it is written.
         """
-        transaction = self._connection.begin(BEGIN_WRITING)
-        self._lock(transaction, _LOCK_TIMELINE if locks_timeline else _KEEP_TIMELINE)
+        transaction, self.state = self._entry.write(self._connection, self._tenant, locks_timeline=locks_timeline)
         commit_id = secrets.token_bytes(COMMIT_ID_BYTES)
         before = self.state.head.version
         wrote = False
@@ -282,17 +247,6 @@ class _Run:
         transaction.end("COMMIT")
         return True
 
-    def _lock(self, transaction: Transaction, timeline_lock: LiteralString) -> None:
-        """Lock the tenant, then read where it stands."""
-        transaction.send(_LOCK_TENANT, self._tenant)
-        transaction.send(timeline_lock, TIMELINE_LOCK)
-        self.state = TenantState.of(transaction.rows(SELECT_STATE, self._tenant))
-        if self.state.number == NO_TENANT:
-            # Or wait for who makes it just now. If nothing is written, it will not have been made.
-            transaction.send(_PUT_TENANT, self._tenant)
-            transaction.send(_LOCK_TENANT, self._tenant)
-            self.state = TenantState.of(transaction.rows(SELECT_STATE, self._tenant))
-
     def _note(self, transaction: Transaction, writes: Writes, commit_id: bytes) -> None:
         """Go on with what a job has written."""
         if writes.changes:
@@ -301,12 +255,6 @@ class _Run:
             self.state = self.state._replace(collected=writes.forgotten.version)
         if writes.timeline:
             self.begins_timeline = True
-            change_timeline(transaction, writes.timeline)
+            self._entry.begin_timeline(transaction, writes.timeline)
             identity = self.state.identity._replace(timeline=writes.timeline)
             self.state = self.state._replace(identity=identity)
-
-
-def change_timeline(transaction: Transaction, timeline: str) -> None:
-    """Begin a timeline, once all transactions of the present one are over."""
-    transaction.send(_LOCK_TIMELINE, TIMELINE_LOCK)
-    transaction.send("UPDATE store SET timeline = %s", timeline)

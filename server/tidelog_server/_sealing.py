@@ -31,7 +31,7 @@ class Sealer:
     """
     Seals and opens what one purpose needs.
 
-    The first one that is made on a store makes its key: make one before there are several threads.
+    The first one that is made on a store makes its key.
 
     Args:
         store: Keeps the key.
@@ -41,8 +41,9 @@ class Sealer:
     def __init__(self, store: Store, purpose: str) -> None:
         key = store.note(_NOTE)
         if not key:
-            key = AESGCM.generate_key(KEY_BITS)
-            store.set_note(_NOTE, key)
+            made = AESGCM.generate_key(KEY_BITS)
+            # Another server may have been faster.
+            key = made if store.set_note(_NOTE, made, expected=b"") else store.note(_NOTE)
         self._cipher = AESGCM(key)
         self._purpose = purpose
 

@@ -402,11 +402,11 @@ class Services:
         async with self._admitted(context) as principal:
             request = parsed(sync_pb2.DownloadSnapshotsRequest, data)
             check_protocol_version(request.protocol_version)
-            identity = self._store.identity
             projection = Projection(self._application, principal, wishes_of(request.downloads))
             with self._pages_for(principal) as held:
                 download = Download(self._store, projection, page_bytes=held.page_bytes)
                 start = await self._read(self._start_of, download, principal.tenant, request)
+                identity = download.identity
                 started = sync_pb2.DownloadStarted(
                     resumed=start.resumed,
                     reconcile=start.reconcile,

@@ -29,7 +29,7 @@ from tidelog_server._application import Application
 from tidelog_server._attempts import NO_SUSPECTS, Attempt, Suspects, last_seq
 from tidelog_server._author import FormerIdentity, OldBases
 from tidelog_server._checkpoints import Checkpoints, found_timeline, is_found
-from tidelog_server._download import Download, PageBytes, Start, cursor_at, full_pages
+from tidelog_server._download import Download, PageBytes, Start, check_timeline, cursor_at, full_pages
 from tidelog_server._engine import NO_TRIAL, Evaluation, Trial, UploadState
 from tidelog_server._errors import (
     ProtocolVersionUnknown,
@@ -43,7 +43,7 @@ from tidelog_server._formers import common_seqs
 from tidelog_server._outcomes import Result, Status, Uploader
 from tidelog_server._principal import Principal
 from tidelog_server._projection import Projection
-from tidelog_server._records import MAX_POSITION, Head, ReplicaState, Writes
+from tidelog_server._records import MAX_POSITION, Head, Identity, ReplicaState, Writes
 from tidelog_server._requests import uuid_bytes
 from tidelog_server._runs import Moment
 from tidelog_server._store import Reader, Store
@@ -124,12 +124,6 @@ def parse_former_outcome(data: bytes) -> FormerOutcome:
     )
 
 
-def check_timeline(store: Store, timeline: str) -> None:
-    """Raise SessionSuperseded if the store has begun another timeline: what a session was told holds no more."""
-    if store.identity.timeline != timeline:
-        raise SessionSuperseded("the server has begun a new timeline")
-
-
 class Upload:
     """
     The upload phase: the batches of one replica, one after the other.
@@ -138,6 +132,14 @@ class Upload:
     upload: those behind it fail too, because operations settle in order.
 
     A batch that may hold an operation which ends the process is settled unit by unit; see `_attempts`.
+
+    Args:
+        application: The rules.
+        store: Where the data are.
+        uploader: Who uploads.
+        clock: The server's clock.
+        suspects: Who may end the process.
+        identity: The store and the timeline that the replica was told of. None: those that were heard of last.
     """
 
     def __init__(
@@ -147,17 +149,21 @@ class Upload:
         uploader: Uploader,
         clock: Clock = server_time_us,
         suspects: Suspects = NO_SUSPECTS,
+        *,
+        identity: Identity | None = None,
     ) -> None:
         self._application = application
         self._store = store
-        self._timeline = store.identity.timeline
+        self._identity = identity or store.identity
         self._uploader = uploader
         self._clock = clock
         self._suspects = suspects
         self._suspicion = suspects.suspicion(uploader.principal.tenant, uploader.replica)
         self._trial = Trial(self._suspicion.given_up) if self._suspicion.until else NO_TRIAL
         self._last_seq = 0
-        self._failed = False
+        # The first batch that failed: those behind it fail too.
+        self._failed: int | None = None
+        self._abandoned = False
         self._batch_count = 0
         # What each batch that is under way starts from. Kept until it is durable: it may have to run again.
         self._states: dict[int, UploadState] = {0: UploadState()}
@@ -242,7 +248,7 @@ class Upload:
 
     def abandon(self) -> None:
         """Do no more: what was submitted and has not begun is dropped. Who sent it sends it again."""
-        self._failed = True
+        self._abandoned = True
 
     def _announce(self, unit: Unit) -> None:
         self._store.announce(self._uploader.principal.tenant, self._next_attempt(unit))
@@ -258,13 +264,15 @@ class Upload:
         self._batch_count += 1
 
         def job(reader: Reader) -> tuple[Writes | None, list[Result]]:
-            if self._failed:
+            if self._abandoned or (self._failed is not None and self._failed < number):
                 raise SessionSuperseded("an earlier batch of this session failed")
-            check_timeline(self._store, self._timeline)
+            # If it runs once more, what became of it before does not count.
+            self._failed = None
             try:
+                check_timeline(reader.identity(), self._identity)
                 evaluation = evaluate(reader, self._states[number])
             except BaseException:
-                self._failed = True
+                self._failed = number
                 raise
             self._states[number + 1] = evaluation.state
             return evaluation.writes, evaluation.results
@@ -276,7 +284,7 @@ class Upload:
     def _note(self, number: int, done: Future[list[Result]]) -> None:
         self._states.pop(number, None)
         if done.exception() is not None:
-            self._failed = True
+            self._failed = number if self._failed is None else min(self._failed, number)
             return
         applied = [result for result in done.result() if result.status == Status.APPLIED]
         if applied:
@@ -342,15 +350,11 @@ class Session:
             tolerant=self.mode != sync_pb2.SYNCHRONIZE_MODE_ALL,
         )
         self._start = Start()
-        self._timeline = store.identity.timeline
+        self._identity = store.identity
         self._settling = Moment(0, b"")
         self._old_bases: OldBases | None = None
         self._checkpoints = Checkpoints(store, principal.tenant)
-        # Versions of another timeline do not tell what the replica still has.
-        confirms = start.accepts_confirmations and not self._is_of_other_timeline
-        self._download = Download(
-            store, self._projection, replica=self._replica, confirms=confirms, page_bytes=page_bytes
-        )
+        self._download = Download(store, self._projection, replica=self._replica, page_bytes=page_bytes)
 
     def open(self) -> Future[sync_pb2.SessionStarted]:
         """
@@ -400,7 +404,7 @@ class Session:
         """Return the checkpoint of what is settled by now."""
         with self._store.read(self._principal.tenant) as reader:
             self._settling = _runs.present(reader.index)
-            return self._checkpoints.at(reader.head(), self._settling)
+            return self._checkpoints.at(reader.identity(), reader.head(), self._settling)
 
     def select(self, selection: sync_pb2.Selection) -> None:
         """Add objects to be downloaded."""
@@ -439,19 +443,19 @@ class Session:
 
     def complete(self) -> sync_pb2.SessionComplete:
         """Return the last message, after the last page."""
-        check_timeline(self._store, self._timeline)
+        check_timeline(self._store.identity, self._identity)
         head: Head = self._download.head
-        checkpoint = self._checkpoints.at(head, self._settling)
+        checkpoint = self._checkpoints.at(self._identity, head, self._settling)
         complete = sync_pb2.SessionComplete(version=head.version, checkpoint=checkpoint)
         if self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL:
-            complete.cursor = cursor_at(self._store.identity, head, self._projection.scope)
+            complete.cursor = cursor_at(self._identity, head, self._projection.scope)
         else:
             complete.cursor = self._start.without_changed()
         return complete
 
     @property
     def _is_of_other_timeline(self) -> bool:
-        return self._request.timeline not in {"", self._timeline}
+        return self._request.timeline not in {"", self._identity.timeline}
 
     def _begin(self, reader: Reader) -> tuple[Writes, ReplicaState | None]:
         """Take what the session needs of the store before it says anything."""
@@ -483,7 +487,7 @@ class Session:
         if not found:
             return None
         through_seq, common = max(one.through_seq for one in found), min(one.common_version for one in found)
-        is_one_timeline = len(found) == 1 and not is_found(self._store.identity.timeline)
+        is_one_timeline = len(found) == 1 and not is_found(self._identity.timeline)
         return OldBases(through_seq, common, found[0].timeline if is_one_timeline else "")
 
     def _settled_under_formers(self, reader: Reader, known: ReplicaState) -> list[sync_pb2.FormerSettled]:
@@ -508,12 +512,17 @@ class Session:
         return found
 
     def _started(self, known: ReplicaState | None) -> sync_pb2.SessionStarted:
-        identity = self._store.identity
-        self._timeline = identity.timeline
         request, is_all = self._request, self.mode == sync_pb2.SYNCHRONIZE_MODE_ALL
         with self._store.read(self._principal.tenant) as reader:
             head = reader.head()
-            self._start = self._download.start_of(reader, request.cursor, request.resume_token if is_all else b"")
+            identity = self._identity = reader.identity()
+            self._start = self._download.start_of(
+                reader,
+                request.cursor,
+                request.resume_token if is_all else b"",
+                # Versions of another timeline do not tell what the replica still has.
+                confirms=request.accepts_confirmations and not self._is_of_other_timeline,
+            )
             self._checkpoints.begin(reader)
             self._settling = _runs.present(reader.index)
             old_bases = self._old_bases = self._found_old_bases(reader)
@@ -559,6 +568,7 @@ class Session:
                     ),
                     self._clock,
                     self._suspects,
+                    identity=identity,
                 )
         return started
 

@@ -31,6 +31,7 @@ from tidelog_server._errors import (
     ReplicaRetired,
     RequestInvalid,
     ServerBusy,
+    ServerOutdated,
     SessionIdle,
     SessionSuperseded,
     StoreUnavailable,
@@ -67,6 +68,7 @@ STATUS: Final[tuple[tuple[type[Exception], grpc.StatusCode, str], ...]] = (
     (TransientError, grpc.StatusCode.UNAVAILABLE, "HOOK_TRANSIENT"),
     (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     (ResourceClosed, grpc.StatusCode.UNAVAILABLE, "SERVER_STOPPING"),
+    (ServerOutdated, grpc.StatusCode.UNAVAILABLE, "SERVER_OUTDATED"),
     (StoreUnavailable, grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
     (StorageError, grpc.StatusCode.UNAVAILABLE, "STORE_FAILED"),
 )

@@ -199,8 +199,32 @@ class Store(Protocol):
         """Return what the server noted about the whole store under a name; empty if nothing."""
         ...
 
-    def set_note(self, name: str, value: bytes) -> None:
-        """Note something about the whole store, durably. Any later `note` returns it."""
+    def set_note(self, name: str, value: bytes, *, expected: bytes | None = None) -> bool:
+        """
+        Note something about the whole store, durably, and tell whether it was done. Any later `note` returns it.
+
+        Args:
+            name: What it is noted under.
+            value: What is noted; empty: nothing.
+            expected: Only if this is noted now. None: whatever is.
+        """
+        ...
+
+    def require_note(self, name: str, value: bytes) -> None:
+        """
+        From now on raise ServerOutdated for whoever reads or writes a tenant, as long as anything else is noted.
+
+        There is one such note; whoever names another one, or `preparing`, ends that.
+        """
+        ...
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """
+        Be the only one who makes the store ready, within a block.
+
+        Another server that does so is waited for. Those that are running can meanwhile
+        neither read nor write a tenant: they raise ServerOutdated.
+        """
         ...
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, quick_folder
 from tidelog import OperationKind, ResourceClosed, StorageError
 from tidelog._keys import ObjectKey
 from tidelog_server._attempts import Attempt
+from tidelog_server._errors import ServerOutdated
 from tidelog_server._records import (
     RUN_BYTES,
     Change,
@@ -862,6 +863,62 @@ class StoreContract:
 
         assert (store.note("epoch"), store.note("other"), store.note("")) == (b"\x00second", b"x", b"")
         assert store.identity == identity
+
+    def test_a_note_that_is_expected(self, store: Store) -> None:
+        """A note changes only if it is the one that is expected; to note nothing is as if nothing had been noted."""
+        assert not store.set_note("n", b"x", expected=b"other")
+        assert store.note("n") == b""
+        assert store.set_note("n", b"one", expected=b"")
+        assert not store.set_note("n", b"two", expected=b"")
+        assert store.set_note("n", b"three", expected=b"one")
+        assert store.set_note("n", b"")
+        assert store.set_note("n", b"four", expected=b"")
+        assert store.note("n") == b"four"
+
+    def test_one_of_many_notes_it(self, store: Store) -> None:
+        """Of several that expect the same note, one changes it."""
+        with ThreadPoolExecutor(4) as pool:
+            noted = pool.map(lambda number: store.set_note("n", bytes([number]), expected=b""), range(1, 9))
+
+            assert sum(noted) == 1
+
+    def test_a_note_that_is_required(self, store: Store) -> None:
+        """While another note than the required one is there tenants are neither read nor written; nothing is lost."""
+        store.set_note("schema", b"1")
+        store.require_note("schema", b"1")
+        store.submit(TENANT, writing(task("t1"))).result(10)
+        store.set_note("schema", b"2")
+
+        with pytest.raises(ServerOutdated), store.read(TENANT) as reader:
+            reader.head()
+        for _ in range(2):
+            with pytest.raises(ServerOutdated):
+                store.submit(TENANT, writing(task("t2"))).result(10)
+
+        store.set_note("schema", b"1")
+        store.submit(TENANT, writing(task("t3"))).result(10)
+        with store.read(TENANT) as reader:
+            assert ids_of(reader.latest_objects("Task", 0, 10, UNBOUNDED).objects) == ["t1", "t3"]
+
+    def test_another_required_note(self, store: Store) -> None:
+        """Whoever prepares a store needs no note, and may require another one than before."""
+        store.require_note("schema", b"never noted")
+        with store.preparing():
+            store.submit(TENANT, writing(task("t1"))).result(10)
+            store.set_note("schema", b"2")
+        store.require_note("schema", b"2")
+
+        with store.read(TENANT) as reader:
+            assert reader.head().version == 1
+
+    def test_nothing_is_noted(self, store: Store) -> None:
+        """That nothing is noted can be required too."""
+        store.require_note("schema", b"")
+        store.submit(TENANT, writing(task("t1"))).result(10)
+        store.set_note("schema", b"x")
+
+        with pytest.raises(ServerOutdated):
+            store.submit(TENANT, writing(task("t2"))).result(10)
 
     # --- closing and opening --------------------------------------------------
 

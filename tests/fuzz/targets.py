@@ -373,9 +373,9 @@ def resume_tokens(data: bytes) -> None:
 
 
 def _check_download(cursor: bytes, token: bytes) -> None:
-    download = ServerDownload(SCENE.store, Projection(SCENE.application, USER, {}), replica=REPLICA_A, confirms=True)
+    download = ServerDownload(SCENE.store, Projection(SCENE.application, USER, {}), replica=REPLICA_A)
     with SCENE.store.read(TENANT) as reader:
-        start = download.start_of(reader, cursor, token)
+        start = download.start_of(reader, cursor, token, confirms=True)
     pages = list(itertools.islice(download.everything_since(start), 10))
     assert len(pages) < 10, "a download does not end"
     assert download.head.version == SCENE.version()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
-from uuid import uuid4
 
 import pytest
 from benchmarks.resume import measure_resume
@@ -145,7 +144,7 @@ def test_a_replica_that_wants_something_else(world: World) -> None:
 def test_a_server_of_another_timeline(world: World) -> None:
     """What was staged of a server that was restored since is thrown away: its versions mean something else."""
     _break_off(world)
-    world.store._identity = world.store.identity._replace(timeline=str(uuid4()))
+    world.store.begin_timeline()
 
     assert _complete(world) == (_everything(), OBJECTS)
 

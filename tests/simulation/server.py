@@ -371,9 +371,17 @@ class SimulatedStore:
         """See `Store`."""
         return self._server.lmdb.note(name)
 
-    def set_note(self, name: str, value: bytes) -> None:
+    def set_note(self, name: str, value: bytes, *, expected: bytes | None = None) -> bool:
         """See `Store`."""
-        self._server.lmdb.set_note(name, value)
+        return self._server.lmdb.set_note(name, value, expected=expected)
+
+    def require_note(self, name: str, value: bytes) -> None:
+        """See `Store`."""
+        self._server.lmdb.require_note(name, value)
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """See `Store`."""
+        return self._server.lmdb.preparing()
 
     def close(self) -> None:
         """See `Store`."""

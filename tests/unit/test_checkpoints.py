@@ -43,7 +43,7 @@ class Desk:
         found = self.checkpoints()
         with self.lab.store.read(TENANT) as reader:
             found.begin(reader)
-            return found.at(reader.head(), present(reader.index))
+            return found.at(reader.identity(), reader.head(), present(reader.index))
 
     def contradicts(self, checkpoint: bytes, tenant: str = TENANT) -> bool:
         """Tell whether the store lacks what a checkpoint names."""

@@ -850,10 +850,18 @@ class Watched:
         """As the store does."""
         self._store.forget_under_way()
 
-    def set_note(self, name: str, value: bytes) -> None:
+    def set_note(self, name: str, value: bytes, *, expected: bytes | None = None) -> bool:
         """Note something, unless it is over."""
         self._count()
-        self._store.set_note(name, value)
+        return self._store.set_note(name, value, expected=expected)
+
+    def require_note(self, name: str, value: bytes) -> None:
+        """As the store does."""
+        self._store.require_note(name, value)
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """As the store does."""
+        return self._store.preparing()
 
     def _count(self) -> None:
         if not self._left:
