@@ -50,6 +50,7 @@ _SETTINGS: Final[LiteralString] = """
     SELECT set_config(name, value, false) FROM (VALUES
         ('search_path', 'tidelog, pg_temp'),
         ('enable_seqscan', 'off'),
+        ('enable_bitmapscan', 'off'),
         ('jit', 'off'),
         ('lock_timeout', '0'),
         ('statement_timeout', '0'),

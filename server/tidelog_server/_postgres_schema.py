@@ -3,7 +3,9 @@ The tables of a store in PostgreSQL, in a schema of their own that is called `ti
 
 Each table of a tenant's data starts its key with the tenant's number, so that a tenant's
 data are neighbours and can be moved together. Text is compared by bytes, as everywhere
-in tidelog. Nonces, which have no sign, are kept as the signed number of the same bits.
+in tidelog. The index by version has the entity under the other name of that order: so
+whoever looks up an object by its key cannot be led there by a planner that takes the
+table for an empty one, and read all of an entity for each. Nonces, which have no sign, are kept as the signed number of the same bits.
 
 Three tables are about the servers rather than the data. `writers` names the last
 transaction of each thread that writes: a commit whose answer got lost is looked up
@@ -68,7 +70,7 @@ _TABLES: Final[LiteralString] = """
         attributes bytea NOT NULL,
         PRIMARY KEY (tenant, entity, id)
     );
-    CREATE INDEX objects_by_version ON tidelog.objects (tenant, entity, version);
+    CREATE INDEX objects_by_version ON tidelog.objects (tenant, entity COLLATE "POSIX", version);
     CREATE TABLE tidelog.indexes (
         tenant bigint,
         key bytea,
