@@ -3,9 +3,11 @@ The tables of a store in PostgreSQL, in a schema of their own that is called `ti
 
 Each table of a tenant's data starts its key with the tenant's number, so that a tenant's
 data are neighbours and can be moved together. Text is compared by bytes, as everywhere
-in tidelog. The index by version has the entity under the other name of that order: so
-whoever looks up an object by its key cannot be led there by a planner that takes the
-table for an empty one, and read all of an entity for each. Nonces, which have no sign, are kept as the signed number of the same bits.
+in tidelog. Nonces, which have no sign, are kept as the signed number of the same bits.
+
+The index by version has the entity under another name of the same order: so whoever
+looks up an object by its key cannot be led there by a planner that takes the table for
+an empty one, to read all of an entity for each.
 
 Three tables are about the servers rather than the data. `writers` names the last
 transaction of each thread that writes: a commit whose answer got lost is looked up
@@ -183,4 +185,4 @@ def prepare_tables(connection: Connection, name: str) -> None:
         if format_name != FORMAT:
             transaction.abandon()
             raise FormatUnsupported(name, found=format_name, supported=FORMAT)
-    transaction.end("COMMIT")
+    transaction.end()
