@@ -191,6 +191,8 @@ class PostgresStore:
             yield
         finally:
             self._entry.is_preparing = False
+            with suppress(StoreUnavailable):  # then it is unlocked already
+                connection.rows("SELECT pg_advisory_unlock(%s)", PREPARING_LOCK)
             connection.close()
 
     def begin_timeline(self) -> Identity:
