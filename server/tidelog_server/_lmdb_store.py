@@ -105,6 +105,8 @@ class LmdbStore:
         StorageError: It cannot be used, or is a backup.
     """
 
+    is_remote: Final = False
+
     def __init__(self, path: str | Path, *, map_bytes: int = MAP_BYTES_DEFAULT) -> None:
         self.path = Path(path)
         if (self.path / BACKUP_FILE).exists():

@@ -67,6 +67,8 @@ class PostgresStore:
         StorageError: It cannot be used.
     """
 
+    is_remote: Final = True
+
     def __init__(self, conninfo: str) -> None:
         try:
             from tidelog_server._postgres_connection import Address, Pool  # noqa: PLC0415

@@ -145,6 +145,11 @@ class Store(Protocol):
         """Which store this is, as far as this process has heard: another one may have begun a timeline since."""
         ...
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it may take a while to read, because it is done over a network: no event loop may do that."""
+        ...
+
     def read(self, tenant: str) -> AbstractContextManager[Reader]:
         """Read a tenant's data as of one moment. Keep the block short: no waiting inside."""
         ...

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import pytest
 from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, Lab, create, delete, said, update
@@ -818,6 +818,8 @@ class Watched:
     Attributes:
         written: What was written.
     """
+
+    is_remote: Final = False
 
     def __init__(self, store: Store, writes_max: int = 1_000_000) -> None:
         self._store = store
