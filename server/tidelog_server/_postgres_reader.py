@@ -31,6 +31,15 @@ _OBJECTS: Final[LiteralString] = """
     ) AS found
 """
 
+_COMMITS_UNTIL: Final[LiteralString] = """
+    SELECT DISTINCT version, commit_id
+    FROM unnest(%s::bigint[]) AS wanted (until) CROSS JOIN LATERAL (
+        SELECT version, commit_id FROM commits WHERE tenant = %s AND version <= wanted.until
+        ORDER BY version DESC LIMIT 1
+    ) AS found
+    ORDER BY version DESC
+"""
+
 # A page ends with the object that makes it reach its size. One more than its limit is looked at, to know whether
 # there are more; what is too large for the page is not sent.
 _ENTITY_OBJECTS: Final[LiteralString] = """
@@ -148,13 +157,8 @@ class PostgresReader:
     def commit_id(self, version: int) -> bytes | None:
         return self._value("SELECT commit_id FROM commits WHERE tenant = %s AND version = %s", version)
 
-    def commit_until(self, version: int) -> Head | None:
-        found = self._rows(
-            "SELECT version, commit_id FROM commits WHERE tenant = %s AND version <= %s ORDER BY version DESC LIMIT 1",
-            self._tenant,
-            version,
-        )
-        return Head(*found[0]) if found else None
+    def commits_until(self, versions: Iterable[int]) -> list[Head]:
+        return [Head(*row) for row in self._rows(_COMMITS_UNTIL, Bigints(versions), self._tenant)]
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
         wanted = list(keys)

@@ -56,8 +56,8 @@ class Reader(Protocol):
         """
         ...
 
-    def commit_until(self, version: int) -> Head | None:
-        """Return the newest commit that ended at *version* or below, or None if none is kept."""
+    def commits_until(self, versions: Iterable[int]) -> list[Head]:
+        """Return the newest commits that ended at each of *versions* or below: each once, the newest first."""
         ...
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import grpc
@@ -54,7 +54,7 @@ def test_a_database_that_does_not_answer(
                 "download": replica.synchronize_all,
                 "selected": lambda: replica.synchronize_selected([("Task", "t1")]),
             }[mode]
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)
 
             proxy.stall()
             done = pool.submit(synchronize)
