@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, NamedTuple, Self, TypeVar, cast
+from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast
 
 import grpc
 import msgpack
@@ -401,7 +401,7 @@ class MemoryStore:
         disk: What outlives `close`; a second store opened on it finds what the first one wrote.
     """
 
-    is_remote: Final = False
+    is_remote: ClassVar[bool] = False
 
     def __init__(self, disk: dict[str, Any] | None = None) -> None:
         self._disk = {} if disk is None else disk

@@ -40,7 +40,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 import msgpack
 from filelock import FileLock, Timeout
@@ -105,7 +105,7 @@ class LmdbStore:
         StorageError: It cannot be used, or is a backup.
     """
 
-    is_remote: Final = False
+    is_remote: ClassVar[bool] = False
 
     def __init__(self, path: str | Path, *, map_bytes: int = MAP_BYTES_DEFAULT) -> None:
         self.path = Path(path)

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any, Final, LiteralString, TypeVar
+from typing import Any, ClassVar, Final, LiteralString, TypeVar
 
 from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError
 from tidelog._logging import get_logger
@@ -67,7 +67,7 @@ class PostgresStore:
         StorageError: It cannot be used.
     """
 
-    is_remote: Final = True
+    is_remote: ClassVar[bool] = True
 
     def __init__(self, conninfo: str) -> None:
         try:

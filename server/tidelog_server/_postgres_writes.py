@@ -27,6 +27,7 @@ _PUT_OBJECTS: Final[LiteralString] = """
         creator = excluded.creator, deleted = excluded.deleted, sole_writer = excluded.sole_writer,
         attributes = excluded.attributes
 """
+_PUT_HEAD: Final[LiteralString] = "UPDATE tenants SET version = %s, commit_id = %s WHERE number = %s"
 _PUT_CHANGES: Final[LiteralString] = """
     INSERT INTO changes (tenant, version, entity, id, kind, patch, before, previous, replica, seq, by_hook, user_id,
         time_us, failure, new_names, moved_from, former_version, former_timeline)
@@ -105,10 +106,8 @@ def statements_of(writes: Writes, tenant: int, commit_id: bytes) -> list[Stateme
     if writes.objects:
         made.append((_PUT_OBJECTS, (tenant, *_object_columns(writes.objects))))
     if writes.changes:
-        made += (
-            (_PUT_CHANGES, (tenant, *_change_columns(writes.changes))),
-            ("UPDATE tenants SET version = %s, commit_id = %s WHERE number = %s", (writes.version, commit_id, tenant)),
-        )
+        made.append((_PUT_CHANGES, (tenant, *_change_columns(writes.changes))))
+        made.append((_PUT_HEAD, (writes.version, commit_id, tenant)))
     if writes.index_entries:
         made += _index_statements(writes.index_entries, tenant)
     if writes.replica is not None:

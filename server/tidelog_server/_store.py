@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 from tidelog._keys import ObjectKey
 from tidelog_server._attempts import Attempt, UnderWay
@@ -138,16 +138,18 @@ class Reader(Protocol):
 
 
 class Store(Protocol):
-    """Keeps the data of all tenants."""
+    """
+    Keeps the data of all tenants.
+
+    Attributes:
+        is_remote: Whether it may take a while to read, because it is done over a network: no event loop may do that.
+    """
+
+    is_remote: ClassVar[bool]
 
     @property
     def identity(self) -> Identity:
         """Which store this is, as far as this process has heard: another one may have begun a timeline since."""
-        ...
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether it may take a while to read, because it is done over a network: no event loop may do that."""
         ...
 
     def read(self, tenant: str) -> AbstractContextManager[Reader]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
 from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, Lab, create, delete, said, update
@@ -819,7 +819,7 @@ class Watched:
         written: What was written.
     """
 
-    is_remote: Final = False
+    is_remote: ClassVar[bool] = False
 
     def __init__(self, store: Store, writes_max: int = 1_000_000) -> None:
         self._store = store
