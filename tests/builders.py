@@ -321,9 +321,10 @@ class _MemoryReader:
     def commit_id(self, version: int) -> bytes | None:
         return self._data.commits.get(version)
 
-    def commit_until(self, version: int) -> Head | None:
-        newest = max((one for one in self._data.commits if one <= version), default=None)
-        return None if newest is None else Head(newest, self._data.commits[newest])
+    def commits_until(self, versions: Iterable[int]) -> list[Head]:
+        commits = self._data.commits
+        found = {max((one for one in commits if one <= version), default=0) for version in versions}
+        return [Head(version, commits[version]) for version in sorted(found - {0}, reverse=True)]
 
     def run(self) -> bytes:
         return self._run

@@ -117,12 +117,9 @@ class Checkpoints:
 def _spread(reader: Reader) -> list[Head]:
     """Return commits at growing distances from the newest, the newest first."""
     head = reader.head()
-    found: list[Head] = [head] if head.version else []
-    distance = 1
-    while len(found) < COMMITS_MAX and head.version > distance:
-        commit = reader.commit_until(head.version - distance)
-        if commit is None:
-            break
-        found.append(commit)
-        distance = max(distance + (distance + 1) // 2, head.version - commit.version + 1)
-    return found
+    distances = [0]
+    step = 1
+    while len(distances) < COMMITS_MAX and step < head.version:
+        distances.append(step)
+        step += (step + 1) // 2
+    return reader.commits_until(head.version - distance for distance in distances)

@@ -439,15 +439,20 @@ class LmdbReader:
     def commit_id(self, version: int) -> bytes | None:
         return self._transaction.get(self._prefix + pack_position(version), db=self._databases.commits)
 
-    def commit_until(self, version: int) -> Head | None:
+    def commits_until(self, versions: Iterable[int]) -> list[Head]:
         cursor = self._transaction.cursor(self._databases.commits)
-        place = self._prefix + pack_position(version)
-        found = cursor.set_range(place)
-        if not (found and cursor.key() == place):
-            found = cursor.prev() if found else cursor.last()
-        if not found or not (key := cursor.key()).startswith(self._prefix):
-            return None
-        return Head(unpack_position(key[len(self._prefix) :]), cursor.value())
+        found: list[Head] = []
+        for version in sorted(versions, reverse=True):
+            if found and version >= found[-1].version:
+                continue  # it is the one that was found already
+            place = self._prefix + pack_position(version)
+            exists = cursor.set_range(place)
+            if not (exists and cursor.key() == place):
+                exists = cursor.prev() if exists else cursor.last()
+            if not exists or not (key := cursor.key()).startswith(self._prefix):
+                break
+            found.append(Head(unpack_position(key[len(self._prefix) :]), cursor.value()))
+        return found
 
     def run(self) -> bytes:
         return self._run

@@ -50,6 +50,7 @@ _SETTINGS: Final[LiteralString] = """
     SELECT set_config(name, value, false) FROM (VALUES
         ('search_path', 'tidelog, pg_temp'),
         ('enable_seqscan', 'off'),
+        ('enable_bitmapscan', 'off'),
         ('jit', 'off'),
         ('lock_timeout', '0'),
         ('statement_timeout', '0'),
@@ -198,14 +199,18 @@ class Transaction:
         except psycopg.Error as error:
             self._fail(error)
 
-    def end(self, how: LiteralString) -> None:
-        """End it, with this statement; return once that is done."""
-        sent = self.send(how)
+    def end(self) -> None:
+        """
+        Commit, and return once that is done.
+
+        What is not to take effect is abandoned instead: after a rollback the driver would prepare all statements anew.
+        """
+        sent = self.send("COMMIT")
         self._ended = True
         try:
             self._pipeline.__exit__(None, None, None)
-            if sent.statusmessage != how:
-                raise errors.InternalError(f"{how} was answered with {sent.statusmessage}")
+            if sent.statusmessage != "COMMIT":
+                raise errors.InternalError(f"COMMIT was answered with {sent.statusmessage}")
         except psycopg.Error as error:
             self._fail(error)
 

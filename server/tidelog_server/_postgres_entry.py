@@ -55,6 +55,7 @@ class TenantState(NamedTuple):
         number: The tenant's number; `NO_TENANT`: nothing was ever written for it.
         head: Where its history stands.
         collected: The highest version collected.
+        is_new: Whether the tenant was made by this very transaction.
     """
 
     identity: Identity
@@ -62,6 +63,7 @@ class TenantState(NamedTuple):
     number: int
     head: Head
     collected: int
+    is_new: bool = False
 
 
 class _Required(NamedTuple):
@@ -104,7 +106,11 @@ class Entry:
             ServerOutdated: This server may not go on.
         """
         transaction = connection.begin(_BEGIN_READING)
-        return transaction, self._entered(transaction, tenant)
+        try:
+            return transaction, self._entered(transaction, tenant)
+        except ServerOutdated:
+            transaction.end()
+            raise
 
     def write(self, connection: Connection, tenant: str, *, locks_timeline: bool) -> tuple[Transaction, TenantState]:
         """
@@ -121,12 +127,15 @@ class Entry:
         transaction = connection.begin(BEGIN_WRITING)
         transaction.send(_LOCK_TENANT, tenant)
         transaction.send(_LOCK_TIMELINE if locks_timeline else _KEEP_TIMELINE, TIMELINE_LOCK)
-        state = self._entered(transaction, tenant)
-        if state.number == NO_TENANT:
-            # Or wait for who makes it just now. If nothing is written, it will not have been made.
-            transaction.send(_PUT_TENANT, tenant)
-            transaction.send(_LOCK_TENANT, tenant)
+        try:
             state = self._entered(transaction, tenant)
+            if state.number == NO_TENANT:
+                # Or wait for who makes it just now.
+                lock_tenant(transaction, tenant)
+                state = self._entered(transaction, tenant)._replace(is_new=True)
+        except ServerOutdated:
+            transaction.abandon()
+            raise
         return transaction, state
 
     def begin_timeline(self, transaction: Transaction, timeline: str) -> None:
@@ -146,11 +155,9 @@ class Entry:
         ready = transaction.send(_KEEP_READY, self.is_preparing, PREPARING_LOCK)
         rows = transaction.rows(_STATE, required.name, tenant)
         if not transaction.rows_of(ready)[0][0]:
-            transaction.end("ROLLBACK")
             raise ServerOutdated("another server is making the store ready for another schema")
         state, digest = _state_of(rows[0])
         if required.name and (digest or _OF_NOTHING) != required.digest:
-            transaction.end("ROLLBACK")
             raise ServerOutdated(
                 "another server has made the store ready for another schema: this one has an older one"
             )

@@ -21,10 +21,23 @@ _UINT64: Final = 1 << 64
 _KINDS: Final = {int(kind): kind for kind in OperationKind}
 _new = tuple.__new__
 
+# Many keys are looked up one by one, whatever the planner thinks: OFFSET 0 keeps it from turning that into a scan of
+# all that the tenant has, which it would prefer as long as it takes the table for a small one.
 _OBJECTS: Final[LiteralString] = """
     SELECT entity, id, version, created, creator, deleted, sole_writer, attributes
-    FROM unnest(%s::text[], %s::text[]) AS wanted (entity, id) JOIN objects USING (entity, id)
-    WHERE tenant = %s
+    FROM unnest(%s::text[], %s::text[]) AS wanted (entity, id) CROSS JOIN LATERAL (
+        SELECT version, created, creator, deleted, sole_writer, attributes
+        FROM objects WHERE tenant = %s AND entity = wanted.entity AND id = wanted.id OFFSET 0
+    ) AS found
+"""
+
+_COMMITS_UNTIL: Final[LiteralString] = """
+    SELECT DISTINCT version, commit_id
+    FROM unnest(%s::bigint[]) AS wanted (until) CROSS JOIN LATERAL (
+        SELECT version, commit_id FROM commits WHERE tenant = %s AND version <= wanted.until
+        ORDER BY version DESC LIMIT 1
+    ) AS found
+    ORDER BY version DESC
 """
 
 # A page ends with the object that makes it reach its size. One more than its limit is looked at, to know whether
@@ -48,7 +61,8 @@ _LATEST_OBJECTS: Final[LiteralString] = """
         SELECT *, count(*) OVER () AS found, row_number() OVER by_version AS place,
             sum(octet_length(attributes)) OVER by_version - octet_length(attributes) AS bytes_before
         FROM (
-            SELECT * FROM objects WHERE tenant = %s AND entity = %s AND version > %s ORDER BY version LIMIT %s
+            SELECT * FROM objects WHERE tenant = %s AND entity COLLATE "POSIX" = %s AND version > %s
+            ORDER BY version LIMIT %s
         ) AS looked_at
         WINDOW by_version AS (ORDER BY version)
     ) AS measured
@@ -103,7 +117,10 @@ _REPLICAS: Final[LiteralString] = """
 """
 _SETTLED: Final[LiteralString] = """
     SELECT seq, nonce, version, changed_by_server, failure_id, culprit
-    FROM settled WHERE tenant = %s AND replica = %s AND seq = ANY (%s::bigint[])
+    FROM unnest(%s::bigint[]) AS wanted (seq) CROSS JOIN LATERAL (
+        SELECT nonce, version, changed_by_server, failure_id, culprit
+        FROM settled WHERE tenant = %s AND replica = %s AND seq = wanted.seq OFFSET 0
+    ) AS found
 """
 _FIRST_SETTLED: Final[LiteralString] = """
     SELECT seq, nonce, version, changed_by_server, failure_id, culprit
@@ -143,13 +160,8 @@ class PostgresReader:
     def commit_id(self, version: int) -> bytes | None:
         return self._value("SELECT commit_id FROM commits WHERE tenant = %s AND version = %s", version)
 
-    def commit_until(self, version: int) -> Head | None:
-        found = self._rows(
-            "SELECT version, commit_id FROM commits WHERE tenant = %s AND version <= %s ORDER BY version DESC LIMIT 1",
-            self._tenant,
-            version,
-        )
-        return Head(*found[0]) if found else None
+    def commits_until(self, versions: Iterable[int]) -> list[Head]:
+        return [Head(*row) for row in self._rows(_COMMITS_UNTIL, Bigints(versions), self._tenant)]
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
         wanted = list(keys)
@@ -194,7 +206,7 @@ class PostgresReader:
 
     def settled(self, replica: bytes, seqs: Iterable[int]) -> dict[int, Settled]:
         wanted = Bigints(seqs)
-        return dict(map(_settled, self._rows(_SETTLED, self._tenant, replica, wanted))) if wanted else {}
+        return dict(map(_settled, self._rows(_SETTLED, wanted, self._tenant, replica))) if wanted else {}
 
     def first_settled(self, replica: bytes, limit: int) -> list[tuple[int, Settled]]:
         return [_settled(row) for row in self._rows(_FIRST_SETTLED, self._tenant, replica, limit)]

@@ -5,6 +5,10 @@ Each table of a tenant's data starts its key with the tenant's number, so that a
 data are neighbours and can be moved together. Text is compared by bytes, as everywhere
 in tidelog. Nonces, which have no sign, are kept as the signed number of the same bits.
 
+The index by version has the entity under another name of the same order: so whoever
+looks up an object by its key cannot be led there by a planner that takes the table for
+an empty one, to read all of an entity for each.
+
 Three tables are about the servers rather than the data. `writers` names the last
 transaction of each thread that writes: a commit whose answer got lost is looked up
 there. `under_way` says which attempts are; it is not logged, for it has to outlive a
@@ -68,7 +72,7 @@ _TABLES: Final[LiteralString] = """
         attributes bytea NOT NULL,
         PRIMARY KEY (tenant, entity, id)
     );
-    CREATE INDEX objects_by_version ON tidelog.objects (tenant, entity, version);
+    CREATE INDEX objects_by_version ON tidelog.objects (tenant, entity COLLATE "POSIX", version);
     CREATE TABLE tidelog.indexes (
         tenant bigint,
         key bytea,
@@ -181,4 +185,4 @@ def prepare_tables(connection: Connection, name: str) -> None:
         if format_name != FORMAT:
             transaction.abandon()
             raise FormatUnsupported(name, found=format_name, supported=FORMAT)
-    transaction.end("COMMIT")
+    transaction.end()

@@ -128,7 +128,7 @@ class PostgresStore:
                 yield PostgresReader(transaction, state)
             finally:
                 with suppress(StorageError):  # what was read was read
-                    transaction.end("ROLLBACK")
+                    transaction.end()
         finally:
             self._readers.give_back(connection)
 
@@ -191,6 +191,8 @@ class PostgresStore:
             yield
         finally:
             self._entry.is_preparing = False
+            with suppress(StoreUnavailable):  # then it is unlocked already
+                connection.rows("SELECT pg_advisory_unlock(%s)", PREPARING_LOCK)
             connection.close()
 
     def begin_timeline(self) -> Identity:
@@ -200,7 +202,7 @@ class PostgresStore:
             transaction = connection.begin(BEGIN_WRITING)
             self._entry.begin_timeline(transaction, str(uuid.uuid4()))
             [(epoch, timeline)] = transaction.rows("SELECT epoch, timeline FROM store")
-            transaction.end("COMMIT")
+            transaction.end()
         finally:
             connection.close()
         self._entry.hear(Identity(epoch, timeline))
@@ -271,6 +273,7 @@ class PostgresStore:
         except BaseException as error:  # noqa: BLE001 - the jobs' owners are told; this thread must live on
             if len(group) > 1:
                 # One of them cannot be written: it is not to take the others with it.
+                _log.info("jobs run one by one, because one of them fails", tenant=tenant, detail=str(error))
                 for job in group:
                     self._write_group(writer, tenant, [job])
                 return

@@ -44,6 +44,11 @@ _SIGN: Final[LiteralString] = """
 _SIGNED: Final[LiteralString] = "SELECT transaction FROM writers WHERE server = %s AND writer = %s"
 _CLEAR_UNDER_WAY: Final[LiteralString] = "UPDATE under_way SET attempts = '' WHERE server = %s AND writer = %s"
 
+# Only by who has made it: then it is empty, and nobody else has seen it.
+_DELETE_TENANT: Final[LiteralString] = """
+    DELETE FROM tenants WHERE number = %s AND xmin = pg_current_xact_id()::xid
+"""
+
 _NAME_BYTES: Final = 16
 
 _log = get_logger("tidelog.store")
@@ -171,7 +176,6 @@ class Writer:
             # As long as it is not over it holds this lock.
             lock_tenant(transaction, tenant)
             found = transaction.rows(_SIGNED, self._presence.server, self.number)
-            transaction.end("ROLLBACK")
         finally:
             connection.close()
         if not found:
@@ -236,7 +240,11 @@ class _Run:
                 wrote = True
                 self._note(transaction, writes, commit_id)
         if not wrote:
-            transaction.end("ROLLBACK")
+            if self.state.is_new:
+                transaction.send(_DELETE_TENANT, self.state.number)
+            # Nobody waits for the disk because somebody has looked.
+            transaction.send("SET LOCAL synchronous_commit TO off")
+            transaction.end()
             return False
         if self.state.head.version != before:
             put_commit(transaction, self.state.number, self.state.head.version, commit_id)
@@ -244,7 +252,7 @@ class _Run:
         if clears:
             transaction.send(_CLEAR_UNDER_WAY, *self._signature)
         self.is_in_doubt = True
-        transaction.end("COMMIT")
+        transaction.end()
         return True
 
     def _note(self, transaction: Transaction, writes: Writes, commit_id: bytes) -> None:

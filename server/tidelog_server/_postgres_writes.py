@@ -27,6 +27,7 @@ _PUT_OBJECTS: Final[LiteralString] = """
         creator = excluded.creator, deleted = excluded.deleted, sole_writer = excluded.sole_writer,
         attributes = excluded.attributes
 """
+_PUT_HEAD: Final[LiteralString] = "UPDATE tenants SET version = %s, commit_id = %s WHERE number = %s"
 _PUT_CHANGES: Final[LiteralString] = """
     INSERT INTO changes (tenant, version, entity, id, kind, patch, before, previous, replica, seq, by_hook, user_id,
         time_us, failure, new_names, moved_from, former_version, former_timeline)
@@ -62,18 +63,36 @@ _PUT_REFUSED: Final[LiteralString] = """
     SELECT %s, * FROM unnest(%s::bytea[], %s::text[], %s::text[], %s::bytea[])
     ON CONFLICT (tenant, replica, entity, id) DO UPDATE SET failure = excluded.failure
 """
-_DELETE_INDEXES: Final[LiteralString] = "DELETE FROM indexes WHERE tenant = %s AND key = ANY (%s::bytea[])"
+# Each row is looked up by its key; see `_postgres_reader`. Nobody else moves it: the tenant is locked.
+_DELETE_INDEXES: Final[LiteralString] = """
+    DELETE FROM indexes WHERE ctid = ANY (ARRAY(
+        SELECT place FROM unnest(%s::bytea[]) AS gone (key) CROSS JOIN LATERAL (
+            SELECT ctid AS place FROM indexes WHERE tenant = %s AND key = gone.key OFFSET 0
+        ) AS found
+    ))
+"""
 _DELETE_TOMBSTONES: Final[LiteralString] = """
-    DELETE FROM objects USING unnest(%s::text[], %s::text[]) AS gone (entity, id)
-    WHERE tenant = %s AND objects.entity = gone.entity AND objects.id = gone.id
+    DELETE FROM objects WHERE ctid = ANY (ARRAY(
+        SELECT place FROM unnest(%s::text[], %s::text[]) AS gone (entity, id) CROSS JOIN LATERAL (
+            SELECT ctid AS place FROM objects WHERE tenant = %s AND entity = gone.entity AND id = gone.id OFFSET 0
+        ) AS found
+    ))
 """
 _DELETE_SETTLED: Final[LiteralString] = """
-    DELETE FROM settled USING unnest(%s::bytea[], %s::bigint[]) AS gone (replica, seq)
-    WHERE tenant = %s AND settled.replica = gone.replica AND settled.seq = gone.seq
+    DELETE FROM settled WHERE ctid = ANY (ARRAY(
+        SELECT place FROM unnest(%s::bytea[], %s::bigint[]) AS gone (replica, seq) CROSS JOIN LATERAL (
+            SELECT ctid AS place FROM settled WHERE tenant = %s AND replica = gone.replica AND seq = gone.seq OFFSET 0
+        ) AS found
+    ))
 """
 _DELETE_REFUSED: Final[LiteralString] = """
-    DELETE FROM refused USING unnest(%s::bytea[], %s::text[], %s::text[]) AS gone (replica, entity, id)
-    WHERE tenant = %s AND refused.replica = gone.replica AND refused.entity = gone.entity AND refused.id = gone.id
+    DELETE FROM refused WHERE ctid = ANY (ARRAY(
+        SELECT place
+        FROM unnest(%s::bytea[], %s::text[], %s::text[]) AS gone (replica, entity, id) CROSS JOIN LATERAL (
+            SELECT ctid AS place FROM refused
+            WHERE tenant = %s AND replica = gone.replica AND entity = gone.entity AND id = gone.id OFFSET 0
+        ) AS found
+    ))
 """
 
 
@@ -87,10 +106,8 @@ def statements_of(writes: Writes, tenant: int, commit_id: bytes) -> list[Stateme
     if writes.objects:
         made.append((_PUT_OBJECTS, (tenant, *_object_columns(writes.objects))))
     if writes.changes:
-        made += (
-            (_PUT_CHANGES, (tenant, *_change_columns(writes.changes))),
-            ("UPDATE tenants SET version = %s, commit_id = %s WHERE number = %s", (writes.version, commit_id, tenant)),
-        )
+        made.append((_PUT_CHANGES, (tenant, *_change_columns(writes.changes))))
+        made.append((_PUT_HEAD, (writes.version, commit_id, tenant)))
     if writes.index_entries:
         made += _index_statements(writes.index_entries, tenant)
     if writes.replica is not None:
@@ -153,7 +170,7 @@ def _change_columns(changes: list[Change]) -> tuple[Array, ...]:
 def _index_statements(entries: Mapping[bytes, bytes | None], tenant: int) -> Iterable[Statement]:
     removed = Byteas(key for key, value in entries.items() if value is None)
     if removed:
-        yield _DELETE_INDEXES, (tenant, removed)
+        yield _DELETE_INDEXES, (removed, tenant)
     kept = [(key, value) for key, value in entries.items() if value is not None]
     if kept:
         yield _PUT_INDEXES, (tenant, Byteas(key for key, _ in kept), Byteas(value for _, value in kept))

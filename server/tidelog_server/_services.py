@@ -3,7 +3,7 @@ The gRPC services: messages in, messages out, nothing decided.
 
 Requests of `SyncService` are taken as bytes and read with the mirror messages, so
 that operations stay serialized on their way to the engine. Jobs run on the store's
-writer thread, scans in a small pool; the event loop itself reads no more than a head.
+writer thread, whatever reads the store in small pools; the event loop waits for neither.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ from tidelog_server._store import Store
 
 ERROR_DOMAIN: Final = "tidelog"
 PAGE_THREADS: Final = 4
-CALL_THREADS: Final = 4
+CALL_THREADS: Final = 2
+STANDING_THREADS: Final = 4
 
 _log = get_logger("tidelog.services")
 
@@ -145,6 +146,7 @@ class Services:
         # Calls have a pool of their own: they must not wait behind the pages of a thousand sessions.
         self._page_pool = ThreadPoolExecutor(PAGE_THREADS, thread_name_prefix="tidelog-pages")
         self._call_pool = ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="tidelog-calls")
+        self._standing_pool = ThreadPoolExecutor(STANDING_THREADS, thread_name_prefix="tidelog-standing")
         self._stopping = False
 
     @property
@@ -170,7 +172,7 @@ class Services:
 
     def close(self) -> None:
         """Let the reads under way end."""
-        for pool in (self._page_pool, self._call_pool):
+        for pool in (self._page_pool, self._call_pool, self._standing_pool):
             pool.shutdown(wait=True, cancel_futures=True)
         if self._files is not None:
             self._files.close()
@@ -225,11 +227,9 @@ class Services:
 
     def _pooled(self, method: Callable[[bytes, Principal], Message]) -> _Method:
         """Return a method that reads, as one that does so in the pool."""
-        return partial(self._read, method)
-
-    async def _read(self, method: Callable[..., T], *arguments: object) -> T:
-        """Return what a function returns that reads the store: whatever that takes, no other call waits for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._call_pool, method, *arguments)
+        return lambda data, principal: asyncio.get_running_loop().run_in_executor(
+            self._call_pool, method, data, principal
+        )
 
     def _unary(self, method: _Method, place: _Place) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def handle(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
@@ -259,15 +259,18 @@ class Services:
         async with self._admitted(context) as principal:
             start = await _received_start(peer)
             with self._pages_for(principal, start.replica_id) as held:
-                session = Session(
-                    self._application,
-                    self._store,
-                    principal,
-                    start,
-                    self._clock,
-                    suspects=self._suspects,
-                    page_bytes=held.page_bytes,
-                    file_bytes_max=self._limits.file_bytes,
+                session = await self._standing(
+                    partial(
+                        Session,
+                        self._application,
+                        self._store,
+                        principal,
+                        start,
+                        self._clock,
+                        suspects=self._suspects,
+                        page_bytes=held.page_bytes,
+                        file_bytes_max=self._limits.file_bytes,
+                    )
                 )
                 with self._admission.upload() if start.uploading else nullcontext():
                     await self._upload_phase(peer, session)
@@ -283,7 +286,7 @@ class Services:
                 yield principal
 
     async def _upload_phase(self, peer: Peer, session: Session) -> None:
-        started = await asyncio.wrap_future(await self._read(session.open))
+        started = await asyncio.wrap_future(await self._standing(session.open))
         await peer.send(_response(started=started.SerializeToString()))
         answers: asyncio.Queue[_Answer] = asyncio.Queue(_limits.BATCHES_IN_FLIGHT_MAX)
         reading = asyncio.create_task(self._read_uploads(peer, session, answers))
@@ -292,7 +295,7 @@ class Services:
                 if isinstance(answer, BaseException):
                     raise answer
                 settled_now = await asyncio.wrap_future(answer)
-                results = sync_pb2.BatchResults(checkpoint=await self._read(session.checkpoint))
+                results = sync_pb2.BatchResults(checkpoint=await self._standing(session.checkpoint))
                 put_results(settled_now, results.results)
                 await peer.send(_response(batch_results=results.SerializeToString()))
                 peer.owed -= 1
@@ -301,7 +304,7 @@ class Services:
             reading.cancel()
             if self._stopping:
                 session.abandon()
-        checkpoint = await self._read(session.checkpoint) if held else b""
+        checkpoint = await self._standing(session.checkpoint) if held else b""
         for settled in settled_messages(held, checkpoint):
             await peer.send(_response(upload_settled=settled.SerializeToString()))
 
@@ -386,13 +389,10 @@ class Services:
             settled = await asyncio.wrap_future(held)
         final = iter(settled)
         merged = [next(final) if result.status == Status.HELD else result for result in results]
-        response = sync_pb2.UploadOperationsResponse(version=await self._read(self._version, principal.tenant))
+        version = await self._standing(partial(self._version, principal.tenant))
+        response = sync_pb2.UploadOperationsResponse(version=version)
         put_results(merged, response.results)
         return response
-
-    def _version(self, tenant: str) -> int:
-        with self._store.read(tenant) as reader:
-            return reader.head().version
 
     async def _download_snapshots(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         download = self._download(data, Peer(context, self._limits.idle_seconds), context)
@@ -404,8 +404,7 @@ class Services:
             check_protocol_version(request.protocol_version)
             projection = Projection(self._application, principal, wishes_of(request.downloads))
             with self._pages_for(principal) as held:
-                download = Download(self._store, projection, page_bytes=held.page_bytes)
-                start = await self._read(self._start_of, download, principal.tenant, request)
+                download, start = await self._standing(partial(self._begun_download, request, projection, held))
                 identity = download.identity
                 started = sync_pb2.DownloadStarted(
                     resumed=start.resumed,
@@ -428,9 +427,20 @@ class Services:
             )
             await peer.send(sync_pb2.DownloadSnapshotsResponse(complete=complete).SerializeToString())
 
-    def _start_of(self, download: Download, tenant: str, request: sync_pb2.DownloadSnapshotsRequest) -> Start:
+    def _begun_download(
+        self, request: sync_pb2.DownloadSnapshotsRequest, projection: Projection, held: HeldPages
+    ) -> tuple[Download, Start]:
+        download = Download(self._store, projection, page_bytes=held.page_bytes)
+        with self._store.read(projection.principal.tenant) as reader:
+            return download, download.start_of(reader, request.cursor, request.resume_token)
+
+    def _version(self, tenant: str) -> int:
         with self._store.read(tenant) as reader:
-            return download.start_of(reader, request.cursor, request.resume_token)
+            return reader.head().version
+
+    async def _standing(self, look: Callable[[], T]) -> T:
+        """Look where something stands in the store: the event loop waits for none, however far away it is."""
+        return await asyncio.get_running_loop().run_in_executor(self._standing_pool, look)
 
     @contextmanager
     def _pages_for(self, principal: Principal, replica_id: str = "") -> Iterator[HeldPages]:

@@ -66,8 +66,8 @@ class Reader(Protocol):
         """
         ...
 
-    def commit_until(self, version: int) -> Head | None:
-        """Return the newest commit that ended at *version* or below, or None if none is kept."""
+    def commits_until(self, versions: Iterable[int]) -> list[Head]:
+        """Return the newest commits that ended at each of *versions* or below: each once, the newest first."""
         ...
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
@@ -148,7 +148,7 @@ class Reader(Protocol):
 
 
 class Store(Protocol):
-    """Keeps the data of all tenants."""
+    """Keeps the data of all tenants. Reading may take a while: no event loop does that."""
 
     @property
     def identity(self) -> Identity:

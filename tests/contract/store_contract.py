@@ -133,7 +133,7 @@ class StoreContract:
             assert reader.head() == Head(0, b"")
             assert reader.commit_id(0) is None
             assert reader.commit_id(1) is None
-            assert reader.commit_until(1) is None
+            assert reader.commits_until([1]) == []
             assert reader.collected() == 0
             assert reader.objects([task("t1")]) == {}
             assert reader.entity_objects("Task", "", 10, UNBOUNDED) == ([], False)
@@ -310,10 +310,9 @@ class StoreContract:
             assert [reader.commit_id(head.version) for head in heads] == [head.commit_id for head in heads]
             # Nothing ever ended in the middle of a commit.
             assert [reader.commit_id(version) for version in (1, 3, 5, 7, 9, 11)] == [None] * 6
-            assert [reader.commit_until(version) for version in (0, 1, 2, 3, 9, 10, 99)] == [
-                *(None, None),
-                *(heads[0], heads[0], heads[3], heads[4], heads[4]),
-            ]
+            assert reader.commits_until([2]) == [heads[0]]
+            assert reader.commits_until([0, 1]) == reader.commits_until([]) == []
+            assert reader.commits_until([3, 99, 2, 9, 10, 1]) == [heads[4], heads[3], heads[0]]
 
     def test_commits_of_other_tenants_are_not_found(self, store: Store) -> None:
         """The newest commit below a version is one of the tenant's own."""
@@ -322,8 +321,8 @@ class StoreContract:
 
         for tenant in ("one", "two", "three"):
             with store.read(tenant) as reader:
-                assert reader.commit_until(9) == reader.head()
-                assert reader.commit_until(1) is None
+                assert reader.commits_until([9]) == [reader.head()]
+                assert reader.commits_until([1]) == []
 
     def test_one_run(self, store: Store) -> None:
         """As long as nobody can have put older data in the place of these, the run is the same for everybody."""
