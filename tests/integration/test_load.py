@@ -390,7 +390,8 @@ class TestSlowSessions:
             least = PAGE_BYTES_LEAST + 2 * object_bytes
             assert world.server.load.page_bytes <= room_bytes + readers * least
             assert growth_bytes() <= 2 * growth_alone + 1024 * 1024
-            assert reader_slots(world) <= 2 * (_services.PAGE_THREADS + _services.CALL_THREADS)
+            threads = _services.PAGE_THREADS + _services.CALL_THREADS + _services.STANDING_THREADS
+            assert reader_slots(world) <= 2 * threads
             writer.create("Task", {}, "t1")
             assert writer.synchronize_all(timeout=WAIT_SECONDS_MAX).applied == 1
         assert not any(one._held for one in held)
