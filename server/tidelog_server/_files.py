@@ -22,7 +22,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from tidelog._contents import SHA256_BYTES, Content
-from tidelog._errors import DiskFull, InvalidValue
+from tidelog._errors import DiskFull, InvalidValue, StorageError
 from tidelog._file_reference import file_references
 from tidelog._keys import ObjectKey
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
@@ -54,7 +54,6 @@ from tidelog_server._principal import Principal
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader, Store
 from tidelog_server._upload_records import (
-    OtherCopy,
     begun,
     completed,
     due_uploads,
@@ -145,7 +144,7 @@ class Files:
         contents: Keeps the bytes.
         clock: Returns the time in microseconds since 1970.
         bytes_max: How large a content may be that is uploaded.
-        room_bytes: How much a user may have uploaded that nothing refers to yet. None: whatever it is.
+        room_bytes: How much a user may have uploaded that no operation of his refers to yet. None: whatever it is.
         grace: How long contents are kept that nothing refers to, or not yet.
     """
 
@@ -206,7 +205,7 @@ class Files:
 
         Raises:
             FileTooLarge: The server takes no content of that size.
-            FileRoomExhausted: The user has uploaded too much that nothing refers to.
+            FileRoomExhausted: The user has uploaded too much that no operation of his refers to.
             PartMismatch: *offset* is not how far the upload got.
         """
         if wanted.size > self._bytes_max:
@@ -214,7 +213,10 @@ class Files:
         tenant, part = principal.tenant, part_name(principal.user_id, wanted.sha256)
         self.place.check(marks=True)
         self._begin(tenant, wanted, principal.user_id, self._room_bytes)
-        complete = partial(self._complete, tenant, part, wanted, principal.user_id)
+
+        def complete() -> Callable[[], None]:
+            return self._complete(tenant, part, wanted, principal.user_id)
+
         return self._parts.begin(tenant, part, offset, wanted.size, complete, uploader)
 
     def download(
@@ -236,7 +238,7 @@ class Files:
     def open(self, tenant: str, wanted: Wanted) -> BinaryIO:
         """Open a content to be read. Raises ContentLost, also later."""
         record = self._located(tenant, wanted)
-        return open_content(lambda offset: self.contents.read(tenant, wanted.sha256, offset, record.copy), wanted.size)
+        return open_content(lambda offset: self._pieces(tenant, wanted.sha256, record, offset), wanted.size)
 
     def read(self, tenant: str, wanted: Wanted, offset: int, length: int) -> Generator[bytes, None, None]:
         """
@@ -248,7 +250,7 @@ class Files:
         if not length:
             return
         digest = hashlib.sha256() if length == wanted.size else None
-        pieces = self.contents.read(tenant, wanted.sha256, offset, record.copy)
+        pieces = self._pieces(tenant, wanted.sha256, record, offset)
         try:
             for piece in pieces:
                 length -= len(piece)
@@ -263,6 +265,23 @@ class Files:
         finally:
             pieces.close()
         raise ContentLost(f"the content {wanted.sha256.hex()} ended early")
+
+    def _pieces(self, tenant: str, sha256: bytes, record: ContentRecord, offset: int) -> Generator[bytes, None, None]:
+        """Yield a content from *offset* on, the rest of it from another copy if that takes its place meanwhile."""
+        while True:
+            pieces = self.contents.read(tenant, sha256, offset, record.copy)
+            try:
+                for piece in pieces:
+                    offset += len(piece)
+                    yield piece
+                return
+            except ContentLost:
+                other = self._replaced(tenant, sha256, record)
+                if other is None:
+                    raise
+                record = other
+            finally:
+                pieces.close()
 
     def add(self, tenant: str, source: BinaryIO, user_id: str = SERVICE) -> Wanted:
         """
@@ -289,7 +308,8 @@ class Files:
                 self.contents.discard(tenant, part)
                 raise
             wanted = Wanted(digest.digest(), size)
-            self._complete(tenant, part, wanted, user_id)
+            delete_former = self._complete(tenant, part, wanted, user_id)
+        delete_former()
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
@@ -434,39 +454,36 @@ class Files:
 
         return self._write(tenant, job)
 
-    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
-        """Make a part a content that operations of a user may refer to."""
+    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> Callable[[], None]:
+        """
+        Make a part a content that operations of a user may refer to.
+
+        Returns what is left to do: how long that takes tells whether there was another copy, which not everybody
+        may know.
+        """
         copy = self._begin(tenant, wanted, user_id)  # it may have taken so long that it was given up
         try:
             self.contents.complete(tenant, part, *wanted, copy)
         finally:
             self.place.check()  # before anything is promised, or the client is blamed
-        whole: str | None = None
 
         def job(reader: Reader) -> tuple[Writes | None, tuple[str | None] | None]:
-            done = completed(reader, user_id, *wanted, copy=copy, time_us=self._clock(), whole=whole)
+            done = completed(reader, user_id, *wanted, copy=copy, time_us=self._clock())
             return (None, None) if done is None else (_entries(reader, done[0]), done[1:])
 
-        while True:
-            try:
-                done = self._write(tenant, job)
-                break
-            except OtherCopy:
-                whole = self._whole_copy(tenant, wanted.sha256)
+        done = self._write(tenant, job)
         if done is None:
             raise UploadSuperseded("the upload took so long that it was given up: begin anew")
-        if done[0] is not None:
-            self.contents.delete(tenant, wanted.sha256, done[0])
+        former = done[0]
 
-    def _whole_copy(self, tenant: str, sha256: bytes) -> str | None:
-        """Return the copy that is on record, if it is what it should be; else note that it is not."""
-        with self._store.read(tenant) as reader:
-            record = content_record(sha256, reader.index)
-        if record is not None:
-            if self._is_whole(tenant, sha256, record):
-                return record.copy
-            self._note_broken(tenant, sha256, record, "another upload of it found that")
-        return None
+        def delete_former() -> None:
+            if former is not None:
+                try:
+                    self.contents.delete(tenant, wanted.sha256, former)
+                except StorageError as error:  # it is collected
+                    _log.warning("a copy of a content could not be deleted", tenant=tenant, detail=str(error))
+
+        return delete_former
 
     def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> dict[Wanted, ContentRecord]:
         """
@@ -510,9 +527,18 @@ class Files:
     def _is_kept(self, tenant: str, sha256: bytes, record: ContentRecord) -> bool:
         """Tell whether a content is there; if not, note that."""
         found = self._size(tenant, sha256, record)
-        if found != record.size:
-            self._note_broken(tenant, sha256, record, _amiss(found, record))
-        return found == record.size
+        if found == record.size:
+            return True
+        if (other := self._replaced(tenant, sha256, record)) is not None:
+            return self._is_kept(tenant, sha256, other)
+        self._note_broken(tenant, sha256, record, _amiss(found, record))
+        return False
+
+    def _replaced(self, tenant: str, sha256: bytes, record: ContentRecord) -> ContentRecord | None:
+        """Return the record of a content if another copy has taken the place of the one that is on *record*."""
+        with self._store.read(tenant) as reader:
+            known = content_record(sha256, reader.index)
+        return known if known is not None and known.copy != record.copy and known.size == record.size else None
 
     def _size(self, tenant: str, sha256: bytes, record: ContentRecord) -> int | None:
         """Return the length of a content, None if it is not there. Raises StorageError where nobody can tell."""
@@ -540,7 +566,10 @@ class Files:
             record = content_record(wanted.sha256, reader.index)
         if record is None or record.size != wanted.size:
             raise ContentLost(f"the content {wanted.sha256.hex()} is not there, or not whole")
-        if (found := self._size(tenant, wanted.sha256, record)) != record.size:
+        while (found := self._size(tenant, wanted.sha256, record)) != record.size:
+            if (other := self._replaced(tenant, wanted.sha256, record)) is not None:
+                record = other
+                continue
             what = _amiss(found, record)
             _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
             raise ContentLost(f"the content {wanted.sha256.hex()}: {what}")
