@@ -139,6 +139,19 @@ def test_two_devices_that_upload_the_same(world: World, proxy: Proxy) -> None:
     assert len(LARGE) < proxy.up.byte_count <= COST_MAX * len(LARGE)
 
 
+def test_what_is_on_its_way_is_waited_for(world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of which gRPC has every byte, on a path that takes long for them, needs no second synchronization."""
+    replica = world.replica(server=proxy.address)
+    replica.synchronize_all()
+    replica.create("Task", {"photo": replica.add_file(LARGE[:400_000])}, "t1")
+    monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.3)
+    proxy.up.bytes_per_second = 200_000
+
+    report = replica.synchronize_all()
+
+    assert (report.applied, report.skipped, report.file_bytes_sent) == (1, [], 400_000)
+
+
 def test_no_room_for_more_that_nothing_refers_to() -> None:
     """What a user may not upload yet stays pending and is reported at once, and goes up when there is room."""
     with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=len(PHOTO) + 5_000)) as world:
@@ -241,7 +254,8 @@ def test_objects_and_small_files_are_not_held_up(world: World, proxy: Proxy) -> 
 @pytest.mark.timeout(60)
 def test_a_black_hole_ends_in_a_report(world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing gets ahead for long the synchronization returns, operations stay pending, and it goes on later."""
-    monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (1.0,))
+    monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 1.0)
+    monkeypatch.setattr(_transfer, "SLOWEST_BYTES_PER_SECOND", 1_000_000)
     replica = world.replica(server=proxy.address)
     replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
     replica.create("Task", {}, "t2")

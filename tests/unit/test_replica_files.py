@@ -88,7 +88,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up soon where nothing gets ahead."""
     monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.2)
-    monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (0.2,))
 
 
 def contents_of(replica: Replica) -> dict[bytes, int]:
@@ -639,7 +638,6 @@ class TestUploading:
     ) -> None:
         """While the server's contents are out of reach, objects are exchanged; what refers to contents waits."""
         monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.2)
-        monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (0.2,))
         server = FileServer()
         connection = connect(replica, server)
         replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
