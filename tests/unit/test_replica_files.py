@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -1295,6 +1296,49 @@ class TestDownloading:
             assert list(replica.verify()) == []
         assert replica.synchronize_all().files_downloaded == (1 if way == "next day" else 2)
         assert (read(replica, "t1"), read(replica, "t2")) == (PHOTO, LARGE)
+
+    def test_what_vanished_is_looked_for_some_at_a_time(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many objects have files, a few are looked at in one transaction, and the disk outside of any."""
+        monkeypatch.setattr(_files, "LOOK_STEP_OBJECTS", 2)
+        ids = [f"t{number}" for number in range(7)]
+        server = FileServer(pages=[page(*(task(id_, id_.encode()) for id_ in ids))])
+        for id_ in ids:
+            server.put(id_.encode())
+        connect(replica, server)
+        replica.synchronize_all()
+        files, environment = replica._storage.files, replica._storage.environment
+        for id_ in ids[1:]:
+            files.contents.delete(sha256(id_.encode()))
+        looked_at: list[int] = []
+        is_open = False
+        read, size, references = environment.read, files.contents.size, files.references
+
+        @contextmanager
+        def opened() -> Iterator[Any]:
+            nonlocal is_open
+            with read() as transaction:
+                is_open = True
+                looked_at.append(0)
+                yield transaction
+                is_open = False
+
+        def counted(transaction: Any, key: bytes) -> Any:
+            looked_at[-1] += 1
+            return references(transaction, key)
+
+        def size_outside(sha256: bytes) -> int | None:
+            assert not is_open
+            return size(sha256)
+
+        with monkeypatch.context() as watched:
+            watched.setattr(environment, "read", opened)
+            watched.setattr(files, "references", counted)
+            watched.setattr(files.contents, "size", size_outside)
+            files.sweep()
+        assert (max(looked_at), sum(looked_at)) == (2, len(ids))
+        assert sorted(id_ for _, id_ in files.look_again()) == ids[1:]
 
     @pytest.mark.parametrize("wish", ["lazy", "never", FileDownload("eager", bytes_max=100)])
     def test_what_is_not_wanted_does_not_come(self, folder: Path, wish: Any) -> None:
