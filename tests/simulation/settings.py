@@ -203,6 +203,7 @@ class Settings:
                 (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
                 (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
                 (_publication, "GUARD_OBJECTS_AT_ONCE", limits["publish_pages"]),
+                (_publication, "GUARD_BITS_PER_OBJECT", limits["publish_pages"]),
                 (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "MERGE_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),
