@@ -116,6 +116,11 @@ class Downloading(NamedTuple):
 Job: TypeAlias = Uploading | Downloading
 
 
+def job_size(job: Job) -> int:
+    """Return how many bytes the content of a job has."""
+    return job.content.size
+
+
 class Result(NamedTuple):
     """
     How a transfer ended.
