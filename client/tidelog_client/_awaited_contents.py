@@ -8,11 +8,11 @@ replica shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from tidelog._errors import StorageError, SynchronizationError, Unauthenticated
-from tidelog._limits import FILES_STAT_MAX
+from tidelog._limits import FILE_COST_BYTES, FILES_STAT_MAX
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
@@ -65,6 +65,12 @@ class AwaitedContents:
         # Why they are not there, of those that were tried.
         self._reasons: dict[Needed, str] = {}
         self.lacking: dict[ObjectKey, None] = {}
+        # How much the server takes that no operation refers to yet; what was uploaded; what has to wait until there
+        # is room; and how much operations need that need more than there is.
+        self._room_bytes: int | None = None
+        self._uploaded: set[Needed] = set()
+        self._apart: set[Needed] = set()
+        self._exceeding: dict[int, int] = {}
 
     def __contains__(self, content: Needed) -> bool:
         """Tell whether operations wait for a content."""
@@ -143,7 +149,7 @@ class AwaitedContents:
         for first in range(0, len(contents), FILES_STAT_MAX):
             asked = contents[first : first + FILES_STAT_MAX]
             try:
-                statuses = transfers.ask(asked)
+                standings = transfers.ask(asked)
             except Unauthenticated:
                 raise
             except Transient:
@@ -154,7 +160,8 @@ class AwaitedContents:
                 self._waiting |= {one: Uploading(one) for one in asked}
                 self._reasons |= dict.fromkeys(asked, str(error))
                 continue
-            for one, status in zip(asked, statuses, strict=True):
+            self._room_bytes = standings.room_bytes
+            for one, status in zip(asked, standings.statuses, strict=True):
                 if status.presence is not Presence.MISSING:
                     self._ready.add(one)
                 else:
@@ -209,14 +216,39 @@ class AwaitedContents:
 
     # --- transfers ------------------------------------------------------------
 
+    def share_room(self, under_way: Collection[Needed]) -> None:
+        """
+        Find out what is uploaded for the next session: all that whole commit groups need, as far as there is room.
+
+        Else parts of several groups would fill the room, and none of them would ever go. What is under way goes on.
+        """
+        self._apart, self._exceeding = set(), {}
+        room_bytes = self._room_bytes
+        if room_bytes is None or _cost(self._waiting) <= room_bytes:
+            return
+        unsettled = {content for needed in self._needed_contents().values() for content in needed}
+        admitted = (self._waiting.keys() & set(under_way)) | (self._uploaded & unsettled)
+        cost = _cost(admitted)
+        for unit, _ in sifted(self._storage, Sieve(self._excluded()), until=self._until, seqs=self._seqs):
+            needed = {content for one in unit for content in self._needed.get(one.seq, ()) if content in self._waiting}
+            if len(needed) > 1 and _cost(needed) > room_bytes:
+                self._exceeding |= dict.fromkeys((one.seq for one in unit), _cost(needed))
+                continue
+            more = _cost(needed - admitted)
+            if not admitted or cost + more <= room_bytes:
+                admitted |= needed
+                cost += more
+        self._apart = self._waiting.keys() - admitted
+
     def uploads(self) -> list[Uploading]:
         """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""
-        passed_over = self._reasons.keys() | self.fetching.keys()
+        passed_over = self._reasons.keys() | self.fetching.keys() | self._apart
         return sorted((one for content, one in self._waiting.items() if content not in passed_over), key=job_size)
 
     def jobs(self) -> list[Job]:
         """Return what is to be uploaded or comes down before, and was not tried in vain, the smallest first."""
-        fetches = (one for content, one in self.fetching.items() if content not in self._reasons)
+        passed_over = self._reasons.keys() | self._apart
+        fetches = (one for content, one in self.fetching.items() if content not in passed_over)
         return sorted((*self.uploads(), *fetches), key=job_size)
 
     def note_uploaded(self, result: Result) -> None:
@@ -227,6 +259,7 @@ class AwaitedContents:
         elif error is None or (isinstance(error, FileRefused) and error.is_too_large):
             self._waiting.pop(content, None)
             self._ready.add(content)
+            self._uploaded.add(content)
         else:
             self._let_wait(content, str(error))
 
@@ -265,8 +298,10 @@ class AwaitedContents:
         for unit, cause in sifted(self._storage, sieve, until=self._plan.until or 0, seqs=self._seqs):
             if cause is Cause.FILE:
                 for one in unit:
-                    why = held.get(one.seq, _OVERTAKEN)
-                    yield Skipped(*one.key, SkipReason.FILE_NOT_UPLOADED, why, seq=one.seq)
+                    is_too_much = one.seq in self._exceeding
+                    reason = SkipReason.FILES_EXCEED_ROOM if is_too_much else SkipReason.FILE_NOT_UPLOADED
+                    why = self._why_too_much(one.seq) if is_too_much else held.get(one.seq, _OVERTAKEN)
+                    yield Skipped(*one.key, reason, why, seq=one.seq)
 
     def _why_held(self, seq: int, why_not_sent: str) -> str:
         waiting = [one for one in self._needed[seq] if one in self._waiting]
@@ -274,3 +309,15 @@ class AwaitedContents:
             return f"the content of its file came to the server too late for it: {why_not_sent}"
         reason = next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
         return f"the content of its file is not on the server: {reason}"
+
+    def _why_too_much(self, seq: int) -> str:
+        return (
+            f"the files that it needs with its commit group have {self._exceeding[seq]} bytes, {FILE_COST_BYTES} more "
+            f"for each included, and the server takes {self._room_bytes} at once, its limit file_room_per_user: "
+            "commit fewer in one group, or have the limit raised"
+        )
+
+
+def _cost(contents: Iterable[Needed]) -> int:
+    """Return what contents count for in the room that a server has."""
+    return sum(one.size + FILE_COST_BYTES for one in contents)

@@ -133,6 +133,7 @@ class FileExchange:
             patience = Patience(self._end, SMALL_SILENCE_SECONDS)
             with Transfers(self._files, self._caller, patience, ignore) as calls:
                 self._awaited.ask(calls, unknown)
+        self._awaited.share_room(self._jobs.under_way)
         if small := self._small_uploads():
             self._upload_small(small)
         self._settled_count = self._awaited.settled_count
@@ -196,6 +197,7 @@ class FileExchange:
                 self._brought[key] = None
         if self._transfers is None:
             self._make_room()
+        self._awaited.share_room(self._jobs.under_way)
         self._look_at = time.monotonic() + SESSION_SECONDS
         self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
         self._patience.resume()

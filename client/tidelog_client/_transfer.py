@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tidelog._channel import Metadata
     from tidelog._contents import Part
     from tidelog._keys import ObjectKey
-    from tidelog_client._file_calls import FileCalls
+    from tidelog_client._file_calls import FileCalls, Standings
     from tidelog_client._files import Files, Needed
     from tidelog_client._workers import Event, Work, WorkRunner
 
@@ -280,7 +280,7 @@ class Transfers:
         if kind is None or issubclass(kind, Exception):  # after an interrupt nothing is waited for
             self._workers.join(_END_SECONDS_MAX)
 
-    def ask(self, contents: Sequence[Needed]) -> list[Any]:
+    def ask(self, contents: Sequence[Needed]) -> Standings:
         """
         Ask how contents stand.
 
@@ -290,7 +290,7 @@ class Transfers:
         """
         metadata = self._authorization()
 
-        def stat(_tell: Callable[[Any], None]) -> list[Any]:
+        def stat(_tell: Callable[[Any], None]) -> Standings:
             return self._calls.stat(metadata, contents)
 
         self._workers.submit(stat)
@@ -302,7 +302,7 @@ class Transfers:
         if event.error is not None:
             raise event.error
         self._patience.note_progress()
-        found: list[Any] = event.value
+        found: Standings = event.value
         return found
 
     def run(self, jobs: Iterator[Job], next_size: Callable[[], int | None] = lambda: None) -> Iterator[Result | None]:
@@ -446,7 +446,7 @@ class Transfers:
         self, content: Needed, offset: int | None, metadata: Metadata, tell: Callable[[Any], None], seen: int | None
     ) -> bool:
         if offset is None:
-            (status,) = self._calls.stat(metadata, [content])
+            (status,) = self._calls.stat(metadata, [content]).statuses
             if status.presence is Presence.PRESENT:
                 return True
             if status.presence is Presence.TOO_LARGE:

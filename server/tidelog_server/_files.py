@@ -164,7 +164,7 @@ class Files:
         self._store = store
         self._clock = clock
         self._bytes_max = bytes_max
-        self._room_bytes = room_bytes
+        self.room_bytes = room_bytes
         self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
         self._seen_timeline = b""
         self.place = Place(store, contents)
@@ -212,7 +212,7 @@ class Files:
             raise FileTooLarge(f"a file of {wanted.size} bytes: the limit is {self._bytes_max}")
         tenant, part = principal.tenant, part_name(principal.user_id, wanted.sha256)
         self.place.check(marks=True)
-        self._begin(tenant, wanted, principal.user_id, self._room_bytes)
+        self._begin(tenant, wanted, principal.user_id, self.room_bytes)
 
         def complete() -> Callable[[], None]:
             return self._complete(tenant, part, wanted, principal.user_id)

@@ -34,6 +34,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from tidelog._contents import SHA256_BYTES
+from tidelog._limits import FILE_COST_BYTES
 from tidelog_server._errors import FileRoomExhausted
 from tidelog_server._file_records import (
     ContentRecord,
@@ -51,8 +52,6 @@ from tidelog_server._store import Reader
 
 UPLOADS: Final = b"w"
 
-# What a content costs besides its bytes: a file, and its records.
-COST_BYTES: Final = 4096
 # How many uploads are looked at to find some that do not count any more.
 LOOKED_AT: Final = 500
 
@@ -160,17 +159,17 @@ def begun(
     if known is not None and known.copy:
         size = max(size, known.size)  # so much of it may be there already
     writes: IndexWrites = {key: _pack(UploadRecord(size, time_us, user_id, copy))}
-    counted = 0 if known is None else known.size + COST_BYTES
-    if counted != size + COST_BYTES:
-        cost = size + COST_BYTES
+    counted = 0 if known is None else known.size + FILE_COST_BYTES
+    if counted != size + FILE_COST_BYTES:
+        cost = size + FILE_COST_BYTES
         others = _cost(reader.index, user_key) - counted
         if room_bytes is not None and others and others + cost > room_bytes:
             pruned = [one for one in _some_of(reader, user_key, key) if one != key and is_settled(reader, one)]
             others -= sum(_cost_of(reader.index, one) for one in pruned)
             if others and others + cost > room_bytes:
                 raise FileRoomExhausted(
-                    f"files of {others} bytes that nothing refers to yet are there, or on their way: "
-                    f"with {size} more it would be above the limit of {room_bytes}"
+                    f"files of {others} bytes that no operation refers to yet are there, or on their way: "
+                    f"with {size} more it would be above the limit file_room_per_user, {room_bytes}"
                 )
             writes.update(dict.fromkeys(pruned))
         writes[user_key] = _BYTES.pack(others + cost)
@@ -274,7 +273,7 @@ def _cost(lookup: Lookup, user_key: bytes) -> int:
 
 def _cost_of(lookup: Lookup, key: bytes) -> int:
     record = upload_record(key, lookup)
-    return 0 if record is None else record.size + COST_BYTES
+    return 0 if record is None else record.size + FILE_COST_BYTES
 
 
 def _pack(record: UploadRecord) -> bytes:

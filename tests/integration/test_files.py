@@ -174,6 +174,43 @@ def test_no_room_for_more_that_nothing_refers_to() -> None:
         assert replica.synchronize_all().applied == 1
 
 
+def test_a_commit_group_has_more_files_than_there_is_room_for() -> None:
+    """What can never go as it is uploads nothing, and is told with the limit's name; everything else goes."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        photos = [{"photo": replica.add_file(bytes([number]) * 20_000)} for number in range(4)]
+        with replica.transaction(atomic=True) as transaction:
+            for number in range(3):
+                transaction.create("Task", photos[number], f"t{number}")
+            transaction.create("Task", {}, "t3")
+        replica.create("Task", photos[3], "t4")
+
+        for applied in (1, 0):
+            report = replica.synchronize_all()
+            assert (report.applied, report.files_uploaded) == (applied, applied)
+            assert [(one.id, one.reason) for one in report.skipped] == [
+                (f"t{number}", SkipReason.FILES_EXCEED_ROOM) for number in range(4)
+            ]
+            assert "have 72288 bytes" in report.skipped[0].message
+            assert "takes 60000 at once, its limit file_room_per_user" in report.skipped[0].message
+
+
+def test_commit_groups_share_the_room() -> None:
+    """Groups whose files fit one after the other, and not together, all go, in one synchronization."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        for group in range(3):
+            with replica.transaction(atomic=True) as transaction:
+                for number in range(2):
+                    photo = replica.add_file(bytes([group, number]) * (5_000 * (1 + number)))
+                    transaction.create("Task", {"photo": photo}, f"g{group}-{number}")
+        replica.create("Task", {"photo": replica.add_file(PHOTO * 20)}, "t1")  # more than there is room for
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, report.skipped) == (7, 7, [])
+
+
 @pytest.mark.timeout(120)
 def test_cuts_of_an_upload_cost_little(world: World, proxy: Proxy) -> None:
     """A large content that is cut five times on its way up costs at most 1.05 times its bytes."""

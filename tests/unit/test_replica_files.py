@@ -56,7 +56,7 @@ from tidelog_client import (
 )
 from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
-from tidelog_client._file_calls import FileRefused
+from tidelog_client._file_calls import FileRefused, Standings
 from tidelog_client._files import Needed
 from tidelog_client._transfer import ASKED_OBJECTS_MAX
 
@@ -645,7 +645,7 @@ class TestUploading:
         replica.create("Task", {"n": 1}, "t2")
 
         class Unreachable(Calls):
-            def stat(self, _metadata: object, contents: Sequence[Needed]) -> list[Any]:
+            def stat(self, _metadata: object, contents: Sequence[Needed]) -> Standings:
                 raise Transient(f"{len(contents)} contents are out of reach")
 
         monkeypatch.setattr(connection, "files", lambda _timeout: Unreachable(server))

@@ -11,16 +11,16 @@ from typing import Any, Final
 import pytest
 from tests.builders import TENANT, USER, Cabinet, Lab, create, file_value, said, update, wanted
 
+from tidelog._limits import FILE_COST_BYTES
 from tidelog_server import ContentLost, Principal, _upload_records
 from tidelog_server._errors import FileRoomExhausted, ServerBusy, UploadSuperseded
 from tidelog_server._files import Files
-from tidelog_server._upload_records import COST_BYTES
 
 SECOND: Final = timedelta(seconds=1)
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
 # Room for three small files.
-ROOM: Final = 3 * (COST_BYTES + 100)
+ROOM: Final = 3 * (FILE_COST_BYTES + 100)
 KEY: Final = ("Task", "t1")
 
 
