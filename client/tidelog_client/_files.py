@@ -349,10 +349,12 @@ class Files:
                 shown = [(key, self._shown_here(transaction, key)) for key in keys]
             if not keys:
                 return
-            marks = {key: b"" for key, needed in shown if not all(self.has(*one) for one in needed)}
-            if marks:
-                self._environment.write(partial(put_many, database=self._marks, items=list(marks.items())))
+            self._mark([(key, b"") for key, needed in shown if not all(self.has(*one) for one in needed)])
             after = keys[-1]
+
+    def _mark(self, marks: list[tuple[bytes, bytes]]) -> None:
+        if marks:
+            self._environment.write(lambda transaction: put_many(transaction, self._marks, marks))
 
     def _shown_here(self, transaction: LmdbTransaction, key: bytes) -> list[Needed]:
         """Return the contents that an object shows and that are here, as far as is noted."""
