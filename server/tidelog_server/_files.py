@@ -13,7 +13,6 @@ missing from then on: whoever has it is asked to upload it once more.
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -52,6 +51,7 @@ from tidelog_server._overlay import Overlay
 from tidelog_server._place import Place
 from tidelog_server._principal import Principal
 from tidelog_server._records import Writes
+from tidelog_server._sightings import NOTED_EVERY, UNKNOWN_KEPT, Sightings
 from tidelog_server._store import Reader, Store
 from tidelog_server._upload_records import (
     begun,
@@ -64,13 +64,8 @@ from tidelog_server._upload_records import (
     without_uploads,
 )
 
-# What a server notes in its store about when its timeline began.
-TIMELINE_NOTE: Final = "timeline began"
-# How long contents are kept that are not on record, after they came and after a timeline began: as long
-# as replicas offer again what a restored store has lost.
-UNKNOWN_KEPT: Final = timedelta(days=30)
-# What nobody has looked at for longer than this may have been put back without being told.
-UNSEEN_MAX: Final = timedelta(days=7)
+# What a server notes in its store about when it was looked at.
+TIMELINE_NOTE: Final = "timeline seen"
 # Whoever looks through many contents pauses after so many, for those who want to stop it.
 LOOKED_AT_ONCE: Final = 1_000
 # How long nothing was appended to a part that goes while there are uploads, however short the grace is.
@@ -80,8 +75,6 @@ FILE_GRACE_DEFAULT: Final = timedelta(days=1)
 # What is gone on with, or asked for, is noted so many times in a grace period at the most, and kept that much longer.
 RENEWALS: Final = 32
 
-_TIMES: Final = struct.Struct(">QQ")  # when a timeline began, and when a server last had a look
-_NOTED_EVERY: Final = timedelta(hours=1)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 T = TypeVar("T")
@@ -348,8 +341,7 @@ class Files:
         back.
         """
         self.place.check()
-        is_settled = self.note_timeline()
-        kept_us = UNKNOWN_KEPT // _MICROSECOND
+        gone_us = self.note_timeline() - UNKNOWN_KEPT // _MICROSECOND
         for number, content in enumerate(self.contents.contents(tenant)):
             if not number % LOOKED_AT_ONCE:
                 yield 0
@@ -362,7 +354,7 @@ class Files:
             is_there = record is not None and self._is_kept(tenant, content.sha256, record)
             if is_held and not is_there and self._put_back(tenant, content):
                 continue
-            if not is_settled or time_us >= self._clock() - kept_us:
+            if time_us >= gone_us:
                 continue
             if record is not None and is_there and not self._is_whole(tenant, content.sha256, record):
                 self._note_broken(tenant, content.sha256, record, "it has another hash")
@@ -386,26 +378,17 @@ class Files:
         self.place.check()
         return self.contents.delete_leftovers(tenant, older_than_seconds)
 
-    def note_timeline(self) -> bool:
-        """
-        Note when the store's timeline began, unless that is known; tell whether it is a while ago.
-
-        After a restore the store does not know what has come since the backup, nor what has come to refer to
-        what it knows, and may come to know it once more: from those who offer it again. Till then contents are
-        kept. A store that nobody has looked at for a while may be an older state of itself and not know that.
-        """
+    def note_timeline(self) -> int:
+        """Note that somebody looks at the store; return up to when it knows for sure what became of contents."""
         timeline, now_us = self._store.identity.timeline.encode(), self._clock()
-        known = self._store.note(TIMELINE_NOTE)
-        is_new = known[_TIMES.size :] != timeline
-        began_us, looked_us = (0, 0) if is_new else _TIMES.unpack_from(known)
-        since_us = abs(now_us - looked_us)  # a clock may have been ahead
-        was_seen = self._seen_timeline == timeline  # by this process, which nobody puts a store back under
+        known = Sightings.unpack(self._store.note(TIMELINE_NOTE))
+        was_seen = self._seen_timeline == timeline
         self._seen_timeline = timeline
-        if is_new or (since_us > UNSEEN_MAX // _MICROSECOND and not was_seen):
-            began_us = now_us if known or self._store.tenants() else 0
-        if is_new or since_us > _NOTED_EVERY // _MICROSECOND:
-            self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
-        return not began_us or now_us - began_us > UNKNOWN_KEPT // _MICROSECOND
+        is_empty = known == Sightings() and not self._store.tenants()
+        now = known.looked(timeline, now_us, was_seen=was_seen, is_empty=is_empty)
+        if known.is_due(now_us, NOTED_EVERY) or known != now._replace(looked_us=known.looked_us):
+            self._store.set_note(TIMELINE_NOTE, now.pack())
+        return now.sure_us
 
     def _is_gone(self, tenant: str, content: Content) -> bool:
         """Tell whether a copy, which is there, is neither on record nor on its way there: it never will be."""

@@ -26,8 +26,7 @@ from tidelog_client import (
     _view,
 )
 from tidelog_client._file_wishes import FileDownload, FileMode
-from tidelog_server import _collection, _content_store, _download, _engine, _overlay, _session
-from tidelog_server import _files as _server_files
+from tidelog_server import _collection, _content_store, _download, _engine, _overlay, _session, _sightings
 from tidelog_server._retention import Periods
 
 MIB: Final = 1024 * 1024
@@ -95,7 +94,7 @@ class FileSettings:
                 (_files, "GRACE_SECONDS", limits["grace_seconds"]),
                 (_collection, "STEP_ENTRIES", limits["step"]),
                 # Years pass here in an instant.
-                (_server_files, "UNSEEN_MAX", NEVER),
+                (_sightings, "UNSEEN_MAX", NEVER),
             ):
                 stack.enter_context(mock.patch.object(module, name, value))
             yield
