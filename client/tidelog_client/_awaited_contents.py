@@ -220,11 +220,12 @@ class AwaitedContents:
         """
         Find out what is uploaded for the next session: all that whole commit groups need, as far as there is room.
 
-        Else parts of several groups would fill the room, and none of them would ever go. What is under way goes on.
+        Else parts of several groups would fill the room, and none of them would ever go. What is under way goes on;
+        what was tried in vain keeps no room from others.
         """
         self._apart, self._exceeding = set(), {}
         room_bytes = self._room_bytes
-        if room_bytes is None or _cost(self._waiting) <= room_bytes:
+        if room_bytes is None or _cost(self._waiting) + _cost(self._uploaded) <= room_bytes:
             return
         unsettled = {content for needed in self._needed_contents().values() for content in needed}
         admitted = (self._waiting.keys() & set(under_way)) | (self._uploaded & unsettled)
@@ -233,11 +234,11 @@ class AwaitedContents:
             needed = {content for one in unit for content in self._needed.get(one.seq, ()) if content in self._waiting}
             if len(needed) > 1 and _cost(needed) > room_bytes:
                 self._exceeding |= dict.fromkeys((one.seq for one in unit), _cost(needed))
-                continue
-            more = _cost(needed - admitted)
-            if not admitted or cost + more <= room_bytes:
-                admitted |= needed
-                cost += more
+            elif needed.isdisjoint(self._reasons):
+                more = _cost(needed - admitted)
+                if not admitted or cost + more <= room_bytes:
+                    admitted |= needed
+                    cost += more
         self._apart = self._waiting.keys() - admitted
 
     def uploads(self) -> list[Uploading]:
@@ -307,7 +308,8 @@ class AwaitedContents:
         waiting = [one for one in self._needed[seq] if one in self._waiting]
         if not waiting:
             return f"the content of its file came to the server too late for it: {why_not_sent}"
-        reason = next((self._reasons[one] for one in waiting if one in self._reasons), "there was no time left")
+        late = "others came first" if any(one in self._apart for one in waiting) else "there was no time left"
+        reason = next((self._reasons[one] for one in waiting if one in self._reasons), late)
         return f"the content of its file is not on the server: {reason}"
 
     def _why_too_much(self, seq: int) -> str:

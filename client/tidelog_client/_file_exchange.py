@@ -197,7 +197,6 @@ class FileExchange:
                 self._brought[key] = None
         if self._transfers is None:
             self._make_room()
-        self._awaited.share_room(self._jobs.under_way)
         self._look_at = time.monotonic() + SESSION_SECONDS
         self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
         self._patience.resume()
@@ -227,6 +226,7 @@ class FileExchange:
         def downloads() -> Iterator[Downloading]:
             return self._lacking.jobs(keys, self._awaited.fetching)
 
+        self._awaited.share_room(self._jobs.under_way)
         awaited = self._awaited.jobs()
         self._jobs.fill(awaited, downloads())
         if self._transfers is None:

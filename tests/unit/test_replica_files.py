@@ -40,6 +40,7 @@ from tidelog import (
 )
 from tidelog._contents import Part
 from tidelog._keys import pack_position
+from tidelog._limits import FILE_COST_BYTES
 from tidelog._operation import decode_operation
 from tidelog.testing import ManualClock
 from tidelog.v1 import operation_pb2
@@ -654,6 +655,33 @@ class TestUploading:
         assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, 1)]
         monkeypatch.undo()
         assert replica.synchronize_all().applied == 1
+
+    @pytest.mark.parametrize("is_small", [True, False])
+    def test_what_is_tried_in_vain_keeps_no_room_from_others(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, *, is_small: bool
+    ) -> None:
+        """Where there is room for one file at a time, one that cannot be read holds up no other."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1 << 20 if is_small else 0)
+        connect(replica, FileServer(room_bytes=len(PHOTO) + FILE_COST_BYTES))
+        for number in range(3):
+            replica.create("Task", {"photo": replica.add_file(PHOTO + b"%d" % number)}, f"t{number}")
+        contents = replica._storage.files.contents
+        opened = contents.open
+
+        def unreadable(name: bytes) -> Any:
+            if name == sha256(PHOTO + b"0"):
+                raise StorageError("it cannot be read")
+            return opened(name)
+
+        monkeypatch.setattr(contents, "open", unreadable)
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, [(one.id, one.reason) for one in report.skipped], pending(replica)) == (
+            2,
+            [("t0", SkipReason.FILE_NOT_UPLOADED)],
+            [1],
+        )
 
     def test_what_was_not_begun_is_reported_by_entity(self, replica: Replica, impatient: None) -> None:
         """Where patience ends, files that were not begun are counted, not named one by one."""
