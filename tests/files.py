@@ -17,7 +17,7 @@ from tidelog._operation import Operation
 from tidelog.v1 import operation_pb2, sync_pb2
 from tidelog_client import Replica
 from tidelog_client._call_errors import Transient
-from tidelog_client._file_calls import ContentStatus, FileRefused, Presence
+from tidelog_client._file_calls import ContentStatus, FileRefused, Presence, Standings
 from tidelog_client._files import Needed
 from tidelog_client._workers import Workers
 
@@ -43,6 +43,7 @@ class FileServer(ServerEnd):
         contents: What it has, by hash.
         parts: What came of uploads under way, by hash.
         size_max: The largest content it takes.
+        room_bytes: How much it says that it takes which no operation refers to yet.
         lost_contents: Every hash that a batch called lost.
         batches: The seqs of each batch.
         uploads: The (hash, offset) of each upload that began.
@@ -57,6 +58,7 @@ class FileServer(ServerEnd):
     contents: dict[bytes, bytes] = field(default_factory=dict)
     parts: dict[bytes, bytes] = field(default_factory=dict)
     size_max: int = 1 << 40
+    room_bytes: int | None = None
     lost_contents: list[bytes] = field(default_factory=list)
     batches: list[list[int]] = field(default_factory=list)
     uploads: list[tuple[bytes, int]] = field(default_factory=list)
@@ -162,10 +164,10 @@ class Calls:
         self._server = server
         self.is_closed = threading.Event()
 
-    def stat(self, _metadata: object, contents: Sequence[Needed]) -> list[ContentStatus]:
+    def stat(self, _metadata: object, contents: Sequence[Needed]) -> Standings:
         """See `FileCalls`."""
         self._server.stat_count += 1
-        return [self._status(one) for one in contents]
+        return Standings([self._status(one) for one in contents], self._server.room_bytes)
 
     def _status(self, one: Needed) -> ContentStatus:
         if self._server.shows(one.sha256):

@@ -19,12 +19,14 @@ from tidelog._tls import read_authorities, read_identity
 
 # How much may be on its way to one that reads: 5 MB/s over a path of 100 ms.
 WINDOW_BYTES: Final = 512 * 1024
+# The slowest path there is.
+SLOWEST_BYTES_PER_SECOND: Final = 10_000
 
 # What both ends do. Pings find a peer that vanished without a word, once nothing was heard for a while; the ping
-# timeout is what counts: `grpc.keepalive_timeout_ms` has no effect in this implementation. A ping waits in line behind
-# the data: the timeout must be longer than a window takes on the slowest path there is, 10 kB/s, or a connection
-# passes for dead that is only slow, and a replica begins the same page for ever. For the same reason gRPC must not
-# measure by pings how much the path takes, and widen the window accordingly.
+# timeout is what counts: `grpc.keepalive_timeout_ms` has no effect in this implementation. A ping waits in line
+# behind the data: the timeout must be longer than a window takes on the slowest path, or a connection passes for
+# dead that is only slow, and a replica begins the same page for ever. For the same reason gRPC must not measure by
+# pings how much the path takes, and widen the window accordingly.
 PATIENT_OPTIONS: Final = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", WINDOW_BYTES),

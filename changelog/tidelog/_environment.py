@@ -496,9 +496,11 @@ def put_many(transaction: LmdbTransaction, database: LmdbDatabase, items: list[t
         cursor.close()
 
 
-def scan_keys(transaction: LmdbTransaction, database: LmdbDatabase, prefix: bytes = b"") -> Iterator[bytes]:
-    """Iterate over the keys with a prefix; between two steps entries may be put and deleted."""
-    start = prefix
+def scan_keys(
+    transaction: LmdbTransaction, database: LmdbDatabase, prefix: bytes = b"", after: bytes = b""
+) -> Iterator[bytes]:
+    """Iterate over the keys with a prefix, behind a key; between two steps entries may be put and deleted."""
+    start = after + b"\0" if after else prefix
     while True:
         cursor = transaction.cursor(database)
         found = cursor.set_range(start) if start else cursor.first()

@@ -58,6 +58,8 @@ MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024
 
 # A part of a content in one message.
 FILE_CHUNK_BYTES: Final = 256 * 1024
+# What a content costs a server besides its bytes: a file, and its records.
+FILE_COST_BYTES: Final = 4096
 # How many contents are asked about at once.
 FILES_STAT_MAX: Final = 1_000
 FILE_NAME_BYTES_MAX: Final = 255

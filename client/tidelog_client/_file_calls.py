@@ -33,6 +33,19 @@ class ContentStatus(NamedTuple):
     received_bytes: int = 0
 
 
+class Standings(NamedTuple):
+    """
+    How contents stand with a server.
+
+    Attributes:
+        statuses: How each does.
+        room_bytes: How much may be there of the user's that no operation refers to yet. None: however much.
+    """
+
+    statuses: Sequence[ContentStatus]
+    room_bytes: int | None = None
+
+
 class FileRefused(Exception):
     """
     The server does not take a content, or does not give it. Asking again at once does not help.
@@ -59,7 +72,7 @@ class FileCalls(Protocol):
     All raise Transient, if a repetition may mend it, and SynchronizationError.
     """
 
-    def stat(self, metadata: Metadata, contents: Sequence[Needed]) -> list[ContentStatus]:
+    def stat(self, metadata: Metadata, contents: Sequence[Needed]) -> Standings:
         """Ask how up to 1,000 contents stand."""
         ...
 

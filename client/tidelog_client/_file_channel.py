@@ -12,7 +12,7 @@ import grpc
 from tidelog._errors import ProtocolViolated, ResourceClosed, SynchronizationError
 from tidelog.v1 import file_pb2, file_pb2_grpc, sync_pb2
 from tidelog_client._call_errors import Transient, call_error
-from tidelog_client._file_calls import ContentStatus, FileRefused, Presence
+from tidelog_client._file_calls import ContentStatus, FileRefused, Presence, Standings
 
 if TYPE_CHECKING:
     from tidelog._channel import Metadata
@@ -52,7 +52,7 @@ class FileChannel:
         self._channel: grpc.Channel | None = None
         self._is_closed = False
 
-    def stat(self, metadata: Metadata, contents: Sequence[Needed]) -> list[ContentStatus]:
+    def stat(self, metadata: Metadata, contents: Sequence[Needed]) -> Standings:
         """See `FileCalls`."""
         request = file_pb2.StatFilesRequest(
             contents=[file_pb2.FileContent(sha256=one.sha256, size=one.size) for one in contents]
@@ -64,7 +64,8 @@ class FileChannel:
             raise self._error(error) from error
         if len(response.statuses) != len(contents):
             raise ProtocolViolated(f"the server told of {len(response.statuses)} contents, asked for {len(contents)}")
-        return [_status(one, asked) for one, asked in zip(response.statuses, contents, strict=True)]
+        statuses = [_status(one, asked) for one, asked in zip(response.statuses, contents, strict=True)]
+        return Standings(statuses, response.room_bytes if response.room_bytes > 0 else None)
 
     def upload(self, metadata: Metadata, content: Needed, offset: int, chunks: Iterable[bytes]) -> None:
         """See `FileCalls`."""

@@ -28,6 +28,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar, cast
 from uuid import uuid4
@@ -341,20 +342,27 @@ class Files:
 
     def _note_vanished(self) -> None:
         """Mark the objects that show a content which is not here any more, and of which that is not known."""
-        with self._environment.read() as transaction:
-            vanished = [
-                (key, b"")
-                for key in self.referring(transaction)
-                if any(
-                    shown and not self.has(sha256, size) and not self.is_missing(transaction, key, sha256, size)
-                    for sha256, (shown, size) in self.references(transaction, key).items()
-                )
-            ]
-        for first in range(0, len(vanished), LOOK_STEP_OBJECTS):
-            self._mark(vanished[first : first + LOOK_STEP_OBJECTS])
+        after = b""
+        while True:
+            with self._environment.read() as transaction:
+                keys = list(islice(scan_keys(transaction, self._files, after=after), LOOK_STEP_OBJECTS))
+                shown = [(key, self._shown_here(transaction, key)) for key in keys]
+            if not keys:
+                return
+            self._mark([(key, b"") for key, needed in shown if not all(self.has(*one) for one in needed)])
+            after = keys[-1]
 
     def _mark(self, marks: list[tuple[bytes, bytes]]) -> None:
-        self._environment.write(lambda transaction: put_many(transaction, self._marks, marks))
+        if marks:
+            self._environment.write(lambda transaction: put_many(transaction, self._marks, marks))
+
+    def _shown_here(self, transaction: LmdbTransaction, key: bytes) -> list[Needed]:
+        """Return the contents that an object shows and that are here, as far as is noted."""
+        return [
+            Needed(sha256, size)
+            for sha256, (shown, size) in self.references(transaction, key).items()
+            if shown and not self.is_missing(transaction, key, sha256, size)
+        ]
 
     def _uncollected(self, work: Callable[[], T]) -> T:
         """

@@ -13,7 +13,7 @@ again after a crash: how the publication ends is on disk before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
@@ -44,7 +44,10 @@ END_STEP_OBJECTS: Final = 100_000
 
 # More objects of an entity, and more than half of them, are not removed without a stated cause, or consent.
 REMOVED_OBJECTS_UNASKED: Final = 20
-# Of so many objects at a time, which is memory, it is looked up whether a download brings them.
+# So many bits for each object tell whether a download has brought it before, for most; and so many, 16 MiB, in all.
+GUARD_BITS_PER_OBJECT: Final = 64
+GUARD_BITS_MAX: Final = 1 << 27
+# Where that says too little, so many objects at a time are told apart, which is memory.
 GUARD_OBJECTS_AT_ONCE: Final = 100_000
 
 _NEWEST: Final = (1 << 63) - 1
@@ -165,12 +168,12 @@ class Publication:
                 return
             # What is created anew as soon as the server takes it stays in the view until then.
             waiting = {key for seq, key in self._lineage.waiting(transaction) if self._view.creates(transaction, seq)}
-            lost = dict(known)
-            part_count = sum(known.values()) // GUARD_OBJECTS_AT_ONCE + 1
-            for part in range(part_count):
-                for key in self._kept(transaction, pages, waiting, known, part=part, part_count=part_count):
-                    lost[unpack_object_key(key)[0]] -= 1
-        if any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items()):
+            kept = partial(self._kept, transaction, pages, waiting, known)
+            count = sum(known.values())
+            lost = _lost(known, _mostly_distinct(kept(), count))
+            if _is_much(lost, known):  # or it is not, and some objects passed for others
+                lost = _lost(known, _distinct(kept, count))
+        if _is_much(lost, known):
             raise MassRemoval(removed=lost, present=known)
 
     def _kept(
@@ -179,11 +182,8 @@ class Publication:
         pages: Sequence[bytes],
         waiting: Collection[bytes],
         entities: Container[str],
-        *,
-        part: int,
-        part_count: int,
-    ) -> set[bytes]:
-        """Return the known objects, of one of several parts, that a download brings, maybe twice, or that wait."""
+    ) -> Iterator[bytes]:
+        """Yield the known objects of some entities that a download brings, maybe more than once, and that wait."""
         staged = (page for _, page in transaction.cursor(self._incoming))
         brought = (
             pack_object_key(one.entity, one.id)
@@ -191,13 +191,9 @@ class Publication:
             for one in sync_pb2.SnapshotPage.FromString(data).snapshots
             if one.entity in entities
         )
-        return {
-            key
-            for key in chain(brought, waiting)
-            if crc32(key) % part_count == part
-            and unpack_object_key(key)[0] in entities
-            and self._view.is_server_known(transaction, key)
-        }
+        for key in chain(brought, (key for key in waiting if unpack_object_key(key)[0] in entities)):
+            if self._view.is_server_known(transaction, key):
+                yield key
 
     def _unexplained(self, transaction: LmdbTransaction) -> set[str]:
         """Return the entities that were not downloaded when all was reconciled and the server did not say why."""
@@ -560,6 +556,37 @@ class _Publisher:
     def _is_gone(self, key: bytes) -> bool:
         """Tell whether a reconciliation lacks an object."""
         return self._end.track_seen and self._transaction.get(key, db=self._seen) is None
+
+
+def _lost(known: Mapping[str, int], kept: Iterable[bytes]) -> dict[str, int]:
+    """Return how many of the known objects are not kept, by entity."""
+    lost = dict(known)
+    for key in kept:
+        lost[unpack_object_key(key)[0]] -= 1
+    return lost
+
+
+def _is_much(lost: Mapping[str, int], known: Mapping[str, int]) -> bool:
+    """Tell whether more of an entity is lost than goes without being asked for."""
+    return any(count > REMOVED_OBJECTS_UNASKED and 2 * count > known[entity] for entity, count in lost.items())
+
+
+def _mostly_distinct(keys: Iterable[bytes], count: int) -> Iterator[bytes]:
+    """Yield each key once, or not at all: a few that are looked at once and pass for others are left out."""
+    bits = max(min(count * GUARD_BITS_PER_OBJECT, GUARD_BITS_MAX), 1)
+    seen = bytearray(bits // 8 + 1)
+    for key in keys:
+        place, bit = divmod(crc32(key) % bits, 8)
+        if not seen[place] >> bit & 1:
+            seen[place] |= 1 << bit
+            yield key
+
+
+def _distinct(keys: Callable[[], Iterator[bytes]], count: int) -> Iterator[bytes]:
+    """Yield each key once, of which there are about so many; they are looked at as often as memory asks for."""
+    part_count = count // GUARD_OBJECTS_AT_ONCE + 1
+    for part in range(part_count):
+        yield from {key for key in keys() if crc32(key) % part_count == part}
 
 
 def _append_pages(transaction: LmdbTransaction, database: LmdbDatabase, pages: Sequence[bytes]) -> None:

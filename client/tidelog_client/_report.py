@@ -21,6 +21,7 @@ class SkipReason(enum.StrEnum):
     NOT_READY = "NOT_READY"
     NEVER = "NEVER"
     FILE_NOT_UPLOADED = "FILE_NOT_UPLOADED"
+    FILES_EXCEED_ROOM = "FILES_EXCEED_ROOM"
     FILE_NOT_DOWNLOADED = "FILE_NOT_DOWNLOADED"
 
 
@@ -216,3 +217,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def ignore(*_progress: object) -> None:
+    """Tell nobody how far it is."""

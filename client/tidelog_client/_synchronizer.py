@@ -32,7 +32,7 @@ from tidelog_client._connection import Connection, Stream
 from tidelog_client._file_exchange import FileExchange
 from tidelog_client._file_wishes import FileWishes
 from tidelog_client._files import Needed
-from tidelog_client._report import OnProgress, Report
+from tidelog_client._report import OnProgress, Report, ignore
 from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
 from tidelog_client._transfer import CALL_SECONDS_MAX, Downloading, Patience, Transfers
 from tidelog_client._view import StateLost
@@ -124,7 +124,7 @@ class Synchronizer:
         # A lock object of its own for each call: two of one process exclude each other too.
         lock = FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
         deadline = _Deadline(timeout)
-        progress = on_progress or _ignore
+        progress = on_progress or ignore
         files = FileExchange(
             self._storage, connection, wishes=self._files, report=report, on_progress=progress, end=deadline.end
         )
@@ -242,7 +242,7 @@ class Synchronizer:
             return "the replica was opened without a server"
         end = None if timeout is None else time.monotonic() + timeout
         content = Needed(reference.sha256, reference.size)
-        with Transfers(self._storage.files, self._connection, Patience(end), _ignore) as transfers:
+        with Transfers(self._storage.files, self._connection, Patience(end), ignore) as transfers:
             result = next(filter(None, transfers.run(iter([Downloading(content, [key])]))), None)
         if result is None:
             return "there was no time left"
@@ -338,10 +338,6 @@ class _Deadline:
     def call_timeout(self) -> float | None:
         """Return the seconds that a call may take, None if it may take as long as it likes."""
         return None if self.end is None else min(max(0.0, self.end - time.monotonic()), CALL_SECONDS_MAX)
-
-
-def _ignore(*_progress: object) -> None:
-    pass
 
 
 def _acquire(lock: FileLock) -> None:

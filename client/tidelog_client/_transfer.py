@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Se
 
 from filelock import FileLock, Timeout
 
+from tidelog._channel import SLOWEST_BYTES_PER_SECOND, WINDOW_BYTES
 from tidelog._contents import ContentCorrupt
 from tidelog._environment import typed_errors
 from tidelog._errors import DiskFull, StorageError, TidelogError, Unauthenticated
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tidelog._channel import Metadata
     from tidelog._contents import Part
     from tidelog._keys import ObjectKey
-    from tidelog_client._file_calls import FileCalls
+    from tidelog_client._file_calls import FileCalls, Standings
     from tidelog_client._files import Files, Needed
     from tidelog_client._workers import Event, Work, WorkRunner
 
@@ -54,7 +55,8 @@ RESENT_SHARE_MAX: Final = 2.0
 RESENT_BYTES_MAX: Final = 16 * 1024 * 1024
 # How many contents wait at the most to be tried again; meanwhile no others are begun.
 RETRIES_MAX: Final = 1_000
-# Without progress of any transfer for so long, the rest is given up for now.
+# Without progress of any transfer for so long, the rest is given up for now; but what was handed to the network goes
+# unseen, a window of each upload at the most, and is waited for. A connection that is dead pings find out.
 SILENCE_SECONDS_MAX: Final = 30.0
 # How fast a server puts away a content of which it has every byte, at the least: it says nothing meanwhile.
 COMPLETED_BYTES_PER_SECOND: Final = 20_000_000
@@ -114,6 +116,11 @@ class Downloading(NamedTuple):
 Job: TypeAlias = Uploading | Downloading
 
 
+def job_size(job: Job) -> int:
+    """Return how many bytes the content of a job has."""
+    return job.content.size
+
+
 class Result(NamedTuple):
     """
     How a transfer ended.
@@ -150,12 +157,12 @@ class Patience:
 
     Args:
         end: The caller's deadline, by the monotonic clock. None: there is none.
-        silence_seconds: How long nothing may get ahead.
+        silence_seconds: How long nothing may get ahead. None: `SILENCE_SECONDS_MAX`.
     """
 
-    def __init__(self, end: float | None, silence_seconds: float = SILENCE_SECONDS_MAX) -> None:
+    def __init__(self, end: float | None, silence_seconds: float | None = None) -> None:
         self._end = end
-        self._silence_seconds = silence_seconds
+        self._silence_seconds = SILENCE_SECONDS_MAX if silence_seconds is None else silence_seconds
         self._heard = time.monotonic()
         self._busy_since: float | None = None
         self._suspended_at = self._heard
@@ -178,9 +185,9 @@ class Patience:
         now = time.monotonic()
         self._heard = max(self._heard, min(now, self._heard + now - self._suspended_at))
 
-    def note_progress(self, pause: float = 0.0) -> None:
-        """Note that something got ahead, and may be silent for so many seconds more than otherwise."""
-        self._heard = max(self._heard, time.monotonic() + pause)
+    def note_progress(self) -> None:
+        """Note that something got ahead."""
+        self._heard = max(self._heard, time.monotonic())
         self._busy_since = None
 
     def note_busy(self, pause: float) -> None:
@@ -189,10 +196,10 @@ class Patience:
         self._busy_since = now if self._busy_since is None else self._busy_since
         self._heard = max(self._heard, min(now + pause, self._busy_since + BUSY_SECONDS_MAX))
 
-    def remaining(self) -> float:
-        """Return the seconds left."""
+    def remaining(self, pause: float = 0.0) -> float:
+        """Return the seconds left, if nothing need get ahead for so many seconds more than otherwise."""
         now = time.monotonic()
-        left = self._heard + self._silence_seconds - now
+        left = self._heard + self._silence_seconds + pause - now
         return left if self._end is None else min(left, self._end - now)
 
     def call_timeout(self) -> float | None:
@@ -218,12 +225,13 @@ class Caller(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Attempts:
-    """What is known of a job under way, or to be tried again."""
+    """What is known of a job under way, or to be tried again. *handed* are the bytes that its call gave to gRPC."""
 
     job: Job
     backoff: float = _BACKOFF_SECONDS_FIRST
     position: int = 0
     farthest: int = -1
+    handed: int = 0
     resent: int = 0
     retry_at: float = 0.0
     error: Exception = field(default_factory=lambda: Transient("there was no time left"))
@@ -272,7 +280,7 @@ class Transfers:
         if kind is None or issubclass(kind, Exception):  # after an interrupt nothing is waited for
             self._workers.join(_END_SECONDS_MAX)
 
-    def ask(self, contents: Sequence[Needed]) -> list[Any]:
+    def ask(self, contents: Sequence[Needed]) -> Standings:
         """
         Ask how contents stand.
 
@@ -282,7 +290,7 @@ class Transfers:
         """
         metadata = self._authorization()
 
-        def stat(_tell: Callable[[Any], None]) -> list[Any]:
+        def stat(_tell: Callable[[Any], None]) -> Standings:
             return self._calls.stat(metadata, contents)
 
         self._workers.submit(stat)
@@ -294,7 +302,7 @@ class Transfers:
         if event.error is not None:
             raise event.error
         self._patience.note_progress()
-        found: list[Any] = event.value
+        found: Standings = event.value
         return found
 
     def run(self, jobs: Iterator[Job], next_size: Callable[[], int | None] = lambda: None) -> Iterator[Result | None]:
@@ -314,10 +322,11 @@ class Transfers:
         retries: list[_Attempts] = []
         under_way: dict[Work, _Attempts] = {}
         while True:
-            while (room := self._room(under_way)) and self._patience.remaining() > 0:
+            while (room := self._room(under_way)) and self._remaining(under_way) > 0:
                 attempts = _next(jobs, next_size, retries, room)
                 if attempts is None:
                     break
+                attempts.handed = 0
                 work = self._work(attempts, self._authorization())
                 under_way[work] = attempts
                 self._moved_at = time.monotonic()
@@ -326,12 +335,12 @@ class Transfers:
                 # Either all is done, or nothing more is begun.
                 self.is_given_up = self._patience.remaining() <= 0
                 return
-            timeout = min(self._patience.remaining(), TICK_SECONDS)
+            timeout = min(self._remaining(under_way), TICK_SECONDS)
             if next_try := [one.retry_at for one in retries if one.job.content.size < room]:
                 timeout = min(timeout, min(next_try) - time.monotonic())
             event = self._workers.next_event(max(0.0, timeout))
             # What was said while nobody asked counts as well.
-            if self._patience.is_over or (event is None and self._patience.remaining() <= 0):
+            if self._patience.is_over or (event is None and self._remaining(under_way) <= 0):
                 yield from _given_up(*under_way.values(), *retries)
                 under_way, retries = {}, []
                 continue
@@ -358,6 +367,13 @@ class Transfers:
             return min(one.job.content.size for one in under_way.values()) / OVERTAKING_SHARE
         return 0
 
+    def _remaining(self, under_way: Mapping[Work, _Attempts]) -> float:
+        """Return the seconds left: nobody hears of what is on its way to the server, or is being put away there."""
+        uploads = [one for one in under_way.values() if isinstance(one.job, Uploading)]
+        unseen = sum(min(one.handed, WINDOW_BYTES) for one in uploads)
+        whole = sum(one.position for one in uploads if one.handed and one.position == one.job.content.size)
+        return self._patience.remaining(unseen / SLOWEST_BYTES_PER_SECOND + whole / COMPLETED_BYTES_PER_SECOND)
+
     def _authorization(self) -> Metadata:
         """Return what says who is calling. A token provider is asked now and then, and after each failure."""
         now = time.monotonic()
@@ -369,15 +385,15 @@ class Transfers:
         self._on_moved(attempts.job, moved.position - attempts.position, moved.byte_count)
         attempts.resent += max(0, attempts.position - moved.position)
         attempts.position = moved.position
+        attempts.handed += moved.byte_count
         if moved.position > attempts.farthest:
             if attempts.farthest >= 0:
-                is_whole = moved.position == attempts.job.content.size
-                self._note_progress(moved.position / COMPLETED_BYTES_PER_SECOND if is_whole else 0.0)
+                self._note_progress()
                 attempts.backoff = _BACKOFF_SECONDS_FIRST
             attempts.farthest = moved.position
 
-    def _note_progress(self, pause: float = 0.0) -> None:
-        self._patience.note_progress(pause)
+    def _note_progress(self) -> None:
+        self._patience.note_progress()
         now = time.monotonic()
         if now - self._moved_at < QUICK_SECONDS:
             self._at_once = min(self._at_once + 1, TRANSFERS_AT_ONCE)
@@ -430,7 +446,7 @@ class Transfers:
         self, content: Needed, offset: int | None, metadata: Metadata, tell: Callable[[Any], None], seen: int | None
     ) -> bool:
         if offset is None:
-            (status,) = self._calls.stat(metadata, [content])
+            (status,) = self._calls.stat(metadata, [content]).statuses
             if status.presence is Presence.PRESENT:
                 return True
             if status.presence is Presence.TOO_LARGE:

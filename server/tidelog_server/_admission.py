@@ -68,8 +68,9 @@ class ServerLimits:
             how contents stand.
         file_transfers_per_user: The same, of one user. None: as many as of all.
         file_bytes: How large a file may be that is uploaded, in bytes.
-        file_room_per_user: How much a user may have uploaded, or begun to, that nothing refers to
-            yet, in bytes. One file alone always fits. None: whatever it is.
+        file_room_per_user: How much a user may have uploaded, or begun to, that no operation of his refers to
+            yet, in bytes. One file alone always fits; more than this in one commit group never goes. None:
+            whatever it is.
 
     Raises:
         InvalidValue: One of them is not above zero.

@@ -31,6 +31,7 @@ from tidelog_server._principal import Principal
 from tidelog_server._records import FailureRecord, ObjectState
 from tidelog_server._refusal import Refused, Waits
 from tidelog_server._units import Member, Unit
+from tidelog_server._upload_records import without_settled
 
 # What a mistake in a program raises, as opposed to a failing disk or a lack of memory.
 _DEFECTS: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
@@ -153,7 +154,10 @@ class UnitApplier:
 
     def index_writes(self, failures: Sequence[FailureRecord]) -> IndexWrites:
         """Return what changes in the table of indexes because of what was applied, and of the failures written."""
-        files = file_writes(self._overlay, failures, self._time_us)
+        files = {
+            **file_writes(self._overlay, failures, self._time_us),
+            **without_settled(self._files.referred(), self._overlay.index),
+        }
         indexed = self._application.indexed_entities
         if not indexed:
             return files

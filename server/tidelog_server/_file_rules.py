@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from itertools import islice
+from itertools import islice, product
 from typing import Any, Final
 
 from tidelog._contents import SHA256_BYTES
@@ -21,7 +21,14 @@ from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog._logging import get_logger
 from tidelog._values import Attributes
 from tidelog_server._access import Rights
-from tidelog_server._file_records import content_record, grant_key, is_upload_grant, objects_prefix, referring_object
+from tidelog_server._file_records import (
+    SERVICE,
+    content_record,
+    grant_key,
+    is_upload_grant,
+    objects_prefix,
+    referring_object,
+)
 from tidelog_server._overlay import Overlay
 from tidelog_server._refusal import NotReady, Refused
 
@@ -71,6 +78,8 @@ class FileRules:
         self._noted: defaultdict[bytes, dict[ObjectKey, None]] = defaultdict(dict)
         self._asked = asked
         self._said = b""
+        # Contents that objects are to refer to because the author says so.
+        self._authored: defaultdict[ObjectKey, set[bytes]] = defaultdict(set)
         # What was decided of contents that the author refers to.
         self._judged: dict[bytes, bool] = {}
         # To what objects refer as far as the user may read them: as the store has them, and as the present
@@ -124,13 +133,14 @@ class FileRules:
             sha256 = reference.sha256
             if self._user_id is None:
                 self._require(where, reference, FailureReason.FILE_MISSING, FailureReason.VALIDATION_FAILED)
-                continue
-            if sha256 not in self._judged:
-                if held is None:
-                    held = self._readable_contents(key, before)
-                # Asked of a content that is not there too: the time it takes should not tell.
-                self._judged[sha256] = sha256 in held or self.may_refer(sha256)
-            self._check_reference(where, f"the file {reference.name!r}", reference, self._judged[sha256])
+            else:
+                if sha256 not in self._judged:
+                    if held is None:
+                        held = self._readable_contents(key, before)
+                    # Asked of a content that is not there too: the time it takes should not tell.
+                    self._judged[sha256] = sha256 in held or self.may_refer(sha256)
+                self._check_reference(where, f"the file {reference.name!r}", reference, self._judged[sha256])
+            self._authored[key].add(sha256)
 
     def check_there(self, key: ObjectKey, written: Attributes, *, after: Attributes) -> None:
         """
@@ -164,6 +174,18 @@ class FileRules:
                 where = f"{key[0]} {key[1]!r}: attribute {attribute!r}"
                 self._require(where, reference, FailureReason.HOOK_ERROR, FailureReason.HOOK_ERROR)
             self._noted[sha256][key] = None
+
+    def referred(self) -> Iterator[tuple[str, bytes]]:
+        """
+        Yield (user, content): to what objects refer by now because the author said so, and whose upload it may be.
+
+        What hooks made of it does not count, for that may depend on what the author must not learn of.
+        """
+        users = (SERVICE if self._user_id is None else self._user_id, *self._vouching)
+        for key, said in self._authored.items():
+            if self._overlay.is_written(key) and self._overlay.exists(key):
+                held = {reference.sha256 for _, reference in file_references(self._overlay.attributes(key))}
+                yield from product(users, said & held)
 
     def lost_in(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> list[str]:
         """Return the attributes that refer to contents which the user's replica has lost, and which are not there."""

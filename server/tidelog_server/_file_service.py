@@ -54,7 +54,7 @@ class FileService:
             raise RequestInvalid(f"{len(request.contents)} contents: 1 to {FILES_STAT_MAX} are asked about at once")
         wanted = [_wanted(content) for content in request.contents]
         standings = await self._questions.ask(principal, partial(self._files.stat, principal, wanted))
-        return file_pb2.StatFilesResponse(statuses=map(_status, standings))
+        return file_pb2.StatFilesResponse(statuses=map(_status, standings), room_bytes=self._files.room_bytes or 0)
 
     async def upload_file(self, peer: Peer, principal: Principal) -> file_pb2.UploadFileResponse:
         """Upload a content."""

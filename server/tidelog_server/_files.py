@@ -13,7 +13,6 @@ missing from then on: whoever has it is asked to upload it once more.
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -22,7 +21,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from tidelog._contents import SHA256_BYTES, Content
-from tidelog._errors import DiskFull, InvalidValue
+from tidelog._errors import DiskFull, InvalidValue, StorageError
 from tidelog._file_reference import file_references
 from tidelog._keys import ObjectKey
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT, FILE_CHUNK_BYTES
@@ -52,9 +51,9 @@ from tidelog_server._overlay import Overlay
 from tidelog_server._place import Place
 from tidelog_server._principal import Principal
 from tidelog_server._records import Writes
+from tidelog_server._sightings import NOTED_EVERY, UNKNOWN_KEPT, Sightings
 from tidelog_server._store import Reader, Store
 from tidelog_server._upload_records import (
-    OtherCopy,
     begun,
     completed,
     due_uploads,
@@ -65,13 +64,8 @@ from tidelog_server._upload_records import (
     without_uploads,
 )
 
-# What a server notes in its store about when its timeline began.
-TIMELINE_NOTE: Final = "timeline began"
-# How long contents are kept that are not on record, after they came and after a timeline began: as long
-# as replicas offer again what a restored store has lost.
-UNKNOWN_KEPT: Final = timedelta(days=30)
-# What nobody has looked at for longer than this may have been put back without being told.
-UNSEEN_MAX: Final = timedelta(days=7)
+# What a server notes in its store about when it was looked at.
+TIMELINE_NOTE: Final = "timeline seen"
 # Whoever looks through many contents pauses after so many, for those who want to stop it.
 LOOKED_AT_ONCE: Final = 1_000
 # How long nothing was appended to a part that goes while there are uploads, however short the grace is.
@@ -81,8 +75,6 @@ FILE_GRACE_DEFAULT: Final = timedelta(days=1)
 # What is gone on with, or asked for, is noted so many times in a grace period at the most, and kept that much longer.
 RENEWALS: Final = 32
 
-_TIMES: Final = struct.Struct(">QQ")  # when a timeline began, and when a server last had a look
-_NOTED_EVERY: Final = timedelta(hours=1)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 T = TypeVar("T")
@@ -145,7 +137,7 @@ class Files:
         contents: Keeps the bytes.
         clock: Returns the time in microseconds since 1970.
         bytes_max: How large a content may be that is uploaded.
-        room_bytes: How much a user may have uploaded that nothing refers to yet. None: whatever it is.
+        room_bytes: How much a user may have uploaded that no operation of his refers to yet. None: whatever it is.
         grace: How long contents are kept that nothing refers to, or not yet.
     """
 
@@ -165,7 +157,7 @@ class Files:
         self._store = store
         self._clock = clock
         self._bytes_max = bytes_max
-        self._room_bytes = room_bytes
+        self.room_bytes = room_bytes
         self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
         self._seen_timeline = b""
         self.place = Place(store, contents)
@@ -206,15 +198,18 @@ class Files:
 
         Raises:
             FileTooLarge: The server takes no content of that size.
-            FileRoomExhausted: The user has uploaded too much that nothing refers to.
+            FileRoomExhausted: The user has uploaded too much that no operation of his refers to.
             PartMismatch: *offset* is not how far the upload got.
         """
         if wanted.size > self._bytes_max:
             raise FileTooLarge(f"a file of {wanted.size} bytes: the limit is {self._bytes_max}")
         tenant, part = principal.tenant, part_name(principal.user_id, wanted.sha256)
         self.place.check(marks=True)
-        self._begin(tenant, wanted, principal.user_id, self._room_bytes)
-        complete = partial(self._complete, tenant, part, wanted, principal.user_id)
+        self._begin(tenant, wanted, principal.user_id, self.room_bytes)
+
+        def complete() -> Callable[[], None]:
+            return self._complete(tenant, part, wanted, principal.user_id)
+
         return self._parts.begin(tenant, part, offset, wanted.size, complete, uploader)
 
     def download(
@@ -236,7 +231,7 @@ class Files:
     def open(self, tenant: str, wanted: Wanted) -> BinaryIO:
         """Open a content to be read. Raises ContentLost, also later."""
         record = self._located(tenant, wanted)
-        return open_content(lambda offset: self.contents.read(tenant, wanted.sha256, offset, record.copy), wanted.size)
+        return open_content(lambda offset: self._pieces(tenant, wanted.sha256, record, offset), wanted.size)
 
     def read(self, tenant: str, wanted: Wanted, offset: int, length: int) -> Generator[bytes, None, None]:
         """
@@ -248,7 +243,7 @@ class Files:
         if not length:
             return
         digest = hashlib.sha256() if length == wanted.size else None
-        pieces = self.contents.read(tenant, wanted.sha256, offset, record.copy)
+        pieces = self._pieces(tenant, wanted.sha256, record, offset)
         try:
             for piece in pieces:
                 length -= len(piece)
@@ -263,6 +258,23 @@ class Files:
         finally:
             pieces.close()
         raise ContentLost(f"the content {wanted.sha256.hex()} ended early")
+
+    def _pieces(self, tenant: str, sha256: bytes, record: ContentRecord, offset: int) -> Generator[bytes, None, None]:
+        """Yield a content from *offset* on, the rest of it from another copy if that takes its place meanwhile."""
+        while True:
+            pieces = self.contents.read(tenant, sha256, offset, record.copy)
+            try:
+                for piece in pieces:
+                    offset += len(piece)
+                    yield piece
+                return
+            except ContentLost:
+                other = self._replaced(tenant, sha256, record)
+                if other is None:
+                    raise
+                record = other
+            finally:
+                pieces.close()
 
     def add(self, tenant: str, source: BinaryIO, user_id: str = SERVICE) -> Wanted:
         """
@@ -289,7 +301,8 @@ class Files:
                 self.contents.discard(tenant, part)
                 raise
             wanted = Wanted(digest.digest(), size)
-            self._complete(tenant, part, wanted, user_id)
+            delete_former = self._complete(tenant, part, wanted, user_id)
+        delete_former()
         return wanted
 
     def collect(self, tenant: str, sha256: bytes, before_us: int) -> int:
@@ -328,8 +341,7 @@ class Files:
         back.
         """
         self.place.check()
-        is_settled = self.note_timeline()
-        kept_us = UNKNOWN_KEPT // _MICROSECOND
+        gone_us = self.note_timeline() - UNKNOWN_KEPT // _MICROSECOND
         for number, content in enumerate(self.contents.contents(tenant)):
             if not number % LOOKED_AT_ONCE:
                 yield 0
@@ -342,7 +354,7 @@ class Files:
             is_there = record is not None and self._is_kept(tenant, content.sha256, record)
             if is_held and not is_there and self._put_back(tenant, content):
                 continue
-            if not is_settled or time_us >= self._clock() - kept_us:
+            if time_us >= gone_us:
                 continue
             if record is not None and is_there and not self._is_whole(tenant, content.sha256, record):
                 self._note_broken(tenant, content.sha256, record, "it has another hash")
@@ -366,26 +378,17 @@ class Files:
         self.place.check()
         return self.contents.delete_leftovers(tenant, older_than_seconds)
 
-    def note_timeline(self) -> bool:
-        """
-        Note when the store's timeline began, unless that is known; tell whether it is a while ago.
-
-        After a restore the store does not know what has come since the backup, nor what has come to refer to
-        what it knows, and may come to know it once more: from those who offer it again. Till then contents are
-        kept. A store that nobody has looked at for a while may be an older state of itself and not know that.
-        """
+    def note_timeline(self) -> int:
+        """Note that somebody looks at the store; return up to when it knows for sure what became of contents."""
         timeline, now_us = self._store.identity.timeline.encode(), self._clock()
-        known = self._store.note(TIMELINE_NOTE)
-        is_new = known[_TIMES.size :] != timeline
-        began_us, looked_us = (0, 0) if is_new else _TIMES.unpack_from(known)
-        since_us = abs(now_us - looked_us)  # a clock may have been ahead
-        was_seen = self._seen_timeline == timeline  # by this process, which nobody puts a store back under
+        known = Sightings.unpack(self._store.note(TIMELINE_NOTE))
+        was_seen = self._seen_timeline == timeline
         self._seen_timeline = timeline
-        if is_new or (since_us > UNSEEN_MAX // _MICROSECOND and not was_seen):
-            began_us = now_us if known or self._store.tenants() else 0
-        if is_new or since_us > _NOTED_EVERY // _MICROSECOND:
-            self._store.set_note(TIMELINE_NOTE, _TIMES.pack(began_us, now_us) + timeline)
-        return not began_us or now_us - began_us > UNKNOWN_KEPT // _MICROSECOND
+        is_empty = known == Sightings() and not self._store.tenants()
+        now = known.looked(timeline, now_us, was_seen=was_seen, is_empty=is_empty)
+        if known.is_due(now_us, NOTED_EVERY) or known != now._replace(looked_us=known.looked_us):
+            self._store.set_note(TIMELINE_NOTE, now.pack())
+        return now.sure_us
 
     def _is_gone(self, tenant: str, content: Content) -> bool:
         """Tell whether a copy, which is there, is neither on record nor on its way there: it never will be."""
@@ -434,39 +437,36 @@ class Files:
 
         return self._write(tenant, job)
 
-    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> None:
-        """Make a part a content that operations of a user may refer to."""
+    def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> Callable[[], None]:
+        """
+        Make a part a content that operations of a user may refer to.
+
+        Returns what is left to do: how long that takes tells whether there was another copy, which not everybody
+        may know.
+        """
         copy = self._begin(tenant, wanted, user_id)  # it may have taken so long that it was given up
         try:
             self.contents.complete(tenant, part, *wanted, copy)
         finally:
             self.place.check()  # before anything is promised, or the client is blamed
-        whole: str | None = None
 
         def job(reader: Reader) -> tuple[Writes | None, tuple[str | None] | None]:
-            done = completed(reader, user_id, *wanted, copy=copy, time_us=self._clock(), whole=whole)
+            done = completed(reader, user_id, *wanted, copy=copy, time_us=self._clock())
             return (None, None) if done is None else (_entries(reader, done[0]), done[1:])
 
-        while True:
-            try:
-                done = self._write(tenant, job)
-                break
-            except OtherCopy:
-                whole = self._whole_copy(tenant, wanted.sha256)
+        done = self._write(tenant, job)
         if done is None:
             raise UploadSuperseded("the upload took so long that it was given up: begin anew")
-        if done[0] is not None:
-            self.contents.delete(tenant, wanted.sha256, done[0])
+        former = done[0]
 
-    def _whole_copy(self, tenant: str, sha256: bytes) -> str | None:
-        """Return the copy that is on record, if it is what it should be; else note that it is not."""
-        with self._store.read(tenant) as reader:
-            record = content_record(sha256, reader.index)
-        if record is not None:
-            if self._is_whole(tenant, sha256, record):
-                return record.copy
-            self._note_broken(tenant, sha256, record, "another upload of it found that")
-        return None
+        def delete_former() -> None:
+            if former is not None:
+                try:
+                    self.contents.delete(tenant, wanted.sha256, former)
+                except StorageError as error:  # it is collected
+                    _log.warning("a copy of a content could not be deleted", tenant=tenant, detail=str(error))
+
+        return delete_former
 
     def _entitled(self, principal: Principal, wanted: Iterable[Wanted]) -> dict[Wanted, ContentRecord]:
         """
@@ -510,9 +510,18 @@ class Files:
     def _is_kept(self, tenant: str, sha256: bytes, record: ContentRecord) -> bool:
         """Tell whether a content is there; if not, note that."""
         found = self._size(tenant, sha256, record)
-        if found != record.size:
-            self._note_broken(tenant, sha256, record, _amiss(found, record))
-        return found == record.size
+        if found == record.size:
+            return True
+        if (other := self._replaced(tenant, sha256, record)) is not None:
+            return self._is_kept(tenant, sha256, other)
+        self._note_broken(tenant, sha256, record, _amiss(found, record))
+        return False
+
+    def _replaced(self, tenant: str, sha256: bytes, record: ContentRecord) -> ContentRecord | None:
+        """Return the record of a content if another copy has taken the place of the one that is on *record*."""
+        with self._store.read(tenant) as reader:
+            known = content_record(sha256, reader.index)
+        return known if known is not None and known.copy != record.copy and known.size == record.size else None
 
     def _size(self, tenant: str, sha256: bytes, record: ContentRecord) -> int | None:
         """Return the length of a content, None if it is not there. Raises StorageError where nobody can tell."""
@@ -540,7 +549,10 @@ class Files:
             record = content_record(wanted.sha256, reader.index)
         if record is None or record.size != wanted.size:
             raise ContentLost(f"the content {wanted.sha256.hex()} is not there, or not whole")
-        if (found := self._size(tenant, wanted.sha256, record)) != record.size:
+        while (found := self._size(tenant, wanted.sha256, record)) != record.size:
+            if (other := self._replaced(tenant, wanted.sha256, record)) is not None:
+                record = other
+                continue
             what = _amiss(found, record)
             _log.error("a content was lost", tenant=tenant, sha256=wanted.sha256.hex(), detail=what)
             raise ContentLost(f"the content {wanted.sha256.hex()}: {what}")

@@ -94,7 +94,13 @@ class Parts:
             self.added.discard((tenant, part))
 
     def begin(  # noqa: PLR0917 - what makes a part
-        self, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None], uploader: str = ""
+        self,
+        tenant: str,
+        part: str,
+        offset: int,
+        size: int,
+        complete: Callable[[], Callable[[], None]],
+        uploader: str = "",
     ) -> Incoming:
         """
         Begin to append to a part, or go on with it. Whoever had it before may append nothing more.
@@ -104,7 +110,7 @@ class Parts:
             part: Its name.
             offset: How many bytes it has.
             size: How many it is to have.
-            complete: Makes a content of it.
+            complete: Makes a content of it, and returns what is to be done once the uploader was told.
             uploader: Who appends. Empty: somebody who waits for nobody.
 
         Raises:
@@ -145,7 +151,14 @@ class Incoming:
     """
 
     def __init__(  # noqa: PLR0917 - what makes a part
-        self, parts: Parts, tenant: str, part: str, offset: int, size: int, complete: Callable[[], None], uploader: str
+        self,
+        parts: Parts,
+        tenant: str,
+        part: str,
+        offset: int,
+        size: int,
+        complete: Callable[[], Callable[[], None]],
+        uploader: str,
     ) -> None:
         self.received = offset
         self.heard_us = parts.clock()
@@ -154,6 +167,7 @@ class Incoming:
         self._part = part
         self._size = size
         self._complete = complete
+        self._do_rest: Callable[[], None] | None = None
         self._uploader = uploader
 
     def waits_for(self, former: Incoming) -> bool:
@@ -187,7 +201,7 @@ class Incoming:
 
     def complete(self) -> None:
         """
-        Make a content of what came.
+        Make a content of what came. What is to be done besides is left to `leave`.
 
         Raises:
             ContentCorrupt: It has another hash. Nothing of it is kept.
@@ -199,7 +213,7 @@ class Incoming:
                 self._check_current()
                 self._parts.completing.add(key)
             try:
-                self._complete()
+                self._do_rest = self._complete()
             finally:
                 self._parts.completing.discard(key)
 
@@ -209,6 +223,9 @@ class Incoming:
             if self._is_current:
                 del self._parts.turns[self._tenant, self._part]
                 self._parts.contents.pause(self._tenant, self._part)
+        if (do_rest := self._do_rest) is not None:
+            self._do_rest = None
+            do_rest()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

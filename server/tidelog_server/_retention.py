@@ -243,20 +243,19 @@ class Retention:
 
     def _contents(self, tenant: str) -> Iterator[Collected]:
         """
-        Delete contents that nobody refers to, unless a store that was put back does not know who does.
+        Delete contents that nobody refers to, as far as a store that was put back may know who does.
 
         Look at those, too, that were lost: somebody may have put them back.
         """
         if self._files is None:
             return
-        is_settled = self._files.note_timeline()
-        before_us = self._before(self._periods.files)
+        before_us = self._files.note_timeline() - self._periods.files // timedelta(microseconds=1)
         after = b""
         more = True
         while more:
             with self._store.read(tenant) as reader:
                 due, after = collection.contents_due(reader, after, before_us)
-            for sha256 in due.unneeded if is_settled else ():
+            for sha256 in due.unneeded:
                 yield Collected(contents=self._files.collect(tenant, sha256, before_us))
             for sha256 in due.broken:
                 self._files.mend(tenant, sha256)
@@ -274,10 +273,10 @@ class Retention:
             yield Collected(contents=count)
 
     def _grants(self, tenant: str) -> Iterator[Collected]:
-        if self._files is not None and not self._files.note_timeline():
-            return  # who offers again what refers to a content has to have the right once more
+        # Who offers again what refers to a content has to have the right once more.
+        sure_us = self._clock() if self._files is None else self._files.note_timeline()
         period = self._periods.files
-        before_us = self._before(period) - period // RENEWALS // timedelta(microseconds=1)
+        before_us = sure_us - (period + period // RENEWALS) // timedelta(microseconds=1)
         after = b""
         more = True
         while more:

@@ -52,6 +52,7 @@ from tidelog_server._projection import Sight, matching
 from tidelog_server._records import MAX_POSITION, NO_REPLICA, Writes
 from tidelog_server._refusal import NotReady, Refused, Waits
 from tidelog_server._store import Reader, Store
+from tidelog_server._upload_records import without_settled
 
 # A transaction of the service is held in memory, and applied while nobody else's operations are.
 TRANSACTION_OPERATIONS_MAX: Final = 10_000
@@ -511,7 +512,8 @@ class _Data:
                 )
         if not changes:
             return None, overlay.version
-        self._apply(overlay, changes)
+        files = self._file_rules(overlay)
+        self._apply(overlay, changes, files)
         indexed = overlay.written(self._application.indexed_entities)
         writes = Writes(
             objects=overlay.written_objects(),
@@ -523,6 +525,7 @@ class _Data:
             index_entries={
                 **index_writes(self.schema, indexed, overlay.index),
                 **file_writes(overlay, (), self._clock()),
+                **without_settled(files.referred(), overlay.index),
             },
         )
         return writes, overlay.version
@@ -540,7 +543,7 @@ class _Data:
         rights = self._rights if self._application.access_rules else None
         return FileRules(overlay, rights, user_id=self._principal.user_id, bytes_max=MAX_POSITION)
 
-    def _apply(self, overlay: Overlay, changes: Sequence[_Change]) -> None:
+    def _apply(self, overlay: Overlay, changes: Sequence[_Change], files: FileRules) -> None:
         references = References()
         # Whatever is created further on is there at the end, or nothing is.
         references.assumed.update(
@@ -554,7 +557,7 @@ class _Data:
             rights=self._rights,
             time_us=self._clock(),
             references=references,
-            files=self._file_rules(overlay),
+            files=files,
         )
         for position, (operation, patch) in enumerate(changes):
             key = operation.key

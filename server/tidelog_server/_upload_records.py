@@ -19,8 +19,10 @@ is given once, and only what is begun goes on record. So what is on record was n
 nobody has ever set out to delete it, and it is there. What is there and gone is nobody's,
 whoever put it there, and whenever: it is deleted by whoever finds it.
 
-An upload counts for its user from its beginning until something refers to the content,
-or it is given up: so nobody fills the disk with what nothing needs.
+An upload counts for its user from its beginning until an operation of his refers to the
+content, applied or refused, or it is given up: so nobody fills the disk with what nothing
+needs. What others have makes no difference to that, nor to what is done with the bytes,
+which replace the copy on record, if there is one: it tells nobody what others have.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from tidelog._contents import SHA256_BYTES
+from tidelog._limits import FILE_COST_BYTES
 from tidelog_server._errors import FileRoomExhausted
 from tidelog_server._file_records import (
     ContentRecord,
@@ -41,7 +44,6 @@ from tidelog_server._file_records import (
     grant_key,
     is_upload_grant,
     kept_record,
-    objects_prefix,
     pack_content,
     pack_grant,
 )
@@ -50,8 +52,6 @@ from tidelog_server._store import Reader
 
 UPLOADS: Final = b"w"
 
-# What a content costs besides its bytes: a file, and its records.
-COST_BYTES: Final = 4096
 # How many uploads are looked at to find some that do not count any more.
 LOOKED_AT: Final = 500
 
@@ -159,17 +159,17 @@ def begun(
     if known is not None and known.copy:
         size = max(size, known.size)  # so much of it may be there already
     writes: IndexWrites = {key: _pack(UploadRecord(size, time_us, user_id, copy))}
-    counted = 0 if known is None else known.size + COST_BYTES
-    if counted != size + COST_BYTES:
-        cost = size + COST_BYTES
-        others = _cost(reader, user_key) - counted
+    counted = 0 if known is None else known.size + FILE_COST_BYTES
+    if counted != size + FILE_COST_BYTES:
+        cost = size + FILE_COST_BYTES
+        others = _cost(reader.index, user_key) - counted
         if room_bytes is not None and others and others + cost > room_bytes:
             pruned = [one for one in _some_of(reader, user_key, key) if one != key and is_settled(reader, one)]
-            others -= sum(_cost_of(reader, one) for one in pruned)
+            others -= sum(_cost_of(reader.index, one) for one in pruned)
             if others and others + cost > room_bytes:
                 raise FileRoomExhausted(
-                    f"files of {others} bytes that nothing refers to yet are there, or on their way: "
-                    f"with {size} more it would be above the limit of {room_bytes}"
+                    f"files of {others} bytes that no operation refers to yet are there, or on their way: "
+                    f"with {size} more it would be above the limit file_room_per_user, {room_bytes}"
                 )
             writes.update(dict.fromkeys(pruned))
         writes[user_key] = _BYTES.pack(others + cost)
@@ -177,7 +177,7 @@ def begun(
 
 
 def completed(
-    reader: Reader, user_id: str, sha256: bytes, size: int, *, copy: str, time_us: int, whole: str | None
+    reader: Reader, user_id: str, sha256: bytes, size: int, *, copy: str, time_us: int
 ) -> tuple[IndexWrites, str | None] | None:
     """
     Put a copy, all of which is stored, on record; the user may refer to the content from then on.
@@ -189,13 +189,9 @@ def completed(
         size: How many bytes that are.
         copy: The copy.
         time_us: The time.
-        whole: The copy on record that proved to be what it should be, and stays instead. None: none did.
 
     Returns:
         What is written, and the name of the copy that is gone then, if one is. None: it is not begun any more.
-
-    Raises:
-        OtherCopy: There is another copy on record, which has to be looked at before.
     """
     key = upload_key(user_id, sha256)
     upload, known = upload_record(key, reader.index), kept_record(sha256, reader.index)
@@ -204,18 +200,8 @@ def completed(
         # Somebody else may have done it, with the same bytes.
         return (writes, None) if known is not None and known.copy == copy else None
     writes[key] = _pack(upload._replace(time_us=time_us, copy=""))
-    if known is not None and not known.is_broken:
-        if known.copy != whole:
-            raise OtherCopy
-        if known.size == size:
-            writes[content_key(sha256)] = pack_content(known._replace(time_us=time_us))
-            return writes, copy
     writes[content_key(sha256)] = pack_content(ContentRecord(size, time_us, copy))
     return writes, None if known is None else known.copy
-
-
-class OtherCopy(Exception):
-    """There is another copy on record, of which nothing is known."""
 
 
 def due_uploads(reader: Reader, after: bytes, before_us: int) -> tuple[list[bytes], bytes]:
@@ -231,28 +217,37 @@ def due_uploads(reader: Reader, after: bytes, before_us: int) -> tuple[list[byte
 
 def without_uploads(reader: Reader, keys: Iterable[bytes], before_us: int) -> IndexWrites:
     """Give up uploads, as far as they are still due."""
-    writes: IndexWrites = {}
-    costs: dict[bytes, int] = {}
-    for key in keys:
-        if _is_due(reader, key, before_us):
-            record = unpack_upload(reader.index(key) or b"")
-            user_key = key[:_USER_KEY_BYTES]
-            costs[user_key] = costs.get(user_key, _cost(reader, user_key)) - record.size - COST_BYTES
-            writes[key] = None
-    writes.update((key, _BYTES.pack(cost) if cost > 0 else None) for key, cost in costs.items())
-    return writes
+    return _without([key for key in keys if _is_due(reader, key, before_us)], reader.index)
+
+
+def without_settled(uploads: Iterable[tuple[str, bytes]], lookup: Lookup) -> IndexWrites:
+    """Let uploads (user, content) go that came, and to which operations of that user refer now."""
+    keys = {upload_key(user_id, sha256) for user_id, sha256 in uploads}
+    records = {key: upload_record(key, lookup) for key in keys}
+    return _without([key for key, record in records.items() if record is not None and not record.copy], lookup)
 
 
 def is_settled(reader: Reader, key: bytes) -> bool:
-    """Tell whether an upload does not count any more: it came, and something refers to it, or nobody may any more."""
+    """Tell whether an upload that came does not count: its user's failure holds it, or he may not refer to it now."""
     record = upload_record(key, reader.index)
     if record is None or record.copy:
         return False
     sha256 = key[_USER_KEY_BYTES:]
-    referrers = (objects_prefix(sha256), failures_prefix(sha256, record.user_id))
-    return any(reader.index_range(prefix, b"", 1) for prefix in referrers) or not is_upload_grant(
+    return bool(reader.index_range(failures_prefix(sha256, record.user_id), b"", 1)) or not is_upload_grant(
         reader.index(grant_key(sha256, record.user_id))
     )
+
+
+def _without(keys: Iterable[bytes], lookup: Lookup) -> IndexWrites:
+    """Take uploads away, and what they cost."""
+    writes: IndexWrites = {}
+    costs: dict[bytes, int] = {}
+    for key in keys:
+        user_key = key[:_USER_KEY_BYTES]
+        costs[user_key] = costs.get(user_key, _cost(lookup, user_key)) - _cost_of(lookup, key)
+        writes[key] = None
+    writes.update((key, _BYTES.pack(cost) if cost > 0 else None) for key, cost in costs.items())
+    return writes
 
 
 def _is_due(reader: Reader, key: bytes, before_us: int) -> bool:
@@ -270,15 +265,15 @@ def _some_of(reader: Reader, user_key: bytes, near: bytes) -> list[bytes]:
     return list({key: None for key, _ in page if len(key) == _KEY_BYTES})
 
 
-def _cost(reader: Reader, user_key: bytes) -> int:
+def _cost(lookup: Lookup, user_key: bytes) -> int:
     """Return what the uploads of a user cost."""
-    value = reader.index(user_key)
+    value = lookup(user_key)
     return 0 if value is None else int(_BYTES.unpack(value)[0])
 
 
-def _cost_of(reader: Reader, key: bytes) -> int:
-    record = upload_record(key, reader.index)
-    return 0 if record is None else record.size + COST_BYTES
+def _cost_of(lookup: Lookup, key: bytes) -> int:
+    record = upload_record(key, lookup)
+    return 0 if record is None else record.size + FILE_COST_BYTES
 
 
 def _pack(record: UploadRecord) -> bytes:

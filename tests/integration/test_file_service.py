@@ -35,6 +35,7 @@ from tidelog_server import (
     StaticTokens,
     _files,
     _incoming,
+    _sightings,
     verify_store,
 )
 from tidelog_server._content_store import MARK_NAME
@@ -650,7 +651,8 @@ class TestCrashes:
             received = len(PHOTO) if place == "before" else 0
             assert client.stat(PHOTO) == [(PRESENT, 0) if place == "behind" else (MISSING, received)]
             assert len(kept_files(world)) == 1
-        monkeypatch.setattr(_files, "UNKNOWN_KEPT", timedelta(0))
+        for module in (_files, _sightings):
+            monkeypatch.setattr(module, "UNKNOWN_KEPT", timedelta(0))
         monkeypatch.setattr(_files, "PART_US_MIN", 0)
         with Server(Application(), store=folder / "server", file_grace=timedelta(0)) as server:
             wait_for(lambda: server.collect() == Collected())

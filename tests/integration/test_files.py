@@ -139,6 +139,19 @@ def test_two_devices_that_upload_the_same(world: World, proxy: Proxy) -> None:
     assert len(LARGE) < proxy.up.byte_count <= COST_MAX * len(LARGE)
 
 
+def test_what_is_on_its_way_is_waited_for(world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of which gRPC has every byte, on a path that takes long for them, needs no second synchronization."""
+    replica = world.replica(server=proxy.address)
+    replica.synchronize_all()
+    replica.create("Task", {"photo": replica.add_file(LARGE[:400_000])}, "t1")
+    monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.3)
+    proxy.up.bytes_per_second = 200_000
+
+    report = replica.synchronize_all()
+
+    assert (report.applied, report.skipped, report.file_bytes_sent) == (1, [], 400_000)
+
+
 def test_no_room_for_more_that_nothing_refers_to() -> None:
     """What a user may not upload yet stays pending and is reported at once, and goes up when there is room."""
     with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=len(PHOTO) + 5_000)) as world:
@@ -159,6 +172,43 @@ def test_no_room_for_more_that_nothing_refers_to() -> None:
         other.create("Task", {"photo": other.add_file(b"nothing")}, "t3")
         other.synchronize_all()
         assert replica.synchronize_all().applied == 1
+
+
+def test_a_commit_group_has_more_files_than_there_is_room_for() -> None:
+    """What can never go as it is uploads nothing, and is told with the limit's name; everything else goes."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        photos = [{"photo": replica.add_file(bytes([number]) * 20_000)} for number in range(4)]
+        with replica.transaction(atomic=True) as transaction:
+            for number in range(3):
+                transaction.create("Task", photos[number], f"t{number}")
+            transaction.create("Task", {}, "t3")
+        replica.create("Task", photos[3], "t4")
+
+        for applied in (1, 0):
+            report = replica.synchronize_all()
+            assert (report.applied, report.files_uploaded) == (applied, applied)
+            assert [(one.id, one.reason) for one in report.skipped] == [
+                (f"t{number}", SkipReason.FILES_EXCEED_ROOM) for number in range(4)
+            ]
+            assert "have 72288 bytes" in report.skipped[0].message
+            assert "takes 60000 at once, its limit file_room_per_user" in report.skipped[0].message
+
+
+def test_commit_groups_share_the_room() -> None:
+    """Groups whose files fit one after the other, and not together, all go, in one synchronization."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        for group in range(3):
+            with replica.transaction(atomic=True) as transaction:
+                for number in range(2):
+                    photo = replica.add_file(bytes([group, number]) * (5_000 * (1 + number)))
+                    transaction.create("Task", {"photo": photo}, f"g{group}-{number}")
+        replica.create("Task", {"photo": replica.add_file(PHOTO * 20)}, "t1")  # more than there is room for
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, report.skipped) == (7, 7, [])
 
 
 @pytest.mark.timeout(120)
@@ -241,7 +291,8 @@ def test_objects_and_small_files_are_not_held_up(world: World, proxy: Proxy) -> 
 @pytest.mark.timeout(60)
 def test_a_black_hole_ends_in_a_report(world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing gets ahead for long the synchronization returns, operations stay pending, and it goes on later."""
-    monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (1.0,))
+    monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 1.0)
+    monkeypatch.setattr(_transfer, "SLOWEST_BYTES_PER_SECOND", 1_000_000)
     replica = world.replica(server=proxy.address)
     replica.create("Task", {"photo": replica.add_file(LARGE)}, "t1")
     replica.create("Task", {}, "t2")

@@ -22,7 +22,7 @@ from tests.simulation.model import Key
 
 from tidelog import ResourceClosed
 from tidelog_client._call_errors import call_error
-from tidelog_client._file_calls import ContentStatus, FileRefused, Presence
+from tidelog_client._file_calls import ContentStatus, FileRefused, Presence, Standings
 from tidelog_client._file_channel import _REFUSALS
 from tidelog_client._files import Needed
 from tidelog_client._workers import Event, Work, done
@@ -390,16 +390,16 @@ class SimulatedCalls:
         self._links: list[FileLink] = []
         self._is_closed = False
 
-    def stat(self, _metadata: None, contents: Sequence[Needed]) -> list[ContentStatus]:
+    def stat(self, _metadata: None, contents: Sequence[Needed]) -> Standings:
         """See `FileCalls`."""
         link = self._open(Ask(contents))
         try:
-            answer: list[ContentStatus] = link.receive()
+            statuses: list[ContentStatus] = link.receive()
         except CallFailed as error:
             raise _error(error) from error
         finally:
             self._close(link)
-        return answer
+        return Standings(statuses)
 
     def upload(self, _metadata: None, content: Needed, offset: int, chunks: Iterable[bytes]) -> None:
         """See `FileCalls`."""

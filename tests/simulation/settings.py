@@ -16,6 +16,7 @@ from tidelog import _log
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog.v1 import sync_pb2
 from tidelog_client import (
+    _awaited_contents,
     _file_exchange,
     _files,
     _publication,
@@ -25,8 +26,7 @@ from tidelog_client import (
     _view,
 )
 from tidelog_client._file_wishes import FileDownload, FileMode
-from tidelog_server import _collection, _content_store, _download, _engine, _overlay, _session
-from tidelog_server import _files as _server_files
+from tidelog_server import _collection, _content_store, _download, _engine, _overlay, _session, _sightings
 from tidelog_server._retention import Periods
 
 MIB: Final = 1024 * 1024
@@ -87,14 +87,14 @@ class FileSettings:
                 (_file_exchange, "SMALL_UPLOADS_BYTES", limits["small_uploads"]),
                 (_file_exchange, "SESSION_SECONDS", limits["session_seconds"]),
                 (_file_exchange, "NOTED_AT_ONCE", limits["noted"]),
-                (_file_exchange, "FILES_STAT_MAX", limits["step"]),
+                (_awaited_contents, "FILES_STAT_MAX", limits["step"]),
                 (_files, "LOOK_STEP_OBJECTS", limits["step"]),
                 (_files, "COLLECT_STEP_CONTENTS", limits["step"]),
                 (_files, "SCAN_PAGE_KEYS", limits["step"]),
                 (_files, "GRACE_SECONDS", limits["grace_seconds"]),
                 (_collection, "STEP_ENTRIES", limits["step"]),
                 # Years pass here in an instant.
-                (_server_files, "UNSEEN_MAX", NEVER),
+                (_sightings, "UNSEEN_MAX", NEVER),
             ):
                 stack.enter_context(mock.patch.object(module, name, value))
             yield
@@ -203,6 +203,7 @@ class Settings:
                 (_synchronization, "SELECTION_KEYS_A_MESSAGE", limits["selection_keys"]),
                 (_publication, "PUBLISH_OBJECTS_MAX", limits["publish_objects"]),
                 (_publication, "GUARD_OBJECTS_AT_ONCE", limits["publish_pages"]),
+                (_publication, "GUARD_BITS_PER_OBJECT", limits["publish_pages"]),
                 (_publication, "PUBLISH_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "MERGE_STEP_PAGES", limits["publish_pages"]),
                 (_publication, "END_STEP_OBJECTS", limits["publish_pages"]),

@@ -63,6 +63,7 @@ CORE_MODULES = (
     "tidelog_server._overlay",
     "tidelog_server._projection",
     "tidelog_server._retelling",
+    "tidelog_server._sightings",
     "tidelog_server._verification",
 )
 INPUT_OUTPUT = {"grpc", "lmdb"}

@@ -301,6 +301,32 @@ def test_contents_without_a_record_after_a_silent_restore(cabinet: Cabinet, age:
     assert collected_in(cabinet, days=5) == 1
 
 
+def test_a_server_that_is_on_now_and_then(cabinet: Cabinet) -> None:
+    """A server that is on for some days every other week lets go of what nothing needs too, if later."""
+    cabinet.lab.settle(create(1))
+    for number in range(6):
+        start_again(cabinet)
+        cabinet.upload(b"photo %d" % number)
+        collected_in(cabinet, days=5)
+        cabinet.wait(9 * DAY)
+
+    assert [cabinet.has(b"photo %d" % number) for number in range(6)] == [False] * 4 + [True] * 2
+
+
+def test_what_was_about_to_be_needed_before_two_gaps(cabinet: Cabinet) -> None:
+    """What a store had lost when it was first put back can be offered again for 30 days, though it is off again."""
+    cabinet.upload(PHOTO)
+    cabinet.collect()
+    cabinet.wait(9 * DAY)
+    start_again(cabinet)
+    assert collected_in(cabinet, days=5) == 0
+    cabinet.wait(9 * DAY)
+    start_again(cabinet)
+
+    assert collected_in(cabinet, days=15) == 0
+    assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}), delete(2))) == ["APPLIED"] * 2
+
+
 def test_a_server_that_saw_all_the_time_pass(cabinet: Cabinet) -> None:
     """A server that goes on collects, however far its clock jumps: its store was not put back."""
     cabinet.lab.settle(create(1))

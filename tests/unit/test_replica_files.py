@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -39,6 +40,7 @@ from tidelog import (
 )
 from tidelog._contents import Part
 from tidelog._keys import pack_position
+from tidelog._limits import FILE_COST_BYTES
 from tidelog._operation import decode_operation
 from tidelog.testing import ManualClock
 from tidelog.v1 import operation_pb2
@@ -55,7 +57,7 @@ from tidelog_client import (
 )
 from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
-from tidelog_client._file_calls import FileRefused
+from tidelog_client._file_calls import FileRefused, Standings
 from tidelog_client._files import Needed
 from tidelog_client._transfer import ASKED_OBJECTS_MAX
 
@@ -88,7 +90,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up soon where nothing gets ahead."""
     monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.2)
-    monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (0.2,))
 
 
 def contents_of(replica: Replica) -> dict[bytes, int]:
@@ -639,14 +640,13 @@ class TestUploading:
     ) -> None:
         """While the server's contents are out of reach, objects are exchanged; what refers to contents waits."""
         monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.2)
-        monkeypatch.setattr(_transfer.Patience.__init__, "__defaults__", (0.2,))
         server = FileServer()
         connection = connect(replica, server)
         replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
         replica.create("Task", {"n": 1}, "t2")
 
         class Unreachable(Calls):
-            def stat(self, _metadata: object, contents: Sequence[Needed]) -> list[Any]:
+            def stat(self, _metadata: object, contents: Sequence[Needed]) -> Standings:
                 raise Transient(f"{len(contents)} contents are out of reach")
 
         monkeypatch.setattr(connection, "files", lambda _timeout: Unreachable(server))
@@ -655,6 +655,33 @@ class TestUploading:
         assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, 1)]
         monkeypatch.undo()
         assert replica.synchronize_all().applied == 1
+
+    @pytest.mark.parametrize("is_small", [True, False])
+    def test_what_is_tried_in_vain_keeps_no_room_from_others(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, *, is_small: bool
+    ) -> None:
+        """Where there is room for one file at a time, one that cannot be read holds up no other."""
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 1 << 20 if is_small else 0)
+        connect(replica, FileServer(room_bytes=len(PHOTO) + FILE_COST_BYTES))
+        for number in range(3):
+            replica.create("Task", {"photo": replica.add_file(PHOTO + b"%d" % number)}, f"t{number}")
+        contents = replica._storage.files.contents
+        opened = contents.open
+
+        def unreadable(name: bytes) -> Any:
+            if name == sha256(PHOTO + b"0"):
+                raise StorageError("it cannot be read")
+            return opened(name)
+
+        monkeypatch.setattr(contents, "open", unreadable)
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, [(one.id, one.reason) for one in report.skipped], pending(replica)) == (
+            2,
+            [("t0", SkipReason.FILE_NOT_UPLOADED)],
+            [1],
+        )
 
     def test_what_was_not_begun_is_reported_by_entity(self, replica: Replica, impatient: None) -> None:
         """Where patience ends, files that were not begun are counted, not named one by one."""
@@ -1297,6 +1324,49 @@ class TestDownloading:
             assert list(replica.verify()) == []
         assert replica.synchronize_all().files_downloaded == (1 if way == "next day" else 2)
         assert (read(replica, "t1"), read(replica, "t2")) == (PHOTO, LARGE)
+
+    def test_what_vanished_is_looked_for_some_at_a_time(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many objects have files, a few are looked at in one transaction, and the disk outside of any."""
+        monkeypatch.setattr(_files, "LOOK_STEP_OBJECTS", 2)
+        ids = [f"t{number}" for number in range(7)]
+        server = FileServer(pages=[page(*(task(id_, id_.encode()) for id_ in ids))])
+        for id_ in ids:
+            server.put(id_.encode())
+        connect(replica, server)
+        replica.synchronize_all()
+        files, environment = replica._storage.files, replica._storage.environment
+        for id_ in ids[1:]:
+            files.contents.delete(sha256(id_.encode()))
+        looked_at: list[int] = []
+        is_open = False
+        read, size, references = environment.read, files.contents.size, files.references
+
+        @contextmanager
+        def opened() -> Iterator[Any]:
+            nonlocal is_open
+            with read() as transaction:
+                is_open = True
+                looked_at.append(0)
+                yield transaction
+                is_open = False
+
+        def counted(transaction: Any, key: bytes) -> Any:
+            looked_at[-1] += 1
+            return references(transaction, key)
+
+        def size_outside(sha256: bytes) -> int | None:
+            assert not is_open
+            return size(sha256)
+
+        with monkeypatch.context() as watched:
+            watched.setattr(environment, "read", opened)
+            watched.setattr(files, "references", counted)
+            watched.setattr(files.contents, "size", size_outside)
+            files.sweep()
+        assert (max(looked_at), sum(looked_at)) == (2, len(ids))
+        assert sorted(id_ for _, id_ in files.look_again()) == ids[1:]
 
     @pytest.mark.parametrize("wish", ["lazy", "never", FileDownload("eager", bytes_max=100)])
     def test_what_is_not_wanted_does_not_come(self, folder: Path, wish: Any) -> None:

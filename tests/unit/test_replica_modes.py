@@ -680,6 +680,33 @@ class TestMassRemoval:
         assert (caught.value.removed, caught.value.present) == ({"Task": 30}, {"Task": 40})
         assert len(contents(replica)) == 40
 
+    @pytest.mark.parametrize(("bits_per_object", "passes"), [(64, [1]), (0, [1, 2])])
+    def test_what_is_brought_is_looked_at_once(
+        self,
+        replica: Replica,
+        server: ServerEnd,
+        monkeypatch: pytest.MonkeyPatch,
+        bits_per_object: int,
+        passes: list[int],
+    ) -> None:
+        """A download is looked at once, however large; again only if objects may have passed for others."""
+        monkeypatch.setattr(publication, "GUARD_BITS_PER_OBJECT", bits_per_object)
+        server.reconcile = True
+        server.pages = [page(*(("Task", f"t{number}", 1 + number, {}) for number in range(40)))]
+        synchronize(replica, server)
+        seen: list[int] = []
+        kept = publication.Publication._kept
+
+        def counted(*arguments: Any) -> Any:
+            seen.append(len(seen) + 1)
+            return kept(*arguments)
+
+        monkeypatch.setattr(publication.Publication, "_kept", counted)
+        server.pages = [page(*(("Task", f"t{number}", 100 + number, {}) for number in range(19, 40)))]
+        synchronize(replica, server)
+
+        assert (seen, len(contents(replica))) == (passes, 21)
+
 
 class TestNewerServers:
     """What a newer server says is not a reason to stop."""

@@ -12,7 +12,7 @@ import pytest
 from tests.builders import TENANT, TIME_US, Lab, wanted
 from tests.simulation.fiber import Fiber
 
-from tidelog_server import ContentStore, ObjectStoreContents, Principal, _files
+from tidelog_server import ContentStore, ObjectStoreContents, Principal, _files, _sightings
 from tidelog_server._errors import UploadSuperseded
 from tidelog_server._file_records import CONTENTS, content_of, grant_key, unpack_content
 from tidelog_server._files import Files
@@ -200,7 +200,8 @@ SCENES: Final[dict[str, tuple[Callable[[Shared], None], list[Act]]]] = {
 def test_whatever_the_order(monkeypatch: pytest.MonkeyPatch, name: str, *, may_die: bool) -> None:
     """In each order of the steps of several servers: what is on record is there, and what is told to a user holds."""
     monkeypatch.setattr(_files, "PART_US_MIN", -FOREVER_US)
-    monkeypatch.setattr(_files, "UNKNOWN_KEPT", -timedelta(days=100_000))
+    for module in (_files, _sightings):
+        monkeypatch.setattr(module, "UNKNOWN_KEPT", -timedelta(days=100_000))
     begin, acts = SCENES[name]
     choices: list[int] = []
     run_count = 0

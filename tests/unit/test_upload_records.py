@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tests.builders import TENANT, USER, Cabinet, Lab, create, file_value, said, wanted
+from tests.builders import TENANT, USER, Cabinet, Lab, create, file_value, said, update, wanted
 
+from tidelog._limits import FILE_COST_BYTES
 from tidelog_server import ContentLost, Principal, _upload_records
 from tidelog_server._errors import FileRoomExhausted, ServerBusy, UploadSuperseded
 from tidelog_server._files import Files
-from tidelog_server._upload_records import COST_BYTES
 
 SECOND: Final = timedelta(seconds=1)
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
 # Room for three small files.
-ROOM: Final = 3 * (COST_BYTES + 100)
+ROOM: Final = 3 * (FILE_COST_BYTES + 100)
 KEY: Final = ("Task", "t1")
 
 
@@ -57,13 +58,79 @@ def test_more_than_there_is_room_for(cabinet: Cabinet) -> None:
 
 
 def test_what_is_referred_to_makes_room(cabinet: Cabinet) -> None:
-    """Contents do not count any more once something refers to them."""
+    """Contents do not count any more once their user's operations refer to them; others stay as they were."""
     fill(cabinet)
     cabinet.lab.settle(create(1, set={"photo": file_value(data(1))}))
 
     cabinet.upload(data(3))
     with pytest.raises(FileRoomExhausted):
         cabinet.upload(data(4))
+    cabinet.lab.settle(
+        *(create(2 + number, f"u{number}", {"photo": file_value(data(number))}) for number in (0, 2, 3))
+    )
+    assert cabinet.entries(b"w") == []
+
+
+def test_what_an_operation_says_in_vain_makes_no_room(cabinet: Cabinet) -> None:
+    """Contents count as long as an operation that is to refer to them is not settled."""
+    fill(cabinet)
+    lost = {"photo": file_value(data(1)), "other": file_value(b"on nobody's record")}
+    assert said(cabinet.lab.settle(create(1, set=lost))) == ["NOT_READY"]
+
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(3))
+
+
+def test_what_a_service_refers_to_for_a_user_makes_room(cabinet: Cabinet) -> None:
+    """Contents do not count any more once their user refers to them by way of a service."""
+    fill(cabinet)
+    cabinet.tenant(USER).create("Task", {"photo": file_value(data(1))})
+
+    cabinet.upload(data(3))
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_what_others_hold_makes_no_difference(
+    cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch, *, is_held: bool
+) -> None:
+    """Whether somebody else has a content is not told to who uploads it: not by his room, nor by the time it takes."""
+    if is_held:
+        cabinet.tenant().create("Task", {"photo": cabinet.tenant().add_file(data(0), name="photo")}, id="hidden")
+    incoming = cabinet.files.begin_upload(USER, wanted(data(0)), 0)
+    incoming.append(data(0))
+    with monkeypatch.context() as watched:
+        for method in ("read", "size", "delete"):
+            watched.setattr(cabinet.contents, method, lambda *_, method=method: pytest.fail(f"{method} takes a while"))
+        incoming.complete()
+    incoming.leave()
+
+    fill(cabinet)
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(3))
+    assert len([one for one in cabinet.contents.contents(TENANT) if one.sha256 == wanted(data(0)).sha256]) == 1
+
+
+def test_who_reads_a_copy_reads_on_in_the_next(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A content that is uploaded once more while somebody downloads it comes whole, where what is deleted is gone."""
+    photo = cabinet.upload(data(0))
+    cabinet.lab.settle(create(1, set={"photo": photo}))
+    read = cabinet.contents.read
+
+    def read_in_ranges(tenant: str, sha256: bytes, offset: int = 0, copy: str = "") -> Generator[bytes, None, None]:
+        for start in range(offset, len(data(0))):
+            with closing(read(tenant, sha256, start, copy)) as pieces:
+                yield next(pieces)[:1]
+
+    monkeypatch.setattr(cabinet.contents, "read", read_in_ranges)
+    pieces = cabinet.files.download(USER, photo["sha256"], KEY, 0, 0)
+    stream = cabinet.files.open(TENANT, wanted(data(0)))
+    begun = [next(pieces), next(pieces)]
+
+    cabinet.upload(data(0), Principal("bob"))
+
+    assert b"".join([*begun, *pieces]) == data(0)
+    with stream:
+        assert stream.read() == data(0)
 
 
 def test_what_is_collected_makes_room(cabinet: Cabinet) -> None:
@@ -115,7 +182,8 @@ def test_room_is_found_among_many(cabinet: Cabinet, monkeypatch: pytest.MonkeyPa
     """To find room a few uploads are looked at, not all: each time others, until there is some."""
     monkeypatch.setattr(_upload_records, "LOOKED_AT", 2)
     for number in range(40):
-        cabinet.lab.settle(create(number + 1, f"t{number}", {"photo": cabinet.upload(data(number))}))
+        photo = cabinet.upload(data(number))
+        assert said(cabinet.lab.settle(update(number + 1, "nowhere", {"photo": photo}))) == ["OBJECT_GONE"]
     assert len(cabinet.entries(b"w")) < 8
 
 

@@ -109,6 +109,12 @@ class StatFilesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATUSES_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    room_bytes: _builtins.int
+    """How many bytes the caller may have uploaded, or begun to, that no operation
+    of his refers to yet, with 4 KiB for each content. One alone is always
+    taken. 0: however many.
+    """
     @_builtins.property
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileStatus]:
         """One for each, in the order asked."""
@@ -117,10 +123,11 @@ class StatFilesResponse(_message.Message):
         self,
         *,
         statuses: _abc.Iterable[Global___FileStatus] | None = ...,
+        room_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["room_bytes", b"room_bytes", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

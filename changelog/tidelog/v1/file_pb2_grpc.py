@@ -85,7 +85,7 @@ class FileServiceServicer:
         size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
         `FILE_TOO_LARGE`, when the server takes no content of that size, and with
         `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
-        uploaded too much that nothing refers to yet.
+        uploaded too much that no operation of his refers to yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,7 +57,7 @@ class FileServiceStub:
     size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
     `FILE_TOO_LARGE`, when the server takes no content of that size, and with
     `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
-    uploaded too much that nothing refers to yet.
+    uploaded too much that no operation of his refers to yet.
     """
     DownloadFile: _grpc.UnaryStreamMultiCallable[_file_pb2.DownloadFileRequest, _file_pb2.DownloadFileResponse]
     """Downloads a content, or a part of one, in chunks of at most 256 KiB.
@@ -96,7 +96,7 @@ class FileServiceAsyncStub(FileServiceStub):
     size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
     `FILE_TOO_LARGE`, when the server takes no content of that size, and with
     `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
-    uploaded too much that nothing refers to yet.
+    uploaded too much that no operation of his refers to yet.
     """
     DownloadFile: _aio.UnaryStreamMultiCallable[_file_pb2.DownloadFileRequest, _file_pb2.DownloadFileResponse]  # type: ignore[assignment]
     """Downloads a content, or a part of one, in chunks of at most 256 KiB.
@@ -144,7 +144,7 @@ class FileServiceServicer(metaclass=_abc_1.ABCMeta):
         size or hash; nothing of it is kept. Fails with `FAILED_PRECONDITION`, reason
         `FILE_TOO_LARGE`, when the server takes no content of that size, and with
         `RESOURCE_EXHAUSTED`, reason `FILE_ROOM_EXHAUSTED`, when the caller has
-        uploaded too much that nothing refers to yet.
+        uploaded too much that no operation of his refers to yet.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,325 @@
+"""
+Awaited contents: what operations to be uploaded refer to, and how each of these contents stands.
+
+An operation can go once the server has its contents, or nobody has them any more. One
+that the server lacks goes up; if it is not here either it comes down before, by what the
+replica shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from tidelog._errors import StorageError, SynchronizationError, Unauthenticated
+from tidelog._limits import FILE_COST_BYTES, FILES_STAT_MAX
+from tidelog._logging import get_logger
+from tidelog_client._call_errors import Transient
+from tidelog_client._file_calls import FileRefused, Presence
+from tidelog_client._plans import Plans
+from tidelog_client._report import Skipped, SkipReason
+from tidelog_client._set_aside import SET_ASIDE_FOLDER
+from tidelog_client._transfer import ASKED_OBJECTS_MAX, ContentLost, Downloading, Uploading, job_size
+from tidelog_client._upload import NO_FILES, Cause, FilePlan, Sieve, sifted
+
+if TYPE_CHECKING:
+    from tidelog._keys import ObjectKey
+    from tidelog_client._files import Needed
+    from tidelog_client._storage import Storage
+    from tidelog_client._transfer import Job, Result, Transfers
+
+_OVERTAKEN: Final = "an operation that comes before it waits for the content of a file"
+
+_log = get_logger("tidelog.files")
+
+
+class AwaitedContents:
+    """
+    What pending operations with files refer to, which is in memory.
+
+    Attributes:
+        is_any: Whether any operation to be uploaded refers to contents.
+        fetching: The contents that are not here, and come down before they go up.
+        lacking: Objects that turned out to lack a content.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._files = storage.files
+        self.is_any = False
+        # Where the log ended when it was looked at.
+        self._until = 0
+        # The operations to be uploaded, if they were chosen, and what is known of what they refer to.
+        self._seqs: Sequence[int] | None = None
+        self._needed: dict[int, list[Needed]] = {}
+        self._plan = NO_FILES
+        # Contents by what is known of them: whether operations that refer to them can go as they are, whether
+        # nobody has them any more, and, of those to be uploaded, how far the server has them.
+        self._ready: set[Needed] = set()
+        self._lost: set[Needed] = set()
+        self._waiting: dict[Needed, Uploading] = {}
+        # Of these, what is not here; what came down once; and what came damaged once.
+        self.fetching: dict[Needed, Downloading] = {}
+        self._fetched: set[Needed] = set()
+        self._damaged: set[Needed] = set()
+        # Why they are not there, of those that were tried.
+        self._reasons: dict[Needed, str] = {}
+        self.lacking: dict[ObjectKey, None] = {}
+        # How much the server takes that no operation refers to yet; what was uploaded; what has to wait until there
+        # is room; and how much operations need that need more than there is.
+        self._room_bytes: int | None = None
+        self._uploaded: set[Needed] = set()
+        self._apart: set[Needed] = set()
+        self._exceeding: dict[int, int] = {}
+
+    def __contains__(self, content: Needed) -> bool:
+        """Tell whether operations wait for a content."""
+        return content in self._waiting
+
+    @property
+    def settled_count(self) -> int:
+        """Of how many contents it is known that no operation waits for them any more."""
+        return len(self._ready) + len(self._lost)
+
+    def look(self, seqs: Sequence[int] | None) -> list[Needed]:
+        """
+        Find out what operations refer to; return the contents of which nothing is known yet.
+
+        Args:
+            seqs: The operations to be uploaded. None: all that are pending.
+        """
+        with self._storage.environment.read() as transaction:
+            self._until = self._storage.last_seq(transaction)
+            self.is_any = self._files.any_uploads(transaction)
+        self._seqs = seqs
+        self._needed = self._needed_contents() if self.is_any else {}
+        known = (self._ready, self._lost, self._waiting)
+        contents = dict.fromkeys(one for needed in self._needed.values() for one in needed)
+        return [one for one in contents if not any(one in where for where in known)]
+
+    def has_more(self) -> bool:
+        """Tell whether the session found out that further operations refer to contents."""
+        return bool(self._needed_contents().keys() - self._needed.keys())
+
+    def is_log_longer(self) -> bool:
+        """Tell whether operations were committed since that are to be uploaded too."""
+        with self._storage.environment.read() as transaction:
+            return self._seqs is None and self._storage.last_seq(transaction) > self._until
+
+    def plan(self) -> FilePlan:
+        """Return what a session has to know: of what is known now, until it is asked again."""
+        if not self.is_any:
+            self._plan = NO_FILES
+            return self._plan
+        held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
+        lost = {
+            seq: found
+            for seq, needed in self._needed.items()
+            if (found := [one.sha256 for one in needed if one in self._lost])
+        }
+        self._plan = FilePlan(self._until, held, lost)
+        return self._plan
+
+    def _needed_contents(self) -> dict[int, list[Needed]]:
+        chosen = None if self._seqs is None else set(self._seqs)
+        excluded = self._excluded()
+        return {
+            seq: contents
+            for seq, contents in self._files.uploads(until=self._until)
+            if (chosen is None or seq in chosen) and not (excluded and self._entity(seq) in excluded)
+        }
+
+    def _excluded(self) -> Collection[str]:
+        return Plans.decode(self._storage.meta("plans")).upload_excluded if self._seqs is None else ()
+
+    def _entity(self, seq: int) -> str:
+        with self._storage.environment.read() as transaction:
+            pending = self._storage.pending_at(transaction, seq)
+        return "" if pending is None else pending.key[0]
+
+    # --- how contents stand ---------------------------------------------------
+
+    def ask(self, transfers: Transfers, contents: Sequence[Needed]) -> None:
+        """
+        Ask the server how contents stand. Those of which it says nothing wait.
+
+        Raises:
+            Unauthenticated: It does not accept the token.
+        """
+        for first in range(0, len(contents), FILES_STAT_MAX):
+            asked = contents[first : first + FILES_STAT_MAX]
+            try:
+                standings = transfers.ask(asked)
+            except Unauthenticated:
+                raise
+            except Transient:
+                # Each is asked about again before it is sent.
+                self._waiting |= {one: Uploading(one) for one in contents[first:]}
+                return
+            except SynchronizationError as error:
+                self._waiting |= {one: Uploading(one) for one in asked}
+                self._reasons |= dict.fromkeys(asked, str(error))
+                continue
+            self._room_bytes = standings.room_bytes
+            for one, status in zip(asked, standings.statuses, strict=True):
+                if status.presence is not Presence.MISSING:
+                    self._ready.add(one)
+                else:
+                    self._find(one, status.received_bytes)
+
+    def _find(self, content: Needed, received_bytes: int) -> None:
+        """Find out whether a content that the server lacks can be uploaded."""
+        try:
+            if self._files.has(*content):
+                self._waiting[content] = Uploading(content, received_bytes)
+            elif self._files.has_other_size(*content):
+                self._lost.add(content)  # there is no such content
+            else:
+                self._miss(content, "it is not here any more")
+        except StorageError as error:
+            self._let_wait(content, str(error))
+
+    def _miss(self, content: Needed, why: str) -> None:
+        """
+        Have a content that is not here come from the server, by what the replica shows; else it is lost.
+
+        The server knows it, perhaps, and does not say so to whom it finds no object that he may read. What is only
+        away, or was put here anew meanwhile, is not missed.
+        """
+        try:
+            if self._files.is_sound(*content):
+                self._let_wait(content, f"{why}; by now it is here again")
+                return
+            self._files.check_place()
+            self._files.note_gone(content.sha256, self._storage.environment.path / SET_ASIDE_FOLDER)
+            self.lacking |= dict.fromkeys(self._files.look_again())
+        except StorageError as error:
+            self._let_wait(content, str(error))
+            return
+        holders = () if content in self._fetched else self._files.holders(content.sha256, ASKED_OBJECTS_MAX)
+        if holders:
+            self._fetched.add(content)
+            self.fetching[content] = Downloading(content, holders)
+            self._waiting[content] = Uploading(content)
+        else:
+            self._lose(content, why)
+
+    def _lose(self, content: Needed, why: str) -> None:
+        _log.warning("the content of a file cannot be uploaded", sha256=content.sha256.hex(), detail=why)
+        self._lost.add(content)
+        self._waiting.pop(content, None)
+
+    def _let_wait(self, content: Needed, why: str) -> None:
+        """Let a content wait for another synchronization."""
+        self._waiting[content] = Uploading(content)
+        self._reasons[content] = why
+
+    # --- transfers ------------------------------------------------------------
+
+    def share_room(self, under_way: Collection[Needed]) -> None:
+        """
+        Find out what is uploaded for the next session: all that whole commit groups need, as far as there is room.
+
+        Else parts of several groups would fill the room, and none of them would ever go. What is under way goes on;
+        what was tried in vain keeps no room from others.
+        """
+        self._apart, self._exceeding = set(), {}
+        room_bytes = self._room_bytes
+        if room_bytes is None or _cost(self._waiting) + _cost(self._uploaded) <= room_bytes:
+            return
+        unsettled = {content for needed in self._needed_contents().values() for content in needed}
+        admitted = (self._waiting.keys() & set(under_way)) | (self._uploaded & unsettled)
+        cost = _cost(admitted)
+        for unit, _ in sifted(self._storage, Sieve(self._excluded()), until=self._until, seqs=self._seqs):
+            needed = {content for one in unit for content in self._needed.get(one.seq, ()) if content in self._waiting}
+            if len(needed) > 1 and _cost(needed) > room_bytes:
+                self._exceeding |= dict.fromkeys((one.seq for one in unit), _cost(needed))
+            elif needed.isdisjoint(self._reasons):
+                more = _cost(needed - admitted)
+                if not admitted or cost + more <= room_bytes:
+                    admitted |= needed
+                    cost += more
+        self._apart = self._waiting.keys() - admitted
+
+    def uploads(self) -> list[Uploading]:
+        """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""
+        passed_over = self._reasons.keys() | self.fetching.keys() | self._apart
+        return sorted((one for content, one in self._waiting.items() if content not in passed_over), key=job_size)
+
+    def jobs(self) -> list[Job]:
+        """Return what is to be uploaded or comes down before, and was not tried in vain, the smallest first."""
+        passed_over = self._reasons.keys() | self._apart
+        fetches = (one for content, one in self.fetching.items() if content not in passed_over)
+        return sorted((*self.uploads(), *fetches), key=job_size)
+
+    def note_uploaded(self, result: Result) -> None:
+        """Take in how an upload ended."""
+        content, error = result.job.content, result.error
+        if isinstance(error, ContentLost):
+            self._miss(content, str(error))
+        elif error is None or (isinstance(error, FileRefused) and error.is_too_large):
+            self._waiting.pop(content, None)
+            self._ready.add(content)
+            self._uploaded.add(content)
+        else:
+            self._let_wait(content, str(error))
+
+    def note_fetched(self, result: Result) -> Job | None:
+        """Take in how the download of a content ended that is to be uploaded; return what is to be done of it now."""
+        content, error = result.job.content, result.error
+        if error is None:
+            del self.fetching[content]
+            return self._waiting[content]
+        if isinstance(error, FileRefused) and error.is_damaged and content not in self._damaged:
+            # What came of it may have begun long ago. Now it comes from the start.
+            self._damaged.add(content)
+            return self.fetching[content]
+        if isinstance(error, FileRefused):
+            del self.fetching[content]
+            self._lose(content, f"it is not here any more, and the server does not give it: {error}")
+        else:
+            self._reasons[content] = f"it is not here any more, and could not be downloaded: {error}"
+        return None
+
+    # --- at the end -----------------------------------------------------------
+
+    def skipped(self, why_not_sent: str) -> Iterator[Skipped]:
+        """
+        Yield which operations had to stay behind.
+
+        Args:
+            why_not_sent: Why no session took those whose contents are on the server by now. Empty: one did.
+        """
+        # Of those that a session was to take, only what is still pending counts.
+        behind = self._needed if why_not_sent else self._plan.held
+        if not behind:
+            return
+        held = {seq: self._why_held(seq, why_not_sent) for seq in behind}
+        sieve = Sieve(self._excluded(), held)
+        for unit, cause in sifted(self._storage, sieve, until=self._plan.until or 0, seqs=self._seqs):
+            if cause is Cause.FILE:
+                for one in unit:
+                    is_too_much = one.seq in self._exceeding
+                    reason = SkipReason.FILES_EXCEED_ROOM if is_too_much else SkipReason.FILE_NOT_UPLOADED
+                    why = self._why_too_much(one.seq) if is_too_much else held.get(one.seq, _OVERTAKEN)
+                    yield Skipped(*one.key, reason, why, seq=one.seq)
+
+    def _why_held(self, seq: int, why_not_sent: str) -> str:
+        waiting = [one for one in self._needed[seq] if one in self._waiting]
+        if not waiting:
+            return f"the content of its file came to the server too late for it: {why_not_sent}"
+        late = "others came first" if any(one in self._apart for one in waiting) else "there was no time left"
+        reason = next((self._reasons[one] for one in waiting if one in self._reasons), late)
+        return f"the content of its file is not on the server: {reason}"
+
+    def _why_too_much(self, seq: int) -> str:
+        return (
+            f"the files that it needs with its commit group have {self._exceeding[seq]} bytes, {FILE_COST_BYTES} more "
+            f"for each included, and the server takes {self._room_bytes} at once, its limit file_room_per_user: "
+            "commit fewer in one group, or have the limit raised"
+        )
+
+
+def _cost(contents: Iterable[Needed]) -> int:
+    """Return what contents count for in the room that a server has."""
+    return sum(one.size + FILE_COST_BYTES for one in contents)
