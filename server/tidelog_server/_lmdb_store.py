@@ -411,6 +411,8 @@ class LmdbStore:
 class LmdbReader:
     """Reads one tenant in one transaction. See `Reader` for what each method promises."""
 
+    is_remote: ClassVar[bool] = False
+
     def __init__(self, transaction: LmdbTransaction, databases: Databases, prefix: bytes) -> None:
         self._transaction = transaction
         self._databases = databases
@@ -496,6 +498,9 @@ class LmdbReader:
 
     def index(self, key: bytes) -> bytes | None:
         return self._transaction.get(self._prefix + key, db=self._databases.indexes)
+
+    def indexes(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        return {key: value for key in keys if (value := self.index(key)) is not None}
 
     def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         # The shortest key above another one is that with a NUL appended.

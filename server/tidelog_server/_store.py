@@ -33,7 +33,14 @@ class ObjectsPage(NamedTuple):
 
 
 class Reader(Protocol):
-    """One tenant's data as of one moment."""
+    """
+    One tenant's data as of one moment.
+
+    Attributes:
+        is_remote: Whether each question takes a while, because it is asked over a network: then few are asked.
+    """
+
+    is_remote: ClassVar[bool]
 
     def identity(self) -> Identity:
         """Return which store this is, as of that moment: in a job, with what those before it began."""
@@ -82,6 +89,10 @@ class Reader(Protocol):
 
     def index(self, key: bytes) -> bytes | None:
         """Return the value of a key in the table of indexes, or None."""
+        ...
+
+    def indexes(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """Return the values of those keys in the table of indexes that are there."""
         ...
 
     def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
