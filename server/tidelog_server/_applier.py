@@ -23,7 +23,7 @@ from tidelog_server._author import Author
 from tidelog_server._conflicts import is_superseded
 from tidelog_server._file_records import file_writes
 from tidelog_server._file_rules import FileRules
-from tidelog_server._indexes import IndexWrites, index_writes
+from tidelog_server._indexes import IndexWrites, index_lookups, index_writes
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import Applied, Outcomes
 from tidelog_server._overlay import Overlay
@@ -161,8 +161,9 @@ class UnitApplier:
         indexed = self._application.indexed_entities
         if not indexed:
             return files
-        written = self._overlay.written(indexed)
-        return {**index_writes(self._application.schema, written, self._overlay.index), **files}
+        schema, overlay, written = self._application.schema, self._overlay, list(self._overlay.written(indexed))
+        overlay.prefetch_index(index_lookups(schema, written))
+        return {**index_writes(schema, written, overlay.index), **files}
 
     def _apply(self, member: Member, position: int, failure: bytes) -> Applied:
         operation = member.operation

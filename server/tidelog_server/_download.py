@@ -20,13 +20,14 @@ commit group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from tidelog._downloads import DownloadMode
+from tidelog._errors import damaged
 from tidelog._keys import ObjectKey, pack_position
 from tidelog._limits import PAGE_BYTES_MAX, PAGE_OBJECTS_MAX
 from tidelog._values import Attributes
@@ -362,10 +363,11 @@ class Download:
         def next_page() -> sync_pb2.SnapshotPage:
             page = _Page(self._page_bytes)
             with self._reading() as reader:
+                states = _states(reader, list(remaining))
                 while remaining and not page.is_full:
-                    key = remaining[0]
-                    if add(page, reader, key, reader.objects((key,)).get(key)):
-                        remaining.popleft()
+                    if not add(page, reader, remaining[0], next(states)):
+                        break
+                    remaining.popleft()
             return page.message
 
         first_head = self._present_version()
@@ -401,11 +403,15 @@ class Download:
                 while position < self.head.version and (not pages or round_count > CATCH_UP_ROUNDS_MAX):
                     page = self._new_page(round_count)
                     pages.append(page)
-                    for change in _changes(reader, position):
+                    changes = [(change, concerns(change.key)) for change in _changes(reader, position)]
+                    states = _states(reader, [change.key for change, is_concerned in changes if is_concerned])
+                    for change, is_concerned in changes:
                         if page.is_full:
                             break
-                        if concerns(change.key):
-                            state = reader.objects((change.key,))[change.key]
+                        if is_concerned:
+                            state = next(states)
+                            if state is None:
+                                raise damaged(f"the object of the change at version {change.version}")
                             if state.version == change.version and not add(page, reader, change.key, state):
                                 break
                         position = change.version
@@ -662,6 +668,14 @@ def _changes(reader: Reader, after: int) -> list[Change]:
     changes = reader.changes(after, PAGE_OBJECTS_MAX, PAGE_BYTES_MAX)
     kept(changes[0] if changes and changes[0].version == after + 1 else None, after + 1)
     return changes
+
+
+def _states(reader: Reader, keys: Sequence[ObjectKey]) -> Iterator[ObjectState | None]:
+    """Yield the states of objects, None for those that are not there: some at a time, as far as they are wanted."""
+    for first in range(0, len(keys), INDEXED_OBJECTS_MAX):
+        part = keys[first : first + INDEXED_OBJECTS_MAX]
+        found = reader.objects(part)
+        yield from map(found.get, part)
 
 
 def _was_seen(

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from tidelog._failure import FailureReason
+from tidelog._file_reference import file_references
 from tidelog._keys import ObjectKey
 from tidelog._limits import BATCH_OPERATIONS_MAX, GROUP_BYTES_MAX
 from tidelog._operation import OperationKind
@@ -31,9 +32,11 @@ from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
 from tidelog_server._errors import OperationForked, OperationsOutOfOrder, RequestInvalid, SessionSuperseded
+from tidelog_server._file_records import content_key, grant_key
 from tidelog_server._file_rules import FileRules
 from tidelog_server._formers import Formers
 from tidelog_server._held import HeldUnits
+from tidelog_server._indexes import unique_key
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._outcomes import BEHIND_ANOTHER, Applied, Outcomes, Result, Status, Uploader
 from tidelog_server._overlay import Overlay
@@ -228,7 +231,7 @@ class _Evaluator:
         else:
             self._last_seq = _checked_order(members, self._last_seq)
         former, forgotten = self._settled_before(members)
-        self._overlay.prefetch(self._named_objects(members))
+        self._prefetch(members)
         units = list(split_units(members))
         if len(members) > BATCH_OPERATIONS_MAX and len(units) > 1:
             raise RequestInvalid(f"a batch of {len(members)} operations: the limit is {BATCH_OPERATIONS_MAX}")
@@ -260,6 +263,25 @@ class _Evaluator:
             forgotten.update(filter(self._formers.is_forgotten, rest))
             forgotten.difference_update(former)
         return former, forgotten
+
+    def _prefetch(self, members: Sequence[Member]) -> None:
+        """Read what the operations are going to need, as far as they say so themselves."""
+        self._overlay.prefetch(self._named_objects(members))
+        self._overlay.prefetch_index(self._named_entries(members))
+
+    def _named_entries(self, members: Iterable[Member]) -> Iterator[bytes]:
+        """Yield the keys of the table of indexes that are about unique values and files that operations name."""
+        overlay, user_id = self._overlay, self._uploader.principal.user_id
+        for operation, patch in ((one.operation, one.patch) for one in members if one.operation is not None):
+            entity = self._schema.entity(operation.entity)
+            for names in entity.unique if entity is not None else ():
+                if not patch.set.keys().isdisjoint(names):
+                    held = overlay.attributes(operation.key) if overlay.exists(operation.key) else {}
+                    if (key := unique_key(operation.entity, names, {**held, **patch.set})) is not None:
+                        yield key
+            for _attribute, reference in file_references(patch.set):
+                yield content_key(reference.sha256)
+                yield grant_key(reference.sha256, user_id)
 
     def _named_objects(self, members: Iterable[Member]) -> Iterator[ObjectKey]:
         has_references = self._schema.has_references
@@ -342,7 +364,7 @@ class _Evaluator:
     # --- the held operations --------------------------------------------------
 
     def held(self) -> Evaluation:
-        self._overlay.prefetch(self._named_objects(member for unit in self._held for member in unit))
+        self._prefetch([member for unit in self._held for member in unit])
         units = HeldUnits(self._overlay, self._outcomes, self._references, self._apply)
         results = units.settle(self._held)
         self._held, self._held_bytes, self._held_keys, self._lost = [], 0, set(), frozenset()

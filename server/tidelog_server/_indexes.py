@@ -108,6 +108,15 @@ def index_writes(schema: Schema, written: Iterable[Written], lookup: Callable[[b
     return {**removed, **added}
 
 
+def index_lookups(schema: Schema, written: Iterable[Written]) -> Iterator[bytes]:
+    """Yield the keys that `index_writes` looks up."""
+    for one in written:
+        entity = schema.entity(one.key[0])
+        for attribute in entity.indexes if entity is not None else ():
+            for prefix, _table in _places(attribute, one):
+                yield _PLACE + prefix + one.key[1].encode()
+
+
 def rebuilt_entries(
     schema: Schema, key: ObjectKey, attributes: Attributes | None, history: Iterable[Written]
 ) -> dict[bytes, bytes]:

@@ -40,7 +40,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 import msgpack
 from filelock import FileLock, Timeout
@@ -412,6 +412,8 @@ class LmdbStore:
 class LmdbReader:
     """Reads one tenant in one transaction. See `Reader` for what each method promises."""
 
+    is_remote: ClassVar[bool] = False
+
     def __init__(
         self, transaction: LmdbTransaction, databases: Databases, prefix: bytes, run: bytes = bytes(RUN_BYTES)
     ) -> None:
@@ -503,6 +505,9 @@ class LmdbReader:
 
     def index(self, key: bytes) -> bytes | None:
         return self._transaction.get(self._prefix + key, db=self._databases.indexes)
+
+    def indexes(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        return {key: value for key in keys if (value := self.index(key)) is not None}
 
     def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         # The shortest key above another one is that with a NUL appended.

@@ -36,6 +36,7 @@ class Overlay:
         self.changes: list[Change] = []
         self._states: dict[ObjectKey, ObjectState | None] = {}
         self._decoded: dict[ObjectKey, Attributes] = {}
+        self._index: dict[bytes, bytes | None] = {}
         self._first_version = self.version + 1
         # What was written, with what the store has of it.
         self._written: dict[ObjectKey, ObjectState | None] = {}
@@ -98,9 +99,20 @@ class Overlay:
         """Return the highest version collected."""
         return self._reader.collected()
 
+    def prefetch_index(self, keys: Iterable[bytes]) -> None:
+        """
+        Read in one go what is going to be looked up in the table of indexes, if it is far away.
+
+        Else the keys are not even looked at: a generator costs nothing then.
+        """
+        if self._reader.is_remote:
+            missing = [key for key in dict.fromkeys(keys) if key not in self._index]
+            found = self._reader.indexes(missing)
+            self._index.update((key, found.get(key)) for key in missing)
+
     def index(self, key: bytes) -> bytes | None:
         """Return a value of the table of indexes, as it is without this batch."""
-        return self._reader.index(key)
+        return self._index[key] if key in self._index else self._reader.index(key)
 
     def index_entries(self, prefix: bytes, page_entries: int = _SCAN_PAGE_OBJECTS) -> Iterator[bytes]:
         """Yield the keys of the table of indexes that start with *prefix*, as they are without this batch."""

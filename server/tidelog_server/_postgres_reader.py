@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, LiteralString
+from typing import TYPE_CHECKING, Any, ClassVar, Final, LiteralString
 
 import msgspec
 
 from tidelog._keys import ObjectKey
 from tidelog._operation import OperationKind
-from tidelog_server._postgres_arrays import Bigints, Texts
+from tidelog_server._postgres_arrays import Bigints, Byteas, Texts
 from tidelog_server._records import Change, Head, Identity, ObjectState, ReplicaState, Settled
 from tidelog_server._store import ObjectsPage
 
@@ -81,6 +81,12 @@ _ENTITIES: Final[LiteralString] = """
     SELECT entity FROM found WHERE entity IS NOT NULL
 """
 
+_INDEXES: Final[LiteralString] = """
+    SELECT key, value
+    FROM unnest(%s::bytea[]) AS wanted (key) CROSS JOIN LATERAL (
+        SELECT value FROM indexes WHERE tenant = %s AND key = wanted.key OFFSET 0
+    ) AS found
+"""
 _INDEX_RANGE: Final[LiteralString] = """
     SELECT key, value FROM indexes WHERE tenant = %s AND key >= %s AND key > %s ORDER BY key LIMIT %s
 """
@@ -140,6 +146,8 @@ _FAILURES: Final[LiteralString] = """
 class PostgresReader:
     """Reads one tenant in one transaction. See `Reader` for what each method promises."""
 
+    is_remote: ClassVar[bool] = True
+
     def __init__(self, transaction: Transaction, state: TenantState) -> None:
         self._rows = transaction.rows
         self._state = state
@@ -182,6 +190,10 @@ class PostgresReader:
 
     def index(self, key: bytes) -> bytes | None:
         return self._value("SELECT value FROM indexes WHERE tenant = %s AND key = %s", key)
+
+    def indexes(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        wanted = Byteas(keys)
+        return dict(self._rows(_INDEXES, wanted, self._tenant)) if wanted else {}
 
     def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         # With nothing to start after, the prefix itself is in the range; no key is empty.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 from tidelog._keys import ObjectKey
 from tidelog_server._attempts import Attempt, UnderWay
@@ -33,7 +33,14 @@ class ObjectsPage(NamedTuple):
 
 
 class Reader(Protocol):
-    """One tenant's data as of one moment."""
+    """
+    One tenant's data as of one moment.
+
+    Attributes:
+        is_remote: Whether each question takes a while, because it is asked over a network: then few are asked.
+    """
+
+    is_remote: ClassVar[bool]
 
     def identity(self) -> Identity:
         """Return which store this is, as of that moment: in a job, with what those before it began."""
@@ -92,6 +99,10 @@ class Reader(Protocol):
 
     def index(self, key: bytes) -> bytes | None:
         """Return the value of a key in the table of indexes, or None."""
+        ...
+
+    def indexes(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """Return the values of those keys in the table of indexes that are there."""
         ...
 
     def index_range(self, prefix: bytes, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:

@@ -45,7 +45,7 @@ from tidelog_server._errors import ChangedMeanwhile, OperationRefused
 from tidelog_server._file_records import SERVICE, file_writes
 from tidelog_server._file_rules import FileRules
 from tidelog_server._files import Files, Wanted
-from tidelog_server._indexes import index_writes
+from tidelog_server._indexes import index_lookups, index_writes
 from tidelog_server._overlay import Overlay
 from tidelog_server._principal import SYSTEM_USER, Principal
 from tidelog_server._projection import Sight, matching
@@ -514,7 +514,8 @@ class _Data:
             return None, overlay.version
         files = self._file_rules(overlay)
         self._apply(overlay, changes, files)
-        indexed = overlay.written(self._application.indexed_entities)
+        indexed = list(overlay.written(self._application.indexed_entities))
+        overlay.prefetch_index(index_lookups(self.schema, indexed))
         writes = Writes(
             objects=overlay.written_objects(),
             changes=overlay.changes,

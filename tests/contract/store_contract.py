@@ -546,6 +546,8 @@ class StoreContract:
                 None,
             ]
             assert reader.index_range(b"", b"", 10) == [(b"b", b"2"), (b"c", b"\x00\xff"), (b"d", b"4")]
+            assert reader.indexes([b"d", b"a", b"b", b"never"]) == {b"b": b"2", b"d": b"4"}
+            assert reader.indexes([]) == {}
 
     @pytest.mark.parametrize(
         ("prefix", "after", "limit", "expected"),
@@ -821,6 +823,7 @@ class StoreContract:
             assert reader.failures(b"", 10, 1 << 30) == []
             assert reader.refused_creation(REPLICA_A, task("t9")) is None
             assert reader.index(b"a") is None
+            assert reader.indexes([b"a"]) == {}
             assert reader.index_range(b"", b"", 10) == []
         with store.read("three") as reader:
             assert reader.head() == Head(0, b"")

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
-from tests.builders import REPLICA_A, TENANT
+from tests.builders import REPLICA_A, TENANT, Lab, create, update
 from tests.contract.store_contract import (
     UNBOUNDED,
     Job,
@@ -29,11 +29,23 @@ from tests.contract.store_contract import (
 )
 from tests.postgres import Cluster, running_cluster
 
-from tidelog import FormatUnsupported, InvalidValue, ResourceClosed, StorageError
+from tidelog import (
+    Entity,
+    FormatUnsupported,
+    Integer,
+    InvalidValue,
+    Reference,
+    ResourceClosed,
+    Schema,
+    StorageError,
+    String,
+)
 from tidelog.testing import Proxy
-from tidelog_server import PostgresStore, ServerOutdated, StoreUnavailable
+from tidelog_server import Application, PostgresStore, ServerOutdated, StoreUnavailable
+from tidelog_server import _postgres_connection as postgres_connection
 from tidelog_server import _postgres_store as postgres_store
 from tidelog_server._attempts import Attempt
+from tidelog_server._outcomes import Status
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader
 
@@ -533,6 +545,55 @@ def _end_writers(cluster: Cluster, conninfo: str) -> None:
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
         f"WHERE datname = '{database}' AND backend_xid IS NOT NULL"
     )
+
+
+class TestRoundTrips:
+    """How often a batch waits for the database, which may be far away."""
+
+    SCHEMA = Schema(
+        [
+            Entity("Project", {"name": String()}),
+            Entity(
+                "Task",
+                {"code": Integer(), "who": String(), "project": Reference("Project", on_delete="restrict")},
+                unique=["code"],
+                indexes=["who"],
+            ),
+        ]
+    )
+
+    @pytest.fixture
+    def waits(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Note each statement that is waited for."""
+        noted: list[str] = []
+        rows = postgres_connection.Transaction.rows
+
+        def counted(self: Any, statement: str, *parameters: Any) -> Any:
+            noted.append(statement)
+            return rows(self, statement, *parameters)
+
+        monkeypatch.setattr(postgres_connection.Transaction, "rows", counted)
+        return noted
+
+    @pytest.mark.parametrize("count", [10, 300])
+    def test_a_batch(self, store: PostgresStore, waits: list[str], count: int) -> None:
+        """A batch waits for the same few answers, however many objects it creates or changes."""
+        session = Lab(Application(schema=self.SCHEMA), store).session()
+        session.settle(create(1, "p", {"name": "x"}, entity="Project"))
+
+        def values(number: int, who: str) -> dict[str, Any]:
+            return {"code": number, "who": who, "project": "p"}
+
+        seqs = range(2, 2 + count)
+        for batch in (
+            [create(seq, f"t{seq}", values(seq, "ann")) for seq in seqs],
+            [update(seq + count, f"t{seq}", values(seq + 1_000, "bob"), base_version=seq) for seq in seqs],
+        ):
+            waits.clear()
+            results = session.batch(*batch)
+
+            assert {result.status for result in results} == {Status.APPLIED}
+            assert len(waits) <= 6, waits
 
 
 class TestUnderWay:

@@ -23,8 +23,9 @@ from tidelog import OperationKind
 from tidelog._file_reference import file_references
 from tidelog.testing import ManualClock
 from tidelog_client import FileState, Replica
-from tidelog_server import Application, Server, _files, verify_store
+from tidelog_server import Application, Server, verify_store
 from tidelog_server._content_store import MARK_NAME
+from tidelog_server._sightings import UNKNOWN_KEPT
 
 REPLICA_COUNT = 2
 PHASE_SECONDS = 0.8
@@ -83,7 +84,7 @@ class Photos:
                     replica.close()
             server.collect()
             # What a kill left that nobody knows is kept for as long as a store may have been put back.
-            clock.advance(_files.UNKNOWN_KEPT + timedelta(days=1))
+            clock.advance(UNKNOWN_KEPT + timedelta(days=1))
             server.collect()
         files = [path.name for path in (self._server_directory / "files").rglob("*") if path.is_file()]
         kept = [name.partition("-")[0] for name in files if name != MARK_NAME]
