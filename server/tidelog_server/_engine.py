@@ -270,7 +270,8 @@ class _Evaluator:
         self._overlay.prefetch_index(self._named_entries(members))
 
     def _named_entries(self, members: Iterable[Member]) -> Iterator[bytes]:
-        """Yield the keys of the table of indexes that are about unique values and files that operations name."""
+        """Yield the keys of the table of indexes that every batch needs, or one with what these operations name."""
+        yield _runs.PRESENT
         overlay, user_id = self._overlay, self._uploader.principal.user_id
         for operation, patch in ((one.operation, one.patch) for one in members if one.operation is not None):
             entity = self._schema.entity(operation.entity)
@@ -403,7 +404,7 @@ class _Evaluator:
                 **self._units.index_writes(failures),
                 **outcomes.index_writes(),
                 **self._formers.notes(outcomes.settled),
-                **(_runs.next_commit(self._reader) if outcomes.settled else {}),
+                **(_runs.next_commit(self._reader, overlay.index) if outcomes.settled else {}),
             },
         )
         state = UploadState(

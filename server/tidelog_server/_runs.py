@@ -28,6 +28,8 @@ from tidelog_server._store import Reader
 RUNS_MAX: Final = 2_000
 
 _RUNS: Final = b"n"
+# The key of the entry that says how far settling has come.
+PRESENT: Final = _RUNS
 
 
 class Moment(NamedTuple):
@@ -45,14 +47,14 @@ class Moment(NamedTuple):
 
 def present(lookup: Callable[[bytes], bytes | None]) -> Moment:
     """Return how far settling has come."""
-    value = lookup(_RUNS) or b""
+    value = lookup(PRESENT) or b""
     return Moment(unpack_position(value[:POSITION_BYTES]), value[POSITION_BYTES:])
 
 
-def next_commit(reader: Reader) -> IndexWrites:
-    """Return what is written with a commit that settles operations."""
-    count, run = present(reader.index)
-    writes: IndexWrites = {_RUNS: pack_position(count + 1) + reader.run()}
+def next_commit(reader: Reader, lookup: Callable[[bytes], bytes | None]) -> IndexWrites:
+    """Return what is written with a commit that settles operations. *lookup* finds what is at `PRESENT`."""
+    count, run = present(lookup)
+    writes: IndexWrites = {PRESENT: pack_position(count + 1) + reader.run()}
     if count and run != reader.run():
         writes |= {**_forgotten(reader), _runs_key(count): run}
     return writes
@@ -77,7 +79,7 @@ def is_entry(key: bytes) -> bool:
 
 def is_in_order(key: bytes, value: bytes, newest: Moment) -> bool:
     """Tell whether such an entry says what it can, given how far settling has come."""
-    if key == _RUNS:
+    if key == PRESENT:
         return newest.number > 0 and len(newest.run) == RUN_BYTES
     count = unpack_position(key[len(_RUNS) :]) if len(key) == len(_RUNS) + POSITION_BYTES else 0
     return 0 < count <= newest.number and len(value) in (0, RUN_BYTES)
