@@ -86,7 +86,14 @@ HASTY_MOVES: Final = 100
 BEGINNING_MOVES: Final = 2
 # A trap at a commit that comes seldom waits for it; it takes many of them to meet all.
 SELDOM: Final = frozenset(
-    (Commit.UNSTAGE, Commit.UNSTAGE_MERGE, Commit.PUBLISH_STEP, Commit.PUBLISHING, Commit.PUBLISH)
+    (
+        Commit.UNSTAGE,
+        Commit.UNSTAGE_MERGE,
+        Commit.PUBLISH_STEP,
+        Commit.PUBLISHING,
+        Commit.PUBLISH,
+        Commit.COLLECT_UPLOADS,
+    )
 )
 DEVICES_MAX: Final = 5
 ASIDES_MAX: Final = 4
@@ -978,7 +985,12 @@ class World(FileHappenings):
         )[0]
         is_about_files = self.witness is not None and self._random.random() < FILE_TRAPS_SHARE
         commits = SERVER_FILE_COMMITS if is_about_files else SERVER_COMMITS
-        commit = self._random.choice(commits) if self._random.random() < (0.9 if is_about_files else 0.5) else None
+        weights = [4 if commit in SELDOM else 1 for commit in commits]
+        commit = (
+            self._random.choices(commits, weights)[0]
+            if self._random.random() < (0.9 if is_about_files else 0.5)
+            else None
+        )
         self._server.disk.trap = Trap(fault, self._random.choice([0, 0, 1, 2]), commit, self._moment())
         self._say(f"the server will meet {self._server.disk.trap}")
 
