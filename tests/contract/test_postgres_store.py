@@ -564,7 +564,7 @@ class TestRoundTrips:
         noted: list[str] = []
         rows = postgres_connection.Transaction.rows
 
-        def counted(self: Any, statement: str, *parameters: Any) -> Any:
+        def counted(self: Any, statement: Any, *parameters: Any) -> Any:
             noted.append(statement)
             return rows(self, statement, *parameters)
 
