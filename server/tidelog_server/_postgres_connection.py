@@ -31,6 +31,9 @@ SERVER_VERSION_MIN: Final = 130_000
 # Who reads waits so long for one of the connections that others have.
 TAKE_SECONDS_MAX: Final = 10.0
 
+# Who writes waits so long for whoever writes the same tenant on another server, which may have come to a halt.
+LOCK_SECONDS_MAX: Final = 60.0
+
 # What whoever deploys a server may say otherwise in the connection string.
 _DEFAULTS: Final = {
     "application_name": "tidelog",
@@ -52,7 +55,7 @@ _SETTINGS: Final[LiteralString] = """
         ('enable_seqscan', 'off'),
         ('enable_bitmapscan', 'off'),
         ('jit', 'off'),
-        ('lock_timeout', '0'),
+        ('lock_timeout', %s),
         ('statement_timeout', '0'),
         ('idle_in_transaction_session_timeout', '600000'),
         ('tcp_keepalives_idle', '10'),
@@ -117,7 +120,7 @@ class Address:
                 )
             if connection.info.parameter_status("server_encoding") != "UTF8":
                 raise StorageError(f"{self} has another encoding than UTF8: not every text can be stored there")
-            connection.execute(_SETTINGS)
+            connection.execute(_SETTINGS, (f"{round(LOCK_SECONDS_MAX * 1_000)}ms",))
         except psycopg.Error as error:
             connection.close()
             raise _told(error, str(self)) from error

@@ -185,6 +185,7 @@ class PostgresStore:
         """Be the only one who makes the store ready. See `Store.preparing`."""
         connection = self._address.connect()
         try:
+            connection.rows("SET lock_timeout = 0")  # a migration takes as long as it takes
             connection.rows("SELECT pg_advisory_lock(%s)", PREPARING_LOCK)
             self._entry.require_no_note()
             self._entry.is_preparing = True

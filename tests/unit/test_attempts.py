@@ -288,6 +288,31 @@ def test_suspects_are_bounded() -> None:
     assert again.suspicion(TENANT, bytes([0, 5]) * 8).until == 1
 
 
+def test_servers_that_accuse_at_once() -> None:
+    """What another server notes while one is about to note something is neither lost nor taken back later."""
+    disk: dict[str, Any] = {}
+    store, other = MemoryStore(disk), MemoryStore(disk)
+    store._left = [(TENANT, Attempt(REPLICA_A, 5))]
+    other._left = [(TENANT, Attempt(REPLICA_B, 7))]
+    note = store.note
+
+    def note_in_between(name: str) -> bytes:
+        found = note(name)
+        if other._left:
+            Suspects(other)
+        return found
+
+    store.note = note_in_between  # type: ignore[method-assign]
+    suspects = Suspects(store)
+    for replica, until in ((REPLICA_A, 5), (REPLICA_B, 7)):
+        assert Suspects(store).suspicion(TENANT, replica).until == until
+
+    Suspects(other).clear(TENANT, REPLICA_B)
+    suspects.clear(TENANT, REPLICA_A)
+    for replica in (REPLICA_A, REPLICA_B):
+        assert Suspects(store).suspicion(TENANT, replica).until == 0
+
+
 # --- what outlives the process ----------------------------------------------------
 
 
