@@ -13,6 +13,7 @@ connections that nobody uses.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any, Final, LiteralString, Never
 
 import psycopg
@@ -220,7 +221,7 @@ class Transaction:
     def abandon(self) -> None:
         """End it in whatever state it is, with its connection. Nothing of it takes effect, unless it has ended."""
         self._ended = True
-        self._connection.close()
+        self._close()
 
     def check(self) -> None:
         """Raise what went wrong, if anything did."""
@@ -231,8 +232,14 @@ class Transaction:
 
     def _fail(self, error: psycopg.Error) -> Never:
         self.failure = _told(error, self._name)
-        self._connection.close()
+        self._close()
         raise self.failure from error
+
+    def _close(self) -> None:
+        self._connection.close()
+        # Left to the garbage collector, the pipeline would complain of that in the log.
+        with suppress(psycopg.Error):
+            self._pipeline.__exit__(None, None, None)
 
 
 class Pool:

@@ -91,6 +91,15 @@ class TestPostgresStore(StoreContract):
             self.databases[folder] = self.stack.enter_context(self.cluster.database())
         return PostgresStore(self.databases[folder])
 
+    def test_statements_stay_prepared(self, store: PostgresStore) -> None:
+        """What ends without a commit leaves no statement behind that the driver knows and the database forgot."""
+        for _ in range(3):
+            store.submit(TENANT, lambda reader: (None, reader.index(b"key"))).result()
+            with store.read(TENANT) as reader:
+                reader.index(b"key")
+            for _ in range(3):
+                assert store.note("some name") == b""
+
 
 @contextmanager
 def opened(conninfo: str) -> Iterator[PostgresStore]:
