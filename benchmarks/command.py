@@ -7,11 +7,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
 from rich.console import Console
+from tests.postgres import PostgresMissing, running_cluster
 
 from benchmarks import machine, tables
 from benchmarks.files import measure_file
@@ -35,6 +38,8 @@ app = typer.Typer(
 )
 _progress = Console(stderr=True, highlight=False)
 
+StoreKind = Literal["lmdb", "postgres"]
+Database = Callable[[], AbstractContextManager[str | None]]
 Folder = Annotated[Path | None, typer.Option("--dir", help="Where to make temporary folders.")]
 
 
@@ -48,12 +53,21 @@ def run(
     minutes: Annotated[float, typer.Option(help="Begin no further repeat after this time.")] = 10.0,
     folder: Folder = None,
     *,
+    store: Annotated[
+        StoreKind, typer.Option(help="Where the server keeps its data. postgres: in one that is run for this.")
+    ] = "lmdb",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything measured as JSON.")] = False,
 ) -> None:
     """Measure tidelog, and the bare pipe beside it."""
     if context.invoked_subcommand is not None:
         return
-    chosen = _sizes(sizes)
+    with _databases(store) as database:
+        _run(_sizes(sizes), repeat, minutes, database, folder, as_json=as_json)
+
+
+def _run(
+    chosen: list[int], repeat: int | None, minutes: float, database: Database, folder: Path | None, *, as_json: bool
+) -> None:
     end = time.monotonic() + minutes * 60
     about = machine.describe(folder or Path(tempfile.gettempdir()))
     results = {}
@@ -64,8 +78,8 @@ def run(
             if number and time.monotonic() > end:
                 _progress.print(f"{size:,} objects: out of time after {number} of {times} repeats")
                 break
-            with tempfile.TemporaryDirectory(prefix="tidelog-benchmark-", dir=folder) as name:
-                for pair in measure(size, Path(name)):
+            with tempfile.TemporaryDirectory(prefix="tidelog-benchmark-", dir=folder) as name, database() as store:
+                for pair in measure(size, Path(name), store=store):
                     _progress.print(
                         f"{size:,} objects, {number + 1} of {times}: {pair.name} {pair.tidelog.work.seconds:.3f} s, "
                         f"bare pipe {pair.bare.work.seconds:.3f} s"
@@ -83,6 +97,19 @@ def run(
     tables.show_machine(console, about)
     for size, pairs in results.items():
         tables.show(console, size, summarize(pairs))
+
+
+@contextmanager
+def _databases(store: StoreKind) -> Iterator[Database]:
+    """Give what gives the place of an empty store; none: the one that the measurement itself makes."""
+    if store == "lmdb":
+        yield nullcontext
+        return
+    try:
+        with running_cluster(durable=True) as cluster:
+            yield cluster.database
+    except PostgresMissing as error:
+        raise typer.BadParameter(str(error), param_hint="--store") from error
 
 
 @app.command("profile")

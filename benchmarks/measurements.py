@@ -46,9 +46,9 @@ class Pair(NamedTuple):
     bare: Sample
 
 
-def measure(size: int, folder: Path) -> Iterator[Pair]:
-    """Run through everything with *size* objects in an empty folder."""
-    run = _Run(size, folder)
+def measure(size: int, folder: Path, *, store: str | None = None) -> Iterator[Pair]:
+    """Run through everything with *size* objects in an empty folder, the server's data there too or in a database."""
+    run = _Run(size, folder, store)
     yield from run.commits()
     yield run.upload()
     yield run.download()
@@ -57,10 +57,11 @@ def measure(size: int, folder: Path) -> Iterator[Pair]:
 
 
 class _Run:
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, store: str | None) -> None:
         self._size = size
         self._folder = folder
-        self._store, self._writer, self._reader = map(self._path, ("store", "writer", "reader"))
+        self._store = store or self._path("store")
+        self._writer, self._reader = self._path("writer"), self._path("reader")
 
     def commits(self) -> Iterator[Pair]:
         """Create all objects: most with 1,000 to a transaction, the last with one."""

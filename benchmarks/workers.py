@@ -13,7 +13,8 @@ from benchmarks.records import ENTITY, tasks
 from benchmarks.work import Stopwatch, Work
 from tidelog._values import encode
 from tidelog_client import Replica
-from tidelog_server import Application, Server, ServerLimits
+from tidelog_server import Application, ObjectStoreContents, Server, ServerLimits
+from tidelog_server._stores import is_database
 from tidelog_server.commands import spare_the_collector
 
 COMMIT_OPERATIONS: Final = 1_000
@@ -26,7 +27,9 @@ class ServerWorker:
         self._profiler = Profiler(clock) if clock is not None else None
         self._open = ExitStack()
         spare_the_collector()  # as `tidelog serve` does
-        self._server = self._open.enter_context(Server(Application(), store=store, limits=limits))
+        # Nothing that is measured with a database has files.
+        contents = ObjectStoreContents("memory:///") if is_database(store) else None
+        self._server = self._open.enter_context(Server(Application(), store=store, limits=limits, contents=contents))
 
     def address(self) -> str:
         return self._server.address

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -11,7 +12,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict
 from uuid import uuid4
@@ -119,27 +119,75 @@ class Cluster:
             process.kill()
             process.wait()
 
+    def kill_backend(self, pid: int) -> bool:
+        """
+        Kill one of the processes that run statements, and return once the database answers again.
+
+        The database ends all the others and recovers, because it cannot know what the dead one has left in their
+        memory. Return False if the process had ended already.
+        """
+        with psycopg.connect(self.conninfo()) as witness:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return False
+            with contextlib.suppress(psycopg.OperationalError):
+                witness.execute("SELECT pg_sleep(%s)", [START_SECONDS])
+        until = time.monotonic() + START_SECONDS
+        while not self._answers():
+            assert time.monotonic() < until, f"PostgreSQL does not come back:\n{self._log.read_text()}"
+            time.sleep(POLL_SECONDS)
+        return True
+
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
-        """Run one statement in a transaction of its own, or in none if it wants none, and return its rows."""
-        with psycopg.connect(self.conninfo(database), autocommit=True) as connection:
+        """Run a statement in a database, named or by its address, and return its rows."""
+        with psycopg.connect(self.conninfo(database.rpartition("/")[2]), autocommit=True) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description is not None else []
 
-    @contextmanager
-    def database(self) -> Iterator[str]:
-        """Make an empty database, give its address, and remove it, whoever is still connected."""
+    @contextlib.contextmanager
+    def database(self, *, template: str = "template0") -> Iterator[str]:
+        """
+        Make a database, empty or as another one that nobody is connected to; give its address; remove it in the end.
+
+        Args:
+            template: The other one, by its name or address.
+        """
         name = f"test_{uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        self.copy_database(template, name)
         try:
             yield self.conninfo(name)
         finally:
-            self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            self.drop_database(name)
 
-    def run(self, program: str, *arguments: str | Path) -> bytes:
-        """Run one of PostgreSQL's programs, such as `pg_dump`, and return what it prints."""
-        done = subprocess.run(
-            [self._programs / program, *arguments], check=False, capture_output=True, cwd="/", **_unprivileged()
+    def create_database(self, name: str) -> None:
+        """Make an empty database."""
+        self.copy_database("template0", name)
+
+    def copy_database(self, template: str, name: str) -> None:
+        """Make a database as another one that nobody is connected to."""
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template.rpartition('/')[2]}")
+
+    def drop_database(self, name: str) -> None:
+        """Remove a database, if it is there, whoever is still connected."""
+        self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def load(self, database: str, script: str) -> None:
+        """Run a script, such as a dump, in a database, named or by its address. All of it, or nothing."""
+        self.run(
+            "psql",
+            "--quiet",
+            "--no-psqlrc",
+            "--set=ON_ERROR_STOP=1",
+            "--single-transaction",
+            self.conninfo(database.rpartition("/")[2]),
+            given=script.encode(),
         )
+
+    def run(self, program: str, *arguments: str | Path, given: bytes = b"") -> bytes:
+        """Run one of PostgreSQL's programs, such as `pg_dump`, with something to read, and return what it prints."""
+        command = [self._programs / program, *arguments]
+        done = subprocess.run(command, check=False, input=given, capture_output=True, cwd="/", **_unprivileged())
         assert done.returncode == 0, f"{program} failed: {done.stderr.decode()}"
         return done.stdout
 
@@ -163,15 +211,20 @@ class Cluster:
             )
         until = time.monotonic() + START_SECONDS
         while process.poll() is None and time.monotonic() < until:
-            try:
-                psycopg.connect(self.conninfo()).close()
+            if self._answers():
                 return True
-            except psycopg.OperationalError:
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         return False
 
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self.conninfo()).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
-@contextmanager
+
+@contextlib.contextmanager
 def running_cluster(*, durable: bool) -> Iterator[Cluster]:
     """
     Run a cluster in a temporary folder, and leave nothing of it.

@@ -1,4 +1,4 @@
-"""Addresses: "host:port", as both sides and the command line take them."""
+"""Addresses: "host:port", as both sides and the command line take them, and URLs, as messages may show them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from tidelog._errors import InvalidValue
 
 _ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})", re.ASCII)
 _PORT_MAX: Final = 65_535
+# A password that should have been escaped ends at the last "@".
+_PASSWORD: Final = re.compile(r"(://[^:@/?]*):.*@")
 
 
 def check_address(text: str) -> str:
@@ -36,3 +38,8 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def without_secrets(place: str) -> str:
+    """Return a URL without a password and without its options, one of which may be a password too."""
+    return _PASSWORD.sub(r"\1@", place.partition("?")[0]) if "://" in place else place

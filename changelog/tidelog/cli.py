@@ -69,8 +69,8 @@ class ExitCode(enum.IntEnum):
 _EPILOG: Final = (
     "Exit codes: 0 done; 1 done, but operations were refused (sync, failures retry), or there is no such object "
     "(get) or failure; "
-    "2 wrong usage; 3 the server, or the content of a file, is unavailable, or the address to serve at is taken: "
-    "try again; "
+    "2 wrong usage; 3 the server, its database, or the content of a file, is unavailable, or the address to serve at "
+    "is taken: try again; "
     "4 another synchronization of the replica is running: try again; 5 storage problem; "
     "6 the server refuses for another reason."
 )

@@ -19,6 +19,7 @@ from typing import Annotated, Final, Protocol
 
 import typer
 
+from tidelog._address import without_secrets
 from tidelog._finding import Finding, FindingKind
 from tidelog.cli import Column, CommandFailed, ExitCode, JsonOption, explained, print_json, print_table
 
@@ -32,10 +33,10 @@ _COLUMNS: Final = (
 
 
 class Verifier(Protocol):
-    """Yields what is wrong in a directory, and counts what it looks at. A function of a module."""
+    """Yields what is wrong in a directory, or a database, and counts what it looks at. A function of a module."""
 
-    def __call__(self, path: Path, *, counts: Counter[str]) -> Iterator[Finding]:
-        """Look into one directory."""
+    def __call__(self, place: str, /, *, counts: Counter[str]) -> Iterator[Finding]:
+        """Look into one of them."""
         ...
 
 
@@ -70,7 +71,11 @@ def add_verifier(
 def verify(
     *,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory of a server's data, or a backup.")
+        str | None,
+        typer.Option(
+            metavar="DIR|URL",
+            help="Directory of a server's data, or a backup, or the PostgreSQL database with the data.",
+        ),
     ] = None,
     contents: Annotated[
         str | None,
@@ -79,7 +84,7 @@ def verify(
             help="The object store with the server's contents of files, if it is given one: they are looked at too.",
         ),
     ] = None,
-    replica: Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of a replica.")] = None,
+    replica: Annotated[str | None, typer.Option(metavar="DIR", help="Directory of a replica.")] = None,
     set_aside: Annotated[
         bool,
         typer.Option(
@@ -96,16 +101,16 @@ def verify(
 
     It may be in use meanwhile. Exit code 5: something is wrong; each thing is named.
     """
-    chosen = {option: path for option, path in (("data", data), ("replica", replica)) if path is not None}
+    chosen = {option: place for option, place in (("data", data), ("replica", replica)) if place is not None}
     if len(chosen) != 1:
         raise typer.BadParameter("give one of them", param_hint="--data and --replica")
-    [(option, path)] = chosen.items()
+    [(option, place)] = chosen.items()
     if option not in _verifiers:
         raise CommandFailed(f"the part of tidelog that --{option} needs is not installed", ExitCode.USAGE)
     if set_aside:
         if option not in _ways_out:
             raise typer.BadParameter("only operations of a replica can be set aside", param_hint="--set-aside")
-        for what, file in _ways_out[option](path).items():
+        for what, file in _ways_out[option](Path(place)).items():
             if json_:
                 print_json({"set_aside": what, "file": str(file)})
             else:
@@ -116,7 +121,7 @@ def verify(
             raise typer.BadParameter("only a server's contents lie in an object store", param_hint="--contents")
         verifier = _with_contents[option](contents)
     counts: Counter[str] = Counter()
-    findings = _counted(_apart(verifier, path, counts), counts)
+    findings = _counted(_apart(verifier, place, counts), counts)
     if json_:
         for finding in findings:
             print_json(asdict(finding))
@@ -129,7 +134,7 @@ def verify(
         checked = ", ".join(f"{what} {number:,}" for what, number in counts.items())
         print(f"checked: {checked or 'nothing'}")
     if count:
-        raise CommandFailed(f"{path}: {count} finding{'s' if count > 1 else ''}", ExitCode.STORAGE)
+        raise CommandFailed(f"{without_secrets(place)}: {count} finding{'s' if count > 1 else ''}", ExitCode.STORAGE)
 
 
 def _counted(findings: Iterator[Finding], counts: Counter[str]) -> Iterator[Finding]:
@@ -138,11 +143,11 @@ def _counted(findings: Iterator[Finding], counts: Counter[str]) -> Iterator[Find
         yield finding
 
 
-def _apart(verifier: Verifier, path: Path, counts: Counter[str]) -> Iterator[Finding]:
+def _apart(verifier: Verifier, place: str, counts: Counter[str]) -> Iterator[Finding]:
     """Run a verifier in a process of its own; what ends that is a finding too."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(verifier, path, sender), daemon=True)
+    process = context.Process(target=_send, args=(verifier, place, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -157,17 +162,19 @@ def _apart(verifier: Verifier, path: Path, counts: Counter[str]) -> Iterator[Fin
                     raise CommandFailed(message, ExitCode(exit_code))
     except EOFError:
         process.join()
-        yield Finding(FindingKind.FILE_DAMAGED, str(path), "a file that can be read", _end_text(process.exitcode))
+        yield Finding(
+            FindingKind.FILE_DAMAGED, without_secrets(place), "a file that can be read", _end_text(process.exitcode)
+        )
     finally:
         process.kill()
         process.join()
 
 
-def _send(verifier: Verifier, path: Path, sender: Connection) -> None:
+def _send(verifier: Verifier, place: str, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the other process's to end both
     counts: Counter[str] = Counter()
     try:
-        for finding in verifier(path, counts=counts):
+        for finding in verifier(place, counts=counts):
             sender.send(finding)
     except Exception as error:  # noqa: BLE001 - the other process tells of it
         sender.send(explained(error))

@@ -30,13 +30,13 @@ from tidelog_server._errors import (
 from tidelog_server._jwt import JwtAuthenticator
 from tidelog_server._lmdb_backup import Restored, backup_store, restore_store
 from tidelog_server._lmdb_store import LmdbStore
-from tidelog_server._lmdb_verification import verify_store
 from tidelog_server._object_store_contents import ObjectStoreContents
 from tidelog_server._postgres_store import PostgresStore
 from tidelog_server._principal import Principal
 from tidelog_server._retention import Collected
 from tidelog_server._server import Server
 from tidelog_server._services import Load
+from tidelog_server._stores import begin_timeline, verify_store
 from tidelog_server._tenant import Found, Tenant, TenantTransaction
 from tidelog_server._tls import ServerTls
 
@@ -80,6 +80,7 @@ __all__ = [
     "TenantTransaction",
     "TransientError",
     "backup_store",
+    "begin_timeline",
     "restore_store",
     "verify_store",
 ]

@@ -9,7 +9,10 @@ record is in the content store, whole.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Final, Protocol
 
 from tidelog._contents import SHA256_BYTES
@@ -30,12 +33,16 @@ from tidelog_server._file_records import (
     failure_referrer,
     kept_record,
     object_referrer,
+    referrers_prefix,
     split_referrer,
     unpack_content,
     unpack_grant,
 )
 from tidelog_server._records import ObjectState
+from tidelog_server._store import Reader
 from tidelog_server._upload_records import UPLOADS, check_entry
+
+PAGE_CONTENTS: Final = 500
 
 FILE_TABLES: Final = (CONTENTS, GRANTS, REFERRERS, UPLOADS)
 
@@ -133,7 +140,38 @@ class FileVerification:
                 )
 
 
-def content_finding(contents: ContentStore, tenant: str, key: bytes, value: bytes) -> Finding | None:
+def content_findings(
+    read: Callable[[], AbstractContextManager[Reader]], tenant: str, contents: ContentStore, counts: Counter[str]
+) -> Iterator[Finding]:
+    """Yield what is wrong with a tenant's contents. Nothing of the store is being read while they are."""
+
+    def is_wrong(finding: Finding, key: bytes) -> bool:
+        """Tell whether a content should be there: it may have been collected, now or while a backup was made."""
+        with read() as reader:
+            if reader.index(key) is None:
+                return False
+            if finding.kind is not FindingKind.CONTENT_LOST:
+                return True
+            record = kept_record(content_of(key), reader.index)
+            is_needed = bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
+        # Another copy may have taken its place: a server that finds it puts it on record.
+        others = (one for one in contents.contents(tenant) if one.sha256 == content_of(key))
+        return is_needed and record is not None and all(one.size != record.size for one in others)
+
+    after = b""
+    while True:
+        with read() as reader:
+            page = reader.index_range(CONTENTS, after, PAGE_CONTENTS)
+        if not page:
+            return
+        for after, value in page:
+            counts["contents"] += 1
+            finding = _content_finding(contents, tenant, after, value)
+            if finding is not None and is_wrong(finding, after):
+                yield replace(finding, tenant=tenant)
+
+
+def _content_finding(contents: ContentStore, tenant: str, key: bytes, value: bytes) -> Finding | None:
     """Return what is wrong with a content that an entry of the table of indexes puts on record. All of it is read."""
     sha256 = content_of(key)
     try:

@@ -40,7 +40,7 @@ from tidelog_server._lmdb_store import (
     Databases,
     LmdbStore,
 )
-from tidelog_server._lmdb_verification import verify_store
+from tidelog_server._lmdb_verification import verify_directory
 from tidelog_server._place import MARKED_NOTE
 from tidelog_server._records import Identity
 
@@ -174,7 +174,7 @@ def _check_backup(backup: Path, *, accept_findings: bool) -> None:
     BackupNote.read(backup)  # raises if it is none
     count = 0
     named: list[Finding] = []
-    for finding in verify_store(backup):
+    for finding in verify_directory(backup, counts=Counter(), contents=None):
         count += 1
         if len(named) < FINDINGS_NAMED_MAX:
             named.append(finding)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,8 +26,7 @@ from tidelog_server._content_store import (
     ContentStore,
     DirectoryContents,
 )
-from tidelog_server._file_records import CONTENTS, content_of, kept_record, referrers_prefix
-from tidelog_server._file_verification import content_finding
+from tidelog_server._file_verification import content_findings
 from tidelog_server._lmdb_records import LmdbRecords
 from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, LmdbReader, noted
 from tidelog_server._verification import Counts, findings
@@ -35,32 +35,11 @@ if TYPE_CHECKING:
     from tidelog._environment import LmdbTransaction
     from tidelog._schema import Schema
 
-PAGE_CONTENTS: Final = 500
-
 _NO_SCHEMA: Final = (TidelogError, msgspec.MsgspecError)
 
 
-def verify_store(
-    path: str | Path, *, counts: Counts | None = None, contents: ContentStore | None = None
-) -> Iterator[Finding]:
-    """
-    Yield what is wrong in the directory of an embedded store, or in a backup of one. Nothing is written.
-
-    A server may be running on it. Each tenant is read as of one moment: as long as that
-    takes, the file grows by what is written meanwhile.
-
-    Args:
-        path: The directory.
-        counts: Gets how many tenants, objects, changes and so on were looked at.
-        contents: Where the contents of files lie. None: in the directory; if the server keeps
-            them elsewhere, they are not looked at.
-
-    Raises:
-        FormatUnsupported: The directory holds something else.
-        StorageError: There is nothing in it, or it cannot be opened.
-    """
-    counts = Counter() if counts is None else counts
-    path = Path(path)
+def verify_directory(path: Path, *, counts: Counts, contents: ContentStore | None) -> Iterator[Finding]:
+    """Yield what is wrong in the directory of an embedded store, or in a backup of one. See `verify_store`."""
     if (path / BACKUP_FILE).exists():
         note, where = BackupNote.read(path), str(path / DATA_FILE)
         if (size := data_bytes(path)) != note.data_bytes:
@@ -85,43 +64,16 @@ def verify_store(
                     kept = contents or _contents(transaction, databases, path)
                     for finding in chain.from_iterable(found):
                         yield replace(finding, tenant=name.decode(errors="replace"))
-                for finding in _content_findings(environment, databases, name, prefix, kept, counts) if kept else ():
-                    yield replace(finding, tenant=name.decode(errors="replace"))
+                tenant, read = name.decode(errors="replace"), partial(_reading, environment, databases, prefix)
+                yield from content_findings(read, tenant, kept, counts) if kept else ()
         except StorageError as error:
             yield Finding(FindingKind.FILE_DAMAGED, str(path), "tables that can be read", str(error))
 
 
-def _content_findings(  # noqa: PLR0917 - where the records are, and where the contents
-    environment: Environment, databases: Databases, name: bytes, prefix: bytes, contents: ContentStore, counts: Counts
-) -> Iterator[Finding]:
-    """Yield what is wrong with a tenant's contents. No transaction is open while they are read."""
-
-    def entries(after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-        with environment.read() as transaction:
-            return LmdbReader(transaction, databases, prefix).index_range(CONTENTS, after, limit)
-
-    def is_wrong(finding: Finding, key: bytes) -> bool:
-        """Tell whether a content should be there: it may have been collected, now or while a backup was made."""
-        with environment.read() as transaction:
-            reader = LmdbReader(transaction, databases, prefix)
-            if reader.index(key) is None:
-                return False
-            if finding.kind is not FindingKind.CONTENT_LOST:
-                return True
-            record = kept_record(content_of(key), reader.index)
-            is_needed = bool(reader.index_range(referrers_prefix(content_of(key)), b"", 1))
-        # Another copy may have taken its place: a server that finds it puts it on record.
-        others = (one for one in contents.contents(tenant) if one.sha256 == content_of(key))
-        return is_needed and record is not None and all(one.size != record.size for one in others)
-
-    tenant = name.decode(errors="replace")
-    after = b""
-    while page := entries(after, PAGE_CONTENTS):
-        for after, value in page:
-            counts["contents"] += 1
-            finding = content_finding(contents, tenant, after, value)
-            if finding is not None and is_wrong(finding, after):
-                yield finding
+@contextmanager
+def _reading(environment: Environment, databases: Databases, prefix: bytes) -> Iterator[LmdbReader]:
+    with environment.read() as transaction:
+        yield LmdbReader(transaction, databases, prefix)
 
 
 def _tables(transaction: LmdbTransaction, databases: Databases, tenants: dict[bytes, bytes]) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ connections that nobody uses.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any, Final, LiteralString, Never
 
 import psycopg
@@ -30,6 +31,9 @@ from tidelog_server._postgres_arrays import ARRAYS
 SERVER_VERSION_MIN: Final = 130_000
 # Who reads waits so long for one of the connections that others have.
 TAKE_SECONDS_MAX: Final = 10.0
+
+# Who writes waits so long for whoever writes the same tenant on another server, which may have come to a halt.
+LOCK_SECONDS_MAX: Final = 60.0
 
 # What whoever deploys a server may say otherwise in the connection string.
 _DEFAULTS: Final = {
@@ -52,7 +56,7 @@ _SETTINGS: Final[LiteralString] = """
         ('enable_seqscan', 'off'),
         ('enable_bitmapscan', 'off'),
         ('jit', 'off'),
-        ('lock_timeout', '0'),
+        ('lock_timeout', %s),
         ('statement_timeout', '0'),
         ('idle_in_transaction_session_timeout', '600000'),
         ('tcp_keepalives_idle', '10'),
@@ -117,7 +121,7 @@ class Address:
                 )
             if connection.info.parameter_status("server_encoding") != "UTF8":
                 raise StorageError(f"{self} has another encoding than UTF8: not every text can be stored there")
-            connection.execute(_SETTINGS)
+            connection.execute(_SETTINGS, (f"{round(LOCK_SECONDS_MAX * 1_000)}ms",))
         except psycopg.Error as error:
             connection.close()
             raise _told(error, str(self)) from error
@@ -217,7 +221,7 @@ class Transaction:
     def abandon(self) -> None:
         """End it in whatever state it is, with its connection. Nothing of it takes effect, unless it has ended."""
         self._ended = True
-        self._connection.close()
+        self._close()
 
     def check(self) -> None:
         """Raise what went wrong, if anything did."""
@@ -228,8 +232,14 @@ class Transaction:
 
     def _fail(self, error: psycopg.Error) -> Never:
         self.failure = _told(error, self._name)
-        self._connection.close()
+        self._close()
         raise self.failure from error
+
+    def _close(self) -> None:
+        self._connection.close()
+        # Left to the garbage collector, the pipeline would complain of that in the log.
+        with suppress(psycopg.Error):
+            self._pipeline.__exit__(None, None, None)
 
 
 class Pool:

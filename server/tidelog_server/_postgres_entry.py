@@ -35,10 +35,12 @@ _PUT_TENANT: Final[LiteralString] = "INSERT INTO tenants (name) VALUES (%s) ON C
 _LOCK_TIMELINE: Final[LiteralString] = "SELECT pg_advisory_xact_lock(%s)"
 _KEEP_TIMELINE: Final[LiteralString] = "SELECT pg_advisory_xact_lock_shared(%s)"
 _KEEP_READY: Final[LiteralString] = "SELECT %s OR pg_try_advisory_xact_lock_shared(%s)"
-# A database that was put back goes on in another process, under another number, or in other files.
+# A database that was put back goes on in another process, under another number, or in other files. Time is a number
+# here: as text it would depend on the time zone that a server asks for.
 _STATE: Final[LiteralString] = """
     SELECT store.epoch, store.timeline, (SELECT digest FROM notes WHERE name = %s),
-        concat_ws(' ', pg_postmaster_start_time(), pg_relation_filenode('objects'), database.oid),
+        concat_ws(' ', (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+            pg_relation_filenode('objects'), database.oid),
         tenants.number, tenants.version, tenants.commit_id, tenants.collected
     FROM pg_database AS database, store LEFT JOIN tenants ON tenants.name = %s
     WHERE database.datname = current_database()

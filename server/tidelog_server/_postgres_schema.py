@@ -20,7 +20,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Final, LiteralString
 
-from tidelog._errors import FormatUnsupported
+from tidelog._errors import FormatUnsupported, StorageError
 
 if TYPE_CHECKING:
     from tidelog_server._postgres_connection import Connection
@@ -186,3 +186,21 @@ def prepare_tables(connection: Connection, name: str) -> None:
             transaction.abandon()
             raise FormatUnsupported(name, found=format_name, supported=FORMAT)
     transaction.end()
+
+
+def check_tables(connection: Connection, name: str) -> None:
+    """
+    Require that the tables are there, and make nothing.
+
+    Raises:
+        FormatUnsupported: The database holds another format, or something else under the same name.
+        StorageError: There is no store in it.
+    """
+    found = connection.rows("SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('tidelog')")
+    if not found:
+        raise StorageError(f"{name} holds no store")
+    if ("store",) not in found:
+        raise FormatUnsupported(name, found="something else in its schema tidelog", supported=FORMAT)
+    [(format_name,)] = connection.rows("SELECT format FROM store")
+    if format_name != FORMAT:
+        raise FormatUnsupported(name, found=format_name, supported=FORMAT)

@@ -36,6 +36,8 @@ WRITERS: Final = 4
 READ_CONNECTIONS_MAX: Final = 16
 GROUP_JOBS_MAX: Final = 64
 
+EXTRA_MISSING: Final = "a store in PostgreSQL needs the extra postgres: pip install 'tidelog[postgres]'"
+
 _PUT_NOTE: Final[LiteralString] = """
     INSERT INTO notes (name, value, digest) VALUES (%s, %s, %s)
     ON CONFLICT (name) DO UPDATE SET value = excluded.value, digest = excluded.digest RETURNING 1
@@ -72,9 +74,7 @@ class PostgresStore:
             from tidelog_server._postgres_connection import Address, Pool  # noqa: PLC0415
             from tidelog_server._postgres_presence import Presence  # noqa: PLC0415
         except ImportError as error:
-            raise ExtraMissing(
-                "a store in PostgreSQL needs the extra postgres: pip install 'tidelog[postgres]'"
-            ) from error
+            raise ExtraMissing(EXTRA_MISSING) from error
         self._pid = os.getpid()
         self._address = Address(conninfo)
         connection = self._address.connect()
@@ -185,6 +185,7 @@ class PostgresStore:
         """Be the only one who makes the store ready. See `Store.preparing`."""
         connection = self._address.connect()
         try:
+            connection.rows("SET lock_timeout = 0")  # a migration takes as long as it takes
             connection.rows("SELECT pg_advisory_lock(%s)", PREPARING_LOCK)
             self._entry.require_no_note()
             self._entry.is_preparing = True

@@ -49,6 +49,7 @@ from tidelog_server._retention import (
 )
 from tidelog_server._services import Load, Services
 from tidelog_server._store import Store
+from tidelog_server._stores import open_store
 from tidelog_server._tenant import Tenant
 from tidelog_server._tls import ServerTls
 
@@ -88,7 +89,8 @@ class Server:
 
     Args:
         application: The rules.
-        store: A directory for an embedded store, or a store.
+        store: A directory for an embedded store, the URL of a PostgreSQL database, which
+            other servers may share ("postgresql://..."), or a store.
         listen: "host:port"; port 0 takes a free one, see `address`.
         authenticator: Tells who is calling. None: nobody is asked, and everybody is the same
             user "anonymous" of the tenant "default". Health checks and reflection, which
@@ -111,7 +113,9 @@ class Server:
         InvalidValue: *listen* is no address, a file of *tls* is not what it should be,
             *authenticator* wants certificates that *tls* does not ask for, the
             retention periods do not fit each other, or nothing says where contents lie.
-        StoreInUse: At the start: another server has the store open.
+        ExtraMissing: At the start: *store* is in a database, and the extra is not installed.
+        StoreInUse: At the start: another server has the embedded store open.
+        StoreUnavailable: At the start: the database cannot be reached now.
         SchemaContradicted: At the start: what the store holds does not fit the application's schema.
         MigrationUnfinished: At the start: a migration was broken off, and this would not finish it.
         AddressUnavailable: At the start: cannot listen there.
@@ -170,7 +174,7 @@ class Server:
         """Open the store and begin to serve. Returns once calls are answered."""
         given = self._store_given
         self._pid = os.getpid()
-        self._store = LmdbStore(given) if isinstance(given, str | Path) else given
+        self._store = open_store(given) if isinstance(given, str | Path) else given
         try:
             adopt_schema(self._application, self._store, migrate=self._migrate, time_us=self._clock())
             self._callers = Callers(self._authenticator)

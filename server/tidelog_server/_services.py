@@ -37,7 +37,7 @@ from tidelog_server._attempts import Suspects
 from tidelog_server._callers import Callers
 from tidelog_server._calls import let_go
 from tidelog_server._download import Download, Start, cursor_at
-from tidelog_server._errors import NothingRead, RequestInvalid, ServerBusy
+from tidelog_server._errors import NothingRead, RequestInvalid, ServerBusy, ServerOutdated, StoreUnavailable
 from tidelog_server._failure_service import FailureService
 from tidelog_server._file_service import FileService
 from tidelog_server._files import Files
@@ -592,7 +592,9 @@ async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Excepti
     """End the call with the error's status, and `ErrorInfo` for programs."""
     code, reason, message = status_of(error)
     status = _status_of(error)
-    if code is grpc.StatusCode.INTERNAL or isinstance(error, StorageError):
+    if isinstance(error, StoreUnavailable | ServerOutdated):
+        _log.warning("call refused", reason=reason, detail=str(error))  # it is not here that something is wrong
+    elif code is grpc.StatusCode.INTERNAL or isinstance(error, StorageError):
         _log.error("call failed", reason=reason, exc_info=error)
     elif isinstance(error, ServerBusy):
         _log.debug("call refused", reason=reason, detail=message)  # there are many then; admission tells how many

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from tidelog import _limits
 from tidelog._clock import Clock, system_time_us
 from tidelog._downloads import Download as Wish
+from tidelog._errors import StorageError
 from tidelog._failure import FailureReason
 from tidelog._keys import ObjectKey
 from tidelog._logging import get_logger
@@ -257,7 +258,11 @@ class Upload:
         """Lift the suspicion of a replica all of whose suspected operations were evaluated."""
         has_sent_all = self._last_seq >= self._suspicion.until or not self._uploader.leaves_earlier
         if done.exception() is None and has_sent_all:
-            self._suspects.clear(self._uploader.principal.tenant, self._uploader.replica)
+            try:
+                self._suspects.clear(self._uploader.principal.tenant, self._uploader.replica)
+            except StorageError as error:
+                # Until it goes well these operations are tried one by one.
+                _log.warning("a replica stays suspected of ending the process", detail=str(error))
 
     def _submit(self, evaluate: Callable[[Reader, UploadState], Evaluation], attempt: Attempt) -> Future[list[Result]]:
         number = self._batch_count
@@ -296,6 +301,8 @@ class Upload:
 def _joined(parts: Sequence[Future[list[Result]]]) -> Future[list[Result]]:
     """Return the results of parts, which settle in order, as one."""
     joined: Future[list[Result]] = Future()
+    # As with the parts: whoever stops waiting for it must not cancel it.
+    joined.set_running_or_notify_cancel()
 
     def join(_last: Future[list[Result]]) -> None:
         try:

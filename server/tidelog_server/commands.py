@@ -40,6 +40,7 @@ from tidelog_server import (
     Application,
     Authenticator,
     CertificateAuthenticator,
+    ContentStore,
     JwtAuthenticator,
     ObjectStoreContents,
     SchemaContradicted,
@@ -51,6 +52,7 @@ from tidelog_server import (
     failure_commands,
     verify_store,
 )
+from tidelog_server._errors import StoreUnavailable
 from tidelog_server._files import FILE_GRACE_DEFAULT
 from tidelog_server._jwt import LEEWAY_SECONDS_DEFAULT
 from tidelog_server._retention import (
@@ -58,6 +60,7 @@ from tidelog_server._retention import (
     HISTORY_RETENTION_DEFAULT,
     REPLICA_RETENTION_DEFAULT,
 )
+from tidelog_server._stores import is_database
 
 LIMITS_DEFAULT: Final = ServerLimits()
 # Besides one for each session: the store's, those of libraries, and connections that are on their way in or out.
@@ -76,7 +79,7 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
     failure_commands.register(app)
     backup_commands.register(app)
-    add_verifier(app, "data", verify_store, with_contents=lambda url: partial(_verify_with_contents, url))
+    add_verifier(app, "data", _verify, with_contents=lambda url: partial(_verify_with_contents, url))
 
 
 def serve(
@@ -89,7 +92,14 @@ def serve(
         ),
     ] = None,
     *,
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the data; made if it is not there.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|URL",
+            help="Directory of the data, made if it is not there, or the PostgreSQL database that they are in, "
+            "which other servers may share: postgresql://USER@HOST/NAME.",
+        ),
+    ],
     listen: Annotated[
         str,
         typer.Option(metavar="HOST:PORT", callback=checked_address, help="Where to listen. Port 0 takes a free one."),
@@ -99,7 +109,7 @@ def serve(
         typer.Option(
             metavar="URL",
             help="Keep the contents of files in an object store: s3://BUCKET/PREFIX, gs://... or az://... "
-            "Without it: in the directory of the data.",
+            "Without it: in the directory of the data. A database needs it.",
         ),
     ] = None,
     tokens: Annotated[
@@ -219,6 +229,8 @@ def serve(
     authenticator = _authenticator(tokens, jwks, jwt_key_file, jwt_options, auth)
     if authenticator is None and tls_client_ca is not None:
         authenticator = CertificateAuthenticator()
+    if is_database(data) and contents is None:
+        raise typer.BadParameter("with a database, say where the contents of files are kept", param_hint="--contents")
     served = _load_application(application) if application is not None else None
     object_store = _object_store(contents) if contents is not None else None
 
@@ -257,7 +269,7 @@ def serve(
                 _log.warning("no application was given: every change is accepted")
             print(f"listening on {server.address}", flush=True)
             stopped.recv(1)
-    except AddressUnavailable as error:
+    except (AddressUnavailable, StoreUnavailable) as error:
         raise CommandFailed(str(error), ExitCode.UNAVAILABLE) from error
     except SchemaContradicted as error:
         # A line for each: programs and people read them one by one.
@@ -313,8 +325,15 @@ def allow_open_files(count: int) -> None:
         _log.warning("fewer files may be open than sessions need: raise the limit", allowed=allowed, needed=count)
 
 
-def _verify_with_contents(url: str, path: Path, *, counts: Counter[str]) -> Iterator[Finding]:
-    return verify_store(path, counts=counts, contents=_object_store(url))
+def _verify(place: str, *, counts: Counter[str], contents: ContentStore | None = None) -> Iterator[Finding]:
+    try:
+        yield from verify_store(place, counts=counts, contents=contents)
+    except StoreUnavailable as error:
+        raise CommandFailed(str(error), ExitCode.UNAVAILABLE) from error
+
+
+def _verify_with_contents(url: str, place: str, *, counts: Counter[str]) -> Iterator[Finding]:
+    return _verify(place, counts=counts, contents=_object_store(url))
 
 
 def _object_store(url: str) -> ObjectStoreContents:

@@ -91,6 +91,15 @@ class TestPostgresStore(StoreContract):
             self.databases[folder] = self.stack.enter_context(self.cluster.database())
         return PostgresStore(self.databases[folder])
 
+    def test_statements_stay_prepared(self, store: PostgresStore) -> None:
+        """What ends without a commit leaves no statement behind that the driver knows and the database forgot."""
+        for _ in range(3):
+            store.submit(TENANT, lambda reader: (None, reader.index(b"key"))).result()
+            with store.read(TENANT) as reader:
+                reader.index(b"key")
+            for _ in range(3):
+                assert store.note("some name") == b""
+
 
 @contextmanager
 def opened(conninfo: str) -> Iterator[PostgresStore]:
@@ -249,6 +258,26 @@ class TestManyServers:
             shared = [change for change in changes if change.key == task("shared")]
             assert [change.previous for change in shared] == [0, *(change.version for change in shared[:-1])]
             assert len(reader.latest_objects("Task", 0, 1_000, UNBOUNDED).objects) == 81
+
+    def test_a_server_that_comes_to_a_halt(
+        self, store: PostgresStore, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody waits for ever for a tenant that another server does not let go of; others' jobs are done."""
+        monkeypatch.setattr(postgres_connection, "LOCK_SECONDS_MAX", 0.05)
+        monkeypatch.setattr("tidelog_server._postgres_writer.RUNS_MAX", 2)
+        gate = Gate(store)
+        with opened(postgres_database) as other:
+            # Where nothing was ever written there is no row to be locked, but one that is being made.
+            for tenant in (TENANT, "free", TENANT):
+                future = other.submit(tenant, writing(task("t1")))
+                if tenant == TENANT:
+                    with pytest.raises(StoreUnavailable):
+                        future.result(WAIT_SECONDS)
+                else:
+                    future.result(WAIT_SECONDS)
+            gate.open()
+            other.submit(TENANT, writing(task("t1"))).result(WAIT_SECONDS)
+        assert head(store) == 1
 
     def test_a_reader_never_passes_over_what_is_still_to_come(
         self, store: PostgresStore, other: PostgresStore
@@ -568,7 +597,7 @@ class TestRoundTrips:
         noted: list[str] = []
         rows = postgres_connection.Transaction.rows
 
-        def counted(self: Any, statement: str, *parameters: Any) -> Any:
+        def counted(self: Any, statement: Any, *parameters: Any) -> Any:
             noted.append(statement)
             return rows(self, statement, *parameters)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from tests.builders import TENANT, TIME_US, Lab, create, quick_folder
-from tests.integration.test_cli import fail, read_json, run, started, succeed
+from tests.integration.test_cli import fail, read_json, run, serving, started, succeed
 from tests.simulation.processes import wait_until
 
 from tidelog import FormatUnsupported, StorageError
@@ -388,6 +388,39 @@ class TestCommands:
         assert (restored["former_timeline"], restored["moved_to"]) == (about["timeline"], None)
         message = fail("serve", "--data", "copy", "--listen", "127.0.0.1:0", cwd=folder, code=5)
         assert message == "copy is a backup: a server gets its data from it by `tidelog restore`"
+
+    def test_a_directory_that_was_put_back(self, folder: Path) -> None:
+        """After a copy of the directory was put back, `new-timeline` makes replicas offer again what it lacks."""
+        with serving(cwd=folder, data="data") as address, Replica(folder / "a", server=address) as replica:
+            replica.create("Task", {"n": 1}, "t1")
+            replica.synchronize_all()
+        shutil.copytree(folder / "data", folder / "copy")
+        with serving(cwd=folder, data="data") as address:
+            in_use = fail("new-timeline", "--data", "data", cwd=folder, code=5)
+            with Replica(folder / "a", server=address) as replica:
+                replica.create("Task", {"n": 2}, "t2")
+                replica.synchronize_all()
+
+        printed = succeed("new-timeline", "--data", "copy", cwd=folder).splitlines()
+        [again] = read_json(succeed("new-timeline", "--data", "copy", "--json", cwd=folder))
+
+        assert "a server has" in in_use or "another server has" in in_use
+        assert printed[0] == "began a timeline in copy"
+        assert printed[1] == f"epoch {again['epoch']}"
+        assert printed[2].split()[1] == f"{again['former_timeline']},"
+        assert printed[3:] == ["TENANT   VERSION", "default  1"]
+        assert again["versions"] == {"default": 1}
+        with serving(cwd=folder, data="copy") as address, Replica(folder / "a", server=address) as replica:
+            report = replica.synchronize_all()
+        assert (report.server_restored, report.reoffered) == (True, 1)
+
+    def test_a_timeline_begins_in_a_store_only(self, store: Path, folder: Path) -> None:
+        """Where there is no store `new-timeline` makes none, and a backup has to be restored."""
+        backup_store(store, folder / "backup")
+
+        fail("new-timeline", "--data", "nowhere", cwd=folder, code=5)
+        assert not (folder / "nowhere").exists()
+        assert "is a backup" in fail("new-timeline", "--data", "backup", cwd=folder, code=5)
 
     def test_a_damaged_backup(self, store: Path, folder: Path) -> None:
         """A backup in which something is wrong is refused, with a line for each thing."""

@@ -1,4 +1,4 @@
-"""A server whose store is reached over a network: what is slow there must not hold up what needs nothing of it."""
+"""Servers whose store is reached over a network, so that it may be slow, and that others may serve too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.builders import quick_folder
 from tests.postgres import Cluster
 from tests.simulation.processes import wait_until
 
+from tidelog import Entity, Integer, Rename, Schema, ServerUnavailable
 from tidelog.testing import Proxy
 from tidelog_client import Replica
 from tidelog_server import Application, DirectoryContents, PostgresStore, Server
@@ -66,4 +67,40 @@ def test_a_database_that_does_not_answer(
             proxy.heal()
 
             done.result(WAIT_SECONDS)
+        store.close()
+
+
+def test_a_server_of_an_older_schema(folder: Path, postgres_database: str) -> None:
+    """Once a server has adopted a newer schema the others refuse for the time being; nothing is lost by that."""
+    older = Schema([Entity("Task", {"n": Integer()})], version=1)
+    newer = Schema(
+        [Entity("Task", {"number": Integer()})],
+        version=2,
+        renames=[Rename(entity="Task", attribute="n", to="number", version=2)],
+    )
+    contents = DirectoryContents(folder / "files")
+    stores = [PostgresStore(postgres_database) for _ in range(3)]
+    with (
+        Server(Application(schema=older), store=stores[0], contents=contents) as before,
+        Server(Application(schema=older), store=stores[1], contents=contents),
+        Replica(folder / "a", server=before.address) as replica,
+    ):
+        replica.create("Task", {"n": 1}, "t1")
+        replica.synchronize_all()
+
+        with Server(Application(schema=newer), store=stores[2], contents=contents, migrate=True) as after:
+            replica.create("Task", {"n": 2}, "t2")
+            with pytest.raises(ServerUnavailable):
+                replica.synchronize_all(timeout=1)
+            assert replica.pending_count() == 1
+
+            replica.close()
+            with Replica(folder / "a", server=after.address) as moved:
+                report = moved.synchronize_all()
+            assert (report.applied, report.rejected) == (1, 0)
+            assert {found.id: found.attributes for found in after.tenant().query("Task")} == {
+                "t1": {"number": 1},
+                "t2": {"number": 2},
+            }
+    for store in stores:
         store.close()

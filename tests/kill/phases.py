@@ -11,12 +11,14 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from tests.builders import contents
 from tests.kill.children import Child
+from tests.kill.data import Data, contents_at
 from tests.kill.load import check_acknowledged
 from tests.kill.roles import OLD_SCHEMA, commit_together, make_shop, migrate, publish, trim
 from tests.simulation import promises
@@ -25,7 +27,7 @@ from tests.simulation.records import Committed, History, read_replica, read_serv
 
 from tidelog_client import Replica
 from tidelog_client._report import PublishedCounts
-from tidelog_server import Application, LmdbStore, Server
+from tidelog_server import Application, Server
 
 COMMIT_SECONDS = 0.4
 TRANSACTION_OPERATIONS = 1_000
@@ -44,7 +46,7 @@ class GroupCommit:
 
     name = "group commit"
 
-    def __init__(self, folder: Path, dice: Random) -> None:
+    def __init__(self, folder: Path, dice: Random, data: Data) -> None:
         self.kills: Counter[str] = Counter()
         self._dice = dice
         self._directory, self._journal = folder / "replica", Journal(folder / "journal")
@@ -74,9 +76,10 @@ class _Phase:
 
     name = ""
 
-    def __init__(self, folder: Path, dice: Random) -> None:
+    def __init__(self, folder: Path, dice: Random, data: Data) -> None:
         self.kills: Counter[str] = Counter()
         self._dice = dice
+        self._data = data
         self._template, self._copy = folder / "template", folder / "copy"
         self.prepare(self._template)
         self._seconds = self._measured()
@@ -92,6 +95,11 @@ class _Phase:
     def check(self, directory: Path, *, done: bool) -> None:
         """Check what a kill, or the end, left."""
         raise NotImplementedError
+
+    def put_back(self) -> None:
+        """Let the phase have before it what was prepared."""
+        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.copytree(self._template, self._copy)
 
     def run(self) -> None:
         """Kill the phase once at least, then until it comes to its end between two kills."""
@@ -117,12 +125,11 @@ class _Phase:
 
     def _begin_again(self) -> None:
         self.check(self._copy, done=True)
-        shutil.rmtree(self._copy)
-        shutil.copytree(self._template, self._copy)
+        self.put_back()
 
     def _measured(self) -> float:
         """Return how long it takes. The first process of all takes longer."""
-        shutil.copytree(self._template, self._copy)
+        self.put_back()
         seconds = []
         for _ in range(3):
             began = time.monotonic()
@@ -247,22 +254,25 @@ class Migration(_Phase):
 
     def prepare(self, template: Path) -> None:
         """Fill a store by the old schema."""
-        with Server(make_shop(OLD_SCHEMA), store=template) as server:
+        contents = contents_at(self._data.contents_url, self._data.endpoint)
+        with Server(make_shop(OLD_SCHEMA), store=self._data.place, contents=contents) as server:
             _in_transactions(
                 MIGRATED_OBJECTS, server.tenant(), lambda one, n: one.create("Task", {"price": n % 9 + 1}, _id(n))
             )
+        self._data.keep()
+
+    def put_back(self) -> None:
+        """Let the server have its data as they were."""
+        self._data.put_back()
 
     def start(self, directory: Path) -> Child:
         """Start the server with the new schema."""
-        return Child(migrate, str(directory))
+        return Child(migrate, self._data.place, self._data.contents_url, self._data.endpoint)
 
     def check(self, directory: Path, *, done: bool) -> None:
         """The change log makes the objects, and each has its price in the one currency or the other."""
-        store = LmdbStore(directory)
-        try:
+        with closing(self._data.open()) as store:
             record = read_server(store, {})
-        finally:
-            store.close()
         promises.check_server(record, {})
         visible = {key[1]: attributes["price"] for key, (_, attributes) in record.visible().items()}
         old = {_id(number): number % 9 + 1 for number in range(MIGRATED_OBJECTS)}

@@ -8,14 +8,16 @@ everybody at once at another random instant, and verifies what they left on disk
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from random import Random
 
+from tests.balancer import Balancer
 from tests.kill.children import Child, kill_at_once
-from tests.kill.load import free_port
+from tests.kill.data import Data, contents_at
+from tests.kill.load import free_port, let_work
 from tests.kill.roles import serve_photos, take_photos
 from tests.simulation.processes import Journal
 
@@ -23,8 +25,7 @@ from tidelog import OperationKind
 from tidelog._file_reference import file_references
 from tidelog.testing import ManualClock
 from tidelog_client import FileState, Replica
-from tidelog_server import Application, Server, verify_store
-from tidelog_server._content_store import MARK_NAME
+from tidelog_server import Application, Server
 from tidelog_server._sightings import UNKNOWN_KEPT
 
 REPLICA_COUNT = 2
@@ -36,29 +37,38 @@ class Photos:
 
     name = "photos"
 
-    def __init__(self, folder: Path, dice: Random) -> None:
+    def __init__(self, folder: Path, dice: Random, data: Data) -> None:
         self.kills: Counter[str] = Counter()
         self._dice = dice
-        self._server_directory = folder / "server"
+        self._data = data
         self._directories = [folder / f"replica-{number}" for number in range(REPLICA_COUNT)]
         self._journals = [Journal(folder / f"journal-{number}") for number in range(REPLICA_COUNT)]
-        self._address = f"127.0.0.1:{free_port()}"
+        self._addresses = [f"127.0.0.1:{free_port()}" for _ in range(data.server_count)]
 
     def run(self) -> None:
         """Run a round and verify what it left."""
-        children: list[Child] = [self._serve(), *map(self._work, range(REPLICA_COUNT))]
-        try:
-            victims = self._dice.choice([[0], [1], [2], [0, 1, 2]])
-            time.sleep(self._dice.uniform(0, PHASE_SECONDS))
-            kill_at_once(*(children[victim] for victim in victims))
-            self.kills["server and replicas" if len(victims) > 1 else "replica" if victims[0] else "server"] += 1
-            for victim in victims:
-                children[victim] = self._work(victim - 1) if victim else self._serve()
-            time.sleep(self._dice.uniform(0, PHASE_SECONDS))
-        finally:
-            kill_at_once(*children)
+        count = len(self._addresses)
+        with Balancer(self._addresses) as balancer:
+
+            def start(number: int) -> Child:
+                return self._serve(number) if number < count else self._work(number - count, balancer.address)
+
+            children = [start(number) for number in range(count + REPLICA_COUNT)]
+            try:
+                victims = self._dice.choice([[0], [count], [count + 1], list(range(len(children)))])
+                let_work(self._journals, self._dice, PHASE_SECONDS)
+                kill_at_once(*(children[victim] for victim in victims))
+                kind = "server" if victims[0] < count else "replica"
+                self.kills["server and replicas" if len(victims) > 1 else kind] += 1
+                if struck := self._data.strike(self._dice):
+                    self.kills[struck] += 1
+                for victim in victims:
+                    children[victim] = start(victim)
+                let_work(self._journals, self._dice, PHASE_SECONDS)
+            finally:
+                kill_at_once(*children)
         self.kills["server and replicas"] += 1
-        _check_nothing(list(verify_store(self._server_directory)), "the server's store")
+        _check_nothing(self._data.verify(), "the server's store")
         for path, journal in zip(self._directories, self._journals, strict=True):
             with Replica(path) as replica:
                 _check_nothing(list(replica.verify()), path.name)
@@ -66,8 +76,10 @@ class Photos:
 
     def finish(self) -> None:
         """Let everybody synchronize in peace, and check that each has each content, and nobody one too many."""
-        clock = ManualClock()
-        with Server(Application(), store=self._server_directory, file_grace=timedelta(0), clock=clock) as server:
+        clock, contents = ManualClock(), contents_at(self._data.contents_url, self._data.endpoint)
+        with Server(
+            Application(), store=self._data.place, file_grace=timedelta(0), contents=contents, clock=clock
+        ) as server:
             replicas = [Replica(path, server=server.address) for path in self._directories]
             try:
                 for replica in replicas * 2:
@@ -86,23 +98,25 @@ class Photos:
             # What a kill left that nobody knows is kept for as long as a store may have been put back.
             clock.advance(UNKNOWN_KEPT + timedelta(days=1))
             server.collect()
-        files = [path.name for path in (self._server_directory / "files").rglob("*") if path.is_file()]
-        kept = [name.partition("-")[0] for name in files if name != MARK_NAME]
+        kept = [name.partition("-")[0] for name in self._data.content_names()]
         expected = {sha256.hex() for sha256 in (*shown[0].values(), *failed)}
         if sorted(kept) != sorted(expected):
-            raise AssertionError(f"{len(kept)} contents are kept where {len(expected)} are referred to")
+            missing = {sha256.hex()[:8] for sha256 in failed if sha256.hex() not in kept}
+            raise AssertionError(
+                f"{len(kept)} contents are kept where {len(expected)} are referred to: "
+                f"missing {expected - set(kept)}, of failures {missing}; unneeded {set(kept) - expected}"
+            )
 
-    def _serve(self) -> Child:
-        return Child(serve_photos, str(self._server_directory), self._address)
+    def _serve(self, number: int) -> Child:
+        data = self._data
+        return Child(serve_photos, data.place, self._addresses[number], data.contents_url, data.endpoint)
 
-    def _work(self, number: int) -> Child:
+    def _work(self, number: int, address: str) -> Child:
         seed = str(self._dice.random())
-        return Child(
-            take_photos, str(self._directories[number]), self._address, seed, str(self._journals[number].path)
-        )
+        return Child(take_photos, str(self._directories[number]), address, seed, str(self._journals[number].path))
 
 
-def _check_nothing(findings: list[object], what: str) -> None:
+def _check_nothing(findings: Sequence[object], what: str) -> None:
     if findings:
         raise AssertionError(f"{what} is not as it should be: {findings[:3]}")
 
@@ -113,7 +127,7 @@ def _check_acknowledged(replica: Replica, journal: Journal) -> None:
     lines = journal.lines()
     if errors := [line for line in lines if line.startswith("error")]:
         raise AssertionError(f"something failed for no reason: {errors}")
-    taken = [line.split()[1] for line in lines]
+    taken = [line.split()[1] for line in lines if line.startswith("committed")]
     if lost := [one for one in taken if one not in logged]:
         raise AssertionError(f"Durable: {len(lost)} of {len(taken)} photos are not in the log")
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import count
 from random import Random
 from typing import Any
 
+from tests.kill.data import contents_at
 from tests.simulation.application import Weather, make_application
 from tests.simulation.processes import SCHEMA, Journal, work
 
 from tidelog import Entity, Integer, Schema, ServerUnavailable, String
 from tidelog_client import Replica, _replica
-from tidelog_server import Application, Server
+from tidelog_server import Application, Server, StoreUnavailable
 
 __all__ = [
     "commit_together",
@@ -22,6 +25,7 @@ __all__ = [
     "migrate",
     "publish",
     "serve",
+    "serve_open",
     "serve_photos",
     "synchronize",
     "take_photos",
@@ -33,6 +37,7 @@ COMMITTING_THREADS = 8
 PHOTO_BYTES = (0, 10, 10_000, 300_000, 2_000_000)
 # Short enough that contents go while operations that refer to them are on their way.
 PHOTO_GRACE_SECONDS = 2.0
+RESTART_SECONDS = 0.05
 TRIM_STEP_OPERATIONS = 500
 # Where no server is: a replica that is on its way into the view does that first.
 NOWHERE = "127.0.0.1:1"
@@ -40,9 +45,12 @@ OLD_SCHEMA = Schema([Entity("Task", {"price": Integer(), "title": String()})])
 NEW_SCHEMA = Schema([Entity("Task", {"price": Integer(minimum=100), "title": String()})], version=2)
 
 
-def serve(directory: str, address: str) -> None:
+def serve(place: str, address: str, contents_url: str, endpoint: str) -> None:
     """Serve the simulated application."""
-    with Server(make_application(Weather(), schema_version=1), store=directory, listen=address):
+    application = make_application(Weather(), schema_version=1)
+    with _once_it_is_there(
+        lambda: Server(application, store=place, listen=address, contents=contents_at(contents_url, endpoint))
+    ):
         threading.Event().wait()
 
 
@@ -84,13 +92,39 @@ def commit_together(directory: str, journal_path: str) -> None:
         threads[0].join()
 
 
-def serve_photos(directory: str, address: str) -> None:
+def serve_open(place: str, address: str, contents_url: str, endpoint: str) -> None:
+    """Serve an application without rules."""
+    contents = contents_at(contents_url, endpoint)
+    with _once_it_is_there(lambda: Server(Application(), store=place, listen=address, contents=contents)):
+        threading.Event().wait()
+
+
+def serve_photos(place: str, address: str, contents_url: str, endpoint: str) -> None:
     """Serve photos, and delete what nobody refers to as soon as may be."""
-    with Server(
-        Application(), store=directory, listen=address, file_grace=timedelta(seconds=PHOTO_GRACE_SECONDS)
+    grace, contents = timedelta(seconds=PHOTO_GRACE_SECONDS), contents_at(contents_url, endpoint)
+    with _once_it_is_there(
+        lambda: Server(Application(), store=place, listen=address, file_grace=grace, contents=contents)
     ) as one:
         while True:
-            one.collect()
+            with contextlib.suppress(StoreUnavailable):
+                one.collect()
+
+
+@contextlib.contextmanager
+def _once_it_is_there(make: Callable[[], Server]) -> Iterator[Server]:
+    """Start a server, again and again as long as its database is not there, as whoever keeps it running does."""
+    while True:
+        server = make()
+        try:
+            server.start()
+        except StoreUnavailable:
+            time.sleep(RESTART_SECONDS)
+        else:
+            break
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def take_photos(directory: str, address: str, seed: str, journal_path: str) -> None:
@@ -116,6 +150,7 @@ def take_photos(directory: str, address: str, seed: str, journal_path: str) -> N
             if dice.random() < 0.5:
                 try:
                     replica.synchronize_all(timeout=2)
+                    journal.append("synchronized")
                 except ServerUnavailable:
                     pass
                 except Exception as error:
@@ -135,7 +170,7 @@ def make_shop(schema: Schema) -> Application:
     return application
 
 
-def migrate(directory: str) -> None:
+def migrate(place: str, contents_url: str, endpoint: str) -> None:
     """Start a server whose schema needs a migration, and stop it."""
-    with Server(make_shop(NEW_SCHEMA), store=directory, migrate=True):
+    with Server(make_shop(NEW_SCHEMA), store=place, migrate=True, contents=contents_at(contents_url, endpoint)):
         pass

@@ -324,6 +324,7 @@ def _synchronize(replica: Replica, random: Random, journal: Journal) -> None:
         else:
             keys = [(entity, str(random.randrange(30))) for entity in ("Note", "Line", "Node") for _ in range(3)]
             replica.synchronize_selected(keys, timeout=SYNCHRONIZE_TIMEOUT_SECONDS, on_progress=on_progress)
+        journal.append("synchronized")
     except ServerUnavailable:
         journal.append("unavailable")
     except TidelogError as error:

@@ -27,10 +27,10 @@ from tests.builders import (
     said,
 )
 
-from tidelog_server import Application, HookContext, HookObject
+from tidelog_server import Application, HookContext, HookObject, StoreUnavailable
 from tidelog_server._attempts import ATTEMPTS_MAX, SUSPECTS_MAX, Attempt, Suspects, decode_under_way, encode_under_way
 from tidelog_server._outcomes import Result, Status, Uploader
-from tidelog_server._session import Upload, begin_upload
+from tidelog_server._session import Upload, _joined, begin_upload
 from tidelog_server._survivor import ROOM_BYTES, Survivor
 
 Hook = Callable[[HookObject, HookContext], None]
@@ -277,6 +277,26 @@ def test_suspicion_stays_until_all_was_sent() -> None:
     assert service.suspects.suspicion(TENANT, REPLICA_A).attempts == ((3, 1),), "and is remembered"
 
 
+def test_a_suspicion_that_cannot_be_lifted_now(caplog: pytest.LogCaptureFixture) -> None:
+    """A store that fails once all is settled fails nobody: the suspicion stays, and goes the next time."""
+    service = Service(dies_of("3"))
+    service.upload(tasks(1, 5))
+    service.application = Application()  # the hook was mended
+
+    def fails(*_: object, **__: object) -> bool:
+        raise StoreUnavailable("just now")
+
+    service.store.set_note = fails  # type: ignore[method-assign]
+    assert service.upload(tasks(1, 5)) is not None
+    assert "stays suspected" in caplog.text
+    assert "exception calling callback" not in caplog.text
+    service.start()
+    assert service.suspects.suspicion(TENANT, REPLICA_A).until == 5
+
+    service.upload(tasks(1, 5))
+    assert service.suspects.suspicion(TENANT, REPLICA_A).until == 0
+
+
 def test_suspects_are_bounded() -> None:
     """No more replicas are remembered than a bound, the newest ones."""
     store = MemoryStore()
@@ -286,6 +306,31 @@ def test_suspects_are_bounded() -> None:
     assert len(again._suspects) == SUSPECTS_MAX
     assert again.suspicion(TENANT, bytes([0, 4]) * 8).until == 0
     assert again.suspicion(TENANT, bytes([0, 5]) * 8).until == 1
+
+
+def test_servers_that_accuse_at_once() -> None:
+    """What another server notes while one is about to note something is neither lost nor taken back later."""
+    disk: dict[str, Any] = {}
+    store, other = MemoryStore(disk), MemoryStore(disk)
+    store._left = [(TENANT, Attempt(REPLICA_A, 5))]
+    other._left = [(TENANT, Attempt(REPLICA_B, 7))]
+    note = store.note
+
+    def note_in_between(name: str) -> bytes:
+        found = note(name)
+        if other._left:
+            Suspects(other)
+        return found
+
+    store.note = note_in_between  # type: ignore[method-assign]
+    suspects = Suspects(store)
+    for replica, until in ((REPLICA_A, 5), (REPLICA_B, 7)):
+        assert Suspects(store).suspicion(TENANT, replica).until == until
+
+    Suspects(other).clear(TENANT, REPLICA_B)
+    suspects.clear(TENANT, REPLICA_A)
+    for replica in (REPLICA_A, REPLICA_B):
+        assert Suspects(store).suspicion(TENANT, replica).until == 0
 
 
 # --- what outlives the process ----------------------------------------------------
@@ -340,3 +385,13 @@ def test_a_survivor_on_a_full_disk_is_no_error(caplog: pytest.LogCaptureFixture)
         survivor.write(b"x")
         survivor.write(b"y")
     assert caplog.text.count("cannot note what is under way") == 1
+
+
+def test_what_settles_in_parts_cannot_be_cancelled() -> None:
+    """Whoever stops waiting for several parts does not keep their results from being told."""
+    part: Future[list[Result]] = Future()
+    joined = _joined([part])
+
+    assert not joined.cancel()
+    part.set_result([])
+    assert joined.result(0) == []

@@ -44,6 +44,24 @@ class TestSealer:
         assert Sealer(store, "other").open(sealed, "here") is None
         assert Sealer(MemoryStore(), "test").open(sealed, "here") is None
 
+    def test_servers_that_make_the_key_at_once(self) -> None:
+        """Of two servers that find no key, one makes it for both."""
+        store = MemoryStore()
+        note = store.note
+        others: list[Sealer | None] = []
+
+        def note_in_between(name: str) -> bytes:
+            found = note(name)
+            if not others:
+                others.append(None)
+                others[:] = [Sealer(store, "test")]
+            return found
+
+        store.note = note_in_between  # type: ignore[method-assign]
+        sealer = Sealer(store, "test")
+        assert others[0] is not None
+        assert sealer.open(others[0].seal(b"SECRET")) == b"SECRET"
+
     def test_the_store_keeps_the_key(self) -> None:
         """What was sealed is opened by the next server on the store."""
         disk: dict[str, object] = {}

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +40,7 @@ from tidelog_server import Application, HookContext, HookObject, LmdbStore, Prin
 from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._records import ReplicaState
+from tidelog_server._store import Store
 
 NUMBER: Final = b"\0\0\0\1"  # of the tenant that has most of it
 STATES: Final = ("open", "done")
@@ -86,10 +88,9 @@ def line(seq: int, id_: str, of: str) -> bytes:
     return create(seq, id_, {"order": of, "n": seq}, entity="Line")
 
 
-def make_history(path: Path) -> None:
-    """Make a store in which everything has happened that can happen."""
+def make_history(store: Store) -> None:
+    """Let everything happen in a store that can happen."""
     before, after = application(1), application(2)
-    store = LmdbStore(path)
     lab = Lab(before, store)
     adopt_schema(before, store, migrate=False, time_us=TIME_US)
 
@@ -137,14 +138,14 @@ def make_history(path: Path) -> None:
     dismissed = uuid.UUID(next(one.id for one in lab.failures() if one.object_id == "o5")).bytes
     store.submit(TENANT, lambda reader: (failures.dismiss(reader, dismissed, decision)[0], None)).result()
     store.submit(TENANT, lambda reader: (failures.without_payloads(reader, [dismissed]), None)).result()
-    store.close()
 
 
 @pytest.fixture(scope="module")
 def history() -> Iterator[Path]:
     """Give a store with a history, to be copied."""
     with quick_folder() as folder:
-        make_history(folder / "store")
+        with closing(LmdbStore(folder / "store")) as store:
+            make_history(store)
         yield folder / "store"
 
 
