@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,12 +26,15 @@ from tidelog._channel import (
 )
 from tidelog._errors import ResourceClosed, TokenUnavailable
 from tidelog._logging import get_logger
-from tidelog_client._call_errors import error_of
+from tidelog_client._call_errors import Transient, error_of
 from tidelog_client._file_calls import FileCalls
 from tidelog_client._file_channel import FileChannel
 from tidelog_client._workers import Workers, WorkRunner
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
+
+# How long gRPC may take to end a call whose time is over. It is a matter of milliseconds, or of ever.
+END_SECONDS_MAX: Final = 5.0
 
 _log = get_logger("tidelog.connection")
 
@@ -97,6 +101,8 @@ class Connection:
         """
         if self._stream is not None:
             self._stream.cancel()  # an interrupt may have been in the way
+            if self._stream.is_stuck:
+                self._leave_channel()
         if self._is_closed:
             raise ResourceClosed("the connection is closed")
         self._stream = stream = Stream(self.address, self._opened)
@@ -137,6 +143,12 @@ class Connection:
                 self._channel = self._open()
             return self._channel
 
+    def _leave_channel(self) -> None:
+        """Go on with another channel: nothing comes from this one any more."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            _thread.start_new_thread(channel.close, ())
+
     def _close_channel(self) -> None:
         with self._opening:
             if self._channel is not None:
@@ -150,6 +162,9 @@ class Stream:
     Args:
         address: Where the server is.
         channel: Gives the channel.
+
+    Attributes:
+        is_stuck: Whether gRPC did not end it when its time was over.
     """
 
     def __init__(self, address: str, channel: Callable[[], grpc.Channel]) -> None:
@@ -161,9 +176,12 @@ class Stream:
         self._answers: queue.SimpleQueue[bytes | BaseException | None] = queue.SimpleQueue()
         self._call: Any = None
         self._is_over = False
+        self._end: float | None = None
+        self.is_stuck = False
 
     def start(self, metadata: Metadata, timeout: float | None) -> None:
         """Open the stream."""
+        self._end = None if timeout is None else time.monotonic() + timeout + END_SECONDS_MAX
         _thread.start_new_thread(self._run, (metadata, timeout))
 
     def send(self, messages: list[bytes | None]) -> None:
@@ -180,7 +198,11 @@ class Stream:
             Transient: The stream broke; another one may do better.
             SynchronizationError: The server refuses.
         """
-        answer = self._answers.get()
+        try:
+            answer = self._answers.get(timeout=self._seconds_left())
+        except queue.Empty:
+            self.is_stuck = True
+            raise Transient(f"{self._address}: gRPC did not end the call when its time was over") from None
         self._wanted.put(True)
         if isinstance(answer, BaseException):
             raise answer
@@ -194,6 +216,9 @@ class Stream:
             _thread.start_new_thread(self._call.cancel, ())
         # The thread of gRPC's that waits for a message is told by `_run`, once the call is cancelled: a server that
         # sees the end of the messages first would take it for a mistake.
+
+    def _seconds_left(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def _run(self, metadata: Metadata, timeout: float | None) -> None:
         end: BaseException | None = None

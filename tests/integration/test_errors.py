@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -52,6 +52,7 @@ from tidelog.v1 import (
     sync_pb2,
 )
 from tidelog_client import Phase, Progress
+from tidelog_client import _connection as connection
 from tidelog_client import _synchronizer as synchronizer
 from tidelog_server import Application, HookContext, HookObject, Reject, Server, TransientError
 from tidelog_server._errors import ReplicaOwned
@@ -274,6 +275,31 @@ class TestOutages:
             with servers[-1]._store.read("default") as reader:
                 assert reader.head().version == 2
             servers[-1].stop(grace_seconds=0)
+
+    def test_a_call_that_grpc_does_not_end(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A synchronization ends when its time is over, whatever gRPC does; the next one has a new channel."""
+        over = threading.Event()
+        receive = connection.Stream._receive
+
+        def stuck(self: connection.Stream, *arguments: Any) -> None:
+            monkeypatch.setattr(connection.Stream, "_receive", receive)
+            over.wait(60)
+
+        with World(folder) as world:
+            a = world.replica()
+            a.synchronize_all()
+            a.create("Task", {}, "t1")
+            used = cast("connection.Connection", a._synchronizer._connection)
+            channel = used._channel
+            monkeypatch.setattr(connection, "END_SECONDS_MAX", 0.05)
+            monkeypatch.setattr(connection.Stream, "_receive", stuck)
+
+            with pytest.raises(ServerUnavailable, match="gRPC did not end the call"):
+                a.synchronize_all(timeout=0.05)
+            over.set()
+
+            assert a.synchronize_all().applied == 1
+            assert used._channel is not channel
 
     @pytest.mark.slow
     def test_a_client_that_gives_up_while_its_batch_is_written(self, folder: Path) -> None:
