@@ -9,7 +9,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tests.builders import TENANT, USER, Cabinet, Lab, create, file_value, said, update, wanted
+from tests.builders import (
+    TENANT,
+    USER,
+    Cabinet,
+    Lab,
+    create,
+    delete,
+    file_value,
+    group,
+    make_operation,
+    said,
+    update,
+    wanted,
+)
 
 from tidelog._limits import FILE_COST_BYTES
 from tidelog_server import ContentLost, Principal, _upload_records
@@ -69,6 +82,31 @@ def test_what_is_referred_to_makes_room(cabinet: Cabinet) -> None:
         *(create(2 + number, f"u{number}", {"photo": file_value(data(number))}) for number in (0, 2, 3))
     )
     assert cabinet.entries(b"w") == []
+
+
+def test_what_was_referred_to_makes_room(cabinet: Cabinet) -> None:
+    """Contents count no more once an operation that names them was applied, whatever comes later in its batch."""
+    fill(cabinet)
+
+    cabinet.lab.settle(
+        create(1, set={"photo": file_value(data(0))}),
+        update(2, set={"photo": file_value(data(1))}),
+        update(3, set={"photo": file_value(data(2))}),
+        delete(4),
+    )
+
+    assert cabinet.entries(b"w") == []
+
+
+def test_what_a_refused_group_names_makes_no_room(cabinet: Cabinet) -> None:
+    """What one member of a commit group names counts on if another member is not applied."""
+    cabinet.upload(data(0))
+    named = make_operation(set={"photo": file_value(data(0))})
+    missing = make_operation(seq=2, id="t2", set={"photo": file_value(data(1))})
+
+    assert said(cabinet.lab.settle(*group(named, missing))) == ["NOT_READY", "NOT_READY"]
+
+    assert len(cabinet.entries(b"w")) == 2
 
 
 def test_what_an_operation_says_in_vain_makes_no_room(cabinet: Cabinet) -> None:
