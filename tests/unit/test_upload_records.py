@@ -344,3 +344,35 @@ class TestDamage:
         assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 2, 3)) == data(0)[2:5]
         assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 0, 5)) == data(0)[:5]
         assert cabinet.files.stat(USER, [wanted(data(0))])[0].is_present
+
+
+@pytest.mark.parametrize("way", ["stat", "download", "open", "collect"])
+def test_a_store_that_was_put_back_finds_the_copy_that_has_come_since(cabinet: Cabinet, way: str) -> None:
+    """A content whose copy on record was replaced after the backup is there at once, whoever asks."""
+    value = cabinet.upload(data(0))
+    cabinet.lab.settle(create(1, set={"photo": value}))
+    path = cabinet.path(data(0))
+    path.rename(path.with_name(f"{path.name[:65]}0123456789abcdef0000000000000000"))
+
+    if way == "stat":
+        assert cabinet.files.stat(USER, [wanted(data(0))]) == [(True, False, 0)]
+        assert cabinet.has(data(0))
+    elif way == "download":
+        assert b"".join(cabinet.files.download(USER, wanted(data(0)).sha256, KEY, 0, 0)) == data(0)
+    elif way == "open":
+        with cabinet.files.open(TENANT, wanted(data(0))) as file:
+            assert file.read() == data(0)
+    else:
+        list(cabinet.files.collect_unknown(TENANT, 0))
+        assert cabinet.has(data(0))
+
+    assert said(cabinet.lab.settle(create(2, "t2", {"photo": value}))) == ["APPLIED"]
+
+
+def test_a_copy_that_is_damaged_too_takes_no_place(cabinet: Cabinet) -> None:
+    """Where the only copy that is there has another hash the content is lost, and whoever has it uploads it again."""
+    cabinet.lab.settle(create(1, set={"photo": cabinet.upload(data(0))}))
+    path = cabinet.path(data(0))
+    path.rename(path.with_name(f"{path.name[:65]}0123456789abcdef0000000000000000")).write_bytes(b"x" * len(data(0)))
+
+    assert cabinet.files.stat(USER, [wanted(data(0))]) == [(False, False, 0)]
