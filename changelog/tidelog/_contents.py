@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, TypeAlias
@@ -158,11 +158,13 @@ class ContentDirectory:
     def contents(self) -> Iterator[Content]:
         """Iterate over the contents, in no order. What comes or goes meanwhile may be missed."""
         with _storage_errors(self.path):
-            for entry in _files(self.path, depth=2):
-                if match := _NAME.fullmatch(entry.name):
-                    with suppress(FileNotFoundError):
-                        found = entry.stat()
-                        yield Content(bytes.fromhex(match[1]), found.st_size, found.st_mtime, match[2] or "")
+            yield from _contents(_files(self.path, depth=2))
+
+    def copies(self, sha256: bytes) -> list[Content]:
+        """Return the copies of a content that are there."""
+        with _storage_errors(self.path):
+            found = _contents(_files(self._path(sha256).parent, depth=0))
+            return [one for one in found if one.sha256 == sha256]
 
     def delete_leftovers(self, older_than_seconds: float, now: float | None = None) -> int:
         """Delete parts that nothing was appended to for so long, *now* or by the machine's clock; return how many."""
@@ -297,6 +299,14 @@ def _storage_errors(path: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise DiskFull(f"no room left on the disk of {path}: make room and repeat") from error
         raise StorageError(f"{path}: {error.strerror or error}") from error
+
+
+def _contents(entries: Iterable[Path]) -> Iterator[Content]:
+    for entry in entries:
+        if match := _NAME.fullmatch(entry.name):
+            with suppress(FileNotFoundError):
+                found = entry.stat()
+                yield Content(bytes.fromhex(match[1]), found.st_size, found.st_mtime, match[2] or "")
 
 
 def _files(path: Path, *, depth: int) -> Iterator[Path]:

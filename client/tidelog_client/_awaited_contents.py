@@ -65,10 +65,10 @@ class AwaitedContents:
         # Why they are not there, of those that were tried.
         self._reasons: dict[Needed, str] = {}
         self.lacking: dict[ObjectKey, None] = {}
-        # How much the server takes that no operation refers to yet; what was uploaded; what has to wait until there
+        # How much the server takes that no operation refers to yet; what is there; what has to wait until there
         # is room; and how much operations need that need more than there is.
         self._room_bytes: int | None = None
-        self._uploaded: set[Needed] = set()
+        self._there: set[Needed] = set()
         self._apart: set[Needed] = set()
         self._exceeding: dict[int, int] = {}
 
@@ -164,6 +164,8 @@ class AwaitedContents:
             for one, status in zip(asked, standings.statuses, strict=True):
                 if status.presence is not Presence.MISSING:
                     self._ready.add(one)
+                    if status.presence is Presence.PRESENT:
+                        self._there.add(one)
                 else:
                     self._find(one, status.received_bytes)
 
@@ -220,26 +222,43 @@ class AwaitedContents:
         """
         Find out what is uploaded for the next session: all that whole commit groups need, as far as there is room.
 
-        Else parts of several groups would fill the room, and none of them would ever go. What is under way goes on;
-        what was tried in vain keeps no room from others.
+        Else parts of several groups would fill the room, and none of them would ever go. So what is there already of
+        pending operations takes room too, whoever brought it and when. A group that cannot go takes none, nor do
+        others that have to come after it. Where none fits, and no session makes room, the first one is tried: the
+        server may count less.
         """
         self._apart, self._exceeding = set(), {}
         room_bytes = self._room_bytes
-        if room_bytes is None or _cost(self._waiting) + _cost(self._uploaded) <= room_bytes:
+        if room_bytes is None or _cost(self._waiting) + _cost(self._there) <= room_bytes:
             return
-        unsettled = {content for needed in self._needed_contents().values() for content in needed}
-        admitted = (self._waiting.keys() & set(under_way)) | (self._uploaded & unsettled)
-        cost = _cost(admitted)
-        for unit, _ in sifted(self._storage, Sieve(self._excluded()), until=self._until, seqs=self._seqs):
-            needed = {content for one in unit for content in self._needed.get(one.seq, ()) if content in self._waiting}
+        pending = {content for needed in self._needed_contents().values() for content in needed}
+        admitted = self._waiting.keys() & set(under_way)
+        taken = {one for one, job in self._waiting.items() if job.offset} | admitted | (self._there & pending)
+        cost = _cost(taken)
+        first: set[Needed] = set()
+        is_any_going = False
+        held: set[int] = set()
+        sieve = Sieve(self._excluded(), held)
+        for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
+            contents = {content for one in unit for content in self._needed.get(one.seq, ())}
+            needed = self._waiting.keys() & contents
+            if cause is not None:
+                continue
+            if not needed:
+                is_any_going = is_any_going or not contents.isdisjoint(taken)
+                continue
             if len(needed) > 1 and _cost(needed) > room_bytes:
                 self._exceeding |= dict.fromkeys((one.seq for one in unit), _cost(needed))
             elif needed.isdisjoint(self._reasons):
-                more = _cost(needed - admitted)
-                if not admitted or cost + more <= room_bytes:
+                if cost + (more := _cost(needed - taken)) <= room_bytes:
                     admitted |= needed
+                    taken |= needed
                     cost += more
-        self._apart = self._waiting.keys() - admitted
+                    continue
+                first = first or needed
+            held |= {one.seq for one in unit}
+            sieve.holds_back(unit)
+        self._apart = self._waiting.keys() - (admitted if admitted or is_any_going else first)
 
     def uploads(self) -> list[Uploading]:
         """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""
@@ -260,7 +279,7 @@ class AwaitedContents:
         elif error is None or (isinstance(error, FileRefused) and error.is_too_large):
             self._waiting.pop(content, None)
             self._ready.add(content)
-            self._uploaded.add(content)
+            self._there.add(content)
         else:
             self._let_wait(content, str(error))
 

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Protocol, Self, TypeAlias
 
@@ -460,7 +461,9 @@ class Transfers:
             raise ContentLost("its content is not here any more")
         with file:
             tell(Moved(offset, 0))
-            self._calls.upload(metadata, content, offset, self._chunks(file, content, offset, tell))
+            chunks = self._chunks(file, content, offset, tell)
+            first = list(islice(chunks, 1))  # what cannot be read begins nothing, which would take room on the server
+            self._calls.upload(metadata, content, offset, chain(first, chunks))
         return False
 
     def _chunks(self, file: BinaryIO, content: Needed, offset: int, tell: Callable[[Any], None]) -> Iterator[bytes]:

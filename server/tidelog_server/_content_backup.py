@@ -3,17 +3,18 @@ Contents of files in backups: a directory of contents, copied beside the data.
 
 Contents never change, so a backup shares the bytes with what it is a copy of wherever the
 file system can do that; a store that is restored does not, and leaves its backup alone.
-What is collected meanwhile was not needed when the data were copied, and what has come
-since is more than the copy needs.
+What is collected meanwhile was not needed when the data were copied. What has come since is
+more than the copy needs, unless it took the place of another copy, which is gone.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from tidelog._contents import ContentDirectory, content_path
+from tidelog._contents import Content, ContentDirectory, content_path
 from tidelog_server._content_store import CONTENTS_DIRECTORY
 
 
@@ -34,13 +35,26 @@ def copy_contents(source: Path, target: Path, *, share: bool = True) -> int:
     count = 0
     tenants = source / CONTENTS_DIRECTORY
     for tenant in tenants.iterdir() if tenants.is_dir() else ():
-        for content in ContentDirectory(tenant).contents():
-            place = Path(CONTENTS_DIRECTORY, tenant.name, content_path(content.sha256, content.copy))
-            (target / place).parent.mkdir(parents=True, exist_ok=True)
-            count += (_link if share else _copy)(source / place, target / place)
-    for directory, _, _ in os.walk(target / CONTENTS_DIRECTORY, topdown=False):
-        sync_to_disk(Path(directory))
+        directory = ContentDirectory(tenant)
+        copied = target / CONTENTS_DIRECTORY / tenant.name
+        for content in directory.contents():
+            count += _copy_content(directory, copied, content, _link if share else _copy)
+    for folder, _, _ in os.walk(target / CONTENTS_DIRECTORY, topdown=False):
+        sync_to_disk(Path(folder))
     return count
+
+
+def _copy_content(source: ContentDirectory, target: Path, content: Content, put: Callable[[Path, Path], bool]) -> bool:
+    """Copy a content, or what took its place meanwhile; tell whether there was any."""
+    copies = [content]
+    while copies:
+        for one in copies:
+            place = content_path(one.sha256, one.copy)
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            if (target / place).exists() or put(source.path / place, target / place):
+                return True
+        copies = source.copies(content.sha256)
+    return False  # collected meanwhile
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -48,7 +62,7 @@ def _link(source: Path, target: Path) -> bool:
     try:
         target.hardlink_to(source)
     except FileNotFoundError:
-        return False  # collected meanwhile
+        return False
     except OSError:  # another file system, or one that cannot do it
         return _copy(source, target)
     return True

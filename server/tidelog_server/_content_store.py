@@ -133,6 +133,10 @@ class ContentStore(Protocol):
         """Iterate over a tenant's contents, all copies, in no order. What comes or goes meanwhile may be missed."""
         ...
 
+    def copies(self, tenant: str, sha256: bytes) -> list[Content]:
+        """Return the copies of a content that are there."""
+        ...
+
     def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
         """Delete parts of a tenant that nothing was appended to for so long; return how many."""
         ...
@@ -203,6 +207,10 @@ class DirectoryContents:
     def contents(self, tenant: str) -> Iterator[Content]:
         """Iterate over a tenant's contents, in no order."""
         return self._directory(tenant).contents()
+
+    def copies(self, tenant: str, sha256: bytes) -> list[Content]:
+        """Return the copies of a content that are there."""
+        return self._directory(tenant).copies(sha256)
 
     def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
         """Delete parts of a tenant that nothing was appended to for so long; return how many."""

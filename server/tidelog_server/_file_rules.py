@@ -78,8 +78,6 @@ class FileRules:
         self._noted: defaultdict[bytes, dict[ObjectKey, None]] = defaultdict(dict)
         self._asked = asked
         self._said = b""
-        # Contents that objects are to refer to because the author says so.
-        self._authored: defaultdict[ObjectKey, set[bytes]] = defaultdict(set)
         # What was decided of contents that the author refers to.
         self._judged: dict[bytes, bool] = {}
         # To what objects refer as far as the user may read them: as the store has them, and as the present
@@ -140,7 +138,7 @@ class FileRules:
                     # Asked of a content that is not there too: the time it takes should not tell.
                     self._judged[sha256] = sha256 in held or self.may_refer(sha256)
                 self._check_reference(where, f"the file {reference.name!r}", reference, self._judged[sha256])
-            self._authored[key].add(sha256)
+            self._overlay.named.append(sha256)
 
     def check_there(self, key: ObjectKey, written: Attributes, *, after: Attributes) -> None:
         """
@@ -177,15 +175,13 @@ class FileRules:
 
     def referred(self) -> Iterator[tuple[str, bytes]]:
         """
-        Yield (user, content): to what objects refer by now because the author said so, and whose upload it may be.
+        Yield (user, content): what the author named in what was applied, and whose upload it may be.
 
-        What hooks made of it does not count, for that may depend on what the author must not learn of.
+        Whether an object refers to it in the end makes no difference: what comes later in the batch, or hooks, may
+        have changed that, and of what hooks do the author must not learn.
         """
         users = (SERVICE if self._user_id is None else self._user_id, *self._vouching)
-        for key, said in self._authored.items():
-            if self._overlay.is_written(key) and self._overlay.exists(key):
-                held = {reference.sha256 for _, reference in file_references(self._overlay.attributes(key))}
-                yield from product(users, said & held)
+        yield from product(users, self._overlay.named)
 
     def lost_in(self, key: ObjectKey, authored: Attributes, *, before: Attributes) -> list[str]:
         """Return the attributes that refer to contents which the user's replica has lost, and which are not there."""

@@ -261,6 +261,7 @@ class Files:
 
     def _pieces(self, tenant: str, sha256: bytes, record: ContentRecord, offset: int) -> Generator[bytes, None, None]:
         """Yield a content from *offset* on, the rest of it from another copy if that takes its place meanwhile."""
+        lost: set[str] = set()
         while True:
             pieces = self.contents.read(tenant, sha256, offset, record.copy)
             try:
@@ -269,7 +270,7 @@ class Files:
                     yield piece
                 return
             except ContentLost:
-                other = self._replaced(tenant, sha256, record)
+                other = self._other(tenant, sha256, record, lost)
                 if other is None:
                     raise
                 record = other
@@ -346,15 +347,21 @@ class Files:
             if not number % LOOKED_AT_ONCE:
                 yield 0
             time_us = content.time * 1_000_000
-            if time_us >= before_us or not self._is_gone(tenant, content):
+            if not self._is_gone(tenant, content):
                 continue
             with self._store.read(tenant) as reader:
                 record = content_record(content.sha256, reader.index)
                 is_held = is_held_by_any(reader, content.sha256)
             is_there = record is not None and self._is_kept(tenant, content.sha256, record)
-            if is_held and not is_there and self._put_back(tenant, content):
-                continue
-            if time_us >= gone_us:
+            if is_held and not is_there:
+                try:
+                    if self._put_back(tenant, content):
+                        continue
+                except DiskFull as error:  # another time
+                    sha256 = content.sha256.hex()
+                    _log.warning("a content is not put back yet", tenant=tenant, sha256=sha256, detail=str(error))
+                    continue
+            if time_us >= min(before_us, gone_us):
                 continue
             if record is not None and is_there and not self._is_whole(tenant, content.sha256, record):
                 self._note_broken(tenant, content.sha256, record, "it has another hash")
@@ -401,19 +408,14 @@ class Files:
         """
         Make another copy of one that is gone, which does not come back itself; tell whether it is whole.
 
-        Where there is no room that is done another time.
+        Raises:
+            DiskFull: There is no room for another one.
         """
         if not self._is_whole(tenant, content.sha256, ContentRecord(content.size, 0, content.copy)):
             return False
         pieces = partial(self.contents.read, tenant, content.sha256, copy=content.copy)
-        try:
-            self.add(tenant, open_content(pieces, content.size), FOUND_AGAIN)
-        except DiskFull as error:
-            _log.warning(
-                "a content is not put back yet", tenant=tenant, sha256=content.sha256.hex(), detail=str(error)
-            )
-        else:
-            _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
+        self.add(tenant, open_content(pieces, content.size), FOUND_AGAIN)
+        _log.info("a content is back", tenant=tenant, sha256=content.sha256.hex())
         return True
 
     def _begin(self, tenant: str, wanted: Wanted, user_id: str, room_bytes: int | None = None) -> str:
@@ -514,8 +516,33 @@ class Files:
             return True
         if (other := self._replaced(tenant, sha256, record)) is not None:
             return self._is_kept(tenant, sha256, other)
+        # A store that was put back does not know the copy that has come since.
+        for content in self.contents.copies(tenant, sha256):
+            is_other = content.size == record.size and content.copy != record.copy
+            if is_other and self._put_back(tenant, content):
+                return True
         self._note_broken(tenant, sha256, record, _amiss(found, record))
         return False
+
+    def _other(self, tenant: str, sha256: bytes, record: ContentRecord, lost: set[str]) -> ContentRecord | None:
+        """
+        Return the record of a content whose copy is lost as it would be of another copy, which is to be read.
+
+        That has taken its place just now; or long ago, which a store that was put back does not know. Nothing is
+        written: hooks read, too.
+
+        Args:
+            tenant: The tenant.
+            sha256: The content.
+            record: What was on record.
+            lost: The copies that were found lost before.
+        """
+        lost.add(record.copy)
+        other = self._replaced(tenant, sha256, record)
+        if other is not None and other.copy not in lost:
+            return other
+        copies = (one.copy for one in self.contents.copies(tenant, sha256) if one.size == record.size)
+        return next((record._replace(copy=copy) for copy in copies if copy not in lost), None)
 
     def _replaced(self, tenant: str, sha256: bytes, record: ContentRecord) -> ContentRecord | None:
         """Return the record of a content if another copy has taken the place of the one that is on *record*."""
@@ -549,8 +576,9 @@ class Files:
             record = content_record(wanted.sha256, reader.index)
         if record is None or record.size != wanted.size:
             raise ContentLost(f"the content {wanted.sha256.hex()} is not there, or not whole")
+        lost: set[str] = set()
         while (found := self._size(tenant, wanted.sha256, record)) != record.size:
-            if (other := self._replaced(tenant, wanted.sha256, record)) is not None:
+            if (other := self._other(tenant, wanted.sha256, record, lost)) is not None:
                 record = other
                 continue
             what = _amiss(found, record)

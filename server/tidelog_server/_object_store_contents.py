@@ -208,10 +208,12 @@ class ObjectStoreContents:
 
     def contents(self, tenant: str) -> Iterator[Content]:
         """Iterate over a tenant's contents, in no order."""
-        for found in self._list(tenant_name(tenant)):
-            if match := _CONTENT.search(found["path"]):
-                moment = found["last_modified"].timestamp()
-                yield Content(bytes.fromhex(match[1]), found["size"], moment, match[2] or "")
+        return self._contents(tenant_name(tenant))
+
+    def copies(self, tenant: str, sha256: bytes) -> list[Content]:
+        """Return the copies of a content that are there."""
+        folder = _content_path(tenant, sha256, "").rpartition("/")[0]
+        return [one for one in self._contents(folder) if one.sha256 == sha256]
 
     def delete_leftovers(self, tenant: str, older_than_seconds: float) -> int:
         """Delete parts of a tenant that nothing was appended to for so long; return how many."""
@@ -223,6 +225,12 @@ class ObjectStoreContents:
         for part in leftovers:
             self.discard(tenant, part)
         return len(leftovers)
+
+    def _contents(self, folder: str) -> Iterator[Content]:
+        for found in self._list(folder):
+            if match := _CONTENT.search(found["path"]):
+                moment = found["last_modified"].timestamp()
+                yield Content(bytes.fromhex(match[1]), found["size"], moment, match[2] or "")
 
     def _pieces(self, tenant: str, part: str | None = None) -> Iterator[_Piece]:
         """Iterate over the pieces of a part, or of all parts of a tenant."""

@@ -23,17 +23,25 @@ from tidelog_server._store import Reader
 _SCAN_PAGE_OBJECTS = 500
 
 
-# A moment that the overlay can go back to: length of the journal, number of changes, version.
-Mark = tuple[int, int, int]
+# A moment that the overlay can go back to: length of the journal, how many changes, version, how many contents named.
+Mark = tuple[int, int, int, int]
 
 
 class Overlay:
-    """A reader's data with changes on top."""
+    """
+    A reader's data with changes on top.
+
+    Attributes:
+        version: The newest version.
+        changes: What was changed, in order.
+        named: Contents that authors named in what was applied, in order.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self.version = reader.head().version
         self.changes: list[Change] = []
+        self.named: list[bytes] = []
         self._states: dict[ObjectKey, ObjectState | None] = {}
         self._decoded: dict[ObjectKey, Attributes] = {}
         self._index: dict[bytes, bytes | None] = {}
@@ -174,11 +182,11 @@ class Overlay:
 
     def mark(self) -> Mark:
         """Return the present moment."""
-        return (len(self._journal), len(self.changes), self.version)
+        return (len(self._journal), len(self.changes), self.version, len(self.named))
 
     def rollback(self, mark: Mark) -> None:
         """Undo what was written since *mark*."""
-        journal_length, change_count, version = mark
+        journal_length, change_count, version, named_count = mark
         while len(self._journal) > journal_length:
             key, state, attributes, first = self._journal.pop()
             self._states[key] = state
@@ -189,6 +197,7 @@ class Overlay:
             if first:
                 del self._written[key]
         del self.changes[change_count:]
+        del self.named[named_count:]
         self.version = version
 
     def written_objects(self) -> dict[ObjectKey, tuple[ObjectState, int]]:

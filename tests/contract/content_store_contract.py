@@ -29,11 +29,13 @@ def sha256_of(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def put(contents: ContentStore, data: bytes, *, tenant: str = TENANT, part: str = PART, start: int = 0) -> bytes:
+def put(
+    contents: ContentStore, data: bytes, *, tenant: str = TENANT, part: str = PART, start: int = 0, copy: str = ""
+) -> bytes:
     """Upload a content, or the rest of one; return its hash."""
     for offset in range(start, len(data), FILE_CHUNK_BYTES):
         contents.append(tenant, part, offset, data[offset : offset + FILE_CHUNK_BYTES])
-    contents.complete(tenant, part, sha256_of(data), len(data))
+    contents.complete(tenant, part, sha256_of(data), len(data), copy)
     return sha256_of(data)
 
 
@@ -58,6 +60,20 @@ class ContentStoreContract:
         put(contents, DATA)
         assert contents.mark() == b"another"
         assert [one.sha256 for one in contents.contents(TENANT)] == [sha256_of(DATA)]
+
+    def test_copies_of_a_content(self, contents: ContentStore) -> None:
+        """All copies of a content are found, and nothing else, as long as they are there."""
+        name = sha256_of(DATA)
+        assert contents.copies(TENANT, name) == []
+        put(contents, DATA)
+        put(contents, b"another content")
+        contents.append(TENANT, PART, 0, DATA[:FILE_CHUNK_BYTES])
+        for copy in ("one", "two"):
+            put(contents, DATA, copy=copy, part=copy)
+        contents.delete(TENANT, name, "two")
+        found = [(one.sha256, one.size, one.copy) for one in contents.copies(TENANT, name)]
+        assert sorted(found) == [(name, len(DATA), ""), (name, len(DATA), "one")]
+        assert contents.copies("other", name) == []
 
     def test_a_content_is_read_as_it_was_uploaded(self, contents: ContentStore) -> None:
         """What came in chunks is there under its hash, and comes back in pieces that fit a message."""

@@ -27,6 +27,7 @@ from tidelog_server import (
     DirectoryContents,
     LmdbStore,
     Tenant,
+    _content_backup,
     _lmdb_backup,
     backup_store,
     restore_store,
@@ -244,6 +245,29 @@ class TestContents:
 
         assert contents(folder / "restored") == [PHOTO]
         assert list(verify_store(folder / "restored")) == []
+
+    def test_that_are_replaced_as_they_are_copied(
+        self, store: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A content that is uploaded once more between the look at its folder and its copy is in the backup."""
+        opened = LmdbStore(store)
+        files = Files(Application(), opened, DirectoryContents(store / "files"), lambda: TIME_US)
+        linked = _content_backup._link
+        replaced = []
+
+        def replacing(source: Path, target: Path) -> bool:
+            if not replaced:
+                replaced.append(files.add(TENANT, io.BytesIO(PHOTO)))
+            return linked(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_content_backup, "_link", replacing)
+            backup_store(store, folder / "backup")
+        opened.close()
+
+        restore_store(folder / "backup", folder / "restored")
+
+        assert (len(replaced), contents(folder / "restored")) == (1, [PHOTO])
 
     def test_that_were_lost(self, store: Path, folder: Path) -> None:
         """A backup that lacks a content, or has another one in its place, is refused."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import math
 import random
 import threading
@@ -56,6 +58,13 @@ def server_contents(world: World) -> list[bytes]:
     """Return the hashes of the contents that lie in the server's directory."""
     names = (one.name.partition("-")[0] for one in (world.folder / "server" / "files").rglob("*") if one.is_file())
     return [bytes.fromhex(name) for name in names if len(name) == 64]
+
+
+def upload(world: World, data: bytes) -> None:
+    """Upload a content to which no operation refers yet."""
+    start = file_pb2.UploadFileStart(content=file_pb2.FileContent(sha256=_hash(data), size=len(data)))
+    messages = [file_pb2.UploadFileRequest(start=start), file_pb2.UploadFileRequest(chunk=data)]
+    file_pb2_grpc.FileServiceStub(world.channel()).UploadFile(iter(messages), timeout=10)
 
 
 def cutting(proxy: Proxy, size: int) -> Callable[[Progress], None]:
@@ -156,11 +165,7 @@ def test_no_room_for_more_that_nothing_refers_to() -> None:
     """What a user may not upload yet stays pending and is reported at once, and goes up when there is room."""
     with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=len(PHOTO) + 5_000)) as world:
         replica, other = world.replica("one"), world.replica("other")
-        stub = file_pb2_grpc.FileServiceStub(world.channel())
-        content = file_pb2.FileContent(sha256=_hash(b"nothing"), size=len(b"nothing"))
-        start = file_pb2.UploadFileStart(content=content)
-        messages = [file_pb2.UploadFileRequest(start=start), file_pb2.UploadFileRequest(chunk=b"nothing")]
-        stub.UploadFile(iter(messages), timeout=10)
+        upload(world, b"nothing")
         replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
         replica.create("Task", {}, "t2")
 
@@ -209,6 +214,58 @@ def test_commit_groups_share_the_room() -> None:
         report = replica.synchronize_all()
 
         assert (report.applied, report.files_uploaded, report.skipped) == (7, 7, [])
+
+
+def test_what_came_before_takes_room_too() -> None:
+    """What an interrupted synchronization brought of a commit group counts: the group goes before others begin."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=72_000)) as world:
+        replica = world.replica()
+        groups = [(b"a" * 30_000, b"b" * 25_000), (b"c" * 20_000, b"d" * 14_000)]
+        for photos in groups:
+            with replica.transaction(atomic=True) as transaction:
+                for photo in photos:
+                    transaction.create("Task", {"photo": replica.add_file(photo)})
+        upload(world, groups[0][0])
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, report.skipped) == (4, 3, [])
+
+
+def test_what_comes_behind_an_operation_that_cannot_go_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file cannot be read, those of later operations on the same object leave the room to others."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        replica.create("Task", {}, "t1")
+        replica.attach("Task", "t1", "photo", b"b" * 40_000)
+        replica.attach("Task", "t1", "photo", b"c" * 40_000)
+        replica.create("Task", {"photo": replica.add_file(PHOTO * 5)}, "t2")
+        contents = replica._storage.files.contents
+        opened, bad = contents.open, _hash(b"b" * 40_000)
+
+        class Unreadable(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(contents, "open", lambda name: Unreadable() if name == bad else opened(name))
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, len(report.skipped)) == (2, 1, 2)
+        assert "Input/output error" in report.skipped[0].message
+
+
+def test_a_file_that_is_replaced_before_it_goes_takes_no_room() -> None:
+    """What was attached to one object in turn goes up as far as there is room, and the rest of it after that."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=72_000)) as world:
+        replica = world.replica()
+        replica.create("Task", {}, "t1")
+        for number in range(6):
+            replica.attach("Task", "t1", "photo", bytes([number]) * 22_000)
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, report.skipped) == (7, 6, [])
 
 
 @pytest.mark.timeout(120)

@@ -9,7 +9,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tests.builders import TENANT, USER, Cabinet, Lab, create, file_value, said, update, wanted
+from tests.builders import (
+    TENANT,
+    USER,
+    Cabinet,
+    Lab,
+    create,
+    delete,
+    file_value,
+    group,
+    make_operation,
+    said,
+    update,
+    wanted,
+)
 
 from tidelog._limits import FILE_COST_BYTES
 from tidelog_server import ContentLost, Principal, _upload_records
@@ -69,6 +82,31 @@ def test_what_is_referred_to_makes_room(cabinet: Cabinet) -> None:
         *(create(2 + number, f"u{number}", {"photo": file_value(data(number))}) for number in (0, 2, 3))
     )
     assert cabinet.entries(b"w") == []
+
+
+def test_what_was_referred_to_makes_room(cabinet: Cabinet) -> None:
+    """Contents count no more once an operation that names them was applied, whatever comes later in its batch."""
+    fill(cabinet)
+
+    cabinet.lab.settle(
+        create(1, set={"photo": file_value(data(0))}),
+        update(2, set={"photo": file_value(data(1))}),
+        update(3, set={"photo": file_value(data(2))}),
+        delete(4),
+    )
+
+    assert cabinet.entries(b"w") == []
+
+
+def test_what_a_refused_group_names_makes_no_room(cabinet: Cabinet) -> None:
+    """What one member of a commit group names counts on if another member is not applied."""
+    cabinet.upload(data(0))
+    named = make_operation(set={"photo": file_value(data(0))})
+    missing = make_operation(seq=2, id="t2", set={"photo": file_value(data(1))})
+
+    assert said(cabinet.lab.settle(*group(named, missing))) == ["NOT_READY", "NOT_READY"]
+
+    assert len(cabinet.entries(b"w")) == 2
 
 
 def test_what_an_operation_says_in_vain_makes_no_room(cabinet: Cabinet) -> None:
@@ -306,3 +344,35 @@ class TestDamage:
         assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 2, 3)) == data(0)[2:5]
         assert b"".join(cabinet.files.download(USER, photo["sha256"], KEY, 0, 5)) == data(0)[:5]
         assert cabinet.files.stat(USER, [wanted(data(0))])[0].is_present
+
+
+@pytest.mark.parametrize("way", ["stat", "download", "open", "collect"])
+def test_a_store_that_was_put_back_finds_the_copy_that_has_come_since(cabinet: Cabinet, way: str) -> None:
+    """A content whose copy on record was replaced after the backup is there at once, whoever asks."""
+    value = cabinet.upload(data(0))
+    cabinet.lab.settle(create(1, set={"photo": value}))
+    path = cabinet.path(data(0))
+    path.rename(path.with_name(f"{path.name[:65]}0123456789abcdef0000000000000000"))
+
+    if way == "stat":
+        assert cabinet.files.stat(USER, [wanted(data(0))]) == [(True, False, 0)]
+        assert cabinet.has(data(0))
+    elif way == "download":
+        assert b"".join(cabinet.files.download(USER, wanted(data(0)).sha256, KEY, 0, 0)) == data(0)
+    elif way == "open":
+        with cabinet.files.open(TENANT, wanted(data(0))) as file:
+            assert file.read() == data(0)
+    else:
+        list(cabinet.files.collect_unknown(TENANT, 0))
+        assert cabinet.has(data(0))
+
+    assert said(cabinet.lab.settle(create(2, "t2", {"photo": value}))) == ["APPLIED"]
+
+
+def test_a_copy_that_is_damaged_too_takes_no_place(cabinet: Cabinet) -> None:
+    """Where the only copy that is there has another hash the content is lost, and whoever has it uploads it again."""
+    cabinet.lab.settle(create(1, set={"photo": cabinet.upload(data(0))}))
+    path = cabinet.path(data(0))
+    path.rename(path.with_name(f"{path.name[:65]}0123456789abcdef0000000000000000")).write_bytes(b"x" * len(data(0)))
+
+    assert cabinet.files.stat(USER, [wanted(data(0))]) == [(False, False, 0)]
