@@ -44,16 +44,21 @@ _DEFAULTS: Final = {
 }
 
 # Every query has its index: a plan that was made while a table was empty must not outlive that. A server that
-# vanished without a word holds its locks no longer than it takes to notice. And nobody's configuration makes a
-# commit return before it is durable.
+# vanished without a word holds its locks no longer than it takes to notice. And nobody's configuration garbles text,
+# changes what a transaction sees, ends a session that stands still or makes a commit return before it is durable.
 _SETTINGS: Final[LiteralString] = """
     SELECT set_config(name, value, false) FROM (VALUES
         ('search_path', 'tidelog, pg_temp'),
+        ('client_encoding', 'UTF8'),
+        ('default_transaction_isolation', 'read committed'),
+        ('default_transaction_deferrable', 'off'),
         ('enable_seqscan', 'off'),
         ('enable_bitmapscan', 'off'),
         ('jit', 'off'),
         ('lock_timeout', '0'),
         ('statement_timeout', '0'),
+        ('transaction_timeout', '0'),
+        ('idle_session_timeout', '0'),
         ('idle_in_transaction_session_timeout', '600000'),
         ('tcp_keepalives_idle', '10'),
         ('tcp_keepalives_interval', '5'),
@@ -61,6 +66,7 @@ _SETTINGS: Final[LiteralString] = """
         ('synchronous_commit', CASE current_setting('synchronous_commit')
             WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END)
     ) AS settings (name, value)
+    WHERE current_setting(name, true) IS NOT NULL -- older versions lack some
 """
 
 # What may go better when it is done again, with the connection that broke or without it.

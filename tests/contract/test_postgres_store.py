@@ -539,6 +539,11 @@ def _by_way_of(address: str, conninfo: str) -> str:
     return f"postgresql://postgres@{address}{urlsplit(conninfo).path}"
 
 
+def _configure(cluster: Cluster, conninfo: str, setting: str, value: str) -> None:
+    """Make a database give all its sessions a setting."""
+    cluster.execute(f"ALTER DATABASE {urlsplit(conninfo).path[1:]} SET {setting} TO '{value}'")
+
+
 def _end_writers(cluster: Cluster, conninfo: str) -> None:
     database = urlsplit(conninfo).path[1:]
     cluster.execute(
@@ -701,14 +706,40 @@ class TestOpening:
             PostgresStore(postgres_cluster.conninfo("plain"))
         postgres_cluster.execute("DROP DATABASE plain")
 
-    def test_several_at_once(self, postgres_database: str) -> None:
-        """Servers that start together on an empty database are of one store."""
+    @pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
+    def test_several_at_once(self, postgres_cluster: Cluster, postgres_database: str, isolation: str) -> None:
+        """Servers that start together on an empty database are of one store, however it would isolate them."""
+        _configure(postgres_cluster, postgres_database, "default_transaction_isolation", isolation)
         with ThreadPoolExecutor(4) as pool:
             stores = list(pool.map(PostgresStore, [postgres_database] * 4))
 
         assert len({store.identity for store in stores}) == 1
         for store in stores:
             store.close()
+
+    def test_text_is_what_it_is(
+        self, postgres_cluster: Cluster, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Servers agree about text, whatever encoding the database, the environment or the address ask for."""
+        with opened(postgres_database) as store:
+            store.submit(TENANT, writing(task("é"))).result(WAIT_SECONDS)
+        _configure(postgres_cluster, postgres_database, "client_encoding", "LATIN1")
+        monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+        for conninfo in (postgres_database, f"{postgres_database}?client_encoding=LATIN1"):
+            with opened(conninfo) as store, store.read(TENANT) as reader:
+                assert ids_of(reader.objects([task("é")]).items()) == ["é"]
+
+    def test_what_a_session_needs(self, postgres_cluster: Cluster, postgres_database: str) -> None:
+        """Nobody's configuration ends what stands still, or takes long."""
+        names = ["statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout"]
+        known = postgres_cluster.execute("SELECT name FROM pg_settings WHERE name LIKE '%timeout'")
+        for name in names:
+            if (name,) in known:
+                _configure(postgres_cluster, postgres_database, name, "100s")
+        with closing(postgres_connection.Address(postgres_database).connect()) as connection:
+            for name in names:
+                [(found,)] = connection.rows("SELECT coalesce(current_setting(%s, true), '0')", name)
+                assert found == "0", name
 
     def test_nothing_is_left_of_servers(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
