@@ -46,6 +46,7 @@ from tidelog_server import _postgres_connection as postgres_connection
 from tidelog_server import _postgres_store as postgres_store
 from tidelog_server._attempts import Attempt
 from tidelog_server._outcomes import Status
+from tidelog_server._postgres_writer import Writer
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader
 
@@ -437,6 +438,39 @@ class TestLostConnections:
         assert len(runs) == 1
         assert head(store) == 1
 
+    def test_after_the_commit_of_one_taken_for_dead(  # noqa: PLR0917 - fixtures
+        self,
+        proxy: Proxy,
+        behind: PostgresStore,
+        store: PostgresStore,
+        postgres_cluster: Cluster,
+        postgres_database: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A commit whose answer got lost is found, whatever its server has come to be known by meanwhile."""
+        asked = Writer._asked
+
+        def asks_later(self: Writer, *arguments: Any) -> bool:
+            behind._presence.put(9, ())
+            return asked(self, *arguments)
+
+        monkeypatch.setattr(Writer, "_asked", asks_later)
+        known = behind._presence.server
+        gate = Gate(behind, "other", Attempt(REPLICA_A, 7))
+        _end_presences(postgres_cluster, postgres_database)
+        with opened(postgres_database) as finder:
+            assert finder.left_under_way()
+            job, runs = in_first_run(lambda: proxy.strand(proxy.down), _blind("t1"))
+            future = behind.submit(TENANT, job)
+            wait_until(lambda: head(store))
+            proxy.cut()
+
+            assert future.result(WAIT_SECONDS) == "done"
+            assert behind._presence.server != known
+            assert len(runs) == 1
+            assert head(store) == 1
+            gate.open()
+
     def test_nobody_knows(  # noqa: PLR0917 - fixtures
         self,
         proxy: Proxy,
@@ -537,6 +571,12 @@ def _blind(id: str) -> Job:  # noqa: A002 - the glossary's word
 
 def _by_way_of(address: str, conninfo: str) -> str:
     return f"postgresql://postgres@{address}{urlsplit(conninfo).path}"
+
+
+def _end_presences(cluster: Cluster, conninfo: str) -> None:
+    """End the sessions by which servers are known to run."""
+    query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2"
+    assert cluster.execute(query, urlsplit(conninfo).path[1:])
 
 
 def _configure(cluster: Cluster, conninfo: str, setting: str, value: str) -> None:
@@ -642,6 +682,44 @@ class TestUnderWay:
             assert another.left_under_way() == []
         gate.open()
 
+    def test_one_that_was_taken_for_dead(
+        self, postgres_cluster: Cluster, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server whose presence was lost for a moment goes on at once, whoever found what it left."""
+        monkeypatch.setattr(postgres_store, "WRITERS", 1)
+        with opened(postgres_database) as store:
+            gate = Gate(store, attempt=Attempt(REPLICA_A, 7))
+            _end_presences(postgres_cluster, postgres_database)
+            with opened(postgres_database) as finder:
+                assert finder.left_under_way() == [(TENANT, Attempt(REPLICA_A, 7))]
+                gate.open()
+                store.submit(TENANT, writing(task("t1")), Attempt(REPLICA_A, 8)).result(WAIT_SECONDS)
+                assert head(store) == 1
+
+                gate = Gate(store, attempt=Attempt(REPLICA_A, 9))
+                query = f"SELECT FROM tidelog.writers WHERE server = {store._presence.server}"
+                assert postgres_cluster.execute(query, urlsplit(postgres_database).path[1:]), "what it commits is known"
+                with opened(postgres_database) as another:
+                    assert another.left_under_way() == [], "it is present again"
+                gate.open()
+
+    def test_after_a_database_was_put_back(self, postgres_cluster: Cluster, postgres_database: str) -> None:
+        """Servers that ran before a database was put back and those that start on it do not wait for each other."""
+        PostgresStore(postgres_database).close()
+        name = urlsplit(postgres_database).path[1:]
+        backup = f"test_{uuid4().hex}"
+        postgres_cluster.execute(f"CREATE DATABASE {backup} TEMPLATE {name}")
+        with opened(postgres_database) as one, opened(postgres_database) as two:
+            postgres_cluster.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            postgres_cluster.execute(f"ALTER DATABASE {backup} RENAME TO {name}")
+            one.submit(TENANT, writing(task("t1")), Attempt(REPLICA_A, 1)).result(WAIT_SECONDS)
+            with ExitStack() as stack:
+                started = [stack.enter_context(opened(postgres_database)) for _ in range(2)]
+                for number, running in enumerate((two, *started)):
+                    attempt = Attempt(REPLICA_A, 2 + number)
+                    running.submit(TENANT, writing(task(f"x{number}")), attempt).result(WAIT_SECONDS)
+                assert head(one) == 4
+
     @pytest.mark.parametrize("ends", ["written", "looked", "failed"])
     def test_nothing_is_under_way_afterwards(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str, ends: str
@@ -731,7 +809,7 @@ class TestOpening:
 
     def test_what_a_session_needs(self, postgres_cluster: Cluster, postgres_database: str) -> None:
         """Nobody's configuration ends what stands still, or takes long."""
-        names = ["statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout"]
+        names = ["statement_timeout", "idle_session_timeout", "transaction_timeout"]
         known = postgres_cluster.execute("SELECT name FROM pg_settings WHERE name LIKE '%timeout'")
         for name in names:
             if (name,) in known:
