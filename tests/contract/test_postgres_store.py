@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -357,6 +357,29 @@ class TestManyServers:
             preparing.result(WAIT_SECONDS)
         assert order == ["store", "other"]
 
+    def test_whoever_prepares_without_its_lock(
+        self, store: PostgresStore, other: PostgresStore, postgres_cluster: Cluster, postgres_database: str
+    ) -> None:
+        """Once the connection is lost that keeps the others out, whoever makes the store ready cannot go on."""
+        query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks WHERE objsubid = 1 AND mode = 'ExclusiveLock'"
+        with store.preparing():
+            store.set_note("schema", b"1")
+            assert store.note("schema") == b"1"
+            assert postgres_cluster.execute(query, urlsplit(postgres_database).path[1:]) == [(True,)]
+
+            other.submit(TENANT, writing(task("t1"))).result(WAIT_SECONDS)
+            for is_prepared_by_another in (False, True):
+                with other.preparing() if is_prepared_by_another else nullcontext():
+                    with pytest.raises(ServerOutdated):
+                        head(store)
+                    with pytest.raises(ServerOutdated):
+                        store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
+                    with pytest.raises(StoreUnavailable):
+                        store.set_note("schema", b"2")
+
+        assert store.note("schema") == b"1"
+        assert head(store) == 1
+
     def test_a_server_that_is_outdated(self, store: PostgresStore, other: PostgresStore) -> None:
         """A server stops as soon as another one has noted another schema, and goes on if that is taken back."""
         store.set_note("schema", b"1")
@@ -698,7 +721,7 @@ class TestUnderWay:
 
                 gate = Gate(store, attempt=Attempt(REPLICA_A, 9))
                 query = f"SELECT FROM tidelog.writers WHERE server = {store._presence.server}"
-                assert postgres_cluster.execute(query, urlsplit(postgres_database).path[1:]), "what it commits is known"
+                assert postgres_cluster.execute(query, urlsplit(postgres_database).path[1:]), "its commits are known"
                 with opened(postgres_database) as another:
                     assert another.left_under_way() == [], "it is present again"
                 gate.open()
