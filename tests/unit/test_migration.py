@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
-from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, Lab, create, delete, said, update
+from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, Lab, MemoryStore, create, delete, said, update
 
 from tidelog import Entity, Integer, InvalidRule, List, Reference, Rename, Schema, String, attribute
 from tidelog_server import (
@@ -29,7 +29,7 @@ from tidelog_server import _failures as failures
 from tidelog_server._adoption import adopt_schema
 from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._download import Download, cursor_at
-from tidelog_server._errors import FailureStale
+from tidelog_server._errors import FailureStale, ServerOutdated
 from tidelog_server._indexes import TABLES
 from tidelog_server._projection import Projection
 from tidelog_server._records import Identity, Writes
@@ -805,6 +805,30 @@ class TestIndexes:
 
         assert indexes(labs[1]) == indexes(labs[0])
         assert any(key[:1] == b"v" for key in indexes(labs[0]))
+
+
+class TestManyServers:
+    @pytest.mark.parametrize("is_ready", [True, False])
+    def test_a_schema_that_is_adopted_in_between(self, *, is_ready: bool) -> None:
+        """Once its store is ready, a server refuses if another one has meanwhile made it ready for another schema."""
+        disk: dict[str, Any] = {}
+        store, other = MemoryStore(disk), MemoryStore(disk)
+        older, newer = application(task({"n": Integer()})), application(task({}), version=2)
+        if is_ready:
+            adopt_schema(older, store, migrate=False, time_us=TIME_US)
+        name = "note" if is_ready else "set_note"
+        original = getattr(store, name)
+
+        def overtaken(*arguments: Any) -> Any:
+            result = original(*arguments)
+            adopt_schema(newer, other, migrate=False, time_us=TIME_US)
+            return result
+
+        setattr(store, name, overtaken)
+        adopt_schema(older, store, migrate=False, time_us=TIME_US)
+
+        with pytest.raises(ServerOutdated), store.read(TENANT) as reader:
+            reader.head()
 
 
 class Killed(BaseException):
