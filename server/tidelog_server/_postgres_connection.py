@@ -13,6 +13,8 @@ connections that nobody uses.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, LiteralString, Never
 
 import psycopg
@@ -24,6 +26,7 @@ from psycopg.types.numeric import Int8BinaryDumper
 from psycopg.types.string import BytesBinaryDumper, StrBinaryDumper
 
 from tidelog._errors import DiskFull, InvalidValue, ResourceClosed, StorageError
+from tidelog_server._deadline import waiting
 from tidelog_server._errors import StoreUnavailable
 from tidelog_server._postgres_arrays import ARRAYS
 
@@ -187,11 +190,8 @@ class Transaction:
 
     def send(self, statement: LiteralString, *parameters: Any) -> psycopg.Cursor[Any]:
         """Send a statement. What comes of it is known when something is read, or at the end."""
-        self.check()
-        try:
+        with self._asking():
             return self._connection.execute(statement, parameters, binary=True)
-        except psycopg.Error as error:
-            self._fail(error)
 
     def rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
         """Return the rows of a statement."""
@@ -199,11 +199,8 @@ class Transaction:
 
     def rows_of(self, sent: psycopg.Cursor[Any]) -> list[tuple[Any, ...]]:
         """Return the rows of a statement that was sent."""
-        self.check()
-        try:
+        with self._asking():
             return sent.fetchall()
-        except psycopg.Error as error:
-            self._fail(error)
 
     def end(self) -> None:
         """
@@ -231,6 +228,22 @@ class Transaction:
             raise self.failure
         if self._ended:
             raise ResourceClosed("the transaction has ended: a reader is used inside of its block")
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self.check()
+        with waiting():
+            try:
+                yield
+            except psycopg.Error as error:
+                self._fail(error)
+            except Exception:
+                raise  # something that cannot be sent
+            except BaseException:
+                # Nobody knows how much of an answer was read.
+                self.failure = StoreUnavailable(f"{self._name}: who waited for an answer was interrupted")
+                self._connection.close()
+                raise
 
     def _fail(self, error: psycopg.Error) -> Never:
         self.failure = _told(error, self._name)

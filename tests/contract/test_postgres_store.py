@@ -13,8 +13,9 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import psycopg
 import pytest
-from tests.builders import REPLICA_A, TENANT, Lab, create, update
+from tests.builders import REPLICA_A, TENANT, Lab, create, said, update
 from tests.contract.store_contract import (
     UNBOUNDED,
     Job,
@@ -41,7 +42,7 @@ from tidelog import (
     String,
 )
 from tidelog.testing import Proxy
-from tidelog_server import Application, PostgresStore, ServerOutdated, StoreUnavailable
+from tidelog_server import Application, HookContext, HookObject, PostgresStore, ServerOutdated, StoreUnavailable
 from tidelog_server import _postgres_connection as postgres_connection
 from tidelog_server import _postgres_store as postgres_store
 from tidelog_server._attempts import Attempt
@@ -550,6 +551,36 @@ class TestLostConnections:
         proxy.target = f"127.0.0.1:{postgres_cluster.port}"
         behind.submit(TENANT, writing(task("t3")), Attempt(REPLICA_A, 1)).result(WAIT_SECONDS)
         assert head(behind) == 2
+
+    def test_a_hook_that_reads_while_the_database_is_slow(self, proxy: Proxy, behind: PostgresStore) -> None:
+        """What the database takes to answer is not the hook's time: the operation is not refused for it."""
+        application = Application(hook_seconds_max=0.2)
+
+        @application.before_commit("Task")
+        def reads(task: HookObject, context: HookContext) -> None:
+            proxy.stall()
+            threading.Timer(1, proxy.heal).start()
+            assert context.get("Task", "other") is None
+
+        assert said(Lab(application, behind).settle(create(1, "t1"))) == ["APPLIED"]
+
+    def test_an_interrupted_answer(self, store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A connection on which whoever waited was interrupted is not used any more."""
+
+        class Interrupt(BaseException):
+            pass
+
+        def interrupted(*_: Any) -> None:
+            raise Interrupt
+
+        with store.read(TENANT) as reader:
+            with monkeypatch.context() as patched:
+                patched.setattr(psycopg.Cursor, "fetchall", interrupted)
+                with pytest.raises(Interrupt):
+                    reader.objects([task("t1")])
+            with pytest.raises(StoreUnavailable):
+                reader.objects([task("t1")])
+        assert head(store) == 0
 
     def test_one_that_is_broken_off_too_often(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
