@@ -140,6 +140,14 @@ def _adopt(
         )
     former = Schema.from_json(known.schema) if known.schema else Schema(open=True)
     since = former.version if known.schema else 0
+    if store.is_shared and schema.version < since and not migrate:
+        # Or a server that is only started again would take the store from all those that were brought up to date.
+        raise SchemaContradicted(
+            f"version {since} of the schema is served, and version {schema.version} is older: "
+            "serve that version or a newer one; or, to go back, tell the server to migrate",
+            [],
+            count=0,
+        )
     fingerprint = schema.fingerprint.hex()
     heads = known.unfinished.heads if known.unfinished is not None else None
     if known.unfinished is not None and heads is not None:

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, LiteralString, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, LiteralString, TypeVar
 
 from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError
 from tidelog._logging import get_logger
@@ -69,6 +69,8 @@ class PostgresStore:
         FormatUnsupported: It holds something else.
         StorageError: It cannot be used.
     """
+
+    is_shared: ClassVar[bool] = True
 
     def __init__(self, conninfo: str) -> None:
         try:
