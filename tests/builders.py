@@ -412,6 +412,8 @@ class MemoryStore:
         disk: What outlives `close`; a second store opened on it finds what the first one wrote.
     """
 
+    is_shared: ClassVar[bool] = False
+
     def __init__(self, disk: dict[str, Any] | None = None) -> None:
         self._disk = {} if disk is None else disk
         self._identity: Identity = self._disk.setdefault("identity", Identity(secrets.token_hex(8), str(uuid.uuid4())))

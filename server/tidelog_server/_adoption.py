@@ -108,15 +108,17 @@ def adopt_schema(application: Application, store: Store, *, migrate: bool, time_
     """
     text = application.schema.to_json() if application.has_schema else ""
     # Most servers find everything as it should be: then those that are running go on.
-    if not _is_ready(_adopted(store), text):
-        with store.preparing():
-            if not _is_ready(known := _adopted(store), text):
-                _adopt(application, store, known, text, migrate=migrate, time_us=time_us)
-    store.require_note(_NOTE, store.note(_NOTE))
-
-
-def _adopted(store: Store) -> _Adopted:
     note = store.note(_NOTE)
+    if not _is_ready(_decoded(note), text):
+        with store.preparing():
+            note = store.note(_NOTE)
+            if not _is_ready(known := _decoded(note), text):
+                note = _adopt(application, store, known, text, migrate=migrate, time_us=time_us)
+    # That one and not what is noted by now: somebody else may have made the store ready for another schema.
+    store.require_note(_NOTE, note)
+
+
+def _decoded(note: bytes) -> _Adopted:
     return msgspec.json.decode(note, type=_Adopted) if note else _Adopted()
 
 
@@ -124,7 +126,10 @@ def _is_ready(known: _Adopted, text: str) -> bool:
     return known == _Adopted(text, known.migrated, files=True)
 
 
-def _adopt(application: Application, store: Store, known: _Adopted, text: str, *, migrate: bool, time_us: int) -> None:
+def _adopt(
+    application: Application, store: Store, known: _Adopted, text: str, *, migrate: bool, time_us: int
+) -> bytes:
+    """Make a store ready, and return what is noted then."""
     schema = application.schema
     if schema.version < known.migrated:
         raise SchemaContradicted(
@@ -135,6 +140,14 @@ def _adopt(application: Application, store: Store, known: _Adopted, text: str, *
         )
     former = Schema.from_json(known.schema) if known.schema else Schema(open=True)
     since = former.version if known.schema else 0
+    if store.is_shared and schema.version < since and not migrate:
+        # Or a server that is only started again would take the store from all those that were brought up to date.
+        raise SchemaContradicted(
+            f"version {since} of the schema is served, and version {schema.version} is older: "
+            "serve that version or a newer one; or, to go back, tell the server to migrate",
+            [],
+            count=0,
+        )
     fingerprint = schema.fingerprint.hex()
     heads = known.unfinished.heads if known.unfinished is not None else None
     if known.unfinished is not None and heads is not None:
@@ -182,11 +195,12 @@ def _adopt(application: Application, store: Store, known: _Adopted, text: str, *
         if rebuilds or not known.files:
             _note_referrers(store, tenant)
     migrated = schema.version if migrate and has_migrated else known.migrated
-    _set_note(store, _Adopted(text, migrated, files=True))
+    note = _set_note(store, _Adopted(text, migrated, files=True))
     if text != known.schema and schema.version <= since:
         _log.warning("the schema is another one, but its version has not risen", version=schema.version, former=since)
     if known != _Adopted(text, known.migrated, files=known.files):
         _log.info("schema adopted", version=schema.version, former=since, migrated=migrate)
+    return note
 
 
 def adopted_schema(note: Callable[[str], bytes]) -> Schema | None:
@@ -225,8 +239,10 @@ def _summary(count: int, schema: Schema, since: int, *, migrate: bool) -> str:
     return f"version {schema.version} of the schema does not fit the store, {what} ({hint})"
 
 
-def _set_note(store: Store, adopted: _Adopted) -> None:
-    store.set_note(_NOTE, msgspec.json.encode(adopted))
+def _set_note(store: Store, adopted: _Adopted) -> bytes:
+    note = msgspec.json.encode(adopted)
+    store.set_note(_NOTE, note)
+    return note
 
 
 def _head(store: Store, tenant: str) -> int:

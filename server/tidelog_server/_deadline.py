@@ -5,7 +5,8 @@ A function that goes on for too long is ended where it is, by an exception that 
 thread sends it; see `PyThreadState_SetAsyncExc` in the C API of Python. It arrives
 between two instructions of Python, so code that waits outside of Python is ended when
 it comes back. While the function is in the engine, through its context, nothing is
-sent: what the engine does is done as a whole.
+sent: what the engine does is done as a whole. What a store takes that is far away is not
+the function's time.
 """
 
 from __future__ import annotations
@@ -77,6 +78,26 @@ def paused() -> Iterator[None]:
         watch.enter()
 
 
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Wait for somebody else, such as a database, and take what they say as a whole: that time does not count."""
+    watch = _watches.get(threading.get_ident())
+    if watch is None:
+        yield
+        return
+    # Or it is in the engine already.
+    was_inside = watch.is_inside
+    began = time.monotonic()
+    if was_inside:
+        watch.leave()
+    try:
+        yield
+    finally:
+        watch.end += time.monotonic() - began
+        if was_inside:
+            watch.enter()
+
+
 class _Watch:
     """
     One thread that runs the application's code.
@@ -84,6 +105,7 @@ class _Watch:
     Attributes:
         thread_id: The thread.
         end: When its time is over.
+        is_inside: Whether it is in the application's code, where it can be ended.
         is_sent: Whether the exception was sent.
         has_arrived: Whether it was raised there.
     """
@@ -93,7 +115,7 @@ class _Watch:
         self.end = time.monotonic() + seconds
         self.has_arrived = False
         self._lock = threading.Lock()
-        self._is_inside = False
+        self.is_inside = False
         self.is_sent = False
         self._sent_again = 0.0
 
@@ -110,18 +132,18 @@ class _Watch:
         if self.is_sent or time.monotonic() >= self.end:
             self.is_sent = True
             raise DeadlineExceeded
-        self._is_inside = True
+        self.is_inside = True
 
     def leave(self) -> None:
         """The application's code ends, or is interrupted by the engine. Nothing arrives afterwards."""
         try:
             with self._lock:
-                self._is_inside = False
+                self.is_inside = False
             limit = time.monotonic() + DELIVERY_SECONDS_MAX
             while self.is_sent and not self.has_arrived and time.monotonic() < limit:
                 time.sleep(LOOK_SECONDS)  # it is on its way, and arrives here
         except DeadlineExceeded:
-            self._is_inside = False
+            self.is_inside = False
 
     def look(self) -> None:
         """Send the exception if it is due, and again while it is caught. Called by the watcher's thread."""
@@ -129,7 +151,7 @@ class _Watch:
         if now < self.end or (self.is_sent and not (self.has_arrived and now >= self._sent_again)):
             return
         with self._lock:
-            if self._is_inside:
+            if self.is_inside:
                 self.is_sent = True
                 self._sent_again = now + AGAIN_SECONDS
                 self.has_arrived = False

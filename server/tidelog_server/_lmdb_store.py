@@ -106,6 +106,8 @@ class LmdbStore:
         StorageError: It cannot be used, or is a backup.
     """
 
+    is_shared: ClassVar[bool] = False
+
     def __init__(self, path: str | Path, *, map_bytes: int = MAP_BYTES_DEFAULT) -> None:
         self.path = Path(path)
         if (self.path / BACKUP_FILE).exists():

@@ -13,7 +13,8 @@ connections that nobody uses.
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final, LiteralString, Never
 
 import psycopg
@@ -25,6 +26,7 @@ from psycopg.types.numeric import Int8BinaryDumper
 from psycopg.types.string import BytesBinaryDumper, StrBinaryDumper
 
 from tidelog._errors import DiskFull, InvalidValue, ResourceClosed, StorageError
+from tidelog_server._deadline import waiting
 from tidelog_server._errors import StoreUnavailable
 from tidelog_server._postgres_arrays import ARRAYS
 
@@ -48,16 +50,21 @@ _DEFAULTS: Final = {
 }
 
 # Every query has its index: a plan that was made while a table was empty must not outlive that. A server that
-# vanished without a word holds its locks no longer than it takes to notice. And nobody's configuration makes a
-# commit return before it is durable.
+# vanished without a word holds its locks no longer than it takes to notice. And nobody's configuration garbles text,
+# changes what a transaction sees, ends a session that stands still or makes a commit return before it is durable.
 _SETTINGS: Final[LiteralString] = """
     SELECT set_config(name, value, false) FROM (VALUES
         ('search_path', 'tidelog, pg_temp'),
+        ('client_encoding', 'UTF8'),
+        ('default_transaction_isolation', 'read committed'),
+        ('default_transaction_deferrable', 'off'),
         ('enable_seqscan', 'off'),
         ('enable_bitmapscan', 'off'),
         ('jit', 'off'),
         ('lock_timeout', %s),
         ('statement_timeout', '0'),
+        ('transaction_timeout', '0'),
+        ('idle_session_timeout', '0'),
         ('idle_in_transaction_session_timeout', '600000'),
         ('tcp_keepalives_idle', '10'),
         ('tcp_keepalives_interval', '5'),
@@ -65,6 +72,7 @@ _SETTINGS: Final[LiteralString] = """
         ('synchronous_commit', CASE current_setting('synchronous_commit')
             WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END)
     ) AS settings (name, value)
+    WHERE current_setting(name, true) IS NOT NULL -- older versions lack some
 """
 
 # What may go better when it is done again, with the connection that broke or without it.
@@ -185,11 +193,8 @@ class Transaction:
 
     def send(self, statement: LiteralString, *parameters: Any) -> psycopg.Cursor[Any]:
         """Send a statement. What comes of it is known when something is read, or at the end."""
-        self.check()
-        try:
+        with self._asking():
             return self._connection.execute(statement, parameters, binary=True)
-        except psycopg.Error as error:
-            self._fail(error)
 
     def rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
         """Return the rows of a statement."""
@@ -197,11 +202,8 @@ class Transaction:
 
     def rows_of(self, sent: psycopg.Cursor[Any]) -> list[tuple[Any, ...]]:
         """Return the rows of a statement that was sent."""
-        self.check()
-        try:
+        with self._asking():
             return sent.fetchall()
-        except psycopg.Error as error:
-            self._fail(error)
 
     def end(self) -> None:
         """
@@ -229,6 +231,22 @@ class Transaction:
             raise self.failure
         if self._ended:
             raise ResourceClosed("the transaction has ended: a reader is used inside of its block")
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self.check()
+        with waiting():
+            try:
+                yield
+            except psycopg.Error as error:
+                self._fail(error)
+            except Exception:
+                raise  # something that cannot be sent
+            except BaseException:
+                # Nobody knows how much of an answer was read.
+                self.failure = StoreUnavailable(f"{self._name}: who waited for an answer was interrupted")
+                self._close()
+                raise
 
     def _fail(self, error: psycopg.Error) -> Never:
         self.failure = _told(error, self._name)

@@ -34,7 +34,15 @@ _LOCK_TENANT: Final[LiteralString] = "SELECT number FROM tenants WHERE name = %s
 _PUT_TENANT: Final[LiteralString] = "INSERT INTO tenants (name) VALUES (%s) ON CONFLICT (name) DO NOTHING"
 _LOCK_TIMELINE: Final[LiteralString] = "SELECT pg_advisory_xact_lock(%s)"
 _KEEP_TIMELINE: Final[LiteralString] = "SELECT pg_advisory_xact_lock_shared(%s)"
-_KEEP_READY: Final[LiteralString] = "SELECT %s OR pg_try_advisory_xact_lock_shared(%s)"
+_KEEP_READY: Final[LiteralString] = "SELECT pg_try_advisory_xact_lock_shared(%s)"
+_IS_ALONE: Final[LiteralString] = """
+    SELECT EXISTS (
+        SELECT FROM pg_locks
+        WHERE locktype = 'advisory' AND (classid::bigint << 32) + objid::bigint = %s AND objsubid = 1
+            AND mode = 'ExclusiveLock' AND granted AND pid = %s
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    )
+"""
 # A database that was put back goes on in another process, under another number, or in other files. Time is a number
 # here: as text it would depend on the time zone that a server asks for.
 _STATE: Final[LiteralString] = """
@@ -81,12 +89,13 @@ class Entry:
 
     Attributes:
         identity: Which store this is, as was last heard.
-        is_preparing: Whether it is this server that makes the store ready.
+        preparer: The process of the database that keeps the others out while this server makes the store ready, if
+            it does.
     """
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
-        self.is_preparing = False
+        self.preparer: int | None = None
         self._required = _NOTHING
         self._lock = threading.Lock()
         self._moments = itertools.count(1)
@@ -154,15 +163,19 @@ class Entry:
 
     def _entered(self, transaction: Transaction, tenant: str) -> TenantState:
         since, required = next(self._moments), self._required
-        ready = transaction.send(_KEEP_READY, self.is_preparing, PREPARING_LOCK)
+        preparer = self.preparer
+        if preparer is None:
+            ready = transaction.send(_KEEP_READY, PREPARING_LOCK)
+        else:
+            ready = transaction.send(_IS_ALONE, PREPARING_LOCK, preparer)
         rows = transaction.rows(_STATE, required.name, tenant)
         if not transaction.rows_of(ready)[0][0]:
+            if preparer is not None:
+                raise ServerOutdated("the connection was lost that kept other servers out: make the store ready anew")
             raise ServerOutdated("another server is making the store ready for another schema")
         state, digest = _state_of(rows[0])
         if required.name and (digest or _OF_NOTHING) != required.digest:
-            raise ServerOutdated(
-                "another server has made the store ready for another schema: this one has an older one"
-            )
+            raise ServerOutdated("another server has made the store ready for another schema than this one has")
         self.hear(state.identity, since)
         return state
 

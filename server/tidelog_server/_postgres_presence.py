@@ -9,8 +9,11 @@ is not waited for until it is on disk.
 
 from __future__ import annotations
 
+import secrets
 import threading
-from typing import TYPE_CHECKING, Any, Final, LiteralString
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final, LiteralString
 
 from tidelog_server._attempts import UnderWay, decode_under_way, encode_under_way
 from tidelog_server._errors import StoreUnavailable
@@ -19,8 +22,11 @@ from tidelog_server._postgres_schema import LOCK_CLASS
 if TYPE_CHECKING:
     from tidelog_server._postgres_connection import Address, Connection
 
-# A server of whose row nobody holds the lock is dead. One that lost its connection takes it again, so it may be
-# taken for dead for a moment: then operations are tried one by one for nothing.
+# By which a server is known: any that no other one has, in whatever copy of the database.
+_NUMBERS: Final = 1 << 31
+
+# A server of whose row nobody holds the lock is dead. One that lost its connection may be taken for dead before it
+# has another: then operations are tried one by one for nothing.
 _FIND_LEFT: Final[LiteralString] = """
     SELECT server, array_agg(attempts) FROM under_way
     WHERE server <> %s AND octet_length(attempts) > 0 GROUP BY server ORDER BY server
@@ -49,11 +55,15 @@ class Presence:
     Args:
         address: Where the database is.
 
+    Attributes:
+        server: The number that it is known by: another one once somebody has found the former one left.
+
     Raises:
         StoreUnavailable: It cannot be reached now.
     """
 
     def __init__(self, address: Address) -> None:
+        self.server = secrets.randbelow(_NUMBERS)
         self._address = address
         self._lock = threading.Lock()
         self._connection: Connection | None = None
@@ -62,7 +72,6 @@ class Presence:
         self._left: dict[int, UnderWay] = {}
         connection = address.connect()
         try:
-            [(self.server,)] = connection.rows("SELECT nextval('server_numbers')::integer")
             self._hold(connection)
             for server, found in connection.rows(_FIND_LEFT, self.server):
                 if _try_lock(connection, server):
@@ -75,7 +84,8 @@ class Presence:
 
     def put(self, writer: int, under_way: UnderWay) -> None:
         """Say what is under way in one of the threads that write; nothing: nothing is."""
-        self._run(_PUT, self.server, writer, encode_under_way(under_way) if under_way else b"")
+        attempts = encode_under_way(under_way) if under_way else b""
+        self._run(lambda connection: connection.rows(_PUT, self.server, writer, attempts))
 
     def left(self) -> UnderWay:
         """Return what was under way in servers that are dead."""
@@ -84,8 +94,7 @@ class Presence:
     def forget(self) -> None:
         """Forget that."""
         for server in list(self._left):
-            self._run("DELETE FROM under_way WHERE server = %s", server)
-            self._run("SELECT pg_advisory_unlock(%s::integer, %s::integer)", LOCK_CLASS, server)
+            self._run(partial(_forget, server=server))
             del self._left[server]
 
     def close(self) -> None:
@@ -102,7 +111,7 @@ class Presence:
         finally:
             connection.close()
 
-    def _run(self, statement: LiteralString, *parameters: Any) -> None:
+    def _run(self, work: Callable[[Connection], object]) -> None:
         with self._lock:
             if self._closed:
                 raise StoreUnavailable("the server is stopping")
@@ -111,7 +120,7 @@ class Presence:
                     if self._connection is None:
                         self._connection = self._address.connect()
                         self._hold(self._connection)
-                    self._connection.rows(statement, *parameters)
+                    work(self._connection)
                 except StoreUnavailable:
                     if self._connection is not None:
                         self._connection.close()
@@ -124,9 +133,17 @@ class Presence:
     def _hold(self, connection: Connection) -> None:
         # Durable enough once the database's process has it.
         connection.rows("SET synchronous_commit = off")
-        connection.rows("SELECT pg_advisory_lock(%s::integer, %s::integer)", LOCK_CLASS, self.server)
+        # Nobody is waited for: who found what was left here may have it for long, and so may a session that has
+        # ended without the database's notice.
+        while not _try_lock(connection, self.server):
+            self.server = secrets.randbelow(_NUMBERS)
 
 
 def _try_lock(connection: Connection, server: int) -> bool:
     [(taken,)] = connection.rows("SELECT pg_try_advisory_lock(%s::integer, %s::integer)", LOCK_CLASS, server)
     return bool(taken)
+
+
+def _forget(connection: Connection, server: int) -> None:
+    connection.rows("DELETE FROM under_way WHERE server = %s", server)
+    connection.rows("SELECT pg_advisory_unlock(%s::integer, %s::integer)", LOCK_CLASS, server)

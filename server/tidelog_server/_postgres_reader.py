@@ -172,7 +172,7 @@ class PostgresReader:
         return [Head(*row) for row in self._rows(_COMMITS_UNTIL, Bigints(versions), self._tenant)]
 
     def objects(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, ObjectState]:
-        wanted = list(keys)
+        wanted = [key for key in keys if _may_be_there(*key)]
         if not wanted:
             return {}
         entities, ids = Texts(key[0] for key in wanted), Texts(key[1] for key in wanted)
@@ -230,6 +230,8 @@ class PostgresReader:
         return self._rows(_FAILURES, self._tenant, after, limit, bytes_max)
 
     def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
+        if not _may_be_there(*key):
+            return None
         return self._value(
             "SELECT failure FROM refused WHERE tenant = %s AND replica = %s AND entity = %s AND id = %s", replica, *key
         )
@@ -243,6 +245,8 @@ class PostgresReader:
         )
 
     def _page(self, query: LiteralString, entity: str, after: str | int, limit: int, bytes_max: int) -> ObjectsPage:
+        if not _may_be_there(entity):
+            return ObjectsPage([], has_more=False)
         rows = self._rows(query, self._tenant, entity, after, limit + 1, limit, bytes_max)
         return ObjectsPage(
             [(row[1:3], _new(ObjectState, row[3:])) for row in rows], has_more=bool(rows) and rows[0][0] > len(rows)
@@ -251,6 +255,11 @@ class PostgresReader:
     def _value(self, query: LiteralString, *key: Any) -> bytes | None:
         found = self._rows(query, self._tenant, *key)
         return found[0][0] if found else None
+
+
+def _may_be_there(*names: str) -> bool:
+    """Tell whether names could be stored: whoever is told to look for another one finds nothing, as anywhere else."""
+    return not any("\0" in name for name in names)
 
 
 def _after_all_with(prefix: bytes) -> bytes | None:

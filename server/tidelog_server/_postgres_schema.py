@@ -9,10 +9,10 @@ The index by version has the entity under another name of the same order: so who
 looks up an object by its key cannot be led there by a planner that takes the table for
 an empty one, to read all of an entity for each.
 
-Three tables are about the servers rather than the data. `writers` names the last
+Two tables are about the servers rather than the data. `writers` names the last
 transaction of each thread that writes: a commit whose answer got lost is looked up
 there. `under_way` says which attempts are; it is not logged, for it has to outlive a
-server's process, not the database's. `server_numbers` are what servers are known by.
+server's process, not the database's.
 """
 
 from __future__ import annotations
@@ -140,7 +140,6 @@ _TABLES: Final[LiteralString] = """
         PRIMARY KEY (tenant, replica, entity, id)
     );
 
-    CREATE SEQUENCE tidelog.server_numbers AS integer CYCLE;
     CREATE TABLE tidelog.writers (
         server integer,
         writer integer,

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any, Final, LiteralString, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, LiteralString, TypeVar
 
 from tidelog._errors import InheritedEnvironment, ResourceClosed, StorageError
 from tidelog._logging import get_logger
@@ -31,6 +31,9 @@ from tidelog_server._postgres_schema import PREPARING_LOCK, prepare_tables
 from tidelog_server._postgres_writer import Job, Outcome, Writer
 from tidelog_server._records import Identity, Writes
 from tidelog_server._tenant_queues import TenantQueues
+
+if TYPE_CHECKING:
+    from tidelog_server._postgres_connection import Connection
 
 WRITERS: Final = 4
 READ_CONNECTIONS_MAX: Final = 16
@@ -68,6 +71,8 @@ class PostgresStore:
         FormatUnsupported: It holds something else.
         StorageError: It cannot be used.
     """
+
+    is_shared: ClassVar[bool] = True
 
     def __init__(self, conninfo: str) -> None:
         try:
@@ -188,10 +193,13 @@ class PostgresStore:
             connection.rows("SET lock_timeout = 0")  # a migration takes as long as it takes
             connection.rows("SELECT pg_advisory_lock(%s)", PREPARING_LOCK)
             self._entry.require_no_note()
-            self._entry.is_preparing = True
+            [(self._entry.preparer,)] = connection.rows("SELECT pg_backend_pid()")
+            # What this thread notes meanwhile goes the same way, so that it cannot outlive the lock.
+            self._place.preparing = connection
             yield
         finally:
-            self._entry.is_preparing = False
+            self._entry.preparer = None
+            self._place.preparing = None
             with suppress(StoreUnavailable):  # then it is unlocked already
                 connection.rows("SELECT pg_advisory_unlock(%s)", PREPARING_LOCK)
             connection.close()
@@ -240,8 +248,11 @@ class PostgresStore:
             )
 
     def _rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Run one statement in a transaction of its own. If its connection breaks it is run once more."""
+        """Run one statement in a transaction of its own. If a connection for reading breaks it is run once more."""
         self._check_process()
+        preparing: Connection | None = getattr(self._place, "preparing", None)
+        if preparing is not None:
+            return preparing.rows(statement, *parameters)
         connection = self._readers.take()
         try:
             return connection.rows(statement, *parameters)

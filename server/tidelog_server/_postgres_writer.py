@@ -94,6 +94,7 @@ class Writer:
         self._presence = presence
         self._entry = entry
         self._connection: Connection | None = None
+        self._server = presence.server
 
     def write(self, tenant: str, jobs: Sequence[Job]) -> list[Outcome]:
         """
@@ -124,13 +125,14 @@ class Writer:
         """Return what became of the jobs, and whether it is still noted what is under way."""
         locks_timeline = False
         for run in itertools.count(1):
-            attempt = _Run(self._entry, self._connected(), self._presence.server, self.number, tenant)
+            connection = self._connected()
+            attempt = _Run(self._entry, connection, (self._server, self.number), tenant)
             try:
                 wrote = attempt.run(jobs, locks_timeline=locks_timeline, clears=is_noted)
             except StoreUnavailable as error:
                 self.close()
                 locks_timeline = attempt.begins_timeline
-                if attempt.is_in_doubt and self._has_committed(tenant, attempt.name):
+                if attempt.is_in_doubt and self._has_committed(tenant, attempt):
                     wrote = True
                 elif run < RUNS_MAX:
                     _log.info("a transaction was broken off and runs again", tenant=tenant, detail=str(error))
@@ -146,14 +148,15 @@ class Writer:
         raise AssertionError  # there is always another run
 
     def _connected(self) -> Connection:
-        if self._connection is None or not self._connection.is_usable:
+        server = self._presence.server
+        if self._connection is None or not self._connection.is_usable or self._server != server:
             self.close()
             connection = self._address.connect()
-            connection.rows(_REGISTER, self._presence.server, self.number)
-            self._connection = connection
+            connection.rows(_REGISTER, server, self.number)
+            self._connection, self._server = connection, server
         return self._connection
 
-    def _has_committed(self, tenant: str, name: bytes) -> bool:
+    def _has_committed(self, tenant: str, run: _Run) -> bool:
         """
         Ask what became of a transaction whose connection was lost.
 
@@ -163,24 +166,24 @@ class Writer:
         until = time.monotonic() + ASK_SECONDS_MAX
         while True:
             try:
-                return self._asked(tenant, name)
+                return self._asked(tenant, run)
             except StoreUnavailable:
                 if time.monotonic() > until:
                     raise
                 time.sleep(ASK_EVERY_SECONDS)
 
-    def _asked(self, tenant: str, name: bytes) -> bool:
+    def _asked(self, tenant: str, run: _Run) -> bool:
         connection = self._address.connect()
         try:
             transaction = connection.begin(BEGIN_WRITING)
             # As long as it is not over it holds this lock.
             lock_tenant(transaction, tenant)
-            found = transaction.rows(_SIGNED, self._presence.server, self.number)
+            found = transaction.rows(_SIGNED, *run.signature)
         finally:
             connection.close()
         if not found:
             raise _Unknown("the database does not know any more whether it has committed a transaction")
-        return bool(found[0][0] == name)
+        return bool(found[0][0] == run.name)
 
 
 class _Unknown(StoreUnavailable):
@@ -193,21 +196,22 @@ class _Run:
 
     Attributes:
         name: Tells it from all others.
+        signature: The server and the thread that write it, as they were known when it began.
         state: Where the tenant stands, with what was written so far.
         outcomes: What became of the jobs.
         begins_timeline: Whether one of them begins a timeline.
         is_in_doubt: Whether the database was told to commit, so that it may have done so.
     """
 
-    def __init__(self, entry: Entry, connection: Connection, server: int, writer: int, tenant: str) -> None:
+    def __init__(self, entry: Entry, connection: Connection, signature: tuple[int, int], tenant: str) -> None:
         self.name = secrets.token_bytes(_NAME_BYTES)
+        self.signature = signature
         self.outcomes: list[Outcome] = []
         self.begins_timeline = False
         self.is_in_doubt = False
         self.state: TenantState
         self._entry = entry
         self._connection = connection
-        self._signature = (server, writer)
         self._tenant = tenant
 
     def run(self, jobs: Sequence[Job], *, locks_timeline: bool, clears: bool) -> bool:
@@ -248,9 +252,9 @@ class _Run:
             return False
         if self.state.head.version != before:
             put_commit(transaction, self.state.number, self.state.head.version, commit_id)
-        transaction.send(_SIGN, *self._signature, self.name)
+        transaction.send(_SIGN, *self.signature, self.name)
         if clears:
-            transaction.send(_CLEAR_UNDER_WAY, *self._signature)
+            transaction.send(_CLEAR_UNDER_WAY, *self.signature)
         self.is_in_doubt = True
         transaction.end()
         return True

@@ -159,7 +159,14 @@ class Reader(Protocol):
 
 
 class Store(Protocol):
-    """Keeps the data of all tenants. Reading may take a while: no event loop does that."""
+    """
+    Keeps the data of all tenants. Reading may take a while: no event loop does that.
+
+    Attributes:
+        is_shared: Whether several servers may have it at the same time.
+    """
+
+    is_shared: ClassVar[bool]
 
     @property
     def identity(self) -> Identity:

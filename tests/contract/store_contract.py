@@ -415,6 +415,16 @@ class StoreContract:
             assert len(reader.objects([key])[key].attributes) == 2 * 1024 * 1024
             assert ids_of(reader.entity_objects("e" * 64, "", 10, UNBOUNDED).objects) == ["é" * 64]
 
+    def test_names_that_nothing_can_have(self, store: Store) -> None:
+        """Whoever looks for a name with a NUL in it, in which nothing is ever stored, finds nothing."""
+        store.submit(TENANT, writing(task("a"))).result(10)
+
+        with store.read(TENANT) as reader:
+            assert reader.objects([("Task", "a\0"), ("Task\0", "a")]) == {}
+            assert ids_of(reader.objects([("Task", "a\0b"), task("a")]).items()) == ["a"]
+            assert reader.refused_creation(REPLICA_A, ("Task", "a\0b")) is None
+            assert reader.entity_objects("Task\0", "", 10, UNBOUNDED) == ([], False)
+
     def test_each_object_once_by_version(self, store: Store) -> None:
         """By version each object stands once, at its latest, tombstones too, however often it was changed."""
         for keys in (["a", "b", "c"], ["b"], ["a", "b"], ["d"]):

@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import psycopg
 import pytest
-from tests.builders import REPLICA_A, TENANT, Lab, create, update
+from tests.builders import REPLICA_A, TENANT, Lab, create, said, update
 from tests.contract.store_contract import (
     UNBOUNDED,
     Job,
@@ -41,11 +42,12 @@ from tidelog import (
     String,
 )
 from tidelog.testing import Proxy
-from tidelog_server import Application, PostgresStore, ServerOutdated, StoreUnavailable
+from tidelog_server import Application, HookContext, HookObject, PostgresStore, ServerOutdated, StoreUnavailable
 from tidelog_server import _postgres_connection as postgres_connection
 from tidelog_server import _postgres_store as postgres_store
 from tidelog_server._attempts import Attempt
 from tidelog_server._outcomes import Status
+from tidelog_server._postgres_writer import Writer
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader
 
@@ -385,6 +387,29 @@ class TestManyServers:
             preparing.result(WAIT_SECONDS)
         assert order == ["store", "other"]
 
+    def test_whoever_prepares_without_its_lock(
+        self, store: PostgresStore, other: PostgresStore, postgres_cluster: Cluster, postgres_database: str
+    ) -> None:
+        """Once the connection is lost that keeps the others out, whoever makes the store ready cannot go on."""
+        query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks WHERE objsubid = 1 AND mode = 'ExclusiveLock'"
+        with store.preparing():
+            store.set_note("schema", b"1")
+            assert store.note("schema") == b"1"
+            assert postgres_cluster.execute(query, urlsplit(postgres_database).path[1:]) == [(True,)]
+
+            other.submit(TENANT, writing(task("t1"))).result(WAIT_SECONDS)
+            for is_prepared_by_another in (False, True):
+                with other.preparing() if is_prepared_by_another else nullcontext():
+                    with pytest.raises(ServerOutdated):
+                        head(store)
+                    with pytest.raises(ServerOutdated):
+                        store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
+                    with pytest.raises(StoreUnavailable):
+                        store.set_note("schema", b"2")
+
+        assert store.note("schema") == b"1"
+        assert head(store) == 1
+
     def test_a_server_that_is_outdated(self, store: PostgresStore, other: PostgresStore) -> None:
         """A server stops as soon as another one has noted another schema, and goes on if that is taken back."""
         store.set_note("schema", b"1")
@@ -466,6 +491,39 @@ class TestLostConnections:
         assert len(runs) == 1
         assert head(store) == 1
 
+    def test_after_the_commit_of_one_taken_for_dead(  # noqa: PLR0917 - fixtures
+        self,
+        proxy: Proxy,
+        behind: PostgresStore,
+        store: PostgresStore,
+        postgres_cluster: Cluster,
+        postgres_database: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A commit whose answer got lost is found, whatever its server has come to be known by meanwhile."""
+        asked = Writer._asked
+
+        def asks_later(self: Writer, *arguments: Any) -> bool:
+            behind._presence.put(9, ())
+            return asked(self, *arguments)
+
+        monkeypatch.setattr(Writer, "_asked", asks_later)
+        known = behind._presence.server
+        gate = Gate(behind, "other", Attempt(REPLICA_A, 7))
+        _end_presences(postgres_cluster, postgres_database)
+        with opened(postgres_database) as finder:
+            assert finder.left_under_way()
+            job, runs = in_first_run(lambda: proxy.strand(proxy.down), _blind("t1"))
+            future = behind.submit(TENANT, job)
+            wait_until(lambda: head(store))
+            proxy.cut()
+
+            assert future.result(WAIT_SECONDS) == "done"
+            assert behind._presence.server != known
+            assert len(runs) == 1
+            assert head(store) == 1
+            gate.open()
+
     def test_nobody_knows(  # noqa: PLR0917 - fixtures
         self,
         proxy: Proxy,
@@ -523,6 +581,36 @@ class TestLostConnections:
         behind.submit(TENANT, writing(task("t3")), Attempt(REPLICA_A, 1)).result(WAIT_SECONDS)
         assert head(behind) == 2
 
+    def test_a_hook_that_reads_while_the_database_is_slow(self, proxy: Proxy, behind: PostgresStore) -> None:
+        """What the database takes to answer is not the hook's time: the operation is not refused for it."""
+        application = Application(hook_seconds_max=0.2)
+
+        @application.before_commit("Task")
+        def reads(task: HookObject, context: HookContext) -> None:
+            proxy.stall()
+            threading.Timer(1, proxy.heal).start()
+            assert context.get("Task", "other") is None
+
+        assert said(Lab(application, behind).settle(create(1, "t1"))) == ["APPLIED"]
+
+    def test_an_interrupted_answer(self, store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A connection on which whoever waited was interrupted is not used any more."""
+
+        class Interrupt(BaseException):
+            pass
+
+        def interrupted(*_: Any) -> None:
+            raise Interrupt
+
+        with store.read(TENANT) as reader:
+            with monkeypatch.context() as patched:
+                patched.setattr(psycopg.Cursor, "fetchall", interrupted)
+                with pytest.raises(Interrupt):
+                    reader.objects([task("t1")])
+            with pytest.raises(StoreUnavailable):
+                reader.objects([task("t1")])
+        assert head(store) == 0
+
     def test_one_that_is_broken_off_too_often(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
     ) -> None:
@@ -566,6 +654,17 @@ def _blind(id: str) -> Job:  # noqa: A002 - the glossary's word
 
 def _by_way_of(address: str, conninfo: str) -> str:
     return f"postgresql://postgres@{address}{urlsplit(conninfo).path}"
+
+
+def _end_presences(cluster: Cluster, conninfo: str) -> None:
+    """End the sessions by which servers are known to run."""
+    query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2"
+    assert cluster.execute(query, urlsplit(conninfo).path[1:])
+
+
+def _configure(cluster: Cluster, conninfo: str, setting: str, value: str) -> None:
+    """Make a database give all its sessions a setting."""
+    cluster.execute(f"ALTER DATABASE {urlsplit(conninfo).path[1:]} SET {setting} TO '{value}'")
 
 
 def _end_writers(cluster: Cluster, conninfo: str) -> None:
@@ -666,6 +765,44 @@ class TestUnderWay:
             assert another.left_under_way() == []
         gate.open()
 
+    def test_one_that_was_taken_for_dead(
+        self, postgres_cluster: Cluster, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server whose presence was lost for a moment goes on at once, whoever found what it left."""
+        monkeypatch.setattr(postgres_store, "WRITERS", 1)
+        with opened(postgres_database) as store:
+            gate = Gate(store, attempt=Attempt(REPLICA_A, 7))
+            _end_presences(postgres_cluster, postgres_database)
+            with opened(postgres_database) as finder:
+                assert finder.left_under_way() == [(TENANT, Attempt(REPLICA_A, 7))]
+                gate.open()
+                store.submit(TENANT, writing(task("t1")), Attempt(REPLICA_A, 8)).result(WAIT_SECONDS)
+                assert head(store) == 1
+
+                gate = Gate(store, attempt=Attempt(REPLICA_A, 9))
+                query = f"SELECT FROM tidelog.writers WHERE server = {store._presence.server}"
+                assert postgres_cluster.execute(query, urlsplit(postgres_database).path[1:]), "its commits are known"
+                with opened(postgres_database) as another:
+                    assert another.left_under_way() == [], "it is present again"
+                gate.open()
+
+    def test_after_a_database_was_put_back(self, postgres_cluster: Cluster, postgres_database: str) -> None:
+        """Servers that ran before a database was put back and those that start on it do not wait for each other."""
+        PostgresStore(postgres_database).close()
+        name = urlsplit(postgres_database).path[1:]
+        backup = f"test_{uuid4().hex}"
+        postgres_cluster.execute(f"CREATE DATABASE {backup} TEMPLATE {name}")
+        with opened(postgres_database) as one, opened(postgres_database) as two:
+            postgres_cluster.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            postgres_cluster.execute(f"ALTER DATABASE {backup} RENAME TO {name}")
+            one.submit(TENANT, writing(task("t1")), Attempt(REPLICA_A, 1)).result(WAIT_SECONDS)
+            with ExitStack() as stack:
+                started = [stack.enter_context(opened(postgres_database)) for _ in range(2)]
+                for number, running in enumerate((two, *started)):
+                    attempt = Attempt(REPLICA_A, 2 + number)
+                    running.submit(TENANT, writing(task(f"x{number}")), attempt).result(WAIT_SECONDS)
+                assert head(one) == 4
+
     @pytest.mark.parametrize("ends", ["written", "looked", "failed"])
     def test_nothing_is_under_way_afterwards(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str, ends: str
@@ -730,14 +867,40 @@ class TestOpening:
             PostgresStore(postgres_cluster.conninfo("plain"))
         postgres_cluster.execute("DROP DATABASE plain")
 
-    def test_several_at_once(self, postgres_database: str) -> None:
-        """Servers that start together on an empty database are of one store."""
+    @pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
+    def test_several_at_once(self, postgres_cluster: Cluster, postgres_database: str, isolation: str) -> None:
+        """Servers that start together on an empty database are of one store, however it would isolate them."""
+        _configure(postgres_cluster, postgres_database, "default_transaction_isolation", isolation)
         with ThreadPoolExecutor(4) as pool:
             stores = list(pool.map(PostgresStore, [postgres_database] * 4))
 
         assert len({store.identity for store in stores}) == 1
         for store in stores:
             store.close()
+
+    def test_text_is_what_it_is(
+        self, postgres_cluster: Cluster, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Servers agree about text, whatever encoding the database, the environment or the address ask for."""
+        with opened(postgres_database) as store:
+            store.submit(TENANT, writing(task("é"))).result(WAIT_SECONDS)
+        _configure(postgres_cluster, postgres_database, "client_encoding", "LATIN1")
+        monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+        for conninfo in (postgres_database, f"{postgres_database}?client_encoding=LATIN1"):
+            with opened(conninfo) as store, store.read(TENANT) as reader:
+                assert ids_of(reader.objects([task("é")]).items()) == ["é"]
+
+    def test_what_a_session_needs(self, postgres_cluster: Cluster, postgres_database: str) -> None:
+        """Nobody's configuration ends what stands still, or takes long."""
+        names = ["statement_timeout", "idle_session_timeout", "transaction_timeout"]
+        known = postgres_cluster.execute("SELECT name FROM pg_settings WHERE name LIKE '%timeout'")
+        for name in names:
+            if (name,) in known:
+                _configure(postgres_cluster, postgres_database, name, "100s")
+        with closing(postgres_connection.Address(postgres_database).connect()) as connection:
+            for name in names:
+                [(found,)] = connection.rows("SELECT coalesce(current_setting(%s, true), '0')", name)
+                assert found == "0", name
 
     def test_nothing_is_left_of_servers(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 from uuid import UUID
 
 from tests.simulation.disk import SERVER_FILES, Disk
@@ -328,6 +328,8 @@ class SimulatedServer:
 
 class SimulatedStore:
     """The store as sessions see it. See `Store`."""
+
+    is_shared: ClassVar[bool] = False
 
     def __init__(self, server: SimulatedServer) -> None:
         self._server = server

@@ -95,6 +95,41 @@ def test_what_waits_outside_of_python_is_ended_when_it_comes_back() -> None:
     assert not seen
 
 
+def test_waiting_for_somebody_else_does_not_count() -> None:
+    """What the store takes is not the application's time, and is not ended in the middle; the rest still counts."""
+
+    def waits() -> str:
+        with deadline.waiting():
+            time.sleep(3 * QUICK)
+        return "done"
+
+    def waits_and_stays() -> None:
+        waits()
+        for_ever()
+
+    assert deadline.run(waits, seconds=QUICK) == "done"
+    with pytest.raises(deadline.DeadlineExceeded):
+        deadline.run(waits_and_stays, seconds=QUICK)
+
+
+def test_waiting_within_the_engine() -> None:
+    """What must be done as a whole is so after it has waited, too."""
+    seen = []
+
+    def works() -> None:
+        with deadline.paused():
+            with deadline.waiting():
+                pass
+            end = time.monotonic() + 3 * QUICK
+            while time.monotonic() < end:
+                pass  # here it would strike
+            seen.append("as a whole")
+
+    with pytest.raises(deadline.DeadlineExceeded):
+        deadline.run(works, seconds=QUICK)
+    assert seen == ["as a whole"]
+
+
 def test_a_verdict_in_time_is_heard() -> None:
     """What a hook says before its time is over counts."""
 

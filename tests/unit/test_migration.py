@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
-from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, Lab, create, delete, said, update
+from tests.builders import REPLICA_A, REPLICA_B, TENANT, TIME_US, Lab, MemoryStore, create, delete, said, update
 
 from tidelog import Entity, Integer, InvalidRule, List, Reference, Rename, Schema, String, attribute
 from tidelog_server import (
@@ -26,10 +26,10 @@ from tidelog_server import (
 )
 from tidelog_server import _adoption as adoption
 from tidelog_server import _failures as failures
-from tidelog_server._adoption import adopt_schema
+from tidelog_server._adoption import adopt_schema, adopted_schema
 from tidelog_server._attempts import Attempt, UnderWay
 from tidelog_server._download import Download, cursor_at
-from tidelog_server._errors import FailureStale
+from tidelog_server._errors import FailureStale, ServerOutdated
 from tidelog_server._indexes import TABLES
 from tidelog_server._projection import Projection
 from tidelog_server._records import Identity, Writes
@@ -807,6 +807,57 @@ class TestIndexes:
         assert any(key[:1] == b"v" for key in indexes(labs[0]))
 
 
+class SharedStore(MemoryStore):
+    """A store of many servers."""
+
+    is_shared = True
+
+
+def version_of(store: Store) -> int:
+    """Return the version of the schema that a store is served with."""
+    schema = adopted_schema(store.note)
+    assert schema is not None
+    return schema.version
+
+
+class TestManyServers:
+    def test_an_older_schema_does_not_take_the_store_back(self) -> None:
+        """Where others may serve a newer schema an older one is refused, unless the server is told to go back."""
+        older, newer = application(task({"n": Integer()})), application(task({"n": Integer()}), version=2)
+        store = SharedStore()
+        adopt_schema(newer, store, migrate=False, time_us=TIME_US)
+        for refused in (older, Application()):
+            with pytest.raises(SchemaContradicted, match="version 2 of the schema is served"):
+                adopt_schema(refused, store, migrate=False, time_us=TIME_US)
+            assert version_of(store) == 2
+
+        adopt_schema(older, store, migrate=True, time_us=TIME_US)
+        assert version_of(store) == 1
+        adopt_schema(older, store, migrate=False, time_us=TIME_US)
+
+    @pytest.mark.parametrize("is_ready", [True, False])
+    def test_a_schema_that_is_adopted_in_between(self, *, is_ready: bool) -> None:
+        """Once its store is ready, a server refuses if another one has meanwhile made it ready for another schema."""
+        disk: dict[str, Any] = {}
+        store, other = MemoryStore(disk), MemoryStore(disk)
+        older, newer = application(task({"n": Integer()})), application(task({}), version=2)
+        if is_ready:
+            adopt_schema(older, store, migrate=False, time_us=TIME_US)
+        name = "note" if is_ready else "set_note"
+        original = getattr(store, name)
+
+        def overtaken(*arguments: Any) -> Any:
+            result = original(*arguments)
+            adopt_schema(newer, other, migrate=False, time_us=TIME_US)
+            return result
+
+        setattr(store, name, overtaken)
+        adopt_schema(older, store, migrate=False, time_us=TIME_US)
+
+        with pytest.raises(ServerOutdated), store.read(TENANT) as reader:
+            reader.head()
+
+
 class Killed(BaseException):
     """The process was killed."""
 
@@ -818,6 +869,8 @@ class Watched:
     Attributes:
         written: What was written.
     """
+
+    is_shared: ClassVar[bool] = False
 
     def __init__(self, store: Store, writes_max: int = 1_000_000) -> None:
         self._store = store
