@@ -158,7 +158,8 @@ class Files:
         self._clock = clock
         self._bytes_max = bytes_max
         self.room_bytes = room_bytes
-        self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
+        self._grace_us = grace // timedelta(microseconds=1)
+        self._renewal_us = self._grace_us // RENEWALS
         self._seen_timeline = b""
         self.place = Place(store, contents)
         self._parts = Parts(contents, clock)
@@ -433,7 +434,13 @@ class Files:
 
         def job(reader: Reader) -> tuple[Writes, str]:
             entries, copy = begun(
-                reader, user_id, *wanted, copy=new_copy(user_id), time_us=now_us, room_bytes=room_bytes
+                reader,
+                user_id,
+                *wanted,
+                copy=new_copy(user_id),
+                time_us=now_us,
+                room_bytes=room_bytes,
+                stale_us=now_us - self._grace_us,
             )
             return _entries(reader, entries), copy
 
