@@ -313,6 +313,19 @@ def test_a_server_that_is_on_now_and_then(cabinet: Cabinet) -> None:
     assert [cabinet.has(b"photo %d" % number) for number in range(6)] == [False] * 4 + [True] * 2
 
 
+def test_a_clock_that_was_ahead_once(cabinet: Cabinet) -> None:
+    """After a start with a clock a year ahead contents are let go of as after any other doubt."""
+    cabinet.lab.settle(create(1))
+    cabinet.upload(PHOTO)
+    cabinet.wait(365 * DAY)
+    start_again(cabinet)
+    cabinet.files.note_timeline()
+    cabinet.wait(-365 * DAY)
+    start_again(cabinet)
+
+    assert collected_in(cabinet, days=40) == 1
+
+
 def test_what_was_about_to_be_needed_before_two_gaps(cabinet: Cabinet) -> None:
     """What a store had lost when it was first put back can be offered again for 30 days, though it is off again."""
     cabinet.upload(PHOTO)
