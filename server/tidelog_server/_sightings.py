@@ -80,7 +80,7 @@ class Sightings(NamedTuple):
         Args:
             timeline: The timeline that the store has.
             now_us: The time.
-            was_seen: Whether whoever looks has looked before: nobody puts a store back under a process.
+            was_seen: Whether whoever looks has seen these, or older ones: else the store may have been put back.
             is_empty: Whether there is nothing in the store that could have been lost.
         """
         # One of the future is of a clock that was ahead.
