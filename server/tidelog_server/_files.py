@@ -158,8 +158,10 @@ class Files:
         self._clock = clock
         self._bytes_max = bytes_max
         self.room_bytes = room_bytes
-        self._renewal_us = grace // timedelta(microseconds=1) // RENEWALS
-        self._seen_timeline = b""
+        self._grace_us = grace // timedelta(microseconds=1)
+        self._renewal_us = self._grace_us // RENEWALS
+        # The note of when the store was looked at, as this process saw it last.
+        self._seen = Sightings()
         self.place = Place(store, contents)
         self._parts = Parts(contents, clock)
 
@@ -389,12 +391,13 @@ class Files:
         """Note that somebody looks at the store; return up to when it knows for sure what became of contents."""
         timeline, now_us = self._store.identity.timeline.encode(), self._clock()
         known = Sightings.unpack(self._store.note(TIMELINE_NOTE))
-        was_seen = self._seen_timeline == timeline
-        self._seen_timeline = timeline
+        was_seen = self._seen.timeline == timeline and self._seen.looked_us <= known.looked_us
         is_empty = known == Sightings() and not self._store.tenants()
         now = known.looked(timeline, now_us, was_seen=was_seen, is_empty=is_empty)
         if known.is_due(now_us, NOTED_EVERY) or known != now._replace(looked_us=known.looked_us):
             self._store.set_note(TIMELINE_NOTE, now.pack())
+            known = now
+        self._seen = known
         return now.sure_us
 
     def _is_gone(self, tenant: str, content: Content) -> bool:
@@ -433,7 +436,13 @@ class Files:
 
         def job(reader: Reader) -> tuple[Writes, str]:
             entries, copy = begun(
-                reader, user_id, *wanted, copy=new_copy(user_id), time_us=now_us, room_bytes=room_bytes
+                reader,
+                user_id,
+                *wanted,
+                copy=new_copy(user_id),
+                time_us=now_us,
+                room_bytes=room_bytes,
+                stale_us=now_us - self._grace_us,
             )
             return _entries(reader, entries), copy
 

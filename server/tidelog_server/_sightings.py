@@ -80,10 +80,12 @@ class Sightings(NamedTuple):
         Args:
             timeline: The timeline that the store has.
             now_us: The time.
-            was_seen: Whether whoever looks has looked before: nobody puts a store back under a process.
+            was_seen: Whether whoever looks has seen these, or older ones: else the store may have been put back.
             is_empty: Whether there is nothing in the store that could have been lost.
         """
-        doubts = [one for one in self.doubts if now_us - one.since_us <= UNKNOWN_KEPT // _MICROSECOND]
+        # One of the future is of a clock that was ahead.
+        known = (one._replace(since_us=min(one.since_us, now_us)) for one in self.doubts)
+        doubts = [one for one in known if now_us - one.since_us <= UNKNOWN_KEPT // _MICROSECOND]
         if timeline != self.timeline:
             doubts = [] if is_empty else [*doubts, Doubt(now_us, 0)]
         elif self.is_due(now_us, UNSEEN_MAX) and not was_seen:

@@ -21,7 +21,10 @@ whoever put it there, and whenever: it is deleted by whoever finds it.
 
 An upload counts for its user from its beginning until an operation of his refers to the
 content, applied or refused, or it is given up: so nobody fills the disk with what nothing
-needs. What others have makes no difference to that, nor to what is done with the bytes,
+needs. What came long ago makes room where there is none: else operations of which each has
+some of what it needs would block each other for good.
+
+What others have makes no difference to that, nor to what is done with the bytes,
 which replace the copy on record, if there is one: it tells nobody what others have.
 """
 
@@ -30,7 +33,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from tidelog._contents import SHA256_BYTES
@@ -137,6 +140,7 @@ def begun(
     copy: str,
     time_us: int,
     room_bytes: int | None,
+    stale_us: int = 0,
 ) -> tuple[IndexWrites, str]:
     """
     Begin an upload, or go on with one; return the name of its copy, too.
@@ -149,6 +153,7 @@ def begun(
         copy: The name, should it begin now.
         time_us: The time.
         room_bytes: What uploads of the user may cost. One alone always may. None: whatever it is.
+        stale_us: What came before makes room if there is none, and has to come again if it is needed still.
 
     Raises:
         FileRoomExhausted: It would be more.
@@ -164,14 +169,21 @@ def begun(
         cost = size + FILE_COST_BYTES
         others = _cost(reader.index, user_key) - counted
         if room_bytes is not None and others and others + cost > room_bytes:
-            pruned = [one for one in _some_of(reader, user_key, key) if one != key and is_settled(reader, one)]
+            some = [one for one in _some_of(reader, user_key, key) if one != key]
+            pruned = [one for one in some if is_settled(reader, one)]
+            stale: list[bytes] = []
             others -= sum(_cost_of(reader.index, one) for one in pruned)
+            if others and others + cost > room_bytes:
+                stale = [one for one in some if one not in pruned and _is_stale(reader, one, stale_us)]
+                others -= sum(_cost_of(reader.index, one) for one in stale)
             if others and others + cost > room_bytes:
                 raise FileRoomExhausted(
                     f"files of {others} bytes that no operation refers to yet are there, or on their way: "
                     f"with {size} more it would be above the limit file_room_per_user, {room_bytes}"
                 )
-            writes.update(dict.fromkeys(pruned))
+            writes.update(dict.fromkeys((*pruned, *stale)))
+            # Nobody keeps a content for good by asking for it again and again.
+            writes.update(dict.fromkeys(grant_key(one[_USER_KEY_BYTES:], user_id) for one in stale))
         writes[user_key] = _BYTES.pack(others + cost)
     return writes, copy
 
@@ -217,14 +229,15 @@ def due_uploads(reader: Reader, after: bytes, before_us: int) -> tuple[list[byte
 
 def without_uploads(reader: Reader, keys: Iterable[bytes], before_us: int) -> IndexWrites:
     """Give up uploads, as far as they are still due."""
-    return _without([key for key in keys if _is_due(reader, key, before_us)], reader.index)
+    due = {key: upload_record(key, reader.index) for key in keys if _is_due(reader, key, before_us)}
+    return _without(due, reader.index)
 
 
 def without_settled(uploads: Iterable[tuple[str, bytes]], lookup: Lookup) -> IndexWrites:
     """Let uploads (user, content) go that came, and to which operations of that user refer now."""
     keys = {upload_key(user_id, sha256) for user_id, sha256 in uploads}
     records = {key: upload_record(key, lookup) for key in keys}
-    return _without([key for key, record in records.items() if record is not None and not record.copy], lookup)
+    return _without({key: record for key, record in records.items() if record is not None and not record.copy}, lookup)
 
 
 def is_settled(reader: Reader, key: bytes) -> bool:
@@ -238,14 +251,15 @@ def is_settled(reader: Reader, key: bytes) -> bool:
     )
 
 
-def _without(keys: Iterable[bytes], lookup: Lookup) -> IndexWrites:
+def _without(uploads: Mapping[bytes, UploadRecord | None], lookup: Lookup) -> IndexWrites:
     """Take uploads away, and what they cost."""
-    writes: IndexWrites = {}
+    writes: IndexWrites = dict.fromkeys(uploads)
     costs: dict[bytes, int] = {}
-    for key in keys:
+    for key, record in uploads.items():
         user_key = key[:_USER_KEY_BYTES]
-        costs[user_key] = costs.get(user_key, _cost(lookup, user_key)) - _cost_of(lookup, key)
-        writes[key] = None
+        if user_key not in costs:
+            costs[user_key] = _cost(lookup, user_key)
+        costs[user_key] -= 0 if record is None else record.size + FILE_COST_BYTES
     writes.update((key, _BYTES.pack(cost) if cost > 0 else None) for key, cost in costs.items())
     return writes
 
@@ -255,6 +269,11 @@ def _is_due(reader: Reader, key: bytes, before_us: int) -> bool:
         return False
     record = upload_record(key, reader.index)
     return record is not None and (record.time_us < before_us if record.copy else is_settled(reader, key))
+
+
+def _is_stale(reader: Reader, key: bytes, stale_us: int) -> bool:
+    record = upload_record(key, reader.index)
+    return record is not None and not record.copy and record.time_us < stale_us
 
 
 def _some_of(reader: Reader, user_key: bytes, near: bytes) -> list[bytes]:

@@ -301,6 +301,21 @@ def test_contents_without_a_record_after_a_silent_restore(cabinet: Cabinet, age:
     assert collected_in(cabinet, days=5) == 1
 
 
+def test_a_silent_restore_under_a_server(cabinet: Cabinet) -> None:
+    """A database that was put back under its server knows what became of contents up to when it was copied."""
+    cabinet.lab.settle(create(1))
+    cabinet.files.note_timeline()
+    copied_us, noted = cabinet.time_us, cabinet.lab.store.note(TIMELINE_NOTE)
+    cabinet.wait(8 * DAY)
+    assert cabinet.files.note_timeline() == cabinet.time_us
+
+    cabinet.lab.store.set_note(TIMELINE_NOTE, noted)
+
+    assert cabinet.files.note_timeline() == copied_us
+    cabinet.wait(HOUR)
+    assert cabinet.files.note_timeline() == copied_us
+
+
 def test_a_server_that_is_on_now_and_then(cabinet: Cabinet) -> None:
     """A server that is on for some days every other week lets go of what nothing needs too, if later."""
     cabinet.lab.settle(create(1))
@@ -311,6 +326,19 @@ def test_a_server_that_is_on_now_and_then(cabinet: Cabinet) -> None:
         cabinet.wait(9 * DAY)
 
     assert [cabinet.has(b"photo %d" % number) for number in range(6)] == [False] * 4 + [True] * 2
+
+
+def test_a_clock_that_was_ahead_once(cabinet: Cabinet) -> None:
+    """After a start with a clock a year ahead contents are let go of as after any other doubt."""
+    cabinet.lab.settle(create(1))
+    cabinet.upload(PHOTO)
+    cabinet.wait(365 * DAY)
+    start_again(cabinet)
+    cabinet.files.note_timeline()
+    cabinet.wait(-365 * DAY)
+    start_again(cabinet)
+
+    assert collected_in(cabinet, days=40) == 1
 
 
 def test_what_was_about_to_be_needed_before_two_gaps(cabinet: Cabinet) -> None:

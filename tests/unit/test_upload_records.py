@@ -109,6 +109,23 @@ def test_what_a_refused_group_names_makes_no_room(cabinet: Cabinet) -> None:
     assert len(cabinet.entries(b"w")) == 2
 
 
+def test_what_came_long_ago_makes_room(cabinet: Cabinet) -> None:
+    """What nothing has come to refer to for as long as contents are kept makes room, however often it is asked for."""
+    fill(cabinet)
+    for _ in range(3):
+        cabinet.wait(DAY / 2)
+        assert all(one.is_present for one in cabinet.files.stat(USER, [wanted(data(number)) for number in range(3)]))
+
+    for number in (3, 4, 5):
+        cabinet.upload(data(number))
+
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(6))
+    assert [one.is_present for one in cabinet.files.stat(USER, [wanted(data(n)) for n in (0, 3)])] == [False, True]
+    failed = said(cabinet.lab.settle(create(1, set={"photo": file_value(data(0))})))
+    assert failed == ["NOT_READY"]
+
+
 def test_what_an_operation_says_in_vain_makes_no_room(cabinet: Cabinet) -> None:
     """Contents count as long as an operation that is to refer to them is not settled."""
     fill(cabinet)
