@@ -343,9 +343,9 @@ def _keep_from_copies() -> _Patch:
 def _horizon_stays() -> _Patch:
     start_of = _download.Download.start_of
 
-    def unaware(self: Any, reader: Any, *arguments: Any) -> Any:
+    def unaware(self: Any, reader: Any, *arguments: Any, **options: Any) -> Any:
         with mock.patch.object(type(reader), "collected", return_value=0):
-            return start_of(self, reader, *arguments)
+            return start_of(self, reader, *arguments, **options)
 
     return mock.patch.object(_download.Download, "start_of", unaware)
 

@@ -22,6 +22,7 @@ import grpc
 from tests.simulation.actions import IDS
 from tests.simulation.application import ENTITIES
 from tests.simulation.model import Attributes, Key, same
+from tests.simulation.promises import PromiseBroken
 from tests.simulation.records import Committed, ServerRecord
 from tests.simulation.rights import Eyes
 from tests.simulation.server import SimulatedServer
@@ -157,8 +158,10 @@ class ThirdParty:
         for seq, (version, failure_id) in self._outcomes.items():
             if seq in lost and seq not in settled:
                 continue
-            if settled[seq].version != version or bool(settled[seq].failure_id) is not bool(failure_id):
-                raise AssertionError(f"the third party was told {version, failure_id} of seq {seq}: {settled[seq]}")
+            known = settled.get(seq)
+            if known is None or known.version != version or bool(known.failure_id) is not bool(failure_id):
+                told = f"a third party was told {version, failure_id} of {seq}: {known}"
+                raise PromiseBroken("Settled once", [told])
         shown = {
             key: (version, seen)
             for key, (version, attributes) in server.visible().items()
