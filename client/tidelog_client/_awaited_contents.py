@@ -223,9 +223,9 @@ class AwaitedContents:
         Find out what is uploaded for the next session: all that whole commit groups need, as far as there is room.
 
         Else parts of several groups would fill the room, and none of them would ever go. So what is there already of
-        pending operations takes room too, whoever brought it and when. A group that cannot go takes none, nor do
-        others that have to come after it. Where none fits, and no session makes room, the first one is tried: the
-        server may count less.
+        pending operations takes room too, whoever brought it and when; a group needs what those before it on the same
+        objects need; and one that cannot go takes no room. What needs little comes first. Where nothing fits, and no
+        session makes room, that is tried all the same: the server may count less.
         """
         self._apart, self._exceeding = set(), {}
         room_bytes = self._room_bytes
@@ -234,31 +234,37 @@ class AwaitedContents:
         pending = {content for needed in self._needed_contents().values() for content in needed}
         admitted = self._waiting.keys() & set(under_way)
         taken = {one for one, job in self._waiting.items() if job.offset} | admitted | (self._there & pending)
-        cost = _cost(taken)
-        first: set[Needed] = set()
         is_any_going = False
+        groups: list[set[Needed]] = []
+        before: dict[ObjectKey, set[Needed]] = {}
         held: set[int] = set()
         sieve = Sieve(self._excluded(), held)
         for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
-            contents = {content for one in unit for content in self._needed.get(one.seq, ())}
-            needed = self._waiting.keys() & contents
             if cause is not None:
                 continue
-            if not needed:
+            contents = {content for one in unit for content in self._needed.get(one.seq, ())}
+            needed = self._waiting.keys() & contents
+            group = needed.union(*(before.get(one.key, ()) for one in unit))
+            if not group:
                 is_any_going = is_any_going or not contents.isdisjoint(taken)
-                continue
-            if len(needed) > 1 and _cost(needed) > room_bytes:
-                self._exceeding |= dict.fromkeys((one.seq for one in unit), _cost(needed))
-            elif needed.isdisjoint(self._reasons):
-                if cost + (more := _cost(needed - taken)) <= room_bytes:
-                    admitted |= needed
-                    taken |= needed
-                    cost += more
-                    continue
-                first = first or needed
-            held |= {one.seq for one in unit}
-            sieve.holds_back(unit)
-        self._apart = self._waiting.keys() - (admitted if admitted or is_any_going else first)
+            elif needed.isdisjoint(self._reasons) and (len(group) == 1 or _cost(group) <= room_bytes):
+                groups.append(group)
+                before |= dict.fromkeys((one.key for one in unit), group)
+            else:
+                if len(needed) > 1 and (cost := _cost(needed)) > room_bytes:
+                    self._exceeding |= dict.fromkeys((one.seq for one in unit), cost)
+                held |= {one.seq for one in unit}
+                sieve.holds_back(unit)
+        groups.sort(key=lambda group: _cost(group - taken))
+        cost = _cost(taken)
+        for group in groups:
+            if cost + (more := _cost(group - taken)) <= room_bytes:
+                admitted |= group
+                taken |= group
+                cost += more
+        if not admitted and not is_any_going and groups:
+            admitted = groups[0]
+        self._apart = self._waiting.keys() - admitted
 
     def uploads(self) -> list[Uploading]:
         """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""

@@ -15,12 +15,12 @@ from typing import Any, Final
 import pytest
 from tests.builders import World, quick_folder
 
-from tidelog import FailureReason, attribute, claim
+from tidelog import DiskFull, FailureReason, attribute, claim
 from tidelog.testing import Proxy
 from tidelog.v1 import file_pb2, file_pb2_grpc
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
 from tidelog_client._call_errors import Transient
-from tidelog_server import Application, Principal, ServerLimits, StaticTokens
+from tidelog_server import Application, DirectoryContents, Principal, ServerLimits, StaticTokens
 from tidelog_server._file_rules import REFERRERS_MAX
 
 pytestmark = pytest.mark.slow
@@ -230,6 +230,27 @@ def test_what_came_before_takes_room_too() -> None:
         report = replica.synchronize_all()
 
         assert (report.applied, report.files_uploaded, report.skipped) == (4, 3, [])
+
+
+def test_small_files_do_not_wait_for_one_that_the_server_cannot_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server's disk is too full for a large file, small ones that do not fit beside it go all the same."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        append = DirectoryContents.append
+
+        def full(self: DirectoryContents, tenant: str, part: str, offset: int, data: bytes) -> None:
+            if len(data) > 30_000:
+                raise DiskFull("no room left")
+            append(self, tenant, part, offset, data)
+
+        monkeypatch.setattr(DirectoryContents, "append", full)
+        monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.3)
+        replica = world.replica()
+        for number, size in enumerate((50_000, 10_000, 10_001)):
+            replica.create("Task", {"photo": replica.add_file(bytes([number]) * size)}, f"t{number}")
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, [one.id for one in report.skipped]) == (2, ["t0"])
 
 
 def test_what_comes_behind_an_operation_that_cannot_go_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
