@@ -505,7 +505,7 @@ class TestLostConnections:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """If the database does not know any more what became of a commit, nothing runs again: the owner is told."""
-        monkeypatch.setattr("tidelog_server._postgres_writer.ASK_SECONDS_MAX", 0)
+        monkeypatch.setattr("tidelog_server._postgres_writer.ASK_SECONDS_MAX", 10 * WAIT_SECONDS)
         job, runs = in_first_run(lambda: proxy.strand(proxy.down), _blind("t1"))
         future = behind.submit(TENANT, job)
         wait_until(lambda: head(store))
