@@ -13,6 +13,7 @@ connections that nobody uses.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, LiteralString, Never
@@ -33,6 +34,8 @@ from tidelog_server._postgres_arrays import ARRAYS
 SERVER_VERSION_MIN: Final = 130_000
 # Who reads waits so long for one of the connections that others have.
 TAKE_SECONDS_MAX: Final = 10.0
+# What nobody has read with for so long is closed: a database has few connections for all servers.
+IDLE_SECONDS_MAX: Final = 60.0
 
 # Who writes waits so long for whoever writes the same tenant on another server, which may have come to a halt.
 LOCK_SECONDS_MAX: Final = 60.0
@@ -273,7 +276,8 @@ class Pool:
         self._address = address
         self._room = threading.Semaphore(connections_max)
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
+        # With when each was given back. The youngest are taken first, so that the others come to an age.
+        self._idle: list[tuple[float, Connection]] = []
         self._closed = False
 
     def take(self) -> Connection:
@@ -291,7 +295,7 @@ class Pool:
                 if self._closed:
                     raise ResourceClosed("the store is closed")
                 if self._idle:
-                    return self._idle.pop()
+                    return self._idle.pop()[1]
             return self._address.connect()
         except BaseException:
             self._room.release()
@@ -305,27 +309,31 @@ class Pool:
             StoreUnavailable: None can be made. The broken one is still to be given back.
         """
         connection.close()
-        self._close_idle()
+        self._close_idle(0)
         return self._address.connect()
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection back."""
         with self._lock:
             if keeps := not self._closed and connection.is_usable:
-                self._idle.append(connection)
+                self._idle.append((time.monotonic(), connection))
         if not keeps:
             connection.close()
         self._room.release()
+        self._close_idle(IDLE_SECONDS_MAX)
 
     def close(self) -> None:
         """Close what is not in use now, and the rest when it is given back."""
         with self._lock:
             self._closed = True
-        self._close_idle()
+        self._close_idle(0)
 
-    def _close_idle(self) -> None:
+    def _close_idle(self, seconds: float) -> None:
+        """Close what nobody has used for so long."""
+        before = time.monotonic() - seconds
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle = [connection for since, connection in self._idle if since <= before]
+            self._idle = self._idle[len(idle) :]
         for connection in idle:
             connection.close()
 

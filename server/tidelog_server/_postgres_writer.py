@@ -167,6 +167,8 @@ class Writer:
         while True:
             try:
                 return self._asked(tenant, run)
+            except _Unknown:
+                raise  # it will not be known later either
             except StoreUnavailable:
                 if time.monotonic() > until:
                     raise

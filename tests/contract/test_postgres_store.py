@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -534,7 +535,7 @@ class TestLostConnections:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """If the database does not know any more what became of a commit, nothing runs again: the owner is told."""
-        monkeypatch.setattr("tidelog_server._postgres_writer.ASK_SECONDS_MAX", 0)
+        monkeypatch.setattr("tidelog_server._postgres_writer.ASK_SECONDS_MAX", 10 * WAIT_SECONDS)
         job, runs = in_first_run(lambda: proxy.strand(proxy.down), _blind("t1"))
         future = behind.submit(TENANT, job)
         wait_until(lambda: head(store))
@@ -901,6 +902,26 @@ class TestOpening:
             for name in names:
                 [(found,)] = connection.rows("SELECT coalesce(current_setting(%s, true), '0')", name)
                 assert found == "0", name
+
+    def test_connections_that_nobody_uses(self, postgres_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Connections that many have read with at once are closed when they have not been used for a while."""
+        now = 0.0
+        clock = SimpleNamespace(monotonic=lambda: now)
+        monkeypatch.setattr("tidelog_server._postgres_connection.time", clock)
+        pool = postgres_connection.Pool(postgres_connection.Address(postgres_database), 9)
+        many = [pool.take() for _ in range(3)]
+        for connection in many:
+            pool.give_back(connection)
+        assert all(connection.is_usable for connection in many)
+
+        now = 50.0
+        pool.give_back(pool.take())
+        assert all(connection.is_usable for connection in many)
+        now = 70.0
+        pool.give_back(pool.take())
+        assert [connection.is_usable for connection in many] == [False, False, True]
+        pool.close()
+        assert not many[2].is_usable
 
     def test_nothing_is_left_of_servers(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
