@@ -253,7 +253,7 @@ class TestContents:
         opened = LmdbStore(store)
         files = Files(Application(), opened, DirectoryContents(store / "files"), lambda: TIME_US)
         linked = _content_backup._link
-        replaced = []
+        replaced: list[object] = []
 
         def replacing(source: Path, target: Path) -> bool:
             if not replaced:
