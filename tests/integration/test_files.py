@@ -258,11 +258,11 @@ def test_what_comes_behind_an_operation_that_cannot_go_takes_no_room(monkeypatch
     with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
         replica = world.replica()
         replica.create("Task", {}, "t1")
-        replica.attach("Task", "t1", "photo", b"b" * 40_000)
+        replica.attach("Task", "t1", "photo", b"b" * 20_000)
         replica.attach("Task", "t1", "photo", b"c" * 40_000)
-        replica.create("Task", {"photo": replica.add_file(PHOTO * 5)}, "t2")
+        replica.create("Task", {"photo": replica.add_file(PHOTO * 6)}, "t2")
         contents = replica._storage.files.contents
-        opened, bad = contents.open, _hash(b"b" * 40_000)
+        opened, bad = contents.open, _hash(b"b" * 20_000)
 
         class Unreadable(io.BytesIO):
             def read(self, size: int | None = -1) -> bytes:
