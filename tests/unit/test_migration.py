@@ -810,7 +810,7 @@ class TestIndexes:
 class SharedStore(MemoryStore):
     """A store of many servers."""
 
-    is_shared = True
+    is_shared: ClassVar[bool] = True
 
 
 def version_of(store: Store) -> int:
