@@ -309,7 +309,7 @@ class Pool:
             StoreUnavailable: None can be made. The broken one is still to be given back.
         """
         connection.close()
-        self._close_idle(0)
+        self.close_idle()
         return self._address.connect()
 
     def give_back(self, connection: Connection) -> None:
@@ -320,15 +320,15 @@ class Pool:
         if not keeps:
             connection.close()
         self._room.release()
-        self._close_idle(IDLE_SECONDS_MAX)
+        self.close_idle(IDLE_SECONDS_MAX)
 
     def close(self) -> None:
         """Close what is not in use now, and the rest when it is given back."""
         with self._lock:
             self._closed = True
-        self._close_idle(0)
+        self.close_idle()
 
-    def _close_idle(self, seconds: float) -> None:
+    def close_idle(self, seconds: float = 0) -> None:
         """Close what nobody has used for so long."""
         before = time.monotonic() - seconds
         with self._lock:

@@ -282,6 +282,7 @@ class PostgresStore:
         except (StoreUnavailable, ServerOutdated) as error:
             _log.warning("jobs were given up", tenant=tenant, job_count=len(group), detail=str(error))
             outcomes = [(None, error)] * len(group)
+            self._readers.close_idle()  # it may be that the database has no connections left to give
         except BaseException as error:  # noqa: BLE001 - the jobs' owners are told; this thread must live on
             if len(group) > 1:
                 # One of them cannot be written: it is not to take the others with it.

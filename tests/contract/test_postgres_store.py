@@ -923,6 +923,30 @@ class TestOpening:
         pool.close()
         assert not many[2].is_usable
 
+    def test_who_writes_gets_a_connection(self, postgres_cluster: Cluster, postgres_database: str) -> None:
+        """Where a database has no more connections to give, those that nobody uses make room for who writes."""
+        name = urlsplit(postgres_database).path[1:]
+        with opened(postgres_database) as store:
+            store.submit(TENANT, writing(task("t1"))).result(WAIT_SECONDS)
+        role = f"few_{name}"
+        postgres_cluster.execute(f"CREATE ROLE {role} LOGIN", name)
+        try:
+            postgres_cluster.execute(f"GRANT ALL ON SCHEMA tidelog TO {role}", name)
+            for what in ("TABLES", "SEQUENCES"):
+                postgres_cluster.execute(f"GRANT ALL ON ALL {what} IN SCHEMA tidelog TO {role}", name)
+            with opened(postgres_database.replace("postgres@", f"{role}@", 1)) as store:
+                with ExitStack() as stack:
+                    for _ in range(3):
+                        stack.enter_context(store.read(TENANT))
+                postgres_cluster.execute(f"ALTER ROLE {role} CONNECTION LIMIT 4", name)
+                with pytest.raises(StoreUnavailable, match="too many connections"):
+                    store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
+
+                store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
+        finally:
+            postgres_cluster.execute(f"DROP OWNED BY {role}", name)
+            postgres_cluster.execute(f"DROP ROLE {role}", name)
+
     def test_nothing_is_left_of_servers(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
     ) -> None:

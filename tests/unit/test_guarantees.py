@@ -24,6 +24,7 @@ def test_commands_of_the_page(command: str) -> None:
     paths = [ROOT / one for one in arguments if one.startswith("tests/")]
     if "-k" in arguments:
         name = arguments[arguments.index("-k") + 1]
-        assert any(re.search(rf"def {name}\b", path.read_text()) for path in paths), f"no test {name}"
+        files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+        assert any(re.search(rf"def {name}\b", file.read_text()) for file in files), f"no test {name}"
     assert all(path.exists() for path in paths), command
     assert module == "pytest" or (ROOT / module.replace(".", "/") / "__main__.py").exists()
