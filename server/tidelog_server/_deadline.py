@@ -75,7 +75,7 @@ def paused() -> Iterator[None]:
     try:
         yield
     finally:
-        watch.enter()
+        watch.come_back()
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def waiting() -> Iterator[None]:
     finally:
         watch.end += time.monotonic() - began
         if was_inside:
-            watch.enter()
+            watch.come_back()
 
 
 class _Watch:
@@ -128,11 +128,19 @@ class _Watch:
             self.leave()
 
     def enter(self) -> None:
-        """The application's code begins, or goes on."""
+        """The application's code begins, unless its time is over."""
         if self.is_sent or time.monotonic() >= self.end:
             self.is_sent = True
             raise DeadlineExceeded
         self.is_inside = True
+
+    def come_back(self) -> None:
+        """The application's code goes on. If its time is over it is told so, and again while it catches that."""
+        self._sent_again = time.monotonic() + AGAIN_SECONDS
+        try:
+            self.enter()
+        finally:
+            self.is_inside = True
 
     def leave(self) -> None:
         """The application's code ends, or is interrupted by the engine. Nothing arrives afterwards."""

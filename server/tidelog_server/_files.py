@@ -355,14 +355,8 @@ class Files:
                 record = content_record(content.sha256, reader.index)
                 is_held = is_held_by_any(reader, content.sha256)
             is_there = record is not None and self._is_kept(tenant, content.sha256, record)
-            if is_held and not is_there:
-                try:
-                    if self._put_back(tenant, content):
-                        continue
-                except DiskFull as error:  # another time
-                    sha256 = content.sha256.hex()
-                    _log.warning("a content is not put back yet", tenant=tenant, sha256=sha256, detail=str(error))
-                    continue
+            if is_held and not is_there and self._stands_in(tenant, content):
+                continue
             if time_us >= min(before_us, gone_us):
                 continue
             if record is not None and is_there and not self._is_whole(tenant, content.sha256, record):
@@ -406,6 +400,15 @@ class Files:
             record = kept_record(content.sha256, reader.index)
             is_on_record = record is not None and record.copy == content.copy
             return not is_on_record and not is_begun(reader, content.sha256, content.copy)
+
+    def _stands_in(self, tenant: str, content: Content) -> bool:
+        """Tell whether a copy is whole. It is put back; where there is no room for that it is read as it is."""
+        try:
+            return self._put_back(tenant, content)
+        except DiskFull as error:
+            sha256 = content.sha256.hex()
+            _log.warning("a content is not put back yet", tenant=tenant, sha256=sha256, detail=str(error))
+            return True
 
     def _put_back(self, tenant: str, content: Content) -> bool:
         """
@@ -528,7 +531,7 @@ class Files:
         # A store that was put back does not know the copy that has come since.
         for content in self.contents.copies(tenant, sha256):
             is_other = content.size == record.size and content.copy != record.copy
-            if is_other and self._put_back(tenant, content):
+            if is_other and self._stands_in(tenant, content):
                 return True
         self._note_broken(tenant, sha256, record, _amiss(found, record))
         return False

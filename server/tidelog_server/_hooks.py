@@ -20,6 +20,7 @@ from tidelog._patch import Patch, check_attribute_name
 from tidelog._values import Attributes, check, check_id, check_name, copied
 from tidelog_server._application import Reject, TransientError
 from tidelog_server._deadline import DeadlineExceeded, run
+from tidelog_server._errors import ServerOutdated, StoreUnavailable
 from tidelog_server._principal import Principal
 from tidelog_server._refusal import NotReady, Refused, Waits
 
@@ -53,6 +54,7 @@ def call(
     Raises:
         Refused: The function rejects, or it is broken.
         Waits, NotReady, TransientError: As the function, or what it called, says.
+        StoreUnavailable, ServerOutdated: What it called could not read the store.
     """
     try:
         result: object = run(function, *arguments, seconds=seconds)
@@ -60,7 +62,7 @@ def call(
             raise TypeError("the function returned an awaitable, which nobody awaits")
     except Reject as rejection:
         raise Refused(rejected_as, rejection.message, code=rejection.code) from rejection
-    except (Refused, Waits, NotReady, TransientError):
+    except (Refused, Waits, NotReady, TransientError, StoreUnavailable, ServerOutdated):
         raise
     except DeadlineExceeded as error:
         hook = getattr(function, "__qualname__", repr(function))

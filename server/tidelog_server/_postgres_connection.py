@@ -216,12 +216,13 @@ class Transaction:
         """
         sent = self.send("COMMIT")
         self._ended = True
-        try:
-            self._pipeline.__exit__(None, None, None)
-            if sent.statusmessage != "COMMIT":
-                raise errors.InternalError(f"COMMIT was answered with {sent.statusmessage}")
-        except psycopg.Error as error:
-            self._fail(error)
+        with waiting():
+            try:
+                self._pipeline.__exit__(None, None, None)
+                if sent.statusmessage != "COMMIT":
+                    raise errors.InternalError(f"COMMIT was answered with {sent.statusmessage}")
+            except psycopg.Error as error:
+                self._fail(error)
 
     def abandon(self) -> None:
         """End it in whatever state it is, with its connection. Nothing of it takes effect, unless it has ended."""
@@ -288,17 +289,26 @@ class Pool:
             ResourceClosed: The pool is closed.
             StoreUnavailable: None can be made, or all are in use for too long.
         """
-        if not self._room.acquire(timeout=TAKE_SECONDS_MAX):
-            raise StoreUnavailable(f"{self._address}: all connections for reading are in use")
+        taken: list[Connection] = []
+        has_room = False
         try:
-            with self._lock:
-                if self._closed:
-                    raise ResourceClosed("the store is closed")
-                if self._idle:
-                    return self._idle.pop()[1]
-            return self._address.connect()
+            with waiting():
+                has_room = self._room.acquire(timeout=TAKE_SECONDS_MAX)
+                if not has_room:
+                    raise StoreUnavailable(f"{self._address}: all connections for reading are in use")
+                with self._lock:
+                    if self._closed:
+                        raise ResourceClosed("the store is closed")
+                    taken = [self._idle.pop()[1]] if self._idle else []
+                if not taken:
+                    taken = [self._address.connect()]
+            return taken[0]
         except BaseException:
-            self._room.release()
+            # The time of a hook that reads may be over, too.
+            for connection in taken:
+                connection.close()
+            if has_room:
+                self._room.release()
             raise
 
     def renew(self, connection: Connection) -> Connection:

@@ -173,9 +173,11 @@ def begun(
             pruned = [one for one in some if is_settled(reader, one)]
             stale: list[bytes] = []
             others -= sum(_cost_of(reader.index, one) for one in pruned)
-            if others and others + cost > room_bytes:
-                stale = [one for one in some if one not in pruned and _is_stale(reader, one, stale_us)]
-                others -= sum(_cost_of(reader.index, one) for one in stale)
+            due = [one for one in some if one not in pruned and _is_stale(reader, one, stale_us)]
+            for one in sorted(due, key=lambda one: _time_of(reader, one)):  # no more of them than it takes
+                if others and others + cost > room_bytes:
+                    stale.append(one)
+                    others -= _cost_of(reader.index, one)
             if others and others + cost > room_bytes:
                 raise FileRoomExhausted(
                     f"files of {others} bytes that no operation refers to yet are there, or on their way: "
@@ -269,6 +271,11 @@ def _is_due(reader: Reader, key: bytes, before_us: int) -> bool:
         return False
     record = upload_record(key, reader.index)
     return record is not None and (record.time_us < before_us if record.copy else is_settled(reader, key))
+
+
+def _time_of(reader: Reader, key: bytes) -> int:
+    record = upload_record(key, reader.index)
+    return 0 if record is None else record.time_us
 
 
 def _is_stale(reader: Reader, key: bytes, stale_us: int) -> bool:

@@ -212,8 +212,10 @@ _SERVER_FILE_JOBS = {
 CLIENT_COMMITS = tuple(dict.fromkeys([*_CLIENT_WRITES.values(), Commit.PUBLISHING]))
 SERVER_COMMITS = tuple(dict.fromkeys([*_SERVER_JOBS.values(), Commit.COPIES, Commit.TIMELINE]))
 CLIENT_FILE_COMMITS = (*_CLIENT_FILE_WRITES.values(), Commit.PART, Commit.CONTENT, Commit.CONTENT_DELETED)
+# The collection of uploads comes seldom: it takes many traps there to meet it.
 SERVER_FILE_COMMITS = (
-    *_SERVER_FILE_JOBS.values(),
+    *dict.fromkeys(_SERVER_FILE_JOBS.values()),
+    Commit.COLLECT_UPLOADS,
     Commit.SERVER_PART,
     Commit.SERVER_CONTENT,
     Commit.SERVER_CONTENT_DELETED,

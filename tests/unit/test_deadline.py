@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -110,6 +111,20 @@ def test_waiting_for_somebody_else_does_not_count() -> None:
     assert deadline.run(waits, seconds=QUICK) == "done"
     with pytest.raises(deadline.DeadlineExceeded):
         deadline.run(waits_and_stays, seconds=QUICK)
+
+
+def test_catching_everything_after_a_wait_is_no_way_out() -> None:
+    """Whoever catches what tells him, where he comes back from a wait, that his time is over, is told again."""
+
+    def stubborn(task: HookObject, context: HookContext) -> None:
+        with suppress(BaseException), deadline.waiting():
+            deadline._watches[threading.get_ident()].end = 0.0
+        for_ever()
+
+    results = lab_with(stubborn).settle(create(1))
+
+    assert said(results) == ["HOOK_ERROR"]
+    assert "longer than 0.15 seconds" in results[0].message
 
 
 def test_waiting_within_the_engine() -> None:

@@ -43,7 +43,9 @@ from tidelog_server._errors import (
     OperationsOutOfOrder,
     ReplicaOwned,
     RequestInvalid,
+    ServerOutdated,
     SessionSuperseded,
+    StoreUnavailable,
 )
 from tidelog_server._outcomes import Status
 from tidelog_server._records import ReplicaState
@@ -1255,6 +1257,21 @@ class TestHooks:
         lab.settle(create(1))
 
         assert seen == ["t1"]
+
+    @pytest.mark.parametrize("error", [StoreUnavailable, ServerOutdated])
+    def test_a_store_that_a_hook_cannot_read_refuses_nothing(self, error: type[Exception]) -> None:
+        """What a hook reads besides may be out of reach for a while: that is no fault of the operation."""
+
+        def reads(task: HookObject, context: HookContext) -> None:
+            raise error("the database is away")
+
+        lab = with_hook("before_commit", reads)
+
+        with pytest.raises(error):
+            lab.settle(create(1, "t1"))
+
+        assert lab.failures() == []
+        assert lab.settled(1) == []
 
     @pytest.mark.parametrize("moment", ["before_commit", "after_commit"])
     def test_a_transient_error_leaves_nothing(self, moment: str) -> None:
