@@ -810,8 +810,8 @@ def _is_justified(
             return operation.kind is OperationKind.CREATE and any(state is not None for state in states)
         case FailureReason.OBJECT_GONE:
             # Of another incarnation than its author saw: created since, by somebody else.
-            known = server.objects.get(key)
-            return None in seen or (known is not None and operation.base_version < known.created)
+            created = (one.version for one in history.changes_to.get(key, ()) if one.kind is OperationKind.CREATE)
+            return None in seen or any(operation.base_version < version <= when.after for version in created)
         case FailureReason.DANGLING_REFERENCE:
             if operation.kind is not OperationKind.CREATE and None in seen:
                 return True
