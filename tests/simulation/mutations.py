@@ -569,7 +569,7 @@ MUTATIONS: Final = (
     Mutation("an operation is taken for the one that another copy has in its place", _trust_any_log),
     Mutation("a copy keeps its id", _fork_in_name_only),
     Mutation("a copy does not say whose it is", _forget_former_ids),
-    Mutation("what a copy settled is not noted for the others", _keep_from_copies),
+    Mutation("what a copy settled is not noted for the others", _keep_from_copies, {"copies": 4}),
     Mutation("a cursor from before what is collected is served", _horizon_stays, {"collect": 5}),
     Mutation("outcomes are forgotten that may be asked for", _forget_too_much, {"collect": 5}),
     Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
