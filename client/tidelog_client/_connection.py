@@ -33,8 +33,9 @@ from tidelog_client._workers import Workers, WorkRunner
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
 
-# How long gRPC may take to end a call whose time is over. It is a matter of milliseconds, or of ever.
+# How long gRPC may take to end a call that is over, or whose time is. It is a matter of milliseconds, or of ever.
 END_SECONDS_MAX: Final = 5.0
+LOOK_SECONDS: Final = 1.0
 
 _log = get_logger("tidelog.connection")
 
@@ -164,7 +165,7 @@ class Stream:
         channel: Gives the channel.
 
     Attributes:
-        is_stuck: Whether gRPC did not end it when its time was over.
+        is_stuck: Whether gRPC did not end it when it, or its time, was over.
     """
 
     def __init__(self, address: str, channel: Callable[[], grpc.Channel]) -> None:
@@ -177,6 +178,7 @@ class Stream:
         self._call: Any = None
         self._is_over = False
         self._end: float | None = None
+        self._ended: float | None = None
         self.is_stuck = False
 
     def start(self, metadata: Metadata, timeout: float | None) -> None:
@@ -198,11 +200,7 @@ class Stream:
             Transient: The stream broke; another one may do better.
             SynchronizationError: The server refuses.
         """
-        try:
-            answer = self._answers.get(timeout=self._seconds_left())
-        except queue.Empty:
-            self.is_stuck = True
-            raise Transient(f"{self._address}: gRPC did not end the call when its time was over") from None
+        answer = self._answer()
         self._wanted.put(True)
         if isinstance(answer, BaseException):
             raise answer
@@ -217,8 +215,24 @@ class Stream:
         # The thread of gRPC's that waits for a message is told by `_run`, once the call is cancelled: a server that
         # sees the end of the messages first would take it for a mistake.
 
-    def _seconds_left(self) -> float | None:
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+    def _answer(self) -> bytes | BaseException | None:
+        began = time.monotonic()
+        while True:
+            limits = [one for one in (self._end, self._late(began)) if one is not None]
+            try:
+                left = min(limits, default=began + LOOK_SECONDS) - time.monotonic()
+                return self._answers.get(timeout=max(0.0, min(left, LOOK_SECONDS)))
+            except queue.Empty:
+                if limits and time.monotonic() >= min(limits):
+                    self.is_stuck = True
+                    raise Transient(f"{self._address}: gRPC did not end the call when it was over") from None
+
+    def _late(self, began: float) -> float | None:
+        """Return until when somebody waits for more of a call that has ended, as gRPC says; it forgets to end it."""
+        return None if self._ended is None else max(self._ended, began) + END_SECONDS_MAX
+
+    def _note_end(self) -> None:
+        self._ended = time.monotonic()
 
     def _run(self, metadata: Metadata, timeout: float | None) -> None:
         end: BaseException | None = None
@@ -233,6 +247,8 @@ class Stream:
         try:
             method: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(_SYNCHRONIZE)
             self._call = method(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
+            if not self._call.add_callback(self._note_end):
+                self._note_end()
             if self._is_over:  # `cancel` may have missed it
                 self._call.cancel()
             for data in self._call:
