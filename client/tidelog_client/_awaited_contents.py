@@ -65,10 +65,10 @@ class AwaitedContents:
         # Why they are not there, of those that were tried.
         self._reasons: dict[Needed, str] = {}
         self.lacking: dict[ObjectKey, None] = {}
-        # How much the server takes that no operation refers to yet; what is there; what has to wait until there
-        # is room; and how much operations need that need more than there is.
+        # How much the server takes that no operation refers to yet; what takes some of that by now; what has to wait
+        # until there is room; and how much operations need that need more than there is.
         self._room_bytes: int | None = None
-        self._there: set[Needed] = set()
+        self._in_room: set[Needed] = set()
         self._apart: set[Needed] = set()
         self._exceeding: dict[int, int] = {}
 
@@ -162,10 +162,10 @@ class AwaitedContents:
                 continue
             self._room_bytes = standings.room_bytes
             for one, status in zip(asked, standings.statuses, strict=True):
+                if status.takes_room:
+                    self._in_room.add(one)
                 if status.presence is not Presence.MISSING:
                     self._ready.add(one)
-                    if status.presence is Presence.PRESENT:
-                        self._there.add(one)
                 else:
                     self._find(one, status.received_bytes)
 
@@ -229,11 +229,12 @@ class AwaitedContents:
         """
         self._apart, self._exceeding = set(), {}
         room_bytes = self._room_bytes
-        if room_bytes is None or _cost(self._waiting) + _cost(self._there) <= room_bytes:
+        concerned = self._waiting.keys() | self._in_room
+        if room_bytes is None or _cost(concerned) <= room_bytes:
             return
         pending = {content for needed in self._needed_contents().values() for content in needed}
         admitted = self._waiting.keys() & set(under_way)
-        taken = {one for one, job in self._waiting.items() if job.offset} | admitted | (self._there & pending)
+        taken = admitted | (self._in_room & pending)
         is_any_going = False
         groups: list[set[Needed]] = []
         before: dict[ObjectKey, set[Needed]] = {}
@@ -244,15 +245,17 @@ class AwaitedContents:
                 continue
             contents = {content for one in unit for content in self._needed.get(one.seq, ())}
             needed = self._waiting.keys() & contents
+            whole = concerned & contents
+            exceeds = len(whole) > 1 and _cost(whole) > room_bytes
             group = needed.union(*(before.get(one.key, ()) for one in unit))
             if not group:
                 is_any_going = is_any_going or not contents.isdisjoint(taken)
-            elif needed.isdisjoint(self._reasons) and (len(group) == 1 or _cost(group) <= room_bytes):
+            elif needed.isdisjoint(self._reasons) and not exceeds and (len(group) == 1 or _cost(group) <= room_bytes):
                 groups.append(group)
                 before |= dict.fromkeys((one.key for one in unit), group)
             else:
-                if len(needed) > 1 and (cost := _cost(needed)) > room_bytes:
-                    self._exceeding |= dict.fromkeys((one.seq for one in unit), cost)
+                if exceeds:
+                    self._exceeding |= dict.fromkeys((one.seq for one in unit), _cost(whole))
                 held |= {one.seq for one in unit}
                 sieve.holds_back(unit)
         groups.sort(key=lambda group: _cost(group - taken))
@@ -285,7 +288,8 @@ class AwaitedContents:
         elif error is None or (isinstance(error, FileRefused) and error.is_too_large):
             self._waiting.pop(content, None)
             self._ready.add(content)
-            self._there.add(content)
+            if error is None:
+                self._in_room.add(content)
         else:
             self._let_wait(content, str(error))
 

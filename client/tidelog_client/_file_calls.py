@@ -27,10 +27,12 @@ class ContentStatus(NamedTuple):
     Attributes:
         presence: Whether it needs it.
         received_bytes: How far an interrupted upload got.
+        takes_room: Whether it takes some of the room that the user has.
     """
 
     presence: Presence
     received_bytes: int = 0
+    takes_room: bool = False
 
 
 class Standings(NamedTuple):

@@ -142,4 +142,4 @@ def _status(status: file_pb2.FileStatus, asked: Needed) -> ContentStatus:
     presence = _PRESENCES.get(status.state)
     if presence is None or not 0 <= status.received_bytes <= asked.size:
         raise ProtocolViolated(f"the server told state {status.state}, {status.received_bytes} bytes of a content")
-    return ContentStatus(presence, status.received_bytes)
+    return ContentStatus(presence, status.received_bytes, status.takes_room)

@@ -131,7 +131,9 @@ def _wanted(content: file_pb2.FileContent) -> Wanted:
 
 def _status(standing: Standing) -> file_pb2.FileStatus:
     if standing.is_present:
-        return file_pb2.FileStatus(state=file_pb2.FILE_STATE_PRESENT)
-    if standing.is_too_large:
-        return file_pb2.FileStatus(state=file_pb2.FILE_STATE_TOO_LARGE)
-    return file_pb2.FileStatus(state=file_pb2.FILE_STATE_MISSING, received_bytes=standing.received_bytes)
+        state = file_pb2.FILE_STATE_PRESENT
+    elif standing.is_too_large:
+        state = file_pb2.FILE_STATE_TOO_LARGE
+    else:
+        state = file_pb2.FILE_STATE_MISSING
+    return file_pb2.FileStatus(state=state, received_bytes=standing.received_bytes, takes_room=standing.takes_room)

@@ -59,6 +59,7 @@ from tidelog_server._upload_records import (
     due_uploads,
     is_begun,
     new_copy,
+    takes_room,
     upload_key,
     upload_record,
     without_uploads,
@@ -110,11 +111,13 @@ class Standing(NamedTuple):
         is_present: Whether the user's operations may refer to it.
         is_too_large: Whether the server takes none of this size.
         received_bytes: How far an interrupted upload got.
+        takes_room: Whether it takes some of the room for what no operation of the user refers to yet.
     """
 
     is_present: bool = False
     is_too_large: bool = False
     received_bytes: int = 0
+    takes_room: bool = False
 
 
 class Each(Protocol):
@@ -180,14 +183,17 @@ class Files:
         found = each(lambda one: self._is_kept(tenant, one.sha256, entitled[one]), entitled)
         there = {one for one, is_there in zip(entitled, found, strict=True) if is_there}
         present = self._granted(principal, there) if there else there
+        with self._store.read(tenant) as reader:
+            counted = {one for one in asked if takes_room(reader, principal.user_id, one.sha256)}
 
         def standing(one: Wanted) -> Standing:
+            counts = one in counted
             if one in present:
-                return Standing(is_present=True)
+                return Standing(is_present=True, takes_room=counts)
             if one.size > self._bytes_max:
-                return Standing(is_too_large=True)
+                return Standing(is_too_large=True, takes_room=counts)
             part = part_name(principal.user_id, one.sha256)
-            return Standing(received_bytes=self.contents.part_size(tenant, part))
+            return Standing(received_bytes=self.contents.part_size(tenant, part), takes_room=counts)
 
         standings = dict(zip(asked, each(standing, asked), strict=True))
         return [standings[one] for one in wanted]
@@ -384,15 +390,19 @@ class Files:
     def note_timeline(self) -> int:
         """Note that somebody looks at the store; return up to when it knows for sure what became of contents."""
         timeline, now_us = self._store.identity.timeline.encode(), self._clock()
-        known = Sightings.unpack(self._store.note(TIMELINE_NOTE))
-        was_seen = self._seen.timeline == timeline and self._seen.looked_us <= known.looked_us
-        is_empty = known == Sightings() and not self._store.tenants()
-        now = known.looked(timeline, now_us, was_seen=was_seen, is_empty=is_empty)
-        if known.is_due(now_us, NOTED_EVERY) or known != now._replace(looked_us=known.looked_us):
-            self._store.set_note(TIMELINE_NOTE, now.pack())
-            known = now
-        self._seen = known
-        return now.sure_us
+        while True:
+            noted = self._store.note(TIMELINE_NOTE)
+            known = Sightings.unpack(noted)
+            was_seen = self._seen.timeline == timeline and self._seen.looked_us <= known.looked_us
+            is_empty = known == Sightings() and not self._store.tenants()
+            now = known.looked(timeline, now_us, was_seen=was_seen, is_empty=is_empty)
+            if not known.is_due(now_us, NOTED_EVERY) and known == now._replace(looked_us=known.looked_us):
+                self._seen = known
+                return now.sure_us
+            # Not over what another server has noted meanwhile.
+            if self._store.set_note(TIMELINE_NOTE, now.pack(), expected=noted):
+                self._seen = now
+                return now.sure_us
 
     def _is_gone(self, tenant: str, content: Content) -> bool:
         """Tell whether a copy, which is there, is neither on record nor on its way there: it never will be."""

@@ -22,7 +22,10 @@ whoever put it there, and whenever: it is deleted by whoever finds it.
 An upload counts for its user from its beginning until an operation of his refers to the
 content, applied or refused, or it is given up: so nobody fills the disk with what nothing
 needs. What came long ago makes room where there is none: else operations of which each has
-some of what it needs would block each other for good.
+some of what it needs would block each other for good. It does not count any more then, and its
+user is not told that it is there, so that nobody keeps a content for good by asking for it
+again and again. But his operations may still refer to it until his grant ends: a device that
+sees to that now may have nothing of it to send again.
 
 What others have makes no difference to that, nor to what is done with the bytes,
 which replace the copy on record, if there is one: it tells nobody what others have.
@@ -44,11 +47,13 @@ from tidelog_server._file_records import (
     Lookup,
     content_key,
     failures_prefix,
+    given_way,
     grant_key,
     is_upload_grant,
     kept_record,
     pack_content,
     pack_grant,
+    unpack_grant,
 )
 from tidelog_server._indexes import IndexWrites
 from tidelog_server._store import Reader
@@ -153,7 +158,7 @@ def begun(
         copy: The name, should it begin now.
         time_us: The time.
         room_bytes: What uploads of the user may cost. One alone always may. None: whatever it is.
-        stale_us: What came before makes room if there is none, and has to come again if it is needed still.
+        stale_us: What came before makes room if there is none: what nobody has asked for for longest first.
 
     Raises:
         FileRoomExhausted: It would be more.
@@ -174,7 +179,7 @@ def begun(
             stale: list[bytes] = []
             others -= sum(_cost_of(reader.index, one) for one in pruned)
             due = [one for one in some if one not in pruned and _is_stale(reader, one, stale_us)]
-            for one in sorted(due, key=lambda one: _time_of(reader, one)):  # no more of them than it takes
+            for one in sorted(due, key=lambda one: _asked_us(reader, user_id, one)):  # no more of them than it takes
                 if others and others + cost > room_bytes:
                     stale.append(one)
                     others -= _cost_of(reader.index, one)
@@ -184,8 +189,8 @@ def begun(
                     f"with {size} more it would be above the limit file_room_per_user, {room_bytes}"
                 )
             writes.update(dict.fromkeys((*pruned, *stale)))
-            # Nobody keeps a content for good by asking for it again and again.
-            writes.update(dict.fromkeys(grant_key(one[_USER_KEY_BYTES:], user_id) for one in stale))
+            for grant in (grant_key(one[_USER_KEY_BYTES:], user_id) for one in stale):
+                writes[grant] = given_way(reader.index(grant))
         writes[user_key] = _BYTES.pack(others + cost)
     return writes, copy
 
@@ -242,6 +247,12 @@ def without_settled(uploads: Iterable[tuple[str, bytes]], lookup: Lookup) -> Ind
     return _without({key: record for key, record in records.items() if record is not None and not record.copy}, lookup)
 
 
+def takes_room(reader: Reader, user_id: str, sha256: bytes) -> bool:
+    """Tell whether an upload of a user counts for him."""
+    key = upload_key(user_id, sha256)
+    return upload_record(key, reader.index) is not None and not is_settled(reader, key)
+
+
 def is_settled(reader: Reader, key: bytes) -> bool:
     """Tell whether an upload that came does not count: its user's failure holds it, or he may not refer to it now."""
     record = upload_record(key, reader.index)
@@ -273,9 +284,10 @@ def _is_due(reader: Reader, key: bytes, before_us: int) -> bool:
     return record is not None and (record.time_us < before_us if record.copy else is_settled(reader, key))
 
 
-def _time_of(reader: Reader, key: bytes) -> int:
-    record = upload_record(key, reader.index)
-    return 0 if record is None else record.time_us
+def _asked_us(reader: Reader, user_id: str, key: bytes) -> int:
+    """Return when a user uploaded a content, or was told last that it is there."""
+    grant = reader.index(grant_key(key[_USER_KEY_BYTES:], user_id))
+    return 0 if grant is None else unpack_grant(grant)
 
 
 def _is_stale(reader: Reader, key: bytes, stale_us: int) -> bool:

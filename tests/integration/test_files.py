@@ -8,20 +8,23 @@ import io
 import math
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tests.builders import World, quick_folder
+from tests.builders import TENANT, World, quick_folder
 
 from tidelog import DiskFull, FailureReason, attribute, claim
+from tidelog._contents import content_path
 from tidelog.testing import Proxy
 from tidelog.v1 import file_pb2, file_pb2_grpc
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
 from tidelog_client._call_errors import Transient
 from tidelog_server import Application, DirectoryContents, Principal, ServerLimits, StaticTokens
 from tidelog_server._file_rules import REFERRERS_MAX
+from tidelog_server._files import Files
 
 pytestmark = pytest.mark.slow
 
@@ -198,6 +201,50 @@ def test_a_commit_group_has_more_files_than_there_is_room_for() -> None:
             ]
             assert "have 72288 bytes" in report.skipped[0].message
             assert "takes 60000 at once, its limit file_room_per_user" in report.skipped[0].message
+
+
+def test_what_is_there_of_a_commit_group_counts_for_it() -> None:
+    """A group that needs more than there is room for is told so though some is there; what is nobody's room is not."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        replica.create("Task", {"photo": replica.add_file(b"k" * 40_000)}, "known")
+        assert replica.synchronize_all().applied == 1
+        with replica.transaction(atomic=True) as transaction:
+            transaction.update("Task", "known", {"other": replica.add_file(b"k" * 40_000)})
+            transaction.create("Task", {"photo": replica.add_file(b"a" * 40_000)})
+        assert replica.synchronize_all().applied == 2
+        photos = [bytes([number]) * 15_000 for number in range(4)]
+        with replica.transaction(atomic=True) as transaction:
+            for number, photo in enumerate(photos):
+                transaction.create("Task", {"photo": replica.add_file(photo)}, f"t{number}")
+        for photo in photos[:2]:
+            upload(world, photo)
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded) == (0, 0)
+        assert [one.reason for one in report.skipped] == [SkipReason.FILES_EXCEED_ROOM] * 4
+
+
+def test_a_content_that_made_room_is_not_lost() -> None:
+    """What came long ago, makes room, and is not on the device any more is there for the operation that needs it."""
+    limits = ServerLimits(file_room_per_user=60_000)
+    with quick_folder() as folder, World(folder, limits=limits) as world:
+        replica = world.replica()
+        photos = [bytes([number]) * 25_000 for number in range(2)]
+        with replica.transaction(atomic=True) as transaction:
+            for number, photo in enumerate(photos):
+                transaction.create("Task", {"photo": replica.add_file(photo)}, f"t{number}")
+        contents = DirectoryContents(folder / "server" / "files")
+        ago = time.time_ns() // 1000 - 2 * 24 * 3600 * 1_000_000
+        former = Files(world.lab.application, world.store, contents, lambda: ago)
+        former.add(TENANT, io.BytesIO(photos[0]), "anonymous")
+        upload(world, b"what another device needs" * 800)
+        (replica.path / "files" / content_path(_hash(photos[0]))).unlink()
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.rejected, report.files_uploaded) == (2, 0, 1)
 
 
 def test_commit_groups_share_the_room() -> None:

@@ -102,6 +102,7 @@ class FileEnd:
                     if one.is_too_large
                     else Presence.MISSING,
                     one.received_bytes,
+                    one.takes_room,
                 )
                 for one in standings
             ]

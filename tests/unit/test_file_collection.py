@@ -19,9 +19,10 @@ from tidelog._contents import Content
 from tidelog_server import Application, DirectoryContents, HookContext, HookObject, Principal, Reject, Tenant, _files
 from tidelog_server._collection import old_grants
 from tidelog_server._content_store import MARK_NAME, PartMismatch
-from tidelog_server._files import LOOKED_AT_ONCE, TIMELINE_NOTE, Files
+from tidelog_server._files import LOOKED_AT_ONCE, TIMELINE_NOTE, Files, Standing
 from tidelog_server._records import Writes
 from tidelog_server._retention import Periods, Retention
+from tidelog_server._sightings import Doubt, Sightings
 from tidelog_server._store import Reader
 
 PHOTO: Final = b"a photo, say"
@@ -205,7 +206,7 @@ def test_a_content_without_a_record(cabinet: Cabinet, monkeypatch: pytest.Monkey
         with pytest.raises(ResourceClosed):
             cabinet.upload(PHOTO)
     assert len(kept(cabinet)) == 1
-    assert cabinet.files.stat(USER, [wanted(PHOTO)]) == [(False, False, 0)]
+    assert cabinet.files.stat(USER, [wanted(PHOTO)]) == [Standing(takes_room=True)]
     assert said(cabinet.lab.settle(create(1, set={"photo": file_value(PHOTO)}))) == ["NOT_READY"]
 
     cabinet.lab.settle(create(2, "t2"))
@@ -314,6 +315,28 @@ def test_a_silent_restore_under_a_server(cabinet: Cabinet) -> None:
     assert cabinet.files.note_timeline() == copied_us
     cabinet.wait(HOUR)
     assert cabinet.files.note_timeline() == copied_us
+
+
+def test_what_another_server_noted_stays(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A doubt that another server notes, while one looks too, is not written over: contents are kept as it says."""
+    cabinet.lab.settle(create(1))
+    cabinet.files.note_timeline()
+    copied_us = cabinet.time_us
+    cabinet.wait(2 * HOUR)
+    store = cabinet.lab.store
+    theirs = Sightings.unpack(store.note(TIMELINE_NOTE))
+    theirs = theirs._replace(looked_us=cabinet.time_us, doubts=(Doubt(cabinet.time_us, copied_us),))
+    set_note, others = store.set_note, [theirs.pack()]
+
+    def meanwhile(name: str, value: bytes, *, expected: bytes | None = None) -> bool:
+        if others:
+            set_note(name, others.pop())
+        return set_note(name, value, expected=expected)
+
+    monkeypatch.setattr(store, "set_note", meanwhile)
+
+    assert cabinet.files.note_timeline() == copied_us
+    assert Sightings.unpack(store.note(TIMELINE_NOTE)) == theirs
 
 
 def test_a_server_that_is_on_now_and_then(cabinet: Cabinet) -> None:

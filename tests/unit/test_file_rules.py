@@ -53,7 +53,7 @@ from tidelog_server._adoption import adopt_schema
 from tidelog_server._author import OldBases
 from tidelog_server._engine import Evaluation, UploadState, evaluate_batch
 from tidelog_server._errors import FailureStale
-from tidelog_server._files import Files, Wanted
+from tidelog_server._files import Files, Standing, Wanted
 from tidelog_server._outcomes import Result, Uploader
 from tidelog_server._overlay import Overlay
 from tidelog_server._records import MAX_POSITION, Writes
@@ -362,7 +362,7 @@ class TestRights:
             found += upload(ruled, BOB, lost, lost=[sha256(data)])
             results.append([(one.status, one.reason, one.message.replace(str(number), "")) for one in found])
             assert said(found) == ["NOT_READY", "NOT_READY", "FILE_MISSING"]
-            assert ruled.files.stat(BOB, [wanted_of(data)])[0] == (False, False, 0)
+            assert ruled.files.stat(BOB, [wanted_of(data)])[0] == Standing()
 
         assert results[0] == results[1]
 

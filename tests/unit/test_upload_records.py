@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 from tests.builders import (
+    REPLICA_A,
     TENANT,
     USER,
     Cabinet,
@@ -27,7 +28,7 @@ from tests.builders import (
 from tidelog._limits import FILE_COST_BYTES
 from tidelog_server import ContentLost, Principal, _upload_records
 from tidelog_server._errors import FileRoomExhausted, ServerBusy, UploadSuperseded
-from tidelog_server._files import Files
+from tidelog_server._files import Files, Standing
 
 SECOND: Final = timedelta(seconds=1)
 HOUR: Final = timedelta(hours=1)
@@ -59,6 +60,21 @@ def fill(cabinet: Cabinet) -> None:
         cabinet.upload(data(number))
 
 
+def give_way(cabinet: Cabinet) -> None:
+    """Upload three contents, and three more when these are old, though somebody asked for them all the time."""
+    fill(cabinet)
+    for _ in range(3):
+        cabinet.wait(DAY / 2)
+        assert all(one.is_present for one in cabinet.files.stat(USER, [wanted(data(number)) for number in range(3)]))
+    for number in (3, 4, 5):
+        cabinet.upload(data(number))
+
+
+def takes_room(cabinet: Cabinet, number: int) -> bool:
+    """Tell whether a content takes room of its user."""
+    return cabinet.files.stat(USER, [wanted(data(number))])[0].takes_room
+
+
 def test_more_than_there_is_room_for(cabinet: Cabinet) -> None:
     """Who has uploaded as much as he may without referring to it uploads no more; others do."""
     fill(cabinet)
@@ -67,7 +83,7 @@ def test_more_than_there_is_room_for(cabinet: Cabinet) -> None:
         cabinet.upload(data(3))
     cabinet.upload(data(3), Principal("bob"))
     cabinet.upload(data(2))
-    assert cabinet.files.stat(USER, [wanted(data(3))]) == [(False, False, 0)]
+    assert cabinet.files.stat(USER, [wanted(data(3))]) == [Standing()]
 
 
 def test_what_is_referred_to_makes_room(cabinet: Cabinet) -> None:
@@ -111,19 +127,53 @@ def test_what_a_refused_group_names_makes_no_room(cabinet: Cabinet) -> None:
 
 def test_what_came_long_ago_makes_room(cabinet: Cabinet) -> None:
     """What nothing has come to refer to for as long as contents are kept makes room, however often it is asked for."""
-    fill(cabinet)
-    for _ in range(3):
-        cabinet.wait(DAY / 2)
-        assert all(one.is_present for one in cabinet.files.stat(USER, [wanted(data(number)) for number in range(3)]))
-
-    for number in (3, 4, 5):
-        cabinet.upload(data(number))
+    give_way(cabinet)
 
     with pytest.raises(FileRoomExhausted):
         cabinet.upload(data(6))
     assert [one.is_present for one in cabinet.files.stat(USER, [wanted(data(n)) for n in (0, 3)])] == [False, True]
-    failed = said(cabinet.lab.settle(create(1, set={"photo": file_value(data(0))})))
-    assert failed == ["NOT_READY"]
+
+
+def test_what_made_room_may_be_referred_to_for_a_while(cabinet: Cabinet) -> None:
+    """Who may have nothing to send again still refers to what made room, until that ends, however often he asks."""
+    give_way(cabinet)
+    first, second = (file_value(data(number)) for number in (0, 1))
+    lost = {one["sha256"] for one in (first, second)}
+
+    assert said(cabinet.lab.session(REPLICA_A).settle(create(1, set={"photo": first}), lost=lost)) == ["APPLIED"]
+    for _ in range(4):
+        cabinet.wait(DAY / 2)
+        assert not cabinet.files.stat(USER, [wanted(data(1))])[0].is_present
+        cabinet.collect()
+    results = cabinet.lab.session(REPLICA_A).settle(create(2, "t2", {"photo": second}), lost=lost)
+    assert said(results) == ["FILE_MISSING"]
+    assert cabinet.has(data(0))
+    assert not cabinet.has(data(1))
+
+
+def test_what_nobody_asks_for_makes_room_first(cabinet: Cabinet) -> None:
+    """Of what came long ago that makes room for which nobody has asked for longest."""
+    fill(cabinet)
+    cabinet.wait(DAY / 2)
+    cabinet.files.stat(USER, [wanted(data(number)) for number in (0, 2)])
+    cabinet.wait(DAY)
+
+    cabinet.upload(data(3))
+
+    assert [number for number in range(4) if takes_room(cabinet, number)] == [0, 2, 3]
+
+
+def test_what_takes_room_is_told(cabinet: Cabinet) -> None:
+    """A user is told what takes his room: what he uploads that he does not refer to yet, not what he may read."""
+    cabinet.upload(data(0))
+    cabinet.upload(data(1))
+    cabinet.files.begin_upload(USER, wanted(data(2)), 0).leave()
+    cabinet.upload(data(3), Principal("bob"))
+    assert said(cabinet.lab.settle(create(1, set={"photo": file_value(data(1))}))) == ["APPLIED"]
+    refused = update(2, "nowhere", {"photo": cabinet.upload(data(4))})
+    assert said(cabinet.lab.settle(refused)) == ["OBJECT_GONE"]
+
+    assert [number for number in range(6) if takes_room(cabinet, number)] == [0, 2]
 
 
 def test_what_an_operation_says_in_vain_makes_no_room(cabinet: Cabinet) -> None:
@@ -372,7 +422,7 @@ def test_a_store_that_was_put_back_finds_the_copy_that_has_come_since(cabinet: C
     path.rename(path.with_name(f"{path.name[:65]}0123456789abcdef0000000000000000"))
 
     if way == "stat":
-        assert cabinet.files.stat(USER, [wanted(data(0))]) == [(True, False, 0)]
+        assert cabinet.files.stat(USER, [wanted(data(0))]) == [Standing(is_present=True)]
         assert cabinet.has(data(0))
     elif way == "download":
         assert b"".join(cabinet.files.download(USER, wanted(data(0)).sha256, KEY, 0, 0)) == data(0)
@@ -392,4 +442,4 @@ def test_a_copy_that_is_damaged_too_takes_no_place(cabinet: Cabinet) -> None:
     path = cabinet.path(data(0))
     path.rename(path.with_name(f"{path.name[:65]}0123456789abcdef0000000000000000")).write_bytes(b"x" * len(data(0)))
 
-    assert cabinet.files.stat(USER, [wanted(data(0))]) == [(False, False, 0)]
+    assert cabinet.files.stat(USER, [wanted(data(0))]) == [Standing()]

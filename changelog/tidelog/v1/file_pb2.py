@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tidelog.v1 import sync_pb2 as tidelog_dot_v1_dot_sync__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tidelog/v1/file.proto\x12\ntidelog.v1\x1a\x15tidelog/v1/sync.proto\"+\n\x0b\x46ileContent\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x03\"=\n\x10StatFilesRequest\x12)\n\x08\x63ontents\x18\x01 \x03(\x0b\x32\x17.tidelog.v1.FileContent\"Q\n\x11StatFilesResponse\x12(\n\x08statuses\x18\x01 \x03(\x0b\x32\x16.tidelog.v1.FileStatus\x12\x12\n\nroom_bytes\x18\x02 \x01(\x03\"J\n\nFileStatus\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.tidelog.v1.FileState\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x03\"]\n\x11UploadFileRequest\x12,\n\x05start\x18\x01 \x01(\x0b\x32\x1b.tidelog.v1.UploadFileStartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"]\n\x0fUploadFileStart\x12(\n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x17.tidelog.v1.FileContent\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x10\n\x08uploader\x18\x03 \x01(\t\"\x14\n\x12UploadFileResponse\"l\n\x13\x44ownloadFileRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12%\n\x06object\x18\x02 \x01(\x0b\x32\x15.tidelog.v1.ObjectKey\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0e\n\x06length\x18\x04 \x01(\x03\"%\n\x14\x44ownloadFileResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c*q\n\tFileState\x12\x1a\n\x16\x46ILE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46ILE_STATE_PRESENT\x10\x01\x12\x16\n\x12\x46ILE_STATE_MISSING\x10\x02\x12\x18\n\x14\x46ILE_STATE_TOO_LARGE\x10\x03\x32\xfb\x01\n\x0b\x46ileService\x12H\n\tStatFiles\x12\x1c.tidelog.v1.StatFilesRequest\x1a\x1d.tidelog.v1.StatFilesResponse\x12M\n\nUploadFile\x12\x1d.tidelog.v1.UploadFileRequest\x1a\x1e.tidelog.v1.UploadFileResponse(\x01\x12S\n\x0c\x44ownloadFile\x12\x1f.tidelog.v1.DownloadFileRequest\x1a .tidelog.v1.DownloadFileResponse0\x01\x42x\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tidelog/v1/file.proto\x12\ntidelog.v1\x1a\x15tidelog/v1/sync.proto\"+\n\x0b\x46ileContent\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x03\"=\n\x10StatFilesRequest\x12)\n\x08\x63ontents\x18\x01 \x03(\x0b\x32\x17.tidelog.v1.FileContent\"Q\n\x11StatFilesResponse\x12(\n\x08statuses\x18\x01 \x03(\x0b\x32\x16.tidelog.v1.FileStatus\x12\x12\n\nroom_bytes\x18\x02 \x01(\x03\"^\n\nFileStatus\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.tidelog.v1.FileState\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x03\x12\x12\n\ntakes_room\x18\x03 \x01(\x08\"]\n\x11UploadFileRequest\x12,\n\x05start\x18\x01 \x01(\x0b\x32\x1b.tidelog.v1.UploadFileStartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"]\n\x0fUploadFileStart\x12(\n\x07\x63ontent\x18\x01 \x01(\x0b\x32\x17.tidelog.v1.FileContent\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x10\n\x08uploader\x18\x03 \x01(\t\"\x14\n\x12UploadFileResponse\"l\n\x13\x44ownloadFileRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12%\n\x06object\x18\x02 \x01(\x0b\x32\x15.tidelog.v1.ObjectKey\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0e\n\x06length\x18\x04 \x01(\x03\"%\n\x14\x44ownloadFileResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c*q\n\tFileState\x12\x1a\n\x16\x46ILE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46ILE_STATE_PRESENT\x10\x01\x12\x16\n\x12\x46ILE_STATE_MISSING\x10\x02\x12\x18\n\x14\x46ILE_STATE_TOO_LARGE\x10\x03\x32\xfb\x01\n\x0b\x46ileService\x12H\n\tStatFiles\x12\x1c.tidelog.v1.StatFilesRequest\x1a\x1d.tidelog.v1.StatFilesResponse\x12M\n\nUploadFile\x12\x1d.tidelog.v1.UploadFileRequest\x1a\x1e.tidelog.v1.UploadFileResponse(\x01\x12S\n\x0c\x44ownloadFile\x12\x1f.tidelog.v1.DownloadFileRequest\x1a .tidelog.v1.DownloadFileResponse0\x01\x42x\n\x0e\x64\x65v.tidelog.v1P\x01Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\xa2\x02\x03TLG\xaa\x02\nTidelog.V1\xca\x02\nTidelog\\V1\xea\x02\x0bTidelog::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidelog.v1.file_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.tidelog.v1P\001Z6github.com/tidelog/tidelog/gen/go/tidelog/v1;tidelogv1\242\002\003TLG\252\002\nTidelog.V1\312\002\nTidelog\\V1\352\002\013Tidelog::V1'
-  _globals['_FILESTATE']._serialized_start=688
-  _globals['_FILESTATE']._serialized_end=801
+  _globals['_FILESTATE']._serialized_start=708
+  _globals['_FILESTATE']._serialized_end=821
   _globals['_FILECONTENT']._serialized_start=60
   _globals['_FILECONTENT']._serialized_end=103
   _globals['_STATFILESREQUEST']._serialized_start=105
@@ -42,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATFILESRESPONSE']._serialized_start=168
   _globals['_STATFILESRESPONSE']._serialized_end=249
   _globals['_FILESTATUS']._serialized_start=251
-  _globals['_FILESTATUS']._serialized_end=325
-  _globals['_UPLOADFILEREQUEST']._serialized_start=327
-  _globals['_UPLOADFILEREQUEST']._serialized_end=420
-  _globals['_UPLOADFILESTART']._serialized_start=422
-  _globals['_UPLOADFILESTART']._serialized_end=515
-  _globals['_UPLOADFILERESPONSE']._serialized_start=517
-  _globals['_UPLOADFILERESPONSE']._serialized_end=537
-  _globals['_DOWNLOADFILEREQUEST']._serialized_start=539
-  _globals['_DOWNLOADFILEREQUEST']._serialized_end=647
-  _globals['_DOWNLOADFILERESPONSE']._serialized_start=649
-  _globals['_DOWNLOADFILERESPONSE']._serialized_end=686
-  _globals['_FILESERVICE']._serialized_start=804
-  _globals['_FILESERVICE']._serialized_end=1055
+  _globals['_FILESTATUS']._serialized_end=345
+  _globals['_UPLOADFILEREQUEST']._serialized_start=347
+  _globals['_UPLOADFILEREQUEST']._serialized_end=440
+  _globals['_UPLOADFILESTART']._serialized_start=442
+  _globals['_UPLOADFILESTART']._serialized_end=535
+  _globals['_UPLOADFILERESPONSE']._serialized_start=537
+  _globals['_UPLOADFILERESPONSE']._serialized_end=557
+  _globals['_DOWNLOADFILEREQUEST']._serialized_start=559
+  _globals['_DOWNLOADFILEREQUEST']._serialized_end=667
+  _globals['_DOWNLOADFILERESPONSE']._serialized_start=669
+  _globals['_DOWNLOADFILERESPONSE']._serialized_end=706
+  _globals['_FILESERVICE']._serialized_start=824
+  _globals['_FILESERVICE']._serialized_end=1075
 # @@protoc_insertion_point(module_scope)

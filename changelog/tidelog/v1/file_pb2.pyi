@@ -141,19 +141,25 @@ class FileStatus(_message.Message):
 
     STATE_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    TAKES_ROOM_FIELD_NUMBER: _builtins.int
     state: Global___FileState.ValueType
     """Whether it has to be uploaded."""
     received_bytes: _builtins.int
     """How many bytes of an interrupted upload the server has. State missing only."""
+    takes_room: _builtins.bool
+    """Whether it takes some of `room_bytes` now: the caller uploaded it, or began
+    to, and no operation of his refers to it yet.
+    """
     def __init__(
         self,
         *,
         state: Global___FileState.ValueType = ...,
         received_bytes: _builtins.int = ...,
+        takes_room: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["received_bytes", b"received_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["received_bytes", b"received_bytes", "state", b"state", "takes_room", b"takes_room"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
