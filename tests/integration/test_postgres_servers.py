@@ -15,11 +15,10 @@ from tests.balancer import Balancer
 from tests.builders import contents, quick_folder
 from tests.kill.children import Child
 from tests.kill.data import DatabaseData
-from tests.kill.load import free_port
 from tests.kill.roles import serve_open
 from tests.object_stores import s3_stand_in
 from tests.postgres import Cluster
-from tests.simulation.processes import wait_until
+from tests.simulation.processes import free_port, wait_until
 
 from tidelog import ServerUnavailable
 from tidelog.testing import Proxy

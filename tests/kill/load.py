@@ -8,21 +8,17 @@ what they left on disk.
 
 from __future__ import annotations
 
-import socket
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-from tests.balancer import Balancer
-from tests.kill.children import Child, kill_at_once
+from tests.kill.crew import Crew
 from tests.kill.data import Data, contents_at
 from tests.kill.roles import serve, work
 from tests.simulation import promises
 from tests.simulation.application import Weather, make_application
-from tests.simulation.processes import SCHEMA, Journal, wait_until
+from tests.simulation.processes import SCHEMA, Journal
 from tests.simulation.records import Committed, ReplicaRecord, ServerRecord, read_replica, read_server
 
 from tidelog_client import Replica
@@ -30,10 +26,6 @@ from tidelog_server import Server
 from tidelog_server._store import Store
 
 REPLICA_COUNT = 3
-PHASE_SECONDS = 0.6
-# So many phases begin once somebody has synchronized; in the others processes are killed that have just started.
-STARTS_WATCHED = 0.7
-START_SECONDS_MAX = 20.0
 
 
 class Load:
@@ -42,42 +34,17 @@ class Load:
     name = "load"
 
     def __init__(self, folder: Path, dice: Random, data: Data) -> None:
-        self.kills: Counter[str] = Counter()
-        self._dice = dice
         self._data = data
-        self._directories = [folder / f"replica-{number}" for number in range(REPLICA_COUNT)]
-        self._journals = [Journal(folder / f"journal-{number}") for number in range(REPLICA_COUNT)]
-        self._addresses = [f"127.0.0.1:{free_port()}" for _ in range(data.server_count)]
+        self._crew = Crew(folder, dice, data, replica_count=REPLICA_COUNT, serve=serve, work=work)
+        self.kills = self._crew.kills
 
     def run(self) -> None:
         """Run a round and check what it left."""
-        count = len(self._addresses)
-        with Balancer(self._addresses) as balancer:
-
-            def start(number: int) -> Child:
-                return self._serve(number) if number < count else self._work(number - count, balancer.address)
-
-            children = [start(number) for number in range(count + REPLICA_COUNT)]
-            try:
-                victims = self._dice.choice(
-                    [[0], [count], [count + 1], [count + 2], [0, count], list(range(len(children)))]
-                )
-                let_work(self._journals, self._dice, PHASE_SECONDS)
-                kill_at_once(*(children[victim] for victim in victims))
-                kind = "server" if victims[0] < count else "replica"
-                self.kills["server and replicas" if len(victims) > 1 else kind] += 1
-                if struck := self._data.strike(self._dice):
-                    self.kills[struck] += 1
-                for victim in victims:
-                    children[victim] = start(victim)
-                let_work(self._journals, self._dice, PHASE_SECONDS)
-            finally:
-                kill_at_once(*children)
-        self.kills["server and replicas"] += 1
+        self._crew.work()
         with self._opened() as (store, replicas):
             server, records, committed = _read(store, replicas)
             promises.check_server(server, committed)
-            for record, journal in zip(records, self._journals, strict=True):
+            for record, journal in zip(records, self._crew.journals, strict=True):
                 promises.check_replica(server, record, committed[record.replica_id])
                 check_acknowledged(record, journal)
 
@@ -91,7 +58,7 @@ class Load:
                 contents=contents_at(self._data.contents_url, self._data.endpoint),
             ) as server,
         ):
-            replicas = [Replica(path, server=server.address, schema=SCHEMA) for path in self._directories]
+            replicas = [Replica(path, server=server.address, schema=SCHEMA) for path in self._crew.directories]
             try:
                 reports = [replica.synchronize_all() for _ in range(2) for replica in replicas]
                 record, records, committed = _read(store, replicas)
@@ -108,34 +75,13 @@ class Load:
     @contextmanager
     def _opened(self) -> Iterator[tuple[Store, list[Replica]]]:
         store = self._data.open()
-        replicas = [Replica(path) for path in self._directories]
+        replicas = [Replica(path) for path in self._crew.directories]
         try:
             yield store, replicas
         finally:
             for replica in replicas:
                 replica.close()
             store.close()
-
-    def _serve(self, number: int) -> Child:
-        data = self._data
-        return Child(serve, data.place, self._addresses[number], data.contents_url, data.endpoint)
-
-    def _work(self, number: int, address: str) -> Child:
-        seed = str(self._dice.random())
-        return Child(work, str(self._directories[number]), address, seed, str(self._journals[number].path))
-
-
-def let_work(journals: Iterable[Journal], dice: Random, seconds_max: float) -> None:
-    """Let everybody work for a while: as a rule from the moment on at which somebody has synchronized."""
-
-    def synchronized_count() -> int:
-        return sum(journal.lines().count("synchronized") for journal in journals)
-
-    before = synchronized_count()
-    if dice.random() < STARTS_WATCHED:
-        with suppress(AssertionError):  # on a busy machine everything may take as long
-            wait_until(lambda: synchronized_count() > before, "nobody synchronizes", seconds=START_SECONDS_MAX)
-    time.sleep(dice.uniform(0, seconds_max))
 
 
 def check_acknowledged(record: ReplicaRecord, journal: Journal) -> None:
@@ -154,11 +100,3 @@ def _read(store: Store, replicas: list[Replica]) -> tuple[ServerRecord, list[Rep
     records = [read_replica(replica._storage) for replica in replicas]
     server = read_server(store, {record.replica_id: record.last_seq for record in records})
     return server, records, {record.replica_id: Committed(record.log) for record in records}
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -8,16 +8,13 @@ everybody at once at another random instant, and verifies what they left on disk
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from random import Random
 
-from tests.balancer import Balancer
-from tests.kill.children import Child, kill_at_once
+from tests.kill.crew import Crew
 from tests.kill.data import Data, contents_at
-from tests.kill.load import free_port, let_work
 from tests.kill.roles import serve_photos, take_photos
 from tests.simulation.processes import Journal
 
@@ -29,7 +26,6 @@ from tidelog_server import Application, Server
 from tidelog_server._sightings import UNKNOWN_KEPT
 
 REPLICA_COUNT = 2
-PHASE_SECONDS = 0.8
 
 
 class Photos:
@@ -38,38 +34,15 @@ class Photos:
     name = "photos"
 
     def __init__(self, folder: Path, dice: Random, data: Data) -> None:
-        self.kills: Counter[str] = Counter()
-        self._dice = dice
         self._data = data
-        self._directories = [folder / f"replica-{number}" for number in range(REPLICA_COUNT)]
-        self._journals = [Journal(folder / f"journal-{number}") for number in range(REPLICA_COUNT)]
-        self._addresses = [f"127.0.0.1:{free_port()}" for _ in range(data.server_count)]
+        self._crew = Crew(folder, dice, data, replica_count=REPLICA_COUNT, serve=serve_photos, work=take_photos)
+        self.kills = self._crew.kills
 
     def run(self) -> None:
         """Run a round and verify what it left."""
-        count = len(self._addresses)
-        with Balancer(self._addresses) as balancer:
-
-            def start(number: int) -> Child:
-                return self._serve(number) if number < count else self._work(number - count, balancer.address)
-
-            children = [start(number) for number in range(count + REPLICA_COUNT)]
-            try:
-                victims = self._dice.choice([[0], [count], [count + 1], list(range(len(children)))])
-                let_work(self._journals, self._dice, PHASE_SECONDS)
-                kill_at_once(*(children[victim] for victim in victims))
-                kind = "server" if victims[0] < count else "replica"
-                self.kills["server and replicas" if len(victims) > 1 else kind] += 1
-                if struck := self._data.strike(self._dice):
-                    self.kills[struck] += 1
-                for victim in victims:
-                    children[victim] = start(victim)
-                let_work(self._journals, self._dice, PHASE_SECONDS)
-            finally:
-                kill_at_once(*children)
-        self.kills["server and replicas"] += 1
+        self._crew.work()
         _check_nothing(self._data.verify(), "the server's store")
-        for path, journal in zip(self._directories, self._journals, strict=True):
+        for path, journal in zip(self._crew.directories, self._crew.journals, strict=True):
             with Replica(path) as replica:
                 _check_nothing(list(replica.verify()), path.name)
                 _check_acknowledged(replica, journal)
@@ -80,7 +53,7 @@ class Photos:
         with Server(
             Application(), store=self._data.place, file_grace=timedelta(0), contents=contents, clock=clock
         ) as server:
-            replicas = [Replica(path, server=server.address) for path in self._directories]
+            replicas = [Replica(path, server=server.address) for path in self._crew.directories]
             try:
                 for replica in replicas * 2:
                     if (report := replica.synchronize_all()).skipped:
@@ -106,14 +79,6 @@ class Photos:
                 f"{len(kept)} contents are kept where {len(expected)} are referred to: "
                 f"missing {expected - set(kept)}, of failures {missing}; unneeded {set(kept) - expected}"
             )
-
-    def _serve(self, number: int) -> Child:
-        data = self._data
-        return Child(serve_photos, data.place, self._addresses[number], data.contents_url, data.endpoint)
-
-    def _work(self, number: int, address: str) -> Child:
-        seed = str(self._dice.random())
-        return Child(take_photos, str(self._directories[number]), address, seed, str(self._journals[number].path))
 
 
 def _check_nothing(findings: Sequence[object], what: str) -> None:
