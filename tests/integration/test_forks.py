@@ -70,9 +70,16 @@ class Site:
         self.copy("server", "backup")
         self.start()
 
-    def restore(self) -> None:
-        """Put the copy of the server's store back, without telling anybody."""
+    def adopt(self, application: Application) -> None:
+        """Start the server with another application."""
         self.stop()
+        self.application = application
+        self.start()
+
+    def restore(self, application: Application | None = None) -> None:
+        """Put the copy of the server's store back, without telling anybody; perhaps with another application."""
+        self.stop()
+        self.application = application or self.application
         self.copy("backup", "server")
         self.start()
 
@@ -389,9 +396,7 @@ class TestCopiedReplicas:
             c.synchronize_all()
             site.shut("c")
             site.back_up()
-            site.stop()
-            site.application = newer
-            site.start()
+            site.adopt(newer)
             c = site.device("c", schema=schemas[1])
             for _ in range(60):  # so that the versions of the former life are far ahead
                 c.create("Task", {"n": 0})
@@ -403,17 +408,14 @@ class TestCopiedReplicas:
             a.synchronize_all()
             site.shut("a")
             site.copy("a", "b")
-            site.application = former
-            site.restore()
+            site.restore(former)
             for name in ("a", "b"):
                 device = site.device(name, schema=schemas[0])
                 device.create("Task", {"n": 9}, f"of {name}")
                 device.synchronize_all(accept_mass_removal=True)
                 device.synchronize_all()
                 site.shut(name)
-            site.stop()
-            site.application = newer
-            site.start()
+            site.adopt(newer)
             site.device("a", schema=schemas[1]).synchronize_all()
             b = site.device("b", schema=schemas[1])
             b.synchronize_all()
@@ -435,9 +437,7 @@ class TestCopiedReplicas:
             c.synchronize_all()
             site.shut("c")
             site.back_up()
-            site.stop()
-            site.application = newer
-            site.start()
+            site.adopt(newer)
             a = site.device("a", schema=schemas[1])
             a.synchronize_all()
             if kind == "create":
@@ -446,8 +446,7 @@ class TestCopiedReplicas:
                 a.update("Task", "t0", {"z": "own"})
             a.synchronize_all()
             site.shut("a")
-            site.application = former
-            site.restore()
+            site.restore(former)
             a = site.device("a", schema=schemas[0])
             a.synchronize_all()
             id_ = "t1" if kind == "create" else "t0"
@@ -457,9 +456,7 @@ class TestCopiedReplicas:
 
             assert (report.applied, report.rejected, a.pending_count()) == (0, 0, 1)
             site.shut("a")
-            site.stop()
-            site.application = newer
-            site.start()
+            site.adopt(newer)
             report = site.device("a", schema=schemas[1]).synchronize_all()
             assert (report.applied, report.reoffered, report.rejected) == (1, 1, 0)
             assert site.truth()[id_] == {"n": 7, "z": "own"}
@@ -805,18 +802,14 @@ class TestRestoredServers:
         """What a server cannot take yet that was put back stays in view, with later edits, until it is settled."""
         former, newer = (Application(schema=_task_schema(version)) for version in (1, 2))
         schema = _task_schema(2)
-        site.stop()
-        site.application = former
-        site.start()
+        site.adopt(former)
         b = site.device("b", schema=_task_schema(1))
         b.create("Task", {"n": 0}, "t0")
         b.create("Task", {"n": 0}, "goes")
         b.synchronize_all()
         site.shut("b")
         site.back_up()
-        site.stop()
-        site.application = newer
-        site.start()
+        site.adopt(newer)
         a = site.device("a", schema=schema)
         a.synchronize_all()
         a.update("Task", "t0", {"z": "new"}, increment={"n": 1})
@@ -829,8 +822,7 @@ class TestRestoredServers:
         before = {one.id: one.to_dict() for one in a.query("Task")}
         assert before.keys() == {"t0", "t1", "theirs"}
         site.shut("a")
-        site.application = former
-        site.restore()
+        site.restore(former)
         b = site.device("b", schema=_task_schema(1))
         b.create("Task", {"n": 7}, "theirs")
         b.synchronize_all()
@@ -850,9 +842,7 @@ class TestRestoredServers:
         assert site.device("b", schema=_task_schema(1)).synchronize_all().reoffered == 1
         site.shut("a")
         site.shut("b")
-        site.stop()
-        site.application = newer
-        site.start()
+        site.adopt(newer)
 
         report = site.device("a", schema=schema).synchronize_all()
 
