@@ -11,6 +11,7 @@ prepared statement of each.
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import chain, repeat
 from typing import Any, ClassVar, Final
@@ -22,7 +23,7 @@ _LENGTH: Final = struct.Struct(">i")
 _LENGTHS: Final = tuple(_LENGTH.pack(length) for length in range(4_096))
 
 
-class Array:
+class Array(ABC):
     """
     Members of one type, encoded when it is made: what cannot be stored is found out before anything is sent.
 
@@ -48,8 +49,9 @@ class Array:
     def __len__(self) -> int:
         return self._count
 
+    @abstractmethod
     def _encoded(self, members: list[Any]) -> bytes:
-        raise NotImplementedError
+        """Return the members, each behind its length."""
 
 
 class Bigints(Array):
