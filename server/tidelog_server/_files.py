@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import BinaryIO, Final, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
@@ -56,10 +57,10 @@ from tidelog_server._store import Reader, Store
 from tidelog_server._upload_records import (
     begun,
     completed,
+    counting,
     due_uploads,
     is_begun,
     new_copy,
-    takes_room,
     upload_key,
     upload_record,
     without_uploads,
@@ -184,10 +185,10 @@ class Files:
         there = {one for one, is_there in zip(entitled, found, strict=True) if is_there}
         present = self._granted(principal, there) if there else there
         with self._store.read(tenant) as reader:
-            counted = {one for one in asked if takes_room(reader, principal.user_id, one.sha256)}
+            counted = counting(reader, principal.user_id, {one.sha256 for one in asked})
 
         def standing(one: Wanted) -> Standing:
-            counts = one in counted
+            counts = one.sha256 in counted
             if one in present:
                 return Standing(is_present=True, takes_room=counts)
             if one.size > self._bytes_max:
@@ -499,15 +500,18 @@ class Files:
         What he was told before is no reason: who asks every day would never lose what he may not read any more.
         """
         rights = self._application.rights(principal) if self._application.access_rules else None
+        user_id = principal.user_id
         asked = {one.sha256: False for one in wanted}
         entitled = {}
         with self._store.read(principal.tenant) as reader:
-            rules = FileRules(Overlay(reader), rights, user_id=principal.user_id, asked=asked)
+            overlay = Overlay(reader)
+            overlay.prefetch_index(chain.from_iterable((content_key(one), grant_key(one, user_id)) for one in asked))
+            rules = FileRules(overlay, rights, user_id=user_id, asked=asked)
             for sha256 in asked:
                 # Once each, and of what is not there too: the time it takes should not tell.
-                asked[sha256] = rules.has_uploaded(sha256, principal.user_id) or rules.reads(sha256)
+                asked[sha256] = rules.has_uploaded(sha256, user_id) or rules.reads(sha256)
             for one in wanted:
-                record = content_record(one.sha256, reader.index)
+                record = content_record(one.sha256, overlay.index)
                 if asked[one.sha256] and record is not None and record.size == one.size:
                     entitled[one] = record
         return entitled
@@ -517,11 +521,13 @@ class Files:
         now_us = self._clock()
 
         def job(reader: Reader) -> tuple[Writes | None, set[Wanted]]:
-            kept = {one for one in there if content_record(one.sha256, reader.index) is not None}
-            given = {key: reader.index(key) for key in (grant_key(one.sha256, principal.user_id) for one in kept)}
+            records = reader.indexes(content_key(one.sha256) for one in there)
+            kept = {one for one in there if content_record(one.sha256, records.get) is not None}
+            keys = {grant_key(one.sha256, principal.user_id) for one in kept}
+            given = reader.indexes(keys)
             entries: IndexWrites = {
                 key: renewed_grant(value, now_us)
-                for key, value in given.items()
+                for key, value in ((key, given.get(key)) for key in keys)
                 if value is None or unpack_grant(value) <= now_us - self._renewal_us
             }
             return _entries(reader, entries) if entries else None, kept

@@ -247,10 +247,10 @@ def without_settled(uploads: Iterable[tuple[str, bytes]], lookup: Lookup) -> Ind
     return _without({key: record for key, record in records.items() if record is not None and not record.copy}, lookup)
 
 
-def takes_room(reader: Reader, user_id: str, sha256: bytes) -> bool:
-    """Tell whether an upload of a user counts for him."""
-    key = upload_key(user_id, sha256)
-    return upload_record(key, reader.index) is not None and not is_settled(reader, key)
+def counting(reader: Reader, user_id: str, contents: Iterable[bytes]) -> set[bytes]:
+    """Return of which contents uploads of a user count for him."""
+    keys = {upload_key(user_id, sha256): sha256 for sha256 in contents}
+    return {keys[key] for key in reader.indexes(keys) if not is_settled(reader, key)}
 
 
 def is_settled(reader: Reader, key: bytes) -> bool:

@@ -29,6 +29,7 @@ from tidelog._limits import FILE_COST_BYTES
 from tidelog_server import ContentLost, Principal, _upload_records
 from tidelog_server._errors import FileRoomExhausted, ServerBusy, UploadSuperseded
 from tidelog_server._files import Files, Standing
+from tidelog_server._store import Reader
 
 SECOND: Final = timedelta(seconds=1)
 HOUR: Final = timedelta(hours=1)
@@ -324,6 +325,28 @@ def test_what_is_known_is_not_written_again(cabinet: Cabinet, monkeypatch: pytes
     assert [writes(act) for act in (ask, go_on, ask, go_on)] == [0, 1, 0, 0]
     cabinet.wait(HOUR)
     assert [writes(act) for act in (ask, go_on, ask, go_on)] == [1, 1, 0, 0]
+
+
+def test_what_is_asked_about_is_looked_up_together(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many contents that the server lacks are asked about, they are not looked up one by one."""
+    cabinet.upload(data(0))
+    lookups: list[bytes] = []
+    with cabinet.lab.store.read(TENANT) as reader:
+        readers = type(reader)
+    index = readers.index
+
+    def counted(self: Reader, key: bytes) -> bytes | None:
+        lookups.append(key)
+        return index(self, key)
+
+    monkeypatch.setattr(readers, "index", counted)
+
+    def lookup_count(count: int) -> int:
+        lookups.clear()
+        cabinet.files.stat(USER, [wanted(data(number)) for number in range(count)])
+        return len(lookups)
+
+    assert lookup_count(50) == lookup_count(1)
 
 
 def test_the_turn_to_upload(cabinet: Cabinet) -> None:
