@@ -8,7 +8,7 @@ replica shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from tidelog._errors import StorageError, SynchronizationError, Unauthenticated
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tidelog_client._transfer import Job, Result, Transfers
 
 _OVERTAKEN: Final = "an operation that comes before it waits for the content of a file"
+_TOGETHER: Final = "an operation of its commit group waits for the content of a file"
 
 _log = get_logger("tidelog.files")
 
@@ -53,12 +54,15 @@ class AwaitedContents:
         self._seqs: Sequence[int] | None = None
         self._needed: dict[int, list[Needed]] = {}
         self._plan = NO_FILES
+        # Those that a session might take.
+        self._offered: set[int] = set()
         # Contents by what is known of them: whether operations that refer to them can go as they are, whether
         # nobody has them any more, and, of those to be uploaded, how far the server has them.
         self._ready: set[Needed] = set()
         self._lost: set[Needed] = set()
         self._waiting: dict[Needed, Uploading] = {}
-        # Of these, what is not here; what came down once; and what came damaged once.
+        # Of these, what the server did not answer about; what is not here; what came down once; and what came damaged.
+        self._unasked: dict[Needed, None] = {}
         self.fetching: dict[Needed, Downloading] = {}
         self._fetched: set[Needed] = set()
         self._damaged: set[Needed] = set()
@@ -92,10 +96,22 @@ class AwaitedContents:
             self._until = self._storage.last_seq(transaction)
             self.is_any = self._files.any_uploads(transaction)
         self._seqs = seqs
-        self._needed = self._needed_contents() if self.is_any else {}
+        needed = self._needed_contents() if self.is_any else {}
+        self._note_settled(needed)
+        self._needed = needed
         known = (self._ready, self._lost, self._waiting)
         contents = dict.fromkeys(one for needed in self._needed.values() for one in needed)
-        return [one for one in contents if not any(one in where for where in known)]
+        unknown = [one for one in contents if not any(one in where for where in known)]
+        return unknown + self.unasked()
+
+    def unasked(self) -> list[Needed]:
+        """Return the contents that the server did not answer about."""
+        return list(self._unasked)
+
+    def _note_settled(self, needed: Mapping[int, list[Needed]]) -> None:
+        """Note that what operations referred to that are not pending any more takes no room."""
+        for seq in self._needed.keys() - needed.keys():
+            self._in_room.difference_update(self._needed[seq])
 
     def has_more(self) -> bool:
         """Tell whether the session found out that further operations refer to contents."""
@@ -112,6 +128,7 @@ class AwaitedContents:
             self._plan = NO_FILES
             return self._plan
         held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
+        self._offered |= self._needed.keys() - held
         lost = {
             seq: found
             for seq, needed in self._needed.items()
@@ -150,16 +167,18 @@ class AwaitedContents:
             asked = contents[first : first + FILES_STAT_MAX]
             try:
                 standings = transfers.ask(asked)
-            except Unauthenticated:
-                raise
-            except Transient:
-                # Each is asked about again before it is sent.
+            except (Transient, Unauthenticated) as error:
                 self._waiting |= {one: Uploading(one) for one in contents[first:]}
+                self._unasked |= dict.fromkeys(contents[first:])
+                if isinstance(error, Unauthenticated):
+                    raise
                 return
             except SynchronizationError as error:
+                self._answered(asked)
                 self._waiting |= {one: Uploading(one) for one in asked}
                 self._reasons |= dict.fromkeys(asked, str(error))
                 continue
+            self._answered(asked)
             self._room_bytes = standings.room_bytes
             for one, status in zip(asked, standings.statuses, strict=True):
                 if status.takes_room:
@@ -168,6 +187,12 @@ class AwaitedContents:
                     self._ready.add(one)
                 else:
                     self._find(one, status.received_bytes)
+
+    def _answered(self, contents: Iterable[Needed]) -> None:
+        """Note that the server has answered about contents, some of which may have waited for that."""
+        for one in contents:
+            self._unasked.pop(one, None)
+            self._waiting.pop(one, None)
 
     def _find(self, content: Needed, received_bytes: int) -> None:
         """Find out whether a content that the server lacks can be uploaded."""
@@ -225,15 +250,21 @@ class AwaitedContents:
         Else parts of several groups would fill the room, and none of them would ever go. So what is there already of
         pending operations takes room too, whoever brought it and when; a group needs what those before it on the same
         objects need; and one that cannot go takes no room. What needs little comes first. Where nothing fits, and no
-        session makes room, that is tried all the same: the server may count less.
+        session makes room, that is tried all the same: the server may count less. Where it does not say how much room
+        there is, because it does not answer, one content goes and finds out when it does again.
         """
         self._apart, self._exceeding = set(), {}
-        room_bytes = self._room_bytes
-        concerned = self._waiting.keys() | self._in_room
-        if room_bytes is None or _cost(concerned) <= room_bytes:
-            return
-        pending = {content for needed in self._needed_contents().values() for content in needed}
         admitted = self._waiting.keys() & set(under_way)
+        room_bytes = self._room_bytes
+        if self._unasked:
+            self._apart = self._waiting.keys() - (admitted or {min(self._unasked, key=lambda one: one.size)})
+            return
+        if room_bytes is None or _cost(self._waiting.keys() | self._in_room) <= room_bytes:
+            return
+        still_needed = self._needed_contents()
+        self._note_settled(still_needed)
+        concerned = self._waiting.keys() | self._in_room
+        pending = {content for needed in still_needed.values() for content in needed}
         taken = admitted | (self._in_room & pending)
         is_any_going = False
         groups: list[set[Needed]] = []
@@ -249,7 +280,8 @@ class AwaitedContents:
             exceeds = len(whole) > 1 and _cost(whole) > room_bytes
             group = needed.union(*(before.get(one.key, ()) for one in unit))
             if not group:
-                is_any_going = is_any_going or not contents.isdisjoint(taken)
+                is_offered = all(one.seq in self._offered for one in unit)
+                is_any_going = is_any_going or not (is_offered or contents.isdisjoint(taken))
             elif needed.isdisjoint(self._reasons) and not exceeds and (len(group) == 1 or _cost(group) <= room_bytes):
                 groups.append(group)
                 before |= dict.fromkeys((one.key for one in unit), group)
@@ -283,6 +315,7 @@ class AwaitedContents:
     def note_uploaded(self, result: Result) -> None:
         """Take in how an upload ended."""
         content, error = result.job.content, result.error
+        self._unasked.pop(content, None)
         if isinstance(error, ContentLost):
             self._miss(content, str(error))
         elif error is None or (isinstance(error, FileRefused) and error.is_too_large):
@@ -330,7 +363,8 @@ class AwaitedContents:
                 for one in unit:
                     is_too_much = one.seq in self._exceeding
                     reason = SkipReason.FILES_EXCEED_ROOM if is_too_much else SkipReason.FILE_NOT_UPLOADED
-                    why = self._why_too_much(one.seq) if is_too_much else held.get(one.seq, _OVERTAKEN)
+                    other = _TOGETHER if any(one.seq in held for one in unit) else _OVERTAKEN
+                    why = self._why_too_much(one.seq) if is_too_much else held.get(one.seq, other)
                     yield Skipped(*one.key, reason, why, seq=one.seq)
 
     def _why_held(self, seq: int, why_not_sent: str) -> str:
@@ -338,6 +372,7 @@ class AwaitedContents:
         if not waiting:
             return f"the content of its file came to the server too late for it: {why_not_sent}"
         late = "others came first" if any(one in self._apart for one in waiting) else "there was no time left"
+        late = "the server did not answer" if any(one in self._unasked for one in waiting) else late
         reason = next((self._reasons[one] for one in waiting if one in self._reasons), late)
         return f"the content of its file is not on the server: {reason}"
 

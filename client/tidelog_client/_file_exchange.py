@@ -15,9 +15,10 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
-from tidelog._errors import StorageError
+from tidelog._errors import StorageError, Unauthenticated
 from tidelog._logging import get_logger
 from tidelog_client._awaited_contents import AwaitedContents
 from tidelog_client._call_errors import Transient
@@ -130,14 +131,17 @@ class FileExchange:
         if not self._awaited.is_any:
             return self._awaited.plan()
         if unknown:
-            patience = Patience(self._end, SMALL_SILENCE_SECONDS)
-            with Transfers(self._files, self._caller, patience, ignore) as calls:
-                self._awaited.ask(calls, unknown)
+            self._ask(unknown, Patience(self._end, SMALL_SILENCE_SECONDS))
         self._awaited.share_room(self._jobs.under_way)
         if small := self._small_uploads():
             self._upload_small(small)
         self._settled_count = self._awaited.settled_count
         return self._awaited.plan()
+
+    def _ask(self, contents: Sequence[Needed], patience: Patience) -> None:
+        """Ask the server how contents stand."""
+        with Transfers(self._files, self._caller, patience, ignore) as calls:
+            self._awaited.ask(calls, contents)
 
     def _small_uploads(self) -> list[Uploading]:
         """Return what is uploaded before the session: the smallest contents, as far as there is room."""
@@ -226,6 +230,9 @@ class FileExchange:
         def downloads() -> Iterator[Downloading]:
             return self._lacking.jobs(keys, self._awaited.fetching)
 
+        if self._transfers is None and not self._is_given_up and (unasked := self._awaited.unasked()):
+            with suppress(Unauthenticated):  # whoever transfers asks for another token
+                self._ask(unasked, Patience(self._end))
         self._awaited.share_room(self._jobs.under_way)
         awaited = self._awaited.jobs()
         self._jobs.fill(awaited, downloads())

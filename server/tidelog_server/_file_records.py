@@ -151,11 +151,6 @@ def renewed_grant(value: bytes | None, time_us: int) -> bytes:
     return _TIME.pack(time_us) + (value or b"")[_TIME.size :]
 
 
-def given_way(value: bytes | None) -> bytes | None:
-    """Return the value of a grant, if there is any, after the upload that it was given for has made room."""
-    return None if value is None else value[: _TIME.size]
-
-
 def unpack_grant(value: bytes) -> int:
     """Return when a grant was given. Raises ValueError if it is none."""
     try:

@@ -24,8 +24,8 @@ content, applied or refused, or it is given up: so nobody fills the disk with wh
 needs. What came long ago makes room where there is none: else operations of which each has
 some of what it needs would block each other for good. It does not count any more then, and its
 user is not told that it is there, so that nobody keeps a content for good by asking for it
-again and again. But his operations may still refer to it until his grant ends: a device that
-sees to that now may have nothing of it to send again.
+again and again. But his operations may still refer to it for as long as a grant lasts, counted
+from then: a device that is about to may have nothing of it to send again.
 
 What others have makes no difference to that, nor to what is done with the bytes,
 which replace the copy on record, if there is one: it tells nobody what others have.
@@ -47,7 +47,6 @@ from tidelog_server._file_records import (
     Lookup,
     content_key,
     failures_prefix,
-    given_way,
     grant_key,
     is_upload_grant,
     kept_record,
@@ -189,8 +188,8 @@ def begun(
                     f"with {size} more it would be above the limit file_room_per_user, {room_bytes}"
                 )
             writes.update(dict.fromkeys((*pruned, *stale)))
-            for grant in (grant_key(one[_USER_KEY_BYTES:], user_id) for one in stale):
-                writes[grant] = given_way(reader.index(grant))
+            # For the last time, and he is not told: it is no upload any more.
+            writes.update((grant_key(one[_USER_KEY_BYTES:], user_id), pack_grant(time_us)) for one in stale)
         writes[user_key] = _BYTES.pack(others + cost)
     return writes, copy
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 from tests.builders import TENANT, World, quick_folder
 
-from tidelog import DiskFull, FailureReason, attribute, claim
+from tidelog import DiskFull, Entity, FailureReason, File, Reference, Schema, attribute, claim
 from tidelog._contents import content_path
 from tidelog.testing import Proxy
 from tidelog.v1 import file_pb2, file_pb2_grpc
@@ -224,6 +224,80 @@ def test_what_is_there_of_a_commit_group_counts_for_it() -> None:
 
         assert (report.applied, report.files_uploaded) == (0, 0)
         assert [one.reason for one in report.skipped] == [SkipReason.FILES_EXCEED_ROOM] * 4
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_content_that_an_operation_of_its_own_brings_counts_for_no_group(*, is_first: bool) -> None:
+    """What takes room for an operation only until that has gone is not held against a group that needs it too."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        photos = [replica.add_file(bytes([number]) * 40_000) for number in range(2)]
+
+        def alone() -> None:
+            replica.create("Task", {"photo": photos[0]}, "alone")
+
+        if is_first:
+            alone()
+        with replica.transaction(atomic=True) as transaction:
+            for photo in photos:
+                transaction.create("Task", {"photo": photo})
+        if not is_first:
+            alone()
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, report.skipped) == (3, 2, [])
+
+
+@pytest.mark.parametrize("is_too_much", [False, True])
+def test_room_is_shared_though_the_server_did_not_answer_at_first(
+    monkeypatch: pytest.MonkeyPatch, *, is_too_much: bool
+) -> None:
+    """Where nobody says at first how much room there is parts of several groups do not fill it."""
+    room_bytes = 30_000 if is_too_much else 64_000
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=room_bytes)) as world:
+        replica = world.replica()
+        for group in range(3):
+            with replica.transaction(atomic=True) as transaction:
+                for number in range(3):
+                    photo = replica.add_file(bytes([group, number]) * (7_500 + 10 * number))
+                    transaction.create("Task", {"photo": photo})
+        ask, asked = _transfer.Transfers.ask, []
+
+        def fails_once(self: _transfer.Transfers, contents: Any) -> Any:
+            asked.append(contents)
+            if len(asked) == 1:
+                raise Transient("the server did not answer")
+            return ask(self, contents)
+
+        monkeypatch.setattr(_transfer.Transfers, "ask", fails_once)
+
+        report = replica.synchronize_all()
+
+        if is_too_much:
+            assert (report.applied, report.files_uploaded) == (0, 1)
+            assert [one.reason for one in report.skipped] == [SkipReason.FILES_EXCEED_ROOM] * 9
+        else:
+            assert (report.applied, report.files_uploaded, report.skipped) == (9, 9, [])
+
+
+def test_what_is_not_ready_makes_no_room() -> None:
+    """A content whose operation waits for another one makes no room: the server is asked whether there is some."""
+    schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task")})])
+    limits = ServerLimits(file_room_per_user=60_000)
+    with quick_folder() as folder, World(folder, Application(schema=schema), limits=limits) as world:
+        replica = world.replica()
+        with replica.transaction(atomic=True) as transaction:  # more than there is room for
+            transaction.create("Task", {"photo": replica.add_file(b"1" * 40_000)}, "parent")
+            transaction.create("Task", {"photo": replica.add_file(b"2" * 40_000)}, "other parent")
+        replica.create("Task", {"photo": replica.add_file(b"x" * 40_000), "parent": "parent"}, "child")
+        assert [one.reason for one in replica.synchronize_all().skipped if one.id == "child"] == [SkipReason.NOT_READY]
+        replica.create("Task", {"photo": replica.add_file(b"y" * 40_000)}, "other")
+
+        report = replica.synchronize_all()
+
+        (message,) = (one.message for one in report.skipped if one.id == "other")
+        assert "above the limit file_room_per_user" in message
 
 
 def test_a_content_that_made_room_is_not_lost() -> None:

@@ -152,6 +152,22 @@ def test_what_made_room_may_be_referred_to_for_a_while(cabinet: Cabinet) -> None
     assert not cabinet.has(data(1))
 
 
+def test_what_made_room_is_kept_for_one_more_grace(cabinet: Cabinet) -> None:
+    """What made room may be referred to for as long as contents are kept from then on, though nobody asked for it."""
+    fill(cabinet)
+    cabinet.wait(DAY + HOUR)
+    for number in (3, 4, 5):
+        cabinet.upload(data(number))
+    cabinet.collect()
+    cabinet.wait(DAY - HOUR)
+    cabinet.collect()
+
+    photo = file_value(data(0))
+    results = cabinet.lab.session(REPLICA_A).settle(create(1, set={"photo": photo}), lost={photo["sha256"]})
+
+    assert said(results) == ["APPLIED"]
+
+
 def test_what_nobody_asks_for_makes_room_first(cabinet: Cabinet) -> None:
     """Of what came long ago that makes room for which nobody has asked for longest."""
     fill(cabinet)
