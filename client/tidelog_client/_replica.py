@@ -87,6 +87,7 @@ class Replica:
     Everything but `synchronize_*` works without a network. Reads see what is
     committed locally; each commit is on disk when it returns. Safe to use from many
     threads; several processes may open one directory; a forked child must open it anew.
+    What an interrupted synchronization had begun to bring into view all is when this returns.
 
     Args:
         path: The replica's directory; made if it is not there.
@@ -158,6 +159,11 @@ class Replica:
         never = [entity for entity, one in downloads.items() if one.mode is DownloadMode.NEVER]
         self._committer = Committer(self._storage, schema, never)
         self._synchronizer = Synchronizer(self._storage, connection, schema_version, downloads, self._file_wishes)
+        try:
+            self._synchronizer.go_on()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def replica_id(self) -> str:

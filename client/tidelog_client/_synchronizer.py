@@ -23,6 +23,7 @@ from tidelog._errors import (
     ReplicaRetired,
     ServerUnavailable,
     SynchronizationInProgress,
+    TidelogError,
     Unauthenticated,
 )
 from tidelog._limits import BATCH_BYTES_MAX
@@ -91,6 +92,25 @@ class Synchronizer:
         if self._connection is not None:
             self._connection.close()
 
+    def go_on(self) -> None:
+        """
+        Bring into view what an interrupted synchronization had begun to; not if one runs, which does that itself.
+
+        What cannot be done now, on a full disk say, is left to the next synchronization.
+        """
+        if not self._storage.meta("publishing"):
+            return
+        lock = self._lock()
+        try:
+            _acquire(lock)
+            self._storage.publication.finish()
+        except SynchronizationInProgress:
+            pass
+        except (TidelogError, StateLost) as error:
+            _log.warning("a download is not all in view yet", detail=str(error))
+        finally:
+            _release(lock)
+
     def run(
         self,
         mode: Mode,
@@ -121,8 +141,7 @@ class Synchronizer:
         connection = self._connection
         if connection is None:
             raise NotConfigured("the replica was opened without a server: pass server='host:port'")
-        # A lock object of its own for each call: two of one process exclude each other too.
-        lock = FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
+        lock = self._lock()
         deadline = _Deadline(timeout)
         progress = on_progress or ignore
         files = FileExchange(
@@ -226,10 +245,7 @@ class Synchronizer:
                             files.finish("there was no time left" if is_more else "")
                             return
         finally:
-            try:
-                lock.release()
-            finally:
-                lock.release()  # does nothing, unless an interrupt came in the way of the first
+            _release(lock)
 
     def fetch(self, reference: FileReference, key: ObjectKey, *, timeout: float | None) -> str | None:
         """
@@ -252,6 +268,10 @@ class Synchronizer:
         if result.failed is not None:
             self._storage.files.note_arrived([], {content.sha256: result.failed})
         return str(result.error)
+
+    def _lock(self) -> FileLock:
+        # One of its own for each call: two of one process exclude each other too.
+        return FileLock(Path(self._storage.environment.path) / _LOCK_FILE, timeout=0, is_singleton=False)
 
     def _attempt(self, connection: Connection, attempt: Synchronization, report: Report, deadline: _Deadline) -> None:
         metadata = connection.authorization()
@@ -345,3 +365,10 @@ def _acquire(lock: FileLock) -> None:
         lock.acquire()
     except Timeout:
         raise SynchronizationInProgress from None
+
+
+def _release(lock: FileLock) -> None:
+    try:
+        lock.release()
+    finally:
+        lock.release()  # does nothing, unless an interrupt came in the way of the first

@@ -191,6 +191,10 @@ def serve(
     file_transfers_per_user_max: Annotated[
         int | None, typer.Option(metavar="COUNT", min=1, help="The same, of one user. Without it: no other limit.")
     ] = LIMITS_DEFAULT.file_transfers_per_user,
+    file_room_per_user: Annotated[
+        int | None,
+        typer.Option(metavar="BYTES", min=1, help="What a user may upload that none of his operations refers to yet."),
+    ] = LIMITS_DEFAULT.file_room_per_user,
     sessions_max: Annotated[
         int, typer.Option(metavar="COUNT", min=1, help="Sessions open at once; others are told to come again later.")
     ] = LIMITS_DEFAULT.sessions,
@@ -243,6 +247,7 @@ def serve(
         file_transfers=file_transfers_max,
         file_transfers_per_user=file_transfers_per_user_max,
         file_bytes=file_bytes_max,
+        file_room_per_user=file_room_per_user,
     )
     allow_open_files(limits.sessions + limits.file_transfers + OTHER_FILES)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from filelock import FileLock
 from tests.builders import (
     REPLICA_B,
     World,
@@ -18,7 +19,7 @@ from tests.builders import (
     update,
 )
 
-from tidelog import FailureReason, ForeignServer, InvalidValue, LimitExceeded, ObjectNotFound, attribute
+from tidelog import DiskFull, FailureReason, ForeignServer, InvalidValue, LimitExceeded, ObjectNotFound, attribute
 from tidelog._environment import Environment
 from tidelog._values import decode_map
 from tidelog.v1 import (
@@ -34,6 +35,7 @@ from tidelog_client import Phase, Progress, Replica, Report, SkipReason
 from tidelog_client import _publication as publication
 from tidelog_client import _synchronization as synchronization
 from tidelog_client._publication import Publication
+from tidelog_client._view import StateLost
 from tidelog_server import Application, HookContext, HookObject, Reject, Server
 from tidelog_server import _download as download
 from tidelog_server._principal import ANONYMOUS
@@ -1247,7 +1249,7 @@ class TestStagedDownload:
     def test_a_crash_while_it_is_published(
         self, world: World, monkeypatch: pytest.MonkeyPatch, steps_done: int, *, known: bool
     ) -> None:
-        """A publication that a crash interrupts is rolled forward by the next synchronization."""
+        """A publication that a crash interrupts is rolled forward when the replica is opened, without a network."""
         a = world.replica()
         if known:
             world.lab.settle(create(100, "old"), replica=REPLICA_B)
@@ -1268,6 +1270,8 @@ class TestStagedDownload:
         a.close()
         monkeypatch.setattr(Publication, "_publish_step", original)
 
+        with Replica(a.path) as offline:
+            assert contents(offline) == {f"t{n:03}": {"n": n} for n in range(1, 41)}
         b = world.replica()
         b.create("Task", {"mine": True}, "mine")
         b.synchronize_unsynchronized()
@@ -1275,6 +1279,41 @@ class TestStagedDownload:
 
         assert contents(b) == {f"t{n:03}": {"n": n} for n in range(1, 41)} | {"mine": {"mine": True}}
         assert b.synchronize_all().downloaded == 0
+
+    @pytest.mark.parametrize("hindrance", ["a full disk", "a state that is missing", "a synchronization"])
+    def test_what_cannot_be_rolled_forward_when_a_replica_is_opened(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, hindrance: str
+    ) -> None:
+        """A replica opens though the rest of a publication cannot come into view yet; synchronizing does that."""
+        everything = self.fill(world)
+        a = world.replica()
+        errors: list[Exception] = [Broken()]
+        original = Publication._publish_step
+
+        def fails(self: Publication, *args: Any, **options: Any) -> Any:
+            counts = original(self, *args, **options)
+            if errors:
+                raise errors[0]
+            return counts
+
+        monkeypatch.setattr(Publication, "_publish_step", fails)
+        with pytest.raises(Broken):
+            a.synchronize_all()
+        a.close()
+        errors[0] = DiskFull("no room left") if hindrance == "a full disk" else StateLost()
+        lock = FileLock(a.path / "synchronize.lock", is_singleton=False)
+        if hindrance == "a synchronization":
+            errors.clear()
+            lock.acquire()
+
+        b = world.replica()
+
+        assert contents(b) == {}
+        b.create("Task", {"mine": True}, "mine")
+        errors.clear()
+        lock.release()
+        b.synchronize_all()
+        assert contents(b) == everything | {"mine": {"mine": True}}
 
     def test_a_confirmed_state_that_is_missing_in_a_later_step(self, world: World) -> None:
         """A missing state that shows while a download is published in steps is sent again, and nothing is removed."""
