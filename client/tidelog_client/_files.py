@@ -614,6 +614,7 @@ class Files:
             if not self._is_used(transaction, sha256):
                 content = self.contents.find(sha256)
                 if content is not None and content.time > old:
+                    self._correct_time(content)
                     found = cursor.next()  # its turn comes
                     continue
                 self.contents.delete(sha256)
@@ -636,6 +637,7 @@ class Files:
         stray: list[tuple[bytes, bytes]] = []
         old = self._clock() / 1e6 - GRACE_SECONDS
         for content in self.contents.contents():
+            self._correct_time(content)
             if content.time <= old:
                 with self._environment.read() as transaction:
                     if not self._is_used(transaction, content.sha256):
@@ -645,6 +647,12 @@ class Files:
                 stray = []
         self._note_garbage(stray)
         self.contents.delete_leftovers(LEFTOVER_SECONDS, self._clock() / 1e6)
+
+    def _correct_time(self, content: Content) -> None:
+        """Make a content that came under a clock that was far ahead as young as one of now: else it would never go."""
+        now = self._clock() / 1e6
+        if content.time > now + GRACE_SECONDS:
+            self.contents.renew(content.sha256, now)
 
     def is_idle(self) -> bool:
         """Tell whether nothing is to be looked at again, uploaded, downloaded or deleted: there are no files, say."""

@@ -55,6 +55,7 @@ from tidelog_server._records import Writes
 from tidelog_server._sightings import NOTED_EVERY, UNKNOWN_KEPT, Sightings
 from tidelog_server._store import Reader, Store
 from tidelog_server._upload_records import (
+    Begun,
     begun,
     completed,
     counting,
@@ -448,8 +449,8 @@ class Files:
         ):
             return known.copy
 
-        def job(reader: Reader) -> tuple[Writes, str]:
-            entries, copy = begun(
+        def job(reader: Reader) -> tuple[Writes | None, Begun]:
+            made = begun(
                 reader,
                 user_id,
                 *wanted,
@@ -458,9 +459,12 @@ class Files:
                 room_bytes=room_bytes,
                 stale_us=now_us - self._grace_us,
             )
-            return _entries(reader, entries), copy
+            return _entries(reader, made.writes) if made.writes else None, made
 
-        return self._write(tenant, job)
+        made = self._write(tenant, job)
+        if made.refusal is not None:
+            raise made.refusal
+        return made.copy
 
     def _complete(self, tenant: str, part: str, wanted: Wanted, user_id: str) -> Callable[[], None]:
         """

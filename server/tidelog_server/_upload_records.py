@@ -36,7 +36,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from tidelog._contents import SHA256_BYTES
@@ -135,6 +135,21 @@ def is_begun(reader: Reader, sha256: bytes, copy: str) -> bool:
     return record is not None and record.copy == copy != ""
 
 
+class Begun(NamedTuple):
+    """
+    What comes of beginning an upload.
+
+    Attributes:
+        writes: What is written.
+        copy: The name of its copy.
+        refusal: Why it does not begin. What has made room has done so all the same: next time there is more.
+    """
+
+    writes: IndexWrites
+    copy: str
+    refusal: FileRoomExhausted | None = None
+
+
 def begun(
     reader: Reader,
     user_id: str,
@@ -145,9 +160,9 @@ def begun(
     time_us: int,
     room_bytes: int | None,
     stale_us: int = 0,
-) -> tuple[IndexWrites, str]:
+) -> Begun:
     """
-    Begin an upload, or go on with one; return the name of its copy, too.
+    Begin an upload, or go on with one.
 
     Args:
         reader: The tenant's records.
@@ -158,40 +173,69 @@ def begun(
         time_us: The time.
         room_bytes: What uploads of the user may cost. One alone always may. None: whatever it is.
         stale_us: What came before makes room if there is none: what nobody has asked for for longest first.
-
-    Raises:
-        FileRoomExhausted: It would be more.
     """
     key, user_key = upload_key(user_id, sha256), _user_key(user_id)
     known = upload_record(key, reader.index)
-    copy = (known.copy if known is not None else "") or copy
+    name = (known.copy if known is not None else "") or copy
     if known is not None and known.copy:
         size = max(size, known.size)  # so much of it may be there already
-    writes: IndexWrites = {key: _pack(UploadRecord(size, time_us, user_id, copy))}
-    counted = 0 if known is None else known.size + FILE_COST_BYTES
-    if counted != size + FILE_COST_BYTES:
-        cost = size + FILE_COST_BYTES
+    writes: IndexWrites = {key: _pack(UploadRecord(size, time_us, user_id, name))}
+    counted = 0 if known is None else _cost_of(known)
+    cost = size + FILE_COST_BYTES
+    if counted != cost:
         others = _cost(reader.index, user_key) - counted
         if room_bytes is not None and others and others + cost > room_bytes:
-            some = [one for one in _some_of(reader, user_key, key) if one != key]
-            pruned = [one for one in some if is_settled(reader, one)]
-            stale: list[bytes] = []
-            others -= sum(_cost_of(reader.index, one) for one in pruned)
-            due = [one for one in some if one not in pruned and _is_stale(reader, one, stale_us)]
-            for one in sorted(due, key=lambda one: _asked_us(reader, user_id, one)):  # no more of them than it takes
-                if others and others + cost > room_bytes:
-                    stale.append(one)
-                    others -= _cost_of(reader.index, one)
+            # Others than the last time: those about a place where chance puts the search.
+            near = user_key + hashlib.sha256(copy.encode()).digest()
+            some = [one for one in _some_of(reader, user_key, near) if one[0] != key]
+            freed, freed_bytes = _room_made(
+                reader, user_id, some, needed_bytes=others + cost - room_bytes, time_us=time_us, stale_us=stale_us
+            )
+            others -= freed_bytes
             if others and others + cost > room_bytes:
-                raise FileRoomExhausted(
+                refusal = FileRoomExhausted(
                     f"files of {others} bytes that no operation refers to yet are there, or on their way: "
                     f"with {size} more it would be above the limit file_room_per_user, {room_bytes}"
                 )
-            writes.update(dict.fromkeys((*pruned, *stale)))
-            # For the last time, and he is not told: it is no upload any more.
-            writes.update((grant_key(one[_USER_KEY_BYTES:], user_id), pack_grant(time_us)) for one in stale)
+                return Begun({**freed, user_key: _BYTES.pack(others + counted)} if freed else {}, "", refusal)
+            writes.update(freed)
         writes[user_key] = _BYTES.pack(others + cost)
-    return writes, copy
+    return Begun(writes, name)
+
+
+def _room_made(
+    reader: Reader,
+    user_id: str,
+    uploads: Sequence[tuple[bytes, UploadRecord]],
+    *,
+    needed_bytes: int,
+    time_us: int,
+    stale_us: int,
+) -> tuple[IndexWrites, int]:
+    """Make room: of uploads that came those go that do not count, then what is stale, no more than it takes."""
+    came = [(key, record) for key, record in uploads if not record.copy]
+    contents = [key[_USER_KEY_BYTES:] for key, _ in came]
+    grants = reader.indexes(grant_key(sha256, user_id) for sha256 in contents)
+    freed: IndexWrites = {}
+    freed_bytes = 0
+    stale: list[tuple[int, bytes, bytes, int]] = []
+    for (key, record), sha256 in zip(came, contents, strict=True):
+        if freed_bytes >= needed_bytes:
+            break
+        grant = grants.get(grant_key(sha256, user_id))
+        if _is_settled(reader, sha256, user_id, grant):
+            freed[key] = None
+            freed_bytes += _cost_of(record)
+        elif grant is not None and record.time_us < stale_us:
+            stale.append((unpack_grant(grant), key, sha256, _cost_of(record)))
+    for _, key, sha256, cost in sorted(stale):
+        if freed_bytes >= needed_bytes:
+            break
+        freed[key] = None
+        # For the last time, and he is not told: it is no upload any more.
+        freed[grant_key(sha256, user_id)] = pack_grant(time_us)
+        freed_bytes += cost
+    return freed, freed_bytes
 
 
 def completed(
@@ -249,7 +293,13 @@ def without_settled(uploads: Iterable[tuple[str, bytes]], lookup: Lookup) -> Ind
 def counting(reader: Reader, user_id: str, contents: Iterable[bytes]) -> set[bytes]:
     """Return of which contents uploads of a user count for him."""
     keys = {upload_key(user_id, sha256): sha256 for sha256 in contents}
-    return {keys[key] for key in reader.indexes(keys) if not is_settled(reader, key)}
+    records = {keys[key]: unpack_upload(value) for key, value in reader.indexes(keys).items()}
+    grants = reader.indexes(grant_key(sha256, user_id) for sha256, record in records.items() if not record.copy)
+    return {
+        sha256
+        for sha256, record in records.items()
+        if record.copy or not _is_settled(reader, sha256, user_id, grants.get(grant_key(sha256, user_id)))
+    }
 
 
 def is_settled(reader: Reader, key: bytes) -> bool:
@@ -258,9 +308,11 @@ def is_settled(reader: Reader, key: bytes) -> bool:
     if record is None or record.copy:
         return False
     sha256 = key[_USER_KEY_BYTES:]
-    return bool(reader.index_range(failures_prefix(sha256, record.user_id), b"", 1)) or not is_upload_grant(
-        reader.index(grant_key(sha256, record.user_id))
-    )
+    return _is_settled(reader, sha256, record.user_id, reader.index(grant_key(sha256, record.user_id)))
+
+
+def _is_settled(reader: Reader, sha256: bytes, user_id: str, grant: bytes | None) -> bool:
+    return not is_upload_grant(grant) or bool(reader.index_range(failures_prefix(sha256, user_id), b"", 1))
 
 
 def _without(uploads: Mapping[bytes, UploadRecord | None], lookup: Lookup) -> IndexWrites:
@@ -271,7 +323,7 @@ def _without(uploads: Mapping[bytes, UploadRecord | None], lookup: Lookup) -> In
         user_key = key[:_USER_KEY_BYTES]
         if user_key not in costs:
             costs[user_key] = _cost(lookup, user_key)
-        costs[user_key] -= 0 if record is None else record.size + FILE_COST_BYTES
+        costs[user_key] -= 0 if record is None else _cost_of(record)
     writes.update((key, _BYTES.pack(cost) if cost > 0 else None) for key, cost in costs.items())
     return writes
 
@@ -283,23 +335,12 @@ def _is_due(reader: Reader, key: bytes, before_us: int) -> bool:
     return record is not None and (record.time_us < before_us if record.copy else is_settled(reader, key))
 
 
-def _asked_us(reader: Reader, user_id: str, key: bytes) -> int:
-    """Return when a user uploaded a content, or was told last that it is there."""
-    grant = reader.index(grant_key(key[_USER_KEY_BYTES:], user_id))
-    return 0 if grant is None else unpack_grant(grant)
-
-
-def _is_stale(reader: Reader, key: bytes, stale_us: int) -> bool:
-    record = upload_record(key, reader.index)
-    return record is not None and not record.copy and record.time_us < stale_us
-
-
-def _some_of(reader: Reader, user_key: bytes, near: bytes) -> list[bytes]:
-    """Return some uploads of a user, others than the last time: those about a place where chance has put one."""
+def _some_of(reader: Reader, user_key: bytes, near: bytes) -> list[tuple[bytes, UploadRecord]]:
+    """Return some uploads of a user: those behind a place, and from the first on if there are few."""
     page = reader.index_range(user_key, near, LOOKED_AT)
     if len(page) < LOOKED_AT:
         page += reader.index_range(user_key, user_key, LOOKED_AT - len(page))
-    return list({key: None for key, _ in page if len(key) == _KEY_BYTES})
+    return [(key, unpack_upload(value)) for key, value in dict(page).items() if len(key) == _KEY_BYTES]
 
 
 def _cost(lookup: Lookup, user_key: bytes) -> int:
@@ -308,9 +349,8 @@ def _cost(lookup: Lookup, user_key: bytes) -> int:
     return 0 if value is None else int(_BYTES.unpack(value)[0])
 
 
-def _cost_of(lookup: Lookup, key: bytes) -> int:
-    record = upload_record(key, lookup)
-    return 0 if record is None else record.size + FILE_COST_BYTES
+def _cost_of(record: UploadRecord) -> int:
+    return record.size + FILE_COST_BYTES
 
 
 def _pack(record: UploadRecord) -> bytes:

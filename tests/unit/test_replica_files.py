@@ -1662,6 +1662,29 @@ class TestRemoval:
             assert [one.object_id for one in replica.failures()] == ["t1"]
             assert list(replica.verify()) == []
 
+    @pytest.mark.parametrize("is_stray", [False, True])
+    def test_a_content_that_came_under_a_clock_that_was_ahead(self, folder: Path, *, is_stray: bool) -> None:
+        """A content of the future is collected an hour after that was noticed, as any other one."""
+        clock = ManualClock()
+        with Replica(folder / "a", clock=clock) as replica:
+            value = replica.add_file(PHOTO)
+            server = FileServer()
+            connect(replica, server)
+            if not is_stray:
+                server.pages = [page(task("t1", PHOTO))]
+                server.put(PHOTO)
+                replica.synchronize_all()
+                server.pages = [page(removals=[("Task", "t1", 101)])]
+            replica._storage.files.contents.renew(value["sha256"], clock() / 1e6 + timedelta(days=365).total_seconds())
+
+            replica.synchronize_all()
+            assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
+            server.pages = []
+            clock.advance(timedelta(days=2))
+            replica.synchronize_all()
+
+            assert contents_of(replica) == {}
+
     def test_a_crash_before_the_commit_leaves_what_is_collected(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -309,6 +309,21 @@ def test_room_is_found_among_many(cabinet: Cabinet, monkeypatch: pytest.MonkeyPa
     assert len(cabinet.entries(b"w")) < 8
 
 
+def test_room_for_a_large_one_is_made_bit_by_bit(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs more room than is found at once is refused, and finds more the next time."""
+    monkeypatch.setattr(_upload_records, "LOOKED_AT", 1)
+    fill(cabinet)
+    cabinet.wait(2 * DAY)
+    large = wanted(data(3))._replace(size=ROOM - FILE_COST_BYTES)
+
+    for _ in range(2):
+        with pytest.raises(FileRoomExhausted):
+            cabinet.files.begin_upload(USER, large, 0)
+    cabinet.files.begin_upload(USER, large, 0).leave()
+
+    assert [number for number in range(4) if takes_room(cabinet, number)] == [3]
+
+
 def test_the_service_has_all_the_room(cabinet: Cabinet) -> None:
     """What the service itself adds is not limited."""
     for number in range(10):
@@ -344,7 +359,7 @@ def test_what_is_known_is_not_written_again(cabinet: Cabinet, monkeypatch: pytes
 
 
 def test_what_is_asked_about_is_looked_up_together(cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many contents that the server lacks are asked about, they are not looked up one by one."""
+    """However many contents are asked about, or looked at to find room, they are not looked up one by one."""
     cabinet.upload(data(0))
     lookups: list[bytes] = []
     with cabinet.lab.store.read(TENANT) as reader:
@@ -362,7 +377,17 @@ def test_what_is_asked_about_is_looked_up_together(cabinet: Cabinet, monkeypatch
         cabinet.files.stat(USER, [wanted(data(number)) for number in range(count)])
         return len(lookups)
 
+    def lookup_count_of_a_refusal() -> int:
+        lookups.clear()
+        with pytest.raises(FileRoomExhausted):
+            cabinet.files.begin_upload(USER, wanted(b"too much")._replace(size=ROOM), 0)
+        return len(lookups)
+
     assert lookup_count(50) == lookup_count(1)
+    few = lookup_count_of_a_refusal()
+    fill(cabinet)
+    assert lookup_count_of_a_refusal() == few
+    assert lookup_count(3) == lookup_count(1)
 
 
 def test_the_turn_to_upload(cabinet: Cabinet) -> None:
