@@ -305,6 +305,30 @@ class TestCopiedReplicas:
         assert [one.reason for one in site.sync("b").failures] == [FailureReason.SUPERSEDED]
         assert site.truth()["x"] == {"n": 1}
 
+    def test_what_a_copy_brought_is_not_forgotten_while_the_original_may_come(self, site: Site) -> None:
+        """What a copy settled is recognized however late the original brings it, and though history is forgotten."""
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "x")
+        a.synchronize_all()
+        a.update("Task", "x", increment={"n": 1})
+        site.shut("a")
+        site.copy("a", "b")
+        a = site.device("a")
+        a.create("Task", {}, "of a")
+        a.synchronize_selected([("Task", "of a")])
+        site.shut("a")
+        site.device("b").create("Task", {}, "of b")
+        assert site.sync("b").former_replica_id
+        site.device("c").create("Task", {}, "of c")
+        site.sync("c")
+        assert collect(site.store, server_time_us() + 10**13, history=timedelta(0)).changes
+
+        report = site.sync("a")
+
+        assert list(report.failures) == []
+        assert site.device("a").pending_count() == 0
+        assert site.truth() == {"x": {"n": 1}, "of a": {}, "of b": {}, "of c": {}}
+
     def test_copies_of_a_copy(self, site: Site) -> None:
         """What two copies of a copy hold is applied once, though another operation has its place in the log."""
         a = site.device("a")
@@ -342,6 +366,29 @@ class TestCopiedReplicas:
         reasons = [FailureReason.ALREADY_EXISTS, FailureReason.DEPENDENCY_FAILED]
         assert [one.reason for one in report.failures] == reasons
         assert site.truth() == {"t1": {}, "1": {"owner": "a"}}
+
+    def test_what_waited_behind_is_not_in_force_under_a_former_id(self, site: Site) -> None:
+        """What settled only after a device had forked, below what settled before, is offered again if it is lost."""
+        a = site.device("a")
+        a.create("Task", {}, "one")
+        a.create("Task", {}, "two")
+        a.synchronize_selected([("Task", "two")])
+        site.shut("a")
+        site.copy("a", "b")
+        for name in ("b", "a"):
+            device = site.device(name)
+            device.create("Task", {}, f"of {name}")
+            report = device.synchronize_selected([("Task", f"of {name}")])
+            site.shut(name)
+        assert report.former_replica_id
+        site.back_up()
+        assert site.sync("a").applied == 1
+        site.shut("a")
+        site.restore()
+
+        assert site.sync("a").reoffered == 1
+        assert site.truth().keys() == {"one", "two", "of a", "of b"}
+        assert contents(site.device("a")) == site.truth()
 
     @pytest.mark.parametrize("forks_again", [False, True])
     @pytest.mark.parametrize("is_retired", [False, True])

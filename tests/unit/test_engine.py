@@ -29,7 +29,7 @@ from tests.builders import (
     update,
 )
 
-from tidelog import FailureReason, Operation, OperationKind, Patch
+from tidelog import Entity, FailureReason, Integer, Operation, OperationKind, Patch, Reference, Schema
 from tidelog._limits import OBJECT_BYTES_MAX, OPERATION_BYTES_MAX
 from tidelog._patch import decode_patch
 from tidelog._values import decode_trusted, encode
@@ -1758,6 +1758,28 @@ class TestReferences:
         assert said(results) == ["NOT_READY", "NOT_READY"]
         assert lab.failures() == []
         assert said(lab.settle(order(1).encode(), line(5, "l1").encode())) == ["APPLIED", "APPLIED"]
+
+    def test_what_was_refused_before_it_was_known_to_stay_behind(self) -> None:
+        """A refusal is taken back where what it stands behind stays pending after all; nothing of it is left."""
+        schema = Schema(
+            [
+                Entity("Order", {}),
+                Entity("Line", {"order": Reference("Order")}),
+                Entity("Note", {"n": Integer()}, unique=["n"]),
+            ],
+            open=True,
+        )
+        lab = Lab(Application(schema=schema))
+        lab.session(REPLICA_B).settle(create(1, "other", {"n": 1}, entity="Note"))
+
+        results = lab.session(leaves_earlier=True).settle(
+            line(5, "l1", "nowhere").encode(),
+            create(6, "n1", {"n": 1}, entity="Note"),
+            update(7, "n1", {"n": 2}, entity="Note"),
+        )
+
+        assert said(results) == ["NOT_READY", "NOT_READY", "NOT_READY"]
+        assert lab.failures() == []
 
     def test_an_operation_of_a_newer_schema(self) -> None:
         """What was made with a newer schema waits for the server to be upgraded, with what comes behind it."""

@@ -230,6 +230,14 @@ class TestAccess:
         assert settle(lab, ANN, delete(1, "o1", entity="Order"), replica=b"c" * 16) == ["OBJECT_GONE"]
         assert settle(lab, DISPATCHER, delete(2, "o1", entity="Order")) == ["APPLIED"]
 
+    def test_who_may_not_delete_what_he_sees(self) -> None:
+        """The right to see and to write an object is none to delete it."""
+        lab = shop()
+        lab.application.allow("technician", "Order", create=True, write="*")
+
+        assert settle(lab, ANN, delete(1, "o1", entity="Order")) == ["ACCESS_DENIED"]
+        assert lab.attributes("o1", "Order") == {"customer": "c1", "status": "open"}
+
     def test_attributes_are_granted_one_by_one(self) -> None:
         """Writing an attribute that no rule grants is ATTRIBUTE_DENIED, and names it."""
         lab = shop()

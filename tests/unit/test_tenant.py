@@ -351,6 +351,20 @@ class TestRules:
         ) == ["CONFLICT", "APPLIED"]
         assert said(lab.settle(delete(4, "t1", base_version=1))) == ["CONFLICT"]
 
+    def test_what_hooks_of_others_write_is_somebody_elses(self, lab: Lab) -> None:
+        """With the policy `reject_stale` what a hook of another replica's operation wrote is a conflict."""
+        lab.application.on_conflict("Task", "reject_stale")
+
+        @lab.application.after_commit("Line")
+        def counts(line: HookObject, context: HookContext) -> None:
+            context.update("Task", "t1", {"a": line["a"]})
+
+        lab.settle(create(1, "t1", {"a": 1}))
+        lab.settle(create(1, "l1", {"a": 2}, entity="Line"), replica=b"b" * 16)
+
+        assert said(lab.settle(update(2, "t1", {"a": 3}, base_version=1))) == ["CONFLICT"]
+        assert lab.attributes("t1") == {"a": 2}
+
     def test_the_service_itself_overlooks_nothing(self, lab: Lab) -> None:
         """No conflict policy stands in the way of a service: it writes what it wants over what is there."""
         lab.application.on_conflict("Task", "reject_stale")
