@@ -23,7 +23,7 @@ from benchmarks.measurements import Pair, measure
 from benchmarks.narrow import measure_narrow
 from benchmarks.profile_runs import What, profile
 from benchmarks.profiling import Clock
-from benchmarks.resume import INTERRUPTIONS, measure_resume
+from benchmarks.resume import INTERRUPTIONS, RESUMED_RATIO_MAX, measure_resume
 from benchmarks.steady import SAMPLES, measure_steady
 from benchmarks.summary import as_data, summarize
 
@@ -187,6 +187,9 @@ def run_resume(
     tables.show_resumed(console, measured)
     if measured.states[0] != measured.states[1]:
         _progress.print("the replicas do not show the same")
+        raise typer.Exit(1)
+    if measured.ratio > RESUMED_RATIO_MAX:
+        _progress.print(f"that is more than {RESUMED_RATIO_MAX} times the bytes")
         raise typer.Exit(1)
 
 

@@ -9,8 +9,10 @@ the same run.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,9 @@ CROWD_MAP_BYTES: Final = 16 * 1024 * 1024
 STORM_PLACES: Final = 50
 SETTLE_SECONDS: Final = 5.0
 VISITOR_PROCESSES: Final = 2
+# A page of one after the other, in each process.
+SLOW_SECONDS: Final = 0.02
+STANDING_STILL_ONE_IN: Final = 5
 
 _SYNCHRONIZE: Final = "/tidelog.v1.SyncService/Synchronize"
 _COMPLETE: Final = splice_pb2.SynchronizeRequestSplice(upload_complete=b"").SerializeToString()
@@ -96,11 +101,24 @@ class VisitorsWorker:
         self._address = address
         self._number = first
         self._open: list[tuple[grpc.Channel, Any, queue.SimpleQueue[bytes | None]]] = []
+        self._reader: threading.Thread | None = None
+        self._is_over = threading.Event()
 
-    def stand_still(self, count: int) -> None:
-        """Begin downloads and read nothing of them."""
+    def read_slowly(self, count: int) -> None:
+        """Begin downloads, and read a page of one of them now and then; of one in so many nothing at all."""
         for _ in range(count):
             self._begin(_COMPLETE)
+        calls = [call for number, (_, call, _) in enumerate(self._open) if number % STANDING_STILL_ONE_IN]
+
+        def read() -> None:
+            for call in itertools.cycle(calls):
+                if self._is_over.wait(SLOW_SECONDS):
+                    return
+                with suppress(StopIteration, grpc.RpcError):
+                    next(call)
+
+        self._reader = threading.Thread(target=read)
+        self._reader.start()
 
     def come_and_go(self, count: int) -> None:
         """Begin sessions and cut them, one after the other."""
@@ -109,11 +127,14 @@ class VisitorsWorker:
             self.close()
 
     def close(self) -> None:
+        self._is_over.set()
         for channel, call, requests in self._open:
             requests.put(None)
             call.cancel()
             channel.close()
         self._open.clear()
+        if self._reader is not None:
+            self._reader.join()
 
     def _begin(self, *messages: bytes) -> None:
         self._number += 1
@@ -166,7 +187,7 @@ def _timed(replica: Replica) -> float | None:
 
 
 def measure_situations(folder: Path, readers: int, reconnects: int) -> Iterator[Situation]:
-    """Measure a server that is warm, with readers that stand still, when they have left, and after reconnects."""
+    """Measure a server that is warm, with readers that are slow, when they have left, and after reconnects."""
     limits = ServerLimits(sessions=readers + OTHERS)
     with Child(ServerWorker, str(folder / "store"), None, limits) as server:
         address = server.call("address")
@@ -180,8 +201,8 @@ def measure_situations(folder: Path, readers: int, reconnects: int) -> Iterator[
             crowd = [Child(VisitorsWorker, address, 10_000 * number) for number in range(1, VISITOR_PROCESSES + 1)]
             try:
                 for child in crowd:
-                    child.call("stand_still", readers // VISITOR_PROCESSES)
-                yield measure.situation(f"{readers:,} stand still")
+                    child.call("read_slowly", readers // VISITOR_PROCESSES)
+                yield measure.situation(f"{readers:,} read slowly")
             finally:
                 for child in crowd:
                     child.__exit__(None, None, None)

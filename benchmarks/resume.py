@@ -34,6 +34,8 @@ KINDS: Final = (
 )
 PUBLISHING: Final = "replica killed while publishing"
 WAIT_SECONDS_MAX: Final = 300.0
+# What a million objects may cost with 20 interruptions, of what they cost without.
+RESUMED_RATIO_MAX: Final = 1.05
 POLL_SECONDS: Final = 0.001
 
 Attributes = Callable[[int, int], Iterator[dict[str, Any]]]
@@ -88,7 +90,7 @@ def measure_resume(
     Download everything twice: at one go, and interrupted.
 
     Raises:
-        HalfState: Something showed before all was there.
+        HalfState: Something showed before all was there; or not all, once a replica was opened that had it all.
     """
     with (
         tempfile.TemporaryDirectory(prefix="tidelog-benchmark-", dir=folder) as name,
@@ -160,10 +162,16 @@ class _Interrupted:
         self._begin()
 
     def wait_for(self, more_bytes: int) -> None:
-        """Wait until so many more bytes have come."""
+        """Wait until so many more bytes have come. Nothing of them shows meanwhile."""
         way = self._servers.proxy.down
         wanted = way.byte_count + more_bytes
-        self._wait(lambda: way.byte_count >= wanted)
+
+        def is_enough() -> bool:
+            if shown := self._shown():
+                raise HalfState(f"{shown} of {self._objects} objects showed before all were there")
+            return way.byte_count >= wanted
+
+        self._wait(is_enough)
 
     def wait_until_published(self, *, part: float) -> bool:
         """Wait until a part of what was downloaded shows. Return False if all of it does."""
@@ -184,6 +192,10 @@ class _Interrupted:
                 raise RuntimeError("the replica had come to its end before it was interrupted")
         if kind != PUBLISHING and self._shown():
             raise HalfState(f"{self._shown()} of {self._objects} objects showed when the download was interrupted")
+        if kind == PUBLISHING:
+            with Replica(self._path):  # without a network
+                if self._shown() != self._objects:
+                    raise HalfState(f"{self._shown()} of {self._objects} objects show after a crash")
         if kind.startswith("replica"):
             self._begin()
 
