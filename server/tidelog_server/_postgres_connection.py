@@ -12,9 +12,11 @@ connections that nobody uses.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, LiteralString, Never
 
@@ -143,21 +145,30 @@ class Address:
 
 
 class Connection:
-    """A connection, used by one thread at a time."""
+    """
+    A connection, used by one thread at a time.
+
+    Attributes:
+        place: What it takes up in a pool while it is in use.
+    """
 
     def __init__(self, connection: psycopg.Connection[Any], name: str) -> None:
+        self.place: _Place | None = None
         self._connection = connection
         self._name = name
+        self._is_busy = False
 
     @property
     def is_usable(self) -> bool:
-        """Whether another transaction can begin, as far as is known here."""
-        connection = self._connection
-        return not connection.closed and connection.info.transaction_status == TransactionStatus.IDLE
+        """Whether another transaction can begin: the last one, if any, came to its end, as far as is known here."""
+        if self._is_busy or self._connection.closed:
+            return False
+        return self._connection.info.transaction_status == TransactionStatus.IDLE
 
     def begin(self, how: LiteralString) -> Transaction:
         """Begin a transaction, with this statement."""
-        return Transaction(self._connection, self._name, how)
+        self._is_busy = True  # whatever interrupts it, and wherever
+        return Transaction(self._connection, self._name, how, self._rest)
 
     def rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run one statement in a transaction of its own."""
@@ -172,6 +183,9 @@ class Connection:
         """Close it."""
         self._connection.close()
 
+    def _rest(self) -> None:
+        self._is_busy = False
+
 
 class Transaction:
     """
@@ -182,9 +196,12 @@ class Transaction:
             caught the error.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], name: str, how: LiteralString) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], name: str, how: LiteralString, on_end: Callable[[], None]
+    ) -> None:
         self._connection = connection
         self._name = name
+        self._on_end = on_end
         self.failure: StorageError | None = None
         self._ended = False
         try:
@@ -223,6 +240,7 @@ class Transaction:
                     raise errors.InternalError(f"COMMIT was answered with {sent.statusmessage}")
             except psycopg.Error as error:
                 self._fail(error)
+        self._on_end()
 
     def abandon(self) -> None:
         """End it in whatever state it is, with its connection. Nothing of it takes effect, unless it has ended."""
@@ -275,7 +293,10 @@ class Pool:
 
     def __init__(self, address: Address, connections_max: int) -> None:
         self._address = address
-        self._room = threading.Semaphore(connections_max)
+        # Not a semaphore: one that an interrupt (Ctrl-C, or the end of a hook's time) comes to may keep its lock.
+        self._places: queue.SimpleQueue[_Place] = queue.SimpleQueue()
+        for _ in range(connections_max):
+            self._places.put(_Place(self._places))
         self._lock = threading.Lock()
         # With when each was given back. The youngest are taken first, so that the others come to an age.
         self._idle: list[tuple[float, Connection]] = []
@@ -289,26 +310,26 @@ class Pool:
             ResourceClosed: The pool is closed.
             StoreUnavailable: None can be made, or all are in use for too long.
         """
-        taken: list[Connection] = []
-        has_room = False
+        place, connection = None, None
         try:
             with waiting():
-                has_room = self._room.acquire(timeout=TAKE_SECONDS_MAX)
-                if not has_room:
-                    raise StoreUnavailable(f"{self._address}: all connections for reading are in use")
+                try:
+                    place = self._places.get(timeout=TAKE_SECONDS_MAX)
+                except queue.Empty:
+                    raise StoreUnavailable(f"{self._address}: all connections for reading are in use") from None
                 with self._lock:
                     if self._closed:
                         raise ResourceClosed("the store is closed")
-                    taken = [self._idle.pop()[1]] if self._idle else []
-                if not taken:
-                    taken = [self._address.connect()]
-            return taken[0]
+                    connection = self._idle.pop()[1] if self._idle else None
+                if connection is None:
+                    connection = self._address.connect()
+                connection.place = place
+            return connection
         except BaseException:
-            # The time of a hook that reads may be over, too.
-            for connection in taken:
+            # The time of a hook that reads may be over, too. What is raised may live long, and must not hold anything.
+            if connection is not None:
                 connection.close()
-            if has_room:
-                self._room.release()
+            del place, connection
             raise
 
     def renew(self, connection: Connection) -> Connection:
@@ -320,7 +341,9 @@ class Pool:
         """
         connection.close()
         self.close_idle()
-        return self._address.connect()
+        renewed = self._address.connect()
+        renewed.place, connection.place = connection.place, None
+        return renewed
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection back."""
@@ -329,7 +352,7 @@ class Pool:
                 self._idle.append((time.monotonic(), connection))
         if not keeps:
             connection.close()
-        self._room.release()
+        connection.place = None
         self.close_idle(IDLE_SECONDS_MAX)
 
     def close(self) -> None:
@@ -346,6 +369,18 @@ class Pool:
             self._idle = self._idle[len(idle) :]
         for connection in idle:
             connection.close()
+
+
+class _Place:
+    """A place among those that there are. It is free again once nobody holds it, whatever became of who did."""
+
+    def __init__(self, places: queue.SimpleQueue[_Place]) -> None:
+        self._places = weakref.ref(places)
+
+    def __del__(self) -> None:
+        places = self._places()
+        if places is not None:
+            places.put(_Place(places))
 
 
 def _dumper_of(array: type[Any]) -> type[Dumper]:

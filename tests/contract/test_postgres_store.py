@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -29,6 +31,7 @@ from tests.contract.store_contract import (
     task,
     writing,
 )
+from tests.interrupts import Interrupted, run_interrupted
 from tests.postgres import Cluster, running_cluster
 
 from tidelog import (
@@ -611,6 +614,30 @@ class TestLostConnections:
             with pytest.raises(StoreUnavailable):
                 reader.objects([task("t1")])
         assert head(store) == 0
+
+    # The driver says that of a connection that an interrupt kept from being closed before it was forgotten.
+    @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+    def test_interrupted_reads(self, store: PostgresStore) -> None:
+        """Wherever Ctrl-C comes to a read, it leaves nothing taken that others wait for."""
+
+        def reads() -> None:
+            with store.read(TENANT) as reader:
+                assert reader.objects([task("t1")]) == {}
+
+        for place in itertools.count(1):
+            error = run_interrupted(reads, place)
+            assert error is None or isinstance(error, Interrupted), repr(error)
+            was_interrupted = error is not None
+            del error
+            # In a thread that nobody has to wait for.
+            others = ThreadPoolExecutor(1)
+            assert others.submit(head, store).result(WAIT_SECONDS) == 0
+            others.shutdown()
+            if not was_interrupted:
+                assert place > 100, "hardly any place was tried"
+                break
+        gc.collect()  # what the exceptions hold
+        assert store._readers._places.qsize() == postgres_store.READ_CONNECTIONS_MAX
 
     def test_one_that_is_broken_off_too_often(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
