@@ -16,9 +16,9 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, LiteralString, Never
+from typing import Any, Final, LiteralString, Never, TypeVar
 
 import psycopg
 from psycopg import conninfo as _conninfo
@@ -41,6 +41,9 @@ IDLE_SECONDS_MAX: Final = 60.0
 
 # Who writes waits so long for whoever writes the same tenant on another server, which may have come to a halt.
 LOCK_SECONDS_MAX: Final = 60.0
+# A process of the database that says nothing for so long has come to a halt, though its machine may answer for it. A
+# transaction waits for two such locks at most, in one silence.
+SILENCE_SECONDS_MAX: Final = 3 * LOCK_SECONDS_MAX
 
 # What whoever deploys a server may say otherwise in the connection string.
 _DEFAULTS: Final = {
@@ -83,6 +86,8 @@ _SETTINGS: Final[LiteralString] = """
 # What may go better when it is done again, with the connection that broke or without it.
 _TRANSIENT: Final = (psycopg.OperationalError, errors.ReadOnlySqlTransaction, psycopg.errors.PipelineAborted)
 
+T = TypeVar("T")
+
 
 class Address:
     """
@@ -110,16 +115,19 @@ class Address:
         """Name it, without a user or a password."""
         return self._name
 
-    def connect(self) -> Connection:
+    def connect(self, *, is_patient: bool = False) -> Connection:
         """
         Connect.
+
+        Args:
+            is_patient: Whether answers may take as long as they like.
 
         Raises:
             StoreUnavailable: It cannot be reached now, or lets nobody in.
             StorageError: It is none that can be used.
         """
         try:
-            connection = psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=0)
+            connection = _Connection.connect(self._conninfo, autocommit=True, prepare_threshold=0)
         except psycopg.Error as error:
             raise StoreUnavailable(f"{self} cannot be reached: {error}") from error
         try:
@@ -134,7 +142,9 @@ class Address:
                 )
             if connection.info.parameter_status("server_encoding") != "UTF8":
                 raise StorageError(f"{self} has another encoding than UTF8: not every text can be stored there")
-            connection.execute(_SETTINGS, (f"{round(LOCK_SECONDS_MAX * 1_000)}ms",))
+            lock_timeout = "0" if is_patient else f"{round(LOCK_SECONDS_MAX * 1_000)}ms"
+            connection.execute(_SETTINGS, (lock_timeout,))
+            connection.is_patient = is_patient
         except psycopg.Error as error:
             connection.close()
             raise _told(error, str(self)) from error
@@ -142,6 +152,38 @@ class Address:
             connection.close()
             raise
         return Connection(connection, str(self))
+
+
+class _Connection(psycopg.Connection[Any]):
+    """
+    The driver's connection, which would wait for ever.
+
+    Attributes:
+        is_patient: Whether answers may take as long as they like.
+    """
+
+    is_patient = False
+
+    def wait(self, gen: Generator[Any, Any, T], *arguments: Any, **options: Any) -> T:
+        """Do what *gen* does, unless the database falls silent."""
+        return super().wait(gen if self.is_patient else _unless_silent(gen), *arguments, **options)
+
+
+def _unless_silent(gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Do what *gen* does with an answer; the driver says again and again whether more of that is there."""
+    silent_since = 0.0
+    try:
+        wanted = next(gen)
+        while True:
+            if ready := (yield wanted):
+                silent_since = 0.0
+            elif not silent_since:
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since > SILENCE_SECONDS_MAX:
+                raise psycopg.OperationalError(f"it has said nothing for {SILENCE_SECONDS_MAX:g} seconds")
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
 
 
 class Connection:
@@ -239,6 +281,9 @@ class Transaction:
                 if sent.statusmessage != "COMMIT":
                     raise errors.InternalError(f"COMMIT was answered with {sent.statusmessage}")
             except psycopg.Error as error:
+                if isinstance(error.__context__, KeyboardInterrupt):  # the driver tells what came of it instead
+                    self._close()
+                    raise error.__context__ from None
                 self._fail(error)
         self._on_end()
 

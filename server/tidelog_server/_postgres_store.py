@@ -188,9 +188,8 @@ class PostgresStore:
     @contextmanager
     def preparing(self) -> Iterator[None]:
         """Be the only one who makes the store ready. See `Store.preparing`."""
-        connection = self._address.connect()
+        connection = self._address.connect(is_patient=True)  # a migration takes as long as it takes
         try:
-            connection.rows("SET lock_timeout = 0")  # a migration takes as long as it takes
             connection.rows("SELECT pg_advisory_lock(%s)", PREPARING_LOCK)
             self._entry.require_no_note()
             [(self._entry.preparer,)] = connection.rows("SELECT pg_backend_pid()")

@@ -615,8 +615,23 @@ class TestLostConnections:
                 reader.objects([task("t1")])
         assert head(store) == 0
 
-    # The driver says that of a connection that an interrupt kept from being closed before it was forgotten.
-    @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
+    def test_a_process_that_has_come_to_a_halt(
+        self, store: PostgresStore, postgres_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a process of the database says nothing, but its machine does, whoever waits is told in the end."""
+        monkeypatch.setattr(postgres_connection, "SILENCE_SECONDS_MAX", 0.3)
+        with store.read(TENANT) as reader:
+            [(pid,)] = reader._rows("SELECT pg_backend_pid()")
+            others = ThreadPoolExecutor(1)
+            with postgres_cluster.halted(pid):
+                with pytest.raises(StoreUnavailable, match="said nothing"):
+                    others.submit(reader.objects, [task("t1")]).result(WAIT_SECONDS)
+                assert others.submit(head, store).result(WAIT_SECONDS) == 0
+            others.shutdown()
+        assert store._readers._places.qsize() == postgres_store.READ_CONNECTIONS_MAX
+
+    # So the driver complains of what was forgotten before it was closed.
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_interrupted_reads(self, store: PostgresStore) -> None:
         """Wherever Ctrl-C comes to a read, it leaves nothing taken that others wait for."""
 
