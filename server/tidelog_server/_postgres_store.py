@@ -119,7 +119,7 @@ class PostgresStore:
     def read(self, tenant: str) -> Iterator[PostgresReader]:
         """Read a tenant's data as of one moment."""
         self._check_process()
-        if self._closing:
+        if self._closing and not self._is_writer:  # jobs come to their end
             raise ResourceClosed("the store is closed")
         connection = self._readers.take()
         try:

@@ -654,6 +654,26 @@ class TestLostConnections:
         gc.collect()  # what the exceptions hold
         assert store._readers._places.qsize() == postgres_store.READ_CONNECTIONS_MAX
 
+    def test_a_job_that_reads_while_the_store_is_closed(self, store: PostgresStore) -> None:
+        """A job under way can read on, so that a hook that does is not taken for a broken one."""
+        began, closing = threading.Event(), threading.Event()
+
+        def job(reader: Reader) -> tuple[None, int]:
+            began.set()
+            assert closing.wait(WAIT_SECONDS)
+            return None, head(store)
+
+        future = store.submit(TENANT, job)
+        assert began.wait(WAIT_SECONDS)
+        with ThreadPoolExecutor(1) as pool:
+            closed = pool.submit(store.close)
+            wait_until(lambda: store._closing)
+            with pytest.raises(ResourceClosed):
+                head(store)
+            closing.set()
+            assert future.result(WAIT_SECONDS) == 0
+            closed.result(WAIT_SECONDS)
+
     def test_one_that_is_broken_off_too_often(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
     ) -> None:
