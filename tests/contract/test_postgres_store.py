@@ -1004,6 +1004,9 @@ class TestOpening:
                 with pytest.raises(StoreUnavailable, match="too many connections"):
                     store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
 
+                # The database's processes end after their connections.
+                there = f"SELECT FROM pg_stat_activity WHERE usename = '{role}'"
+                wait_until(lambda: len(postgres_cluster.execute(there)) < 4)
                 store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
         finally:
             postgres_cluster.execute(f"DROP OWNED BY {role}", name)
