@@ -281,9 +281,12 @@ class Transaction:
                 if sent.statusmessage != "COMMIT":
                     raise errors.InternalError(f"COMMIT was answered with {sent.statusmessage}")
             except psycopg.Error as error:
-                if isinstance(error.__context__, KeyboardInterrupt):  # the driver tells what came of it instead
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, KeyboardInterrupt):
+                    cause = cause.__context__
+                if cause is not None:  # the driver tells what came of it instead
                     self._close()
-                    raise error.__context__ from None
+                    raise cause from None
                 self._fail(error)
         self._on_end()
 
