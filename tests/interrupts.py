@@ -64,10 +64,12 @@ def run_interrupted(work: Callable[[], object], at: int, *, in_grpc: bool = Fals
 def _may_interrupt(frame: FrameType, event: str) -> bool:
     # The call of a class is one of C, and its end that of its `__init__`. What ends an object is not interrupted, nor
     # is a generator where it is resumed, which may be its end: Python prints what that raises, and goes on.
+    if _ends_object(frame):
+        return False
     if event == "return":
         return frame.f_code.co_name == "__init__"
     is_resumed = event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR
-    return event in {"call", "c_return"} and not is_resumed and not _ends_object(frame)
+    return event in {"call", "c_return"} and not is_resumed
 
 
 def _ends_object(frame: FrameType | None) -> bool:

@@ -139,6 +139,15 @@ class Cluster:
             time.sleep(POLL_SECONDS)
         return True
 
+    @contextlib.contextmanager
+    def halted(self, pid: int) -> Iterator[None]:
+        """Let one of the processes that run statements stand still meanwhile, though connections to it stand."""
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
         """Run a statement in a database, named or by its address, and return its rows."""
         with psycopg.connect(self.conninfo(database.rpartition("/")[2]), autocommit=True) as connection:

@@ -64,6 +64,11 @@ def run(function: Callable[..., Any], *arguments: object, seconds: float) -> Any
         del _watches[watch.thread_id]
 
 
+def is_within() -> bool:
+    """Tell whether this thread runs the application's code, or what that calls."""
+    return threading.get_ident() in _watches
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """Do what must be done as a whole: the deadline counts, but strikes only afterwards."""

@@ -12,11 +12,13 @@ connections that nobody uses.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, LiteralString, Never
+from typing import Any, Final, LiteralString, Never, TypeVar
 
 import psycopg
 from psycopg import conninfo as _conninfo
@@ -39,6 +41,9 @@ IDLE_SECONDS_MAX: Final = 60.0
 
 # Who writes waits so long for whoever writes the same tenant on another server, which may have come to a halt.
 LOCK_SECONDS_MAX: Final = 60.0
+# A process of the database that says nothing for so long has come to a halt, though its machine may answer for it. A
+# transaction waits for two such locks at most, in one silence.
+SILENCE_SECONDS_MAX: Final = 3 * LOCK_SECONDS_MAX
 
 # What whoever deploys a server may say otherwise in the connection string.
 _DEFAULTS: Final = {
@@ -81,6 +86,8 @@ _SETTINGS: Final[LiteralString] = """
 # What may go better when it is done again, with the connection that broke or without it.
 _TRANSIENT: Final = (psycopg.OperationalError, errors.ReadOnlySqlTransaction, psycopg.errors.PipelineAborted)
 
+T = TypeVar("T")
+
 
 class Address:
     """
@@ -108,16 +115,19 @@ class Address:
         """Name it, without a user or a password."""
         return self._name
 
-    def connect(self) -> Connection:
+    def connect(self, *, is_patient: bool = False) -> Connection:
         """
         Connect.
+
+        Args:
+            is_patient: Whether answers may take as long as they like.
 
         Raises:
             StoreUnavailable: It cannot be reached now, or lets nobody in.
             StorageError: It is none that can be used.
         """
         try:
-            connection = psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=0)
+            connection = _Connection.connect(self._conninfo, autocommit=True, prepare_threshold=0)
         except psycopg.Error as error:
             raise StoreUnavailable(f"{self} cannot be reached: {error}") from error
         try:
@@ -132,7 +142,9 @@ class Address:
                 )
             if connection.info.parameter_status("server_encoding") != "UTF8":
                 raise StorageError(f"{self} has another encoding than UTF8: not every text can be stored there")
-            connection.execute(_SETTINGS, (f"{round(LOCK_SECONDS_MAX * 1_000)}ms",))
+            lock_timeout = "0" if is_patient else f"{round(LOCK_SECONDS_MAX * 1_000)}ms"
+            connection.execute(_SETTINGS, (lock_timeout,))
+            connection.is_patient = is_patient
         except psycopg.Error as error:
             connection.close()
             raise _told(error, str(self)) from error
@@ -142,22 +154,63 @@ class Address:
         return Connection(connection, str(self))
 
 
+class _Connection(psycopg.Connection[Any]):
+    """
+    The driver's connection, which would wait for ever.
+
+    Attributes:
+        is_patient: Whether answers may take as long as they like.
+    """
+
+    is_patient = False
+
+    def wait(self, gen: Generator[Any, Any, T], *arguments: Any, **options: Any) -> T:
+        """Do what *gen* does, unless the database falls silent."""
+        return super().wait(gen if self.is_patient else _unless_silent(gen), *arguments, **options)
+
+
+def _unless_silent(gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Do what *gen* does with an answer; the driver says again and again whether more of that is there."""
+    silent_since = 0.0
+    try:
+        wanted = next(gen)
+        while True:
+            if ready := (yield wanted):
+                silent_since = 0.0
+            elif not silent_since:
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since > SILENCE_SECONDS_MAX:
+                raise psycopg.OperationalError(f"it has said nothing for {SILENCE_SECONDS_MAX:g} seconds")
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
 class Connection:
-    """A connection, used by one thread at a time."""
+    """
+    A connection, used by one thread at a time.
+
+    Attributes:
+        place: What it takes up in a pool while it is in use.
+    """
 
     def __init__(self, connection: psycopg.Connection[Any], name: str) -> None:
+        self.place: _Place | None = None
         self._connection = connection
         self._name = name
+        self._is_busy = False
 
     @property
     def is_usable(self) -> bool:
-        """Whether another transaction can begin, as far as is known here."""
-        connection = self._connection
-        return not connection.closed and connection.info.transaction_status == TransactionStatus.IDLE
+        """Whether another transaction can begin: the last one, if any, came to its end, as far as is known here."""
+        if self._is_busy or self._connection.closed:
+            return False
+        return self._connection.info.transaction_status == TransactionStatus.IDLE
 
     def begin(self, how: LiteralString) -> Transaction:
         """Begin a transaction, with this statement."""
-        return Transaction(self._connection, self._name, how)
+        self._is_busy = True  # whatever interrupts it, and wherever
+        return Transaction(self._connection, self._name, how, self._rest)
 
     def rows(self, statement: LiteralString, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run one statement in a transaction of its own."""
@@ -172,6 +225,9 @@ class Connection:
         """Close it."""
         self._connection.close()
 
+    def _rest(self) -> None:
+        self._is_busy = False
+
 
 class Transaction:
     """
@@ -182,9 +238,12 @@ class Transaction:
             caught the error.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], name: str, how: LiteralString) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], name: str, how: LiteralString, on_end: Callable[[], None]
+    ) -> None:
         self._connection = connection
         self._name = name
+        self._on_end = on_end
         self.failure: StorageError | None = None
         self._ended = False
         try:
@@ -222,7 +281,14 @@ class Transaction:
                 if sent.statusmessage != "COMMIT":
                     raise errors.InternalError(f"COMMIT was answered with {sent.statusmessage}")
             except psycopg.Error as error:
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, KeyboardInterrupt):
+                    cause = cause.__context__
+                if cause is not None:  # the driver tells what came of it instead
+                    self._close()
+                    raise cause from None
                 self._fail(error)
+        self._on_end()
 
     def abandon(self) -> None:
         """End it in whatever state it is, with its connection. Nothing of it takes effect, unless it has ended."""
@@ -275,7 +341,10 @@ class Pool:
 
     def __init__(self, address: Address, connections_max: int) -> None:
         self._address = address
-        self._room = threading.Semaphore(connections_max)
+        # Not a semaphore: one that an interrupt (Ctrl-C, or the end of a hook's time) comes to may keep its lock.
+        self._places: queue.SimpleQueue[_Place] = queue.SimpleQueue()
+        for _ in range(connections_max):
+            self._places.put(_Place(self._places))
         self._lock = threading.Lock()
         # With when each was given back. The youngest are taken first, so that the others come to an age.
         self._idle: list[tuple[float, Connection]] = []
@@ -289,26 +358,26 @@ class Pool:
             ResourceClosed: The pool is closed.
             StoreUnavailable: None can be made, or all are in use for too long.
         """
-        taken: list[Connection] = []
-        has_room = False
+        place, connection = None, None
         try:
             with waiting():
-                has_room = self._room.acquire(timeout=TAKE_SECONDS_MAX)
-                if not has_room:
-                    raise StoreUnavailable(f"{self._address}: all connections for reading are in use")
+                try:
+                    place = self._places.get(timeout=TAKE_SECONDS_MAX)
+                except queue.Empty:
+                    raise StoreUnavailable(f"{self._address}: all connections for reading are in use") from None
                 with self._lock:
                     if self._closed:
                         raise ResourceClosed("the store is closed")
-                    taken = [self._idle.pop()[1]] if self._idle else []
-                if not taken:
-                    taken = [self._address.connect()]
-            return taken[0]
+                    connection = self._idle.pop()[1] if self._idle else None
+                if connection is None:
+                    connection = self._address.connect()
+                connection.place = place
+            return connection
         except BaseException:
-            # The time of a hook that reads may be over, too.
-            for connection in taken:
+            # The time of a hook that reads may be over, too. What is raised may live long, and must not hold anything.
+            if connection is not None:
                 connection.close()
-            if has_room:
-                self._room.release()
+            del place, connection
             raise
 
     def renew(self, connection: Connection) -> Connection:
@@ -320,7 +389,9 @@ class Pool:
         """
         connection.close()
         self.close_idle()
-        return self._address.connect()
+        renewed = self._address.connect()
+        renewed.place, connection.place = connection.place, None
+        return renewed
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection back."""
@@ -329,7 +400,7 @@ class Pool:
                 self._idle.append((time.monotonic(), connection))
         if not keeps:
             connection.close()
-        self._room.release()
+        connection.place = None
         self.close_idle(IDLE_SECONDS_MAX)
 
     def close(self) -> None:
@@ -346,6 +417,18 @@ class Pool:
             self._idle = self._idle[len(idle) :]
         for connection in idle:
             connection.close()
+
+
+class _Place:
+    """A place among those that there are. It is free again once nobody holds it, whatever became of who did."""
+
+    def __init__(self, places: queue.SimpleQueue[_Place]) -> None:
+        self._places = weakref.ref(places)
+
+    def __del__(self) -> None:
+        places = self._places()
+        if places is not None:
+            places.put(_Place(places))
 
 
 def _dumper_of(array: type[Any]) -> type[Dumper]:

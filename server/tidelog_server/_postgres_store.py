@@ -119,7 +119,7 @@ class PostgresStore:
     def read(self, tenant: str) -> Iterator[PostgresReader]:
         """Read a tenant's data as of one moment."""
         self._check_process()
-        if self._closing:
+        if self._closing and not self._is_writer:  # jobs come to their end
             raise ResourceClosed("the store is closed")
         connection = self._readers.take()
         try:
@@ -188,9 +188,8 @@ class PostgresStore:
     @contextmanager
     def preparing(self) -> Iterator[None]:
         """Be the only one who makes the store ready. See `Store.preparing`."""
-        connection = self._address.connect()
+        connection = self._address.connect(is_patient=True)  # a migration takes as long as it takes
         try:
-            connection.rows("SET lock_timeout = 0")  # a migration takes as long as it takes
             connection.rows("SELECT pg_advisory_lock(%s)", PREPARING_LOCK)
             self._entry.require_no_note()
             [(self._entry.preparer,)] = connection.rows("SELECT pg_backend_pid()")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -29,6 +31,7 @@ from tests.contract.store_contract import (
     task,
     writing,
 )
+from tests.interrupts import Interrupted, run_interrupted
 from tests.postgres import Cluster, running_cluster
 
 from tidelog import (
@@ -612,6 +615,65 @@ class TestLostConnections:
                 reader.objects([task("t1")])
         assert head(store) == 0
 
+    def test_a_process_that_has_come_to_a_halt(
+        self, store: PostgresStore, postgres_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a process of the database says nothing, but its machine does, whoever waits is told in the end."""
+        monkeypatch.setattr(postgres_connection, "SILENCE_SECONDS_MAX", 0.3)
+        with store.read(TENANT) as reader:
+            [(pid,)] = reader._rows("SELECT pg_backend_pid()")
+            others = ThreadPoolExecutor(1)
+            with postgres_cluster.halted(pid):
+                with pytest.raises(StoreUnavailable, match="said nothing"):
+                    others.submit(reader.objects, [task("t1")]).result(WAIT_SECONDS)
+                assert others.submit(head, store).result(WAIT_SECONDS) == 0
+            others.shutdown()
+        assert store._readers._places.qsize() == postgres_store.READ_CONNECTIONS_MAX
+
+    # So the driver complains of what was forgotten before it was closed.
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_interrupted_reads(self, store: PostgresStore) -> None:
+        """Wherever Ctrl-C comes to a read, it leaves nothing taken that others wait for."""
+
+        def reads() -> None:
+            with store.read(TENANT) as reader:
+                assert reader.objects([task("t1")]) == {}
+
+        for place in itertools.count(1):
+            error = run_interrupted(reads, place)
+            assert error is None or isinstance(error, Interrupted), repr(error)
+            was_interrupted = error is not None
+            del error
+            # In a thread that nobody has to wait for.
+            others = ThreadPoolExecutor(1)
+            assert others.submit(head, store).result(WAIT_SECONDS) == 0
+            others.shutdown()
+            if not was_interrupted:
+                assert place > 100, "hardly any place was tried"
+                break
+        gc.collect()  # what the exceptions hold
+        assert store._readers._places.qsize() == postgres_store.READ_CONNECTIONS_MAX
+
+    def test_a_job_that_reads_while_the_store_is_closed(self, store: PostgresStore) -> None:
+        """A job under way can read on, so that a hook that does is not taken for a broken one."""
+        began, closing = threading.Event(), threading.Event()
+
+        def job(reader: Reader) -> tuple[None, int]:
+            began.set()
+            assert closing.wait(WAIT_SECONDS)
+            return None, head(store)
+
+        future = store.submit(TENANT, job)
+        assert began.wait(WAIT_SECONDS)
+        with ThreadPoolExecutor(1) as pool:
+            closed = pool.submit(store.close)
+            wait_until(lambda: store._closing)
+            with pytest.raises(ResourceClosed):
+                head(store)
+            closing.set()
+            assert future.result(WAIT_SECONDS) == 0
+            closed.result(WAIT_SECONDS)
+
     def test_one_that_is_broken_off_too_often(
         self, store: PostgresStore, postgres_cluster: Cluster, postgres_database: str
     ) -> None:
@@ -942,6 +1004,9 @@ class TestOpening:
                 with pytest.raises(StoreUnavailable, match="too many connections"):
                     store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
 
+                # The database's processes end after their connections.
+                there = f"SELECT FROM pg_stat_activity WHERE usename = '{role}'"
+                wait_until(lambda: len(postgres_cluster.execute(there)) < 4)
                 store.submit(TENANT, writing(task("t2"))).result(WAIT_SECONDS)
         finally:
             postgres_cluster.execute(f"DROP OWNED BY {role}", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakSet
 
@@ -132,6 +133,24 @@ def test_a_path_that_heals_is_gone_on_with(world: World, proxy: Proxy) -> None:
 
     healer.join()
     assert (report.attempts, report.downloaded) == (1, OBJECTS)
+
+
+def test_a_connection_that_is_never_made(world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that is taken, and on which nothing is said, is soon given up for another one."""
+    attempt_ms = dict(_channel._OPTIONS)["grpc.min_reconnect_backoff_ms"]
+    _set_options(monkeypatch, {"grpc.min_reconnect_backoff_ms": attempt_ms // 20})
+    a = world.replica(server=proxy.address)
+    proxy.stall()
+
+    def heals() -> None:
+        wait_until(lambda: proxy.connection_count > 1, "there is no other attempt")
+        proxy.heal()
+
+    with ThreadPoolExecutor(1) as pool:
+        healed = pool.submit(heals)
+        # The library itself would take 20 seconds to give the first one up.
+        assert a.synchronize_all(timeout=15).downloaded == OBJECTS
+        healed.result(WAIT_SECONDS_MAX)
 
 
 @pytest.mark.usefixtures("quick_pings")

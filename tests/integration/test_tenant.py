@@ -16,6 +16,7 @@ from tidelog_server import Application, ChangedMeanwhile, HookContext, HookObjec
 
 THREADS = 4
 ROUNDS = 25
+WAIT_SECONDS = 30
 
 
 @pytest.fixture
@@ -207,6 +208,29 @@ class TestThreads:
             assert cause is not None
             assert "a hook writes through its context" in str(cause.__cause__)
             tenant.create("Note", {})
+
+    def test_a_hook_that_reads_while_the_server_is_stopped(self, folder: Path) -> None:
+        """A hook under way may ask its server for data on, so that the operation is not refused for the stop."""
+        application = Application()
+        began, stopped = threading.Event(), threading.Event()
+
+        with World(folder, application) as world:
+            server = world.server
+
+            @application.before_commit("Task")
+            def reads(task: HookObject, context: HookContext) -> None:
+                began.set()
+                assert stopped.wait(WAIT_SECONDS)
+                assert server.tenant().get("Note", "n1") is None
+
+            with ThreadPoolExecutor(1) as pool:
+                created = pool.submit(server.tenant().create, "Task", {}, "t1")
+                assert began.wait(WAIT_SECONDS)
+                server.stop()
+                stopped.set()
+                assert created.result(WAIT_SECONDS) == "t1"
+            with pytest.raises(ResourceClosed):
+                server.tenant()
 
 
 class TestAsyncio:
