@@ -511,6 +511,16 @@ class _Publisher:
         version = self._end.covered(self._end.version)
         cleared = plans.in_mode(DownloadMode.NOTHING_CLEAR)
         yield from self._replay_waiting(version)
+        # What goes does so with what is replayed on it: without that it would show for a step as it never was.
+        for key in scan_keys(transaction, self._ahead):
+            transaction.delete(key, db=self._ahead)
+            if plans.downloads(unpack_object_key(key)[0]):
+                yield view.remove(transaction, key, version, force=True)
+        if self._end.track_seen:
+            for entity in filter(plans.reconciles, view.entities(transaction)):
+                for key in view.keys(transaction, entity):
+                    if self._is_gone(key) and view.remove(transaction, key, version, force=True):
+                        yield True
         for key in view.stale_keys(transaction, version):
             entity, _ = unpack_object_key(key)
             if plans.downloads(entity):
@@ -526,21 +536,12 @@ class _Publisher:
             for key in view.keys(transaction, entity):
                 if view.clear(transaction, key):
                     yield True
-        for key in scan_keys(transaction, self._ahead):
-            transaction.delete(key, db=self._ahead)
-            if plans.downloads(unpack_object_key(key)[0]):
-                yield view.remove(transaction, key, version, force=True)
         if self._end.rebases:
             for entity in view.entities(transaction):
                 if not plans.downloads(entity):
                     for key in view.keys(transaction, entity):
                         if view.limit_version(transaction, key, plans.common_version):
                             yield False
-        if self._end.track_seen:
-            for entity in filter(plans.reconciles, view.entities(transaction)):
-                for key in view.keys(transaction, entity):
-                    if self._is_gone(key) and view.remove(transaction, key, version, force=True):
-                        yield True
 
     def _replay_waiting(self, version: int) -> Iterator[bool]:
         """Keep in view what the server lost and has not taken again yet. Of what is not downloaded it still is."""
