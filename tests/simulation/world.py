@@ -845,6 +845,8 @@ class World(FileHappenings):
         if device.call is None or device.call.link is None:
             return
         link, random = device.call.link, self._random
+        # Elsewhere nothing comes again that is forgotten. See `_collect`.
+        may_repeat = self.settings.has_copies or not link.is_outdated
         fault = random.choices(
             [
                 Fault.CUT,
@@ -854,7 +856,7 @@ class World(FileHappenings):
                 Fault.BLACK_HOLE,
                 Fault.HALF_OPEN,
             ],
-            [8, 2, 1, 2 * self._focus.get("duplicate", 1.0), 2, 2],
+            [8, 2, 1, 2 * self._focus.get("duplicate", 1.0) * may_repeat, 2, 2],
         )[0]
         self._say(f"{fault.name} on the link of {device.name}")
         self.coverage.faults[fault.name] += 1
@@ -1076,6 +1078,9 @@ class World(FileHappenings):
     def _forget(self) -> None:
         self._read_history()
         self.coverage.faults[Fault.COLLECTED.name] += 1
+        for device in self._devices:
+            if device.call is not None and device.call.link is not None:
+                device.call.link.is_outdated = True
         try:
             collected = self._server.collect()
         except StorageError as error:
