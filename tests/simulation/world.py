@@ -76,6 +76,7 @@ from tidelog_client._synchronization import Mode
 from tidelog_client._upload import FilePlan
 from tidelog_server import OperationRefused, TransientError
 from tidelog_server._principal import DEFAULT_TENANT
+from tidelog_server._records import Change
 from tidelog_server._tenant import Tenant
 
 STEPS_DEFAULT: Final = 100
@@ -618,13 +619,10 @@ class World(FileHappenings):
             return
         seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
         since = attempt.link.settled_version
-        covered = self._covered(call.mode, attempt, record)
-        if call.mode is Mode.UNSYNCHRONIZED and device.is_between_wishes:
-            # What is not wanted any more is covered by the next synchronization of everything.
-            covered = [key for key in covered if not seen.was_absent(key, since)]
+        covered = self._covered(device, call.mode, attempt, record)
         promises.check_fresh(seen, record, covered, since=since)
 
-    def _covered(self, mode: Mode, attempt: Attempt, record: ReplicaRecord) -> list[Key]:
+    def _covered(self, device: Device, mode: Mode, attempt: Attempt, record: ReplicaRecord) -> list[Key]:
         """Return the objects that an attempt in a mode covers."""
         if mode is Mode.ALL:
             return list(dict.fromkeys([*self._history.keys, *record.keys]))
@@ -634,11 +632,25 @@ class World(FileHappenings):
         seqs = attempt.covered - record.pending.keys() - refused
         with self._server.lmdb.read(DEFAULT_TENANT) as reader:
             collected = reader.collected()  # of what was changed up to there nobody knows by which operation it was
-        return [
-            change.key
-            for change in self._history.changes[collected:]
-            if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id
-        ]
+        ours: dict[Key, list[Change]] = {}
+        for change in self._history.changes[collected:]:
+            if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id:
+                ours.setdefault(change.key, []).append(change)
+        known = record.cursor.version if record.cursor is not None else 0
+        if known < collected:
+            known = 0
+        seen, since = device.seen, attempt.link.settled_version
+
+        def is_told(key: Key, changes: list[Change]) -> bool:
+            # What is not shown any more is told of as far as the server knows that it was.
+            # The rest of it is covered by the next synchronization of everything.
+            if not seen.was_absent(key, since):
+                return True
+            moments = [known, changes[0].version - 1]
+            was_shown = any(not seen.was_absent(key, version, version) for version in moments)
+            return not device.is_between_wishes and (was_shown or not all(one.by_hook for one in changes))
+
+        return [key for key, changes in ours.items() if is_told(key, changes)]
 
     # --- others who write -------------------------------------------------------------------
 
