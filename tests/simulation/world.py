@@ -42,7 +42,7 @@ from tests.simulation.file_happenings import CALL_MOVES_MAX, FILE_TRAPS_SHARE, S
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
 from tests.simulation.promises import PromiseBroken, Rules
-from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
+from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_repeated, read_server, read_view
 from tests.simulation.rights import Eyes
 from tests.simulation.server import Backup, SimulatedServer
 from tests.simulation.settings import Settings
@@ -68,12 +68,14 @@ from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.testing import ManualClock
 from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Report, SkipReason, _publication, _replica
+from tidelog_client import Object, Report, SkipReason, _replica
 from tidelog_client._file_exchange import FileExchange
+from tidelog_client._publication import Publication
 from tidelog_client._report import PublishedCounts
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
 from tidelog_client._upload import FilePlan
+from tidelog_client._view import ViewRecord
 from tidelog_server import OperationRefused, TransientError
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._records import Change
@@ -184,7 +186,8 @@ class World(FileHappenings):
             settings.applied(),
             chance.from_seed(Random(f"{self.seed} ids"), self),
             mock.patch.object(_replica, "select", self._recorded(select)),
-            mock.patch.object(_publication.Publication, "publish", self._judged(_publication.Publication.publish)),
+            mock.patch.object(Publication, "publish", self._in_steps(self._judged(Publication.publish))),
+            mock.patch.object(Publication, "finish", self._in_steps(Publication.finish)),
             mock.patch.object(FileExchange, "prepare", self._noted(FileExchange.prepare)),
             mock.patch.object(Report, "end_session", self._ticked_off(Report.end_session)),
         ):
@@ -342,6 +345,29 @@ class World(FileHappenings):
             return counts
 
         return judged
+
+    def _in_steps(self, publish: Callable[..., PublishedCounts]) -> Callable[..., PublishedCounts]:
+        """Return *publish* with somebody who looks at the view between its steps."""
+
+        def in_steps(publication: object, *arguments: Any, **options: Any) -> PublishedCounts:
+            if self._acting is None:
+                raise AssertionError("a download is published, and nobody asked for it")
+            storage = self._acting.replica._storage
+            before, repeated = read_view(storage), read_repeated(storage, next(iter(arguments), ()))
+            steps: list[dict[Key, ViewRecord]] = []
+            write = storage.environment.write
+
+            def look(work: Callable[..., Any]) -> Any:
+                result = write(work)
+                steps.append(read_view(storage))
+                return result
+
+            with mock.patch.object(storage.environment, "write", look):
+                counts = publish(publication, *arguments, **options)
+            promises.check_steps(before, steps, read_view(storage), repeated)
+            return counts
+
+        return in_steps
 
     def _loss(self, device: Device, link: Link, record: ReplicaRecord) -> removals.Loss:
         """Return what a download takes away that has just come to its end."""
