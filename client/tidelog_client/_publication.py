@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from zlib import crc32
 
@@ -355,6 +355,7 @@ class Publication:
             counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(cursor.value())))
             publisher.check()
             cursor.delete()
+        publisher.replay_waiting()
         return counts
 
     def _end_step(self, transaction: LmdbTransaction, publisher: _Publisher, end: _PublishingEnd) -> PublishedCounts:
@@ -452,6 +453,9 @@ class _Publisher:
         self._end = end
         self._lost: set[bytes] = set()
         self._any_ahead = transaction.stat(ahead)["entries"] > 0
+        self._any_waiting = lineage.reoffer_count(transaction) > 0
+        # What the pages of this transaction bring, if operations wait to be offered again.
+        self._brought: set[bytes] = set()
 
     def apply(self, page: sync_pb2.SnapshotPage) -> PublishedCounts:
         """Put one page into the view."""
@@ -471,6 +475,8 @@ class _Publisher:
         if self._any_ahead:
             for key in (*brought, *gone):
                 transaction.delete(key, db=self._ahead)
+        if self._any_waiting:
+            self._brought.update(brought)
         for entity, listed in snapshots.items():
             # What a reconciliation brings may be of another timeline, whose versions do not compare.
             force = plans.reconciles(entity)
@@ -500,6 +506,11 @@ class _Publisher:
         if self._lost:
             raise StateLost(next(iter(self._lost)))
 
+    def replay_waiting(self) -> None:
+        """Keep in view, on what the pages brought, what the server lost and has not taken again yet."""
+        if self._any_waiting:
+            self._replay(self._brought)
+
     def end(self) -> Iterator[bool]:
         """
         Settle what a download of everything left open, and remove what it did not bring, one object a step.
@@ -510,7 +521,18 @@ class _Publisher:
         view, transaction, plans = self._view, self._transaction, self._end.plans
         version = self._end.covered(self._end.version)
         cleared = plans.in_mode(DownloadMode.NOTHING_CLEAR)
-        yield from self._replay_waiting(version)
+        self.replay_waiting()
+        yield from self._replay_elsewhere(version)
+        # What goes does so with what is replayed on it: without that it would show for a step as it never was.
+        for key in scan_keys(transaction, self._ahead):
+            transaction.delete(key, db=self._ahead)
+            if plans.downloads(unpack_object_key(key)[0]):
+                yield view.remove(transaction, key, version, force=True)
+        if self._end.track_seen:
+            for entity in filter(plans.reconciles, view.entities(transaction)):
+                for key in view.keys(transaction, entity):
+                    if self._is_gone(key) and view.remove(transaction, key, version, force=True):
+                        yield True
         for key in view.stale_keys(transaction, version):
             entity, _ = unpack_object_key(key)
             if plans.downloads(entity):
@@ -526,32 +548,33 @@ class _Publisher:
             for key in view.keys(transaction, entity):
                 if view.clear(transaction, key):
                     yield True
-        for key in scan_keys(transaction, self._ahead):
-            transaction.delete(key, db=self._ahead)
-            if plans.downloads(unpack_object_key(key)[0]):
-                yield view.remove(transaction, key, version, force=True)
         if self._end.rebases:
             for entity in view.entities(transaction):
                 if not plans.downloads(entity):
                     for key in view.keys(transaction, entity):
                         if view.limit_version(transaction, key, plans.common_version):
                             yield False
-        if self._end.track_seen:
-            for entity in filter(plans.reconciles, view.entities(transaction)):
-                for key in view.keys(transaction, entity):
-                    if self._is_gone(key) and view.remove(transaction, key, version, force=True):
-                        yield True
 
-    def _replay_waiting(self, version: int) -> Iterator[bool]:
-        """Keep in view what the server lost and has not taken again yet. Of what is not downloaded it still is."""
+    def _replay_elsewhere(self, version: int) -> Iterator[bool]:
+        """Keep in view what the server lost and has not taken again yet, where it lost the object too."""
         view, transaction = self._view, self._transaction
-        for seq, key in self._lineage.waiting(transaction):
+        while keys := dict.fromkeys(key for _, key in islice(self._waiting(), END_STEP_OBJECTS)):
+            left = {key for key in keys if self._is_gone(key) and view.remove(transaction, key, version, force=True)}
+            self._replay(keys)
+            yield from (key in left and view.get(transaction, key) is None for key in keys)
+
+    def _replay(self, keys: Container[bytes]) -> None:
+        """Replay what waits on some objects, all of it: none shows with a part."""
+        for seq, key in self._waiting():
+            if key in keys:
+                self._view.replay_again(self._transaction, key, seq)
+
+    def _waiting(self) -> Iterator[tuple[int, bytes]]:
+        """Iterate over what waits to be offered again and is not in view. Of what is not downloaded it still is."""
+        for seq, key in self._lineage.waiting(self._transaction):
             entity, _ = unpack_object_key(key)
-            if not self._end.plans.reconciles(entity) or view.is_open(transaction, key, seq):
-                continue
-            has_left = self._is_gone(key) and view.remove(transaction, key, version, force=True)
-            view.replay_again(transaction, key, seq)
-            yield has_left and view.get(transaction, key) is None
+            if self._end.plans.reconciles(entity) and not self._view.is_open(self._transaction, key, seq):
+                yield seq, key
 
     def _is_gone(self, key: bytes) -> bool:
         """Tell whether a reconciliation lacks an object."""

@@ -317,7 +317,12 @@ class Download:
             seen = sight.encoded(state)
             if seen is not None:
                 page.add(key, state, seen, confirms=sight.sees_whole_objects and start.confirms(key[0]))
-            elif _was_seen(undone_changes(reader, state, before), sight, first_head, is_ours):
+                return True
+            known = (start.version(key[0]) or 0) if entity.mode.downloads else 0
+            if known < reader.collected():
+                known = 0
+            history = undone_changes(reader, state, min(known or before, before))
+            if _was_seen(history, sight, first_head, is_ours, known):
                 page.add_removal(key, state.version)
             return True
 
@@ -683,21 +688,25 @@ def _was_seen(
     sight: Sight,
     first_head: int,
     is_ours: Callable[[Change], bool],
+    known: int,
 ) -> bool:
     """
     Tell whether a replica may know of an object that it does not see.
 
     It does if the object is one of its own, was seen before the first of our changes
-    in its *history*, or was seen when earlier pages were read, from *first_head* on.
+    in its *history*, was seen when earlier pages were read, from *first_head* on, or at
+    the version up to which all is *known* to the replica (0: none).
     """
     seen = False
     for change, before in history:
         if is_ours(change) and not change.by_hook:
             return True  # whose id the replica gave, or was given
-        if is_ours(change) or change.version > first_head:
-            seen = before is not None and sight.of(before) is not None
-            if seen and change.version > first_head:
+        was_sent = change.version > first_head or change.previous <= known < change.version
+        if is_ours(change) or was_sent:
+            is_seen = before is not None and sight.of(before) is not None
+            if is_seen and was_sent:
                 return True
+            seen = is_seen if is_ours(change) else seen
     return seen
 
 

@@ -474,7 +474,9 @@ class _Verification:
             for first, last in _without(ranges, state.settled_ranges):
                 where = _operations_text(replica, first, last)
                 yield _finding(FindingKind.SETTLED_WRONG, where, "no outcome", "one that the replica's state lacks")
-            if ranges and newest != (state.newest_seq, state.newest_nonce):
+            if state.settled_ranges and state.settled_ranges[-1][1] > newest[0]:
+                newest = (state.settled_ranges[-1][1], state.newest_nonce)  # forgotten, its nonce with it
+            if newest != (state.newest_seq, state.newest_nonce):
                 expected = f"operation {newest[0]}, nonce {newest[1]}, as its newest"
                 found = f"operation {state.newest_seq}, nonce {state.newest_nonce}"
                 yield _finding(FindingKind.SETTLED_WRONG, f"replica {_uuid(replica)}", expected, found)

@@ -948,6 +948,41 @@ class TestRestoredServers:
         assert (report.reoffered, report.rejected, report.removed) == (30, 0, 0)
         assert contents(a) == site.truth() == before
 
+    def test_what_waits_for_contents_shows_in_every_step(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a new timeline's state comes into view in steps, none shows without what is to be offered again."""
+        for name, value in (("PUBLISH_OBJECTS_MAX", 0), ("PUBLISH_STEP_PAGES", 1), ("END_STEP_OBJECTS", 1)):
+            monkeypatch.setattr(_publication, name, value)
+        a = site.device("a")
+        a.create("Task", {"n": 0}, "there")
+        a.synchronize_all()
+        site.shut("a")
+        site.back_up()
+        a = site.device("a")
+        a.create("Task", {"n": 0, "photo": a.add_file(b"a photo")}, "new")
+        for id_ in ("there", "new"):
+            a.update("Task", id_, {"photo": a.add_file(b"a photo of %s" % id_.encode()), "n": 1})
+            a.update("Task", id_, {"n": 2})
+        a.synchronize_all()
+        before = contents(a)
+        site.shut("a")
+        site.restore()
+        monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 0)
+        a = site.device("a")
+        shown = []
+        write = a._storage.environment.write
+
+        def watched(work: Any) -> Any:
+            result = write(work)
+            shown.append(contents(a))
+            return result
+
+        monkeypatch.setattr(a._storage.environment, "write", watched)
+
+        assert a.synchronize_all().reoffered == 5
+
+        assert [one for one in shown if one != before] == []
+        assert site.truth() == before
+
     def test_what_was_to_be_offered_again_is_damaged(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         """An operation that cannot be read any more and is set aside does not keep the others from being offered."""
         a = site.device("a")

@@ -57,6 +57,24 @@ class Network(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """
+    One attempt of a call: a session, or the beginning of one.
+
+    Attributes:
+        link: Its link.
+        life: In which life of the server's store it began.
+        selection: What it is about. Mode selected only.
+        covered: The operations that it has to settle.
+    """
+
+    link: Link
+    life: int
+    selection: Selection | None
+    covered: frozenset[int]
+
+
 @dataclass
 class Call:
     """
@@ -69,19 +87,16 @@ class Call:
         committed_before: How many had ever been committed then.
         has_consent: Whether most of an entity may go.
         link: The present attempt's; None between attempts.
-        last_link: The newest attempt's.
+        attempt: The newest attempt.
+        completed: The newest one that came to its end. A later one, for what came while contents travelled, may not.
         is_asleep: Whether it waits before its next attempt.
         selected: What was worked out for the next attempt. Mode selected only.
-        selection: What the present attempt is about. Mode selected only.
-        covered: The operations that the present attempt has to settle.
-        life: In which life of the server's store the present attempt began.
         report: What it returned in the end.
         turns: What transfers contents and is waited for. None: it is not.
         file_links: The file calls under way.
         file_seconds: How long it waits for one of them at the most. None: it does not.
         is_time_over: Whether it has waited for so long.
-        waited_since: The newest operation when it began to wait, since the last attempt. What is committed later
-            is not of the next one.
+        prepared_at: The newest operation when the next attempt was prepared. What is committed later is not of it.
         opened: The content of the file that it opened.
     """
 
@@ -91,18 +106,16 @@ class Call:
     has_consent: bool = False
     fiber: Fiber = field(init=False)
     link: Link | None = None
-    last_link: Link | None = None
+    attempt: Attempt | None = None
+    completed: Attempt | None = None
     is_asleep: bool = False
     selected: Selection | None = None
-    selection: Selection | None = None
-    covered: frozenset[int] = frozenset()
-    life: int = 0
     report: Report | None = None
     turns: Turns | None = None
     file_links: list[FileLink] = field(default_factory=list)
     file_seconds: float | None = None
     is_time_over: bool = False
-    waited_since: int | None = None
+    prepared_at: int = 0
     opened: bytes = b""
 
     @property

@@ -119,8 +119,6 @@ class FileHappenings(ABC):
         if call is None:
             raise AssertionError(f"{device.name} waits for contents, and nobody asked for them")
         call.file_seconds, call.is_time_over, call.turns = seconds, False, turns
-        if call.waited_since is None:
-            call.waited_since = len(device.committed.data)
         call.fiber.pause()
         call.file_seconds, call.turns = None, None
         if call.is_time_over:

@@ -167,6 +167,7 @@ class Link:
         is_dark: Whether messages vanish in both directions.
         is_mute: Whether what the server says vanishes.
         stalled_steps: How long nothing moves.
+        is_outdated: Whether the server has forgotten since what became of operations that it may have carried.
 
     Args:
         server: The session on the server.
@@ -189,6 +190,7 @@ class Link:
         self.is_dark = False
         self.is_mute = False
         self.stalled_steps = 0
+        self.is_outdated = False
         self._server = server
         self._wait = wait
         self._has_server_died = has_server_died

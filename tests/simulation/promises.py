@@ -515,6 +515,20 @@ def check_view(
             yield from _wrongly_replayed(key, held, history, replica, committed)
 
 
+@promise("View: while a download comes into view in steps, an object shows as before or as after")
+def check_steps(
+    before: Mapping[Key, ViewRecord],
+    steps: Iterable[Mapping[Key, ViewRecord]],
+    after: Mapping[Key, ViewRecord],
+    repeated: Collection[Key],
+) -> Iterator[str]:
+    """Look at what was shown between the steps; of what is *repeated* in the download other states may show too."""
+    for number, step in enumerate(steps, start=1):
+        for key in dict.fromkeys([*before, *step, *after]):
+            if key not in repeated and not any(_shows_same(step.get(key), one.get(key)) for one in (before, after)):
+                yield f"{key} showed as {step.get(key)} after step {number}; {before.get(key)} became {after.get(key)}"
+
+
 @promise("Incarnation: an operation names the version that its author sees, and none of an object of his own making")
 def check_versions_shown(replica: ReplicaRecord, committed: Committed) -> Iterator[str]:
     """Look at the version that the next operation on each object would name."""
@@ -782,6 +796,12 @@ def _wrongly_replayed(
             yield f"{key}: seq {seq}, applied at {outcome.version}, is not replayed on {held}"
     if replayed_at:
         yield f"{key} replays operations of other objects: {replayed_at}"
+
+
+def _shows_same(one: ViewRecord | None, other: ViewRecord | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.attributes == other.attributes or same(decode_map(one.attributes), decode_map(other.attributes))
 
 
 def _creates(unconfirmed: list[tuple[int, int]], committed: Committed) -> bool:

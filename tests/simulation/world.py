@@ -25,7 +25,7 @@ import grpc
 from tests.simulation import chance, copies, disk, promises, removals
 from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
-from tests.simulation.device import Aside, Call, Device, Model, ReplicaDied
+from tests.simulation.device import Aside, Attempt, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
 from tests.simulation.exchange import FileLink, Turns
 from tests.simulation.faults import (
@@ -42,7 +42,7 @@ from tests.simulation.file_happenings import CALL_MOVES_MAX, FILE_TRAPS_SHARE, S
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
 from tests.simulation.promises import PromiseBroken, Rules
-from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
+from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_repeated, read_server, read_view
 from tests.simulation.rights import Eyes
 from tests.simulation.server import Backup, SimulatedServer
 from tests.simulation.settings import Settings
@@ -68,12 +68,17 @@ from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.testing import ManualClock
 from tidelog.v1 import sync_pb2
-from tidelog_client import Object, Report, SkipReason, _publication, _replica
+from tidelog_client import Object, Report, SkipReason, _replica
+from tidelog_client._file_exchange import FileExchange
+from tidelog_client._publication import Publication
 from tidelog_client._report import PublishedCounts
 from tidelog_client._selection import Selection, select
 from tidelog_client._synchronization import Mode
+from tidelog_client._upload import FilePlan
+from tidelog_client._view import ViewRecord
 from tidelog_server import OperationRefused, TransientError
 from tidelog_server._principal import DEFAULT_TENANT
+from tidelog_server._records import Change
 from tidelog_server._tenant import Tenant
 
 STEPS_DEFAULT: Final = 100
@@ -181,7 +186,10 @@ class World(FileHappenings):
             settings.applied(),
             chance.from_seed(Random(f"{self.seed} ids"), self),
             mock.patch.object(_replica, "select", self._recorded(select)),
-            mock.patch.object(_publication.Publication, "publish", self._judged(_publication.Publication.publish)),
+            mock.patch.object(Publication, "publish", self._in_steps(self._judged(Publication.publish))),
+            mock.patch.object(Publication, "finish", self._in_steps(Publication.finish)),
+            mock.patch.object(FileExchange, "prepare", self._noted(FileExchange.prepare)),
+            mock.patch.object(Report, "end_session", self._ticked_off(Report.end_session)),
         ):
             self._server = SimulatedServer(
                 self._directory / "server",
@@ -254,13 +262,12 @@ class World(FileHappenings):
             lambda: self._server.has_died,
             lambda answer: self._overhear(device, answer),
         )
-        call.link = call.last_link = link
+        call.link = link
         device.sessions.append(link)
-        call.life = self._history.lives
-        call.selection, call.selected = call.selected, None
-        until, call.waited_since = call.waited_since, None
-        pending = [one.seq for one in device.replica._storage.pending() if until is None or one.seq <= until]
-        call.covered = frozenset(pending if call.selection is None else call.selection.seqs)
+        selection, call.selected = call.selected, None
+        pending = (one.seq for one in device.replica._storage.pending(until=call.prepared_at))
+        covered = frozenset(pending if selection is None else selection.seqs)
+        call.attempt = Attempt(link, self._history.lives, selection, covered)
         self.coverage.totals["streams"] += 1
         if device.has_stale_token:
             device.has_stale_token = False
@@ -292,16 +299,37 @@ class World(FileHappenings):
 
         return recorded
 
+    def _noted(self, prepare: Callable[..., FilePlan]) -> Callable[..., FilePlan]:
+        """Return *prepare* with somebody who notes what there is to be uploaded by then."""
+
+        def noted(*arguments: Any) -> FilePlan:
+            # Of a synchronization that should not have begun `connect` tells.
+            if self._acting is not None and self._acting.call is not None:
+                self._acting.call.prepared_at = len(self._acting.committed.data)
+            return prepare(*arguments)
+
+        return noted
+
+    def _ticked_off(self, end_session: Callable[[Report], None]) -> Callable[[Report], None]:
+        """Return *end_session* with somebody who notes which attempt came to its end."""
+
+        def ticked_off(report: Report) -> None:
+            if self._acting is not None and self._acting.call is not None:
+                self._acting.call.completed = self._acting.call.attempt
+            end_session(report)
+
+        return ticked_off
+
     def _judged(self, publish: Callable[..., PublishedCounts]) -> Callable[..., PublishedCounts]:
         """Return *publish* with somebody who looks on: was anybody to be asked?"""
 
         def judged(*arguments: Any, **options: Any) -> PublishedCounts:
             device = self._acting
-            if device is None or (call := device.call) is None or (link := call.link) is None:
+            if device is None or (call := device.call) is None or (attempt := call.attempt) is None:
                 raise AssertionError("a download is published, and nobody asked for it")
             before = device.record()
-            expected = self._loss(device, link, before)
-            if call.life != self._history.lives:
+            expected = self._loss(device, attempt.link, before)
+            if attempt.life != self._history.lives:
                 return publish(*arguments, **options)  # the store that sent all this is gone
             try:
                 counts = publish(*arguments, **options)
@@ -316,6 +344,29 @@ class World(FileHappenings):
             return counts
 
         return judged
+
+    def _in_steps(self, publish: Callable[..., PublishedCounts]) -> Callable[..., PublishedCounts]:
+        """Return *publish* with somebody who looks at the view between its steps."""
+
+        def in_steps(publication: object, *arguments: Any, **options: Any) -> PublishedCounts:
+            if self._acting is None:
+                return publish(publication, *arguments, **options)  # See `connect`.
+            storage = self._acting.replica._storage
+            before, repeated = read_view(storage), read_repeated(storage, next(iter(arguments), ()))
+            steps: list[dict[Key, ViewRecord]] = []
+            write = storage.environment.write
+
+            def look(work: Callable[..., Any]) -> Any:
+                result = write(work)
+                steps.append(read_view(storage))
+                return result
+
+            with mock.patch.object(storage.environment, "write", look):
+                counts = publish(publication, *arguments, **options)
+            promises.check_steps(before, steps, read_view(storage), repeated)
+            return counts
+
+        return in_steps
 
     def _loss(self, device: Device, link: Link, record: ReplicaRecord) -> removals.Loss:
         """Return what a download takes away that has just come to its end."""
@@ -481,15 +532,15 @@ class World(FileHappenings):
             self._die(device)
 
     def _ended(self, device: Device, call: Call) -> None:
-        error, link = call.fiber.error, call.last_link
+        error, completed = call.fiber.error, call.completed
         self._leave_files(call)
         if isinstance(error, ReplicaDied):
             device.call = None
             self._die(device)
             return
         device.call = None
-        if error is None and call.report is not None and link is not None:
-            self._complete(device, call, call.report, link)
+        if error is None and call.report is not None and completed is not None:
+            self._complete(device, call, call.report, completed)
             return
         if call.mode is None and (error is None or isinstance(error, FileUnavailable | ObjectNotFound | InvalidValue)):
             self._say(f"{device.name} has opened a file: {error or len(call.opened)}")
@@ -555,7 +606,7 @@ class World(FileHappenings):
         if link.has_arrived:
             self._resume(device)
 
-    def _complete(self, device: Device, call: Call, report: Report, link: Link) -> None:
+    def _complete(self, device: Device, call: Call, report: Report, attempt: Attempt) -> None:
         if call.mode is None:
             raise AssertionError("a file was opened, and nothing synchronized")
         self._say(f"{device.name} is done: {report.applied} applied, {report.rejected} rejected")
@@ -583,36 +634,48 @@ class World(FileHappenings):
             raise PromiseBroken("Nothing lost on refusal: what is reported is recorded", [device.name])
         if call.mode is Mode.ALL:
             device.see_as_wished()
-            device.life = call.life
+            device.life = attempt.life
             device.is_asked = False
         if call.mode is Mode.SELECTED:
             # What holds at any moment shows best while a part of the log is settled.
             self._check_everything(device, record)
-        promises.check_uploaded(record, call.covered, self._not_ready(report))
+        promises.check_uploaded(record, attempt.covered, self._not_ready(report))
         if not self._is_current(device):
             return
         seen = device.seen.selected if call.mode is Mode.SELECTED else device.seen
-        covered = self._covered(call, record)
-        if call.mode is Mode.UNSYNCHRONIZED and device.is_between_wishes:
-            # What is not wanted any more is covered by the next synchronization of everything.
-            covered = [key for key in covered if not seen.was_absent(key, link.settled_version)]
-        promises.check_fresh(seen, record, covered, since=link.settled_version)
+        since = attempt.link.settled_version
+        covered = self._covered(device, call.mode, attempt, record)
+        promises.check_fresh(seen, record, covered, since=since)
 
-    def _covered(self, call: Call, record: ReplicaRecord) -> list[Key]:
-        """Return the objects that the mode of a call covers."""
-        if call.mode is Mode.ALL:
+    def _covered(self, device: Device, mode: Mode, attempt: Attempt, record: ReplicaRecord) -> list[Key]:
+        """Return the objects that an attempt in a mode covers."""
+        if mode is Mode.ALL:
             return list(dict.fromkeys([*self._history.keys, *record.keys]))
-        if call.selection is not None:
-            return list(call.selection.keys)
+        if attempt.selection is not None:
+            return list(attempt.selection.keys)
         refused = {seq for seq, outcome in record.outcomes.items() if outcome.failure_id}
-        seqs = call.covered - record.pending.keys() - refused
+        seqs = attempt.covered - record.pending.keys() - refused
         with self._server.lmdb.read(DEFAULT_TENANT) as reader:
             collected = reader.collected()  # of what was changed up to there nobody knows by which operation it was
-        return [
-            change.key
-            for change in self._history.changes[collected:]
-            if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id
-        ]
+        ours: dict[Key, list[Change]] = {}
+        for change in self._history.changes[collected:]:
+            if change.seq in seqs and str(UUID(bytes=change.replica)) == record.replica_id:
+                ours.setdefault(change.key, []).append(change)
+        known = record.cursor.version if record.cursor is not None else 0
+        if known < collected:
+            known = 0
+        seen, since = device.seen, attempt.link.settled_version
+
+        def is_told(key: Key, changes: list[Change]) -> bool:
+            # What is not shown any more is told of as far as the server knows that it was.
+            # The rest of it is covered by the next synchronization of everything.
+            if not seen.was_absent(key, since):
+                return True
+            moments = [known, changes[0].version - 1]
+            was_shown = any(not seen.was_absent(key, version, version) for version in moments)
+            return not device.is_between_wishes and (was_shown or not all(one.by_hook for one in changes))
+
+        return [key for key, changes in ours.items() if is_told(key, changes)]
 
     # --- others who write -------------------------------------------------------------------
 
@@ -819,6 +882,8 @@ class World(FileHappenings):
         if device.call is None or device.call.link is None:
             return
         link, random = device.call.link, self._random
+        # Elsewhere nothing comes again that is forgotten. See `_collect`.
+        may_repeat = self.settings.has_copies or not link.is_outdated
         fault = random.choices(
             [
                 Fault.CUT,
@@ -828,7 +893,7 @@ class World(FileHappenings):
                 Fault.BLACK_HOLE,
                 Fault.HALF_OPEN,
             ],
-            [8, 2, 1, 2 * self._focus.get("duplicate", 1.0), 2, 2],
+            [8, 2, 1, 2 * self._focus.get("duplicate", 1.0) * may_repeat, 2, 2],
         )[0]
         self._say(f"{fault.name} on the link of {device.name}")
         self.coverage.faults[fault.name] += 1
@@ -1050,6 +1115,9 @@ class World(FileHappenings):
     def _forget(self) -> None:
         self._read_history()
         self.coverage.faults[Fault.COLLECTED.name] += 1
+        for device in self._devices:
+            if device.call is not None and device.call.link is not None:
+                device.call.link.is_outdated = True
         try:
             collected = self._server.collect()
         except StorageError as error:

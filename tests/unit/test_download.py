@@ -679,6 +679,24 @@ class TestUnsynchronized:
 
         assert desk.unsynchronized(first - 4) == [("own", "gone"), ("was", "gone")]
 
+    def test_what_others_took_outside_before(self) -> None:
+        """What the operations' hooks changed and the replica had at its cursor is removed, whoever took it outside."""
+        application = Application()
+        application.allow("*", "*", where=attribute("n") == 1)
+        desk = Desk(application)
+        desk.put("had", n=1)
+        desk.put("never", n=2)
+        desk.download()
+        desk.put("had", n=2)
+        desk.write(Step(task("between"), {"n": 1}))
+        desk.write(Step(task("between"), {"n": 2}))
+        first = desk.write(
+            Step(task("own"), {"n": 1}, REPLICA_A),
+            *(Step(task(id_), {"n": 3}, REPLICA_A, by_hook=True) for id_ in ("had", "never", "between")),
+        )
+
+        assert desk.unsynchronized(first - 3) == [("had", "gone"), ("own", "confirmed")]
+
     def test_modes(self) -> None:
         """Of an entity that is never synchronized nothing comes; where nothing is downloaded, what may be read."""
         desk = Desk()

@@ -640,6 +640,42 @@ class TestSteps:
             assert contents(again, "Clear") == {}
             assert contents(again, "Note") == {"x0": {"n": 0}, "x1": {"n": 1}, "x2": {"n": 2}}
 
+    @pytest.mark.parametrize("at_once", [True, False])
+    @pytest.mark.parametrize("reconcile", [True, False])
+    def test_each_object_shows_as_before_or_as_after(
+        self, replica: Replica, server: ServerEnd, monkeypatch: pytest.MonkeyPatch, *, reconcile: bool, at_once: bool
+    ) -> None:
+        """Between two steps an object is what it was or what it will be, and none without the edits that were seen."""
+        monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 1_000 if at_once else 0)
+        server.reconcile, server.pages = True, [page(*(("Task", f"x{n}", 1 + n, {"n": n}) for n in range(4)))]
+        synchronize(replica, server)
+        server.reconcile, server.pages = False, [page(("Task", "far", 5, {"n": 5}), outside=["far"])]
+        synchronize(replica, server, "selected", [("Task", "far")])
+        for id_ in contents(replica):
+            replica.update("Task", id_, {"n": 10})
+        server.pages = []
+        synchronize(replica, server, "unsynchronized")
+        replica.update("Task", "x3", {"m": 20})
+        before, shown = contents(replica), list[dict[str, Any]]()
+        write = replica._storage.environment.write
+
+        def watched(work: Any) -> Any:
+            result = write(work)
+            shown.append(contents(replica))
+            return result
+
+        monkeypatch.setattr(replica._storage.environment, "write", watched)
+        gone = [] if reconcile else [("Task", "x1", 190), ("Task", "x2", 191), ("Task", "x3", 192)]
+        server.reconcile = reconcile
+        server.pages = [page(("Task", "x0", 200, {"n": 30}), removals=gone), page(("Task", "x4", 201, {"n": 4}))]
+
+        synchronize(replica, server)
+
+        after = contents(replica)
+        assert after == {"x0": {"n": 30}, "x4": {"n": 4}}
+        for id_ in {**before, **after}:
+            assert [one for one in shown if one.get(id_) not in (before.get(id_), after.get(id_))] == []
+
     def test_staged_pages_of_another_download(self, replica: Replica, server: ServerEnd) -> None:
         """What was staged is thrown away when the server does not go on with it."""
         server.pages = [page(("Task", f"t{n}", n, {}), token=b"%d" % n) for n in (1, 2)]

@@ -538,6 +538,11 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
         ["settled_wrong"],
         "operation 12, nonce 7",
     ),
+    "a newest operation that was never settled": (
+        lambda tables: tables.state(REPLICA_A, newest_seq=40),
+        ["settled_wrong"],
+        "found operation 40",
+    ),
     "a replica lost": (
         lambda tables: tables.delete("replicas", REPLICA_A),
         ["settled_wrong"],
