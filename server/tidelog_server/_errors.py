@@ -27,7 +27,7 @@ What ends a call or a session on the server. How that is told on the wire: `_sta
   + AddressUnavailable         the server cannot listen where it should
   + ExtraMissing               what is asked for needs a library that is not installed
 * StorageError
-  + StoreUnavailable           the database cannot be reached now: nothing is known to have been done
+  + StoreUnavailable           the database, or the place of contents, cannot be reached now
   + ServerOutdated             another server makes the store ready for another schema, or has done so
   + SchemaContradicted         what the store holds does not fit the application's schema
   + MigrationUnfinished        a migration of the store was broken off, and this would not finish it
@@ -168,9 +168,9 @@ class UploadSuperseded(TidelogError):
 
 class StoreUnavailable(StorageError):
     """
-    The database of a store cannot be reached now, or does not answer as it should. It may later.
+    The database of a store, or the place of its contents, cannot be reached now, or does not answer as it should.
 
-    What was under way was not done; if the connection broke while it was being committed, it
+    It may later. What was under way was not done; if the connection broke while it was being committed, it
     may have been done all the same.
     """
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -32,7 +33,7 @@ from tidelog_server._application import Application
 from tidelog_server._collection import is_held_by_any, without_content
 from tidelog_server._content_reader import open_content
 from tidelog_server._content_store import ContentLost, ContentStore
-from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid, UploadSuperseded
+from tidelog_server._errors import FileTooLarge, NotFound, RequestInvalid, StoreUnavailable, UploadSuperseded
 from tidelog_server._file_records import (
     FOUND_AGAIN,
     SERVICE,
@@ -239,9 +240,20 @@ class Files:
         return self.read(principal.tenant, Wanted(sha256, size), offset, min(length or size, size - offset))
 
     def open(self, tenant: str, wanted: Wanted) -> BinaryIO:
-        """Open a content to be read. Raises ContentLost, also later."""
-        record = self._located(tenant, wanted)
-        return open_content(lambda offset: self._pieces(tenant, wanted.sha256, record, offset), wanted.size)
+        """
+        Open a content to be read.
+
+        Raises:
+            ContentLost, StoreUnavailable: It is not there; or where it lies is not. Also later.
+        """
+        with _for_now():
+            record = self._located(tenant, wanted)
+
+        def pieces(offset: int) -> Generator[bytes, None, None]:
+            with _for_now():
+                yield from self._pieces(tenant, wanted.sha256, record, offset)
+
+        return open_content(pieces, wanted.size)
 
     def read(self, tenant: str, wanted: Wanted, offset: int, length: int) -> Generator[bytes, None, None]:
         """
@@ -648,6 +660,15 @@ class Files:
     def _write(self, tenant: str, job: Callable[[Reader], tuple[Writes | None, T]]) -> T:
         written: Future[T] = self._store.submit(tenant, job)
         return written.result()
+
+
+@contextmanager
+def _for_now() -> Generator[None, None, None]:
+    """Have what is out of reach pass for that, and not for a mistake of whoever reads: hooks do, too."""
+    try:
+        yield
+    except StorageError as error:
+        raise StoreUnavailable(str(error)) from error
 
 
 def _amiss(found: int | None, record: ContentRecord) -> str:

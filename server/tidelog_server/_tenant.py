@@ -200,7 +200,7 @@ class Tenant:
             ObjectNotFound: There is no such object (to the principal).
             InvalidValue: The attribute holds no file (that the principal may read).
             ContentLost: Now, or when it is read: the server does not have it any more.
-            StorageError: It cannot be read now.
+            StoreUnavailable: It cannot be read now. Left to pass by a hook, it ends the session, and refuses nothing.
         """
         attributes = self.get(entity, id)
         if attributes is None:

@@ -32,7 +32,7 @@ from tests.builders import (
     update,
 )
 
-from tidelog import FailureReason, InvalidValue, ObjectNotFound, attribute, claim
+from tidelog import FailureReason, InvalidValue, ObjectNotFound, StorageError, attribute, claim
 from tidelog._file_reference import file_references
 from tidelog._limits import FILE_CHUNK_BYTES
 from tidelog.v1 import failure_pb2
@@ -45,6 +45,7 @@ from tidelog_server import (
     OperationRefused,
     Principal,
     Reject,
+    StoreUnavailable,
     verify_store,
 )
 from tidelog_server import _failures as failures
@@ -901,6 +902,31 @@ class TestServices:
             for place in (FILE_CHUNK_BYTES - 3, 7, 3 * FILE_CHUNK_BYTES, len(data) + 9):
                 assert opened.seek(place) == opened.tell() == place
                 assert opened.read(FILE_CHUNK_BYTES + 11) == data[place : place + FILE_CHUNK_BYTES + 11]
+
+    @pytest.mark.parametrize("method", ["size", "read"])
+    def test_a_hook_reads_a_file_whose_place_is_out_of_reach(
+        self, cabinet: Cabinet, monkeypatch: pytest.MonkeyPatch, method: str
+    ) -> None:
+        """That contents cannot be read now refuses no operation: it goes when they can."""
+        tenant = cabinet.tenant()
+        tenant.create("Brand", {"logo": tenant.add_file(PHOTO, name="logo")}, "b1")
+        read = []
+
+        @cabinet.lab.application.before_commit("Task")
+        def reads(task: HookObject, context: HookContext) -> None:
+            with tenant.open_file("Brand", "b1", "logo") as logo:
+                read.append(logo.read())
+
+        def away(*_: Any, **__: Any) -> Any:
+            raise StorageError("the object store does not answer")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cabinet.contents, method, away)
+            with pytest.raises(StoreUnavailable, match="does not answer"):
+                cabinet.lab.settle(create(1))
+
+        assert said(cabinet.lab.settle(create(1))) == ["APPLIED"]
+        assert read == [PHOTO]
 
     def test_what_is_added(self, cabinet: Cabinet) -> None:
         """A service adds a stream from where it stands, which stays open; what has no path needs a name."""
