@@ -9,6 +9,7 @@ replica shows.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
 from tidelog._errors import StorageError, SynchronizationError, Unauthenticated
@@ -16,6 +17,7 @@ from tidelog._limits import FILE_COST_BYTES, FILES_STAT_MAX
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
+from tidelog_client._file_room import Awaited, FileRoom
 from tidelog_client._plans import Plans
 from tidelog_client._report import Skipped, SkipReason
 from tidelog_client._set_aside import SET_ASIDE_FOLDER
@@ -24,6 +26,7 @@ from tidelog_client._upload import NO_FILES, Cause, FilePlan, Sieve, sifted
 
 if TYPE_CHECKING:
     from tidelog._keys import ObjectKey
+    from tidelog_client._file_room import Unit
     from tidelog_client._files import Needed
     from tidelog_client._storage import Storage
     from tidelog_client._transfer import Job, Result, Transfers
@@ -69,12 +72,7 @@ class AwaitedContents:
         # Why they are not there, of those that were tried.
         self._reasons: dict[Needed, str] = {}
         self.lacking: dict[ObjectKey, None] = {}
-        # How much the server takes that no operation refers to yet; what takes some of that by now; what has to wait
-        # until there is room; and how much operations need that need more than there is.
-        self._room_bytes: int | None = None
-        self._in_room: set[Needed] = set()
-        self._apart: set[Needed] = set()
-        self._exceeding: dict[int, int] = {}
+        self._room = FileRoom()
 
     def __contains__(self, content: Needed) -> bool:
         """Tell whether operations wait for a content."""
@@ -111,7 +109,7 @@ class AwaitedContents:
     def _note_settled(self, needed: Mapping[int, list[Needed]]) -> None:
         """Note that what operations referred to that are not pending any more takes no room."""
         for seq in self._needed.keys() - needed.keys():
-            self._in_room.difference_update(self._needed[seq])
+            self._room.note_settled(self._needed[seq])
 
     def has_more(self) -> bool:
         """Tell whether the session found out that further operations refer to contents."""
@@ -179,10 +177,10 @@ class AwaitedContents:
                 self._reasons |= dict.fromkeys(asked, str(error))
                 continue
             self._answered(asked)
-            self._room_bytes = standings.room_bytes
+            self._room.bytes_max = standings.room_bytes
             for one, status in zip(asked, standings.statuses, strict=True):
                 if status.takes_room:
-                    self._in_room.add(one)
+                    self._room.note_taking(one)
                 if status.presence is not Presence.MISSING:
                     self._ready.add(one)
                 else:
@@ -243,72 +241,49 @@ class AwaitedContents:
 
     # --- transfers ------------------------------------------------------------
 
-    def share_room(self, under_way: Collection[Needed]) -> None:
-        """
-        Find out what is uploaded for the next session: all that whole commit groups need, as far as there is room.
-
-        Else parts of several groups would fill the room, and none of them would ever go. So what is there already of
-        pending operations takes room too, whoever brought it and when; a group needs what those before it on the same
-        objects need; and one that cannot go takes no room. What needs little comes first. Where nothing fits, and no
-        session makes room, that is tried all the same: the server may count less. Where it does not say how much room
-        there is, because it does not answer, one content goes and finds out when it does again.
-        """
-        self._apart, self._exceeding = set(), {}
-        admitted = self._waiting.keys() & set(under_way)
-        room_bytes = self._room_bytes
+    def share_room(self, under_way: AbstractSet[Needed]) -> None:
+        """Find out what is uploaded for the next session. What the server did not answer about has to wait."""
+        waiting = self._waiting.keys()
         if self._unasked:
-            self._apart = self._waiting.keys() - (admitted or {min(self._unasked, key=lambda one: one.size)})
+            self._room.probe(waiting, under_way, self._unasked)
             return
-        if room_bytes is None or _cost(self._waiting.keys() | self._in_room) <= room_bytes:
+        if self._room.is_enough_for(waiting):
+            self._room.open()
             return
         still_needed = self._needed_contents()
         self._note_settled(still_needed)
-        concerned = self._waiting.keys() | self._in_room
-        pending = {content for needed in still_needed.values() for content in needed}
-        taken = admitted | (self._in_room & pending)
-        is_any_going = False
-        groups: list[set[Needed]] = []
-        before: dict[ObjectKey, set[Needed]] = {}
         held: set[int] = set()
         sieve = Sieve(self._excluded(), held)
-        for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
-            if cause is not None:
-                continue
-            contents = {content for one in unit for content in self._needed.get(one.seq, ())}
-            needed = self._waiting.keys() & contents
-            whole = concerned & contents
-            exceeds = len(whole) > 1 and _cost(whole) > room_bytes
-            group = needed.union(*(before.get(one.key, ()) for one in unit))
-            if not group:
-                is_offered = all(one.seq in self._offered for one in unit)
-                is_any_going = is_any_going or not (is_offered or contents.isdisjoint(taken))
-            elif needed.isdisjoint(self._reasons) and not exceeds and (len(group) == 1 or _cost(group) <= room_bytes):
-                groups.append(group)
-                before |= dict.fromkeys((one.key for one in unit), group)
-            else:
-                if exceeds:
-                    self._exceeding |= dict.fromkeys((one.seq for one in unit), _cost(whole))
-                held |= {one.seq for one in unit}
-                sieve.holds_back(unit)
-        groups.sort(key=lambda group: _cost(group - taken))
-        cost = _cost(taken)
-        for group in groups:
-            if cost + (more := _cost(group - taken)) <= room_bytes:
-                admitted |= group
-                taken |= group
-                cost += more
-        if not admitted and not is_any_going and groups:
-            admitted = groups[0]
-        self._apart = self._waiting.keys() - admitted
+
+        def hold_back(unit: Unit) -> None:
+            held.update(one.seq for one in unit)
+            sieve.holds_back(unit)
+
+        self._room.share(
+            (
+                unit
+                for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs)
+                if cause is None
+            ),
+            Awaited(
+                lambda unit: {content for one in unit for content in self._needed.get(one.seq, ())},
+                waiting,
+                self._reasons.keys(),
+                under_way,
+                {content for needed in still_needed.values() for content in needed},
+                self._offered,
+            ),
+            hold_back,
+        )
 
     def uploads(self) -> list[Uploading]:
         """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""
-        passed_over = self._reasons.keys() | self.fetching.keys() | self._apart
+        passed_over = self._reasons.keys() | self.fetching.keys() | self._room.apart
         return sorted((one for content, one in self._waiting.items() if content not in passed_over), key=job_size)
 
     def jobs(self) -> list[Job]:
         """Return what is to be uploaded or comes down before, and was not tried in vain, the smallest first."""
-        passed_over = self._reasons.keys() | self._apart
+        passed_over = self._reasons.keys() | self._room.apart
         fetches = (one for content, one in self.fetching.items() if content not in passed_over)
         return sorted((*self.uploads(), *fetches), key=job_size)
 
@@ -322,7 +297,7 @@ class AwaitedContents:
             self._waiting.pop(content, None)
             self._ready.add(content)
             if error is None:
-                self._in_room.add(content)
+                self._room.note_taking(content)
         else:
             self._let_wait(content, str(error))
 
@@ -361,7 +336,7 @@ class AwaitedContents:
         for unit, cause in sifted(self._storage, sieve, until=self._plan.until or 0, seqs=self._seqs):
             if cause is Cause.FILE:
                 for one in unit:
-                    is_too_much = one.seq in self._exceeding
+                    is_too_much = one.seq in self._room.exceeding
                     reason = SkipReason.FILES_EXCEED_ROOM if is_too_much else SkipReason.FILE_NOT_UPLOADED
                     other = _TOGETHER if any(one.seq in held for one in unit) else _OVERTAKEN
                     why = self._why_too_much(one.seq) if is_too_much else held.get(one.seq, other)
@@ -371,19 +346,15 @@ class AwaitedContents:
         waiting = [one for one in self._needed[seq] if one in self._waiting]
         if not waiting:
             return f"the content of its file came to the server too late for it: {why_not_sent}"
-        late = "others came first" if any(one in self._apart for one in waiting) else "there was no time left"
+        late = "others came first" if any(one in self._room.apart for one in waiting) else "there was no time left"
         late = "the server did not answer" if any(one in self._unasked for one in waiting) else late
         reason = next((self._reasons[one] for one in waiting if one in self._reasons), late)
         return f"the content of its file is not on the server: {reason}"
 
     def _why_too_much(self, seq: int) -> str:
         return (
-            f"the files that it needs with its commit group have {self._exceeding[seq]} bytes, {FILE_COST_BYTES} more "
-            f"for each included, and the server takes {self._room_bytes} at once, its limit file_room_per_user: "
+            f"the files that it needs with its commit group have {self._room.exceeding[seq]} bytes, {FILE_COST_BYTES} "
+            f"more for each included, and the server takes {self._room.bytes_max} at once, "
+            "its limit file_room_per_user: "
             "commit fewer in one group, or have the limit raised"
         )
-
-
-def _cost(contents: Iterable[Needed]) -> int:
-    """Return what contents count for in the room that a server has."""
-    return sum(one.size + FILE_COST_BYTES for one in contents)

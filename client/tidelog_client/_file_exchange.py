@@ -132,7 +132,7 @@ class FileExchange:
             return self._awaited.plan()
         if unknown:
             self._ask(unknown, Patience(self._end, SMALL_SILENCE_SECONDS))
-        self._awaited.share_room(self._jobs.under_way)
+        self._awaited.share_room(self._jobs.under_way.keys())
         if small := self._small_uploads():
             self._upload_small(small)
         self._settled_count = self._awaited.settled_count
@@ -233,7 +233,7 @@ class FileExchange:
         if self._transfers is None and not self._is_given_up and (unasked := self._awaited.unasked()):
             with suppress(Unauthenticated):  # whoever transfers asks for another token
                 self._ask(unasked, Patience(self._end))
-        self._awaited.share_room(self._jobs.under_way)
+        self._awaited.share_room(self._jobs.under_way.keys())
         awaited = self._awaited.jobs()
         self._jobs.fill(awaited, downloads())
         if self._transfers is None:
