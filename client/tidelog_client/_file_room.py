@@ -99,8 +99,8 @@ class FileRoom:
         admitted = set(awaited.waiting & awaited.under_way)
         taken = admitted | (self._taking & awaited.pending)
         is_any_going = False
-        groups: list[AbstractSet[Needed]] = []
-        before: dict[ObjectKey, AbstractSet[Needed]] = {}
+        groups: list[set[Needed]] = []
+        before: dict[ObjectKey, set[Needed]] = {}
         for unit in units:
             contents = awaited.contents(unit)
             needed = awaited.waiting & contents
@@ -122,8 +122,8 @@ class FileRoom:
         cost = cost_of(taken)
         for group in groups:
             if cost + (more := cost_of(group - taken)) <= self.bytes_max:
-                admitted |= group
-                taken |= group
+                admitted.update(group)
+                taken.update(group)
                 cost += more
         if not admitted and not is_any_going and groups:
             admitted.update(groups[0])

@@ -69,7 +69,7 @@ def _main() -> int:
         if not options.keep_going:
             print(outcome.report, flush=True)
             return 1
-        print(f"seed {outcome.seed}: {outcome.error}", flush=True)
+        print(f"seed {outcome.seed}: {outcome.error}", outcome.report.splitlines()[-1], sep="\n  ", flush=True)
     print(*coverage.lines(), *(f"never: {hole}" for hole in coverage.holes()), sep="\n")
     print(f"{len(options.seeds):,} seeds of {options.steps} steps, {failed} failed")
     return 1 if failed else 0
