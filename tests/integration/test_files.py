@@ -448,7 +448,7 @@ def test_a_path_that_breaks_soon_brings_a_download_ahead(world: World, proxy: Pr
     connection = world.replica(server=proxy.address)._synchronizer._connection
     assert connection is not None
     calls = connection.files(None)
-    proxy.down.bytes_per_second = 1_000_000  # what comes is taken as it comes, and not lost with its connection
+    proxy.down.bytes_per_second = 100_000  # what comes is taken as it comes, and not lost with its connection
     proxy.down.cut_after(passing := 200_000)
     received: list[int] = []
     with pytest.raises(Transient):
