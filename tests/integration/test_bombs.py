@@ -157,10 +157,10 @@ class Bombs(grpc.GenericRpcHandler):
     def __init__(self) -> None:
         self.called: list[str] = []
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Return what answers a call."""
-        self.called.append(details.method)
-        if details.method.endswith(("Synchronize", "DownloadFile", "DownloadSnapshots")):
+        self.called.append(handler_call_details.method)
+        if handler_call_details.method.endswith(("Synchronize", "DownloadFile", "DownloadSnapshots")):
             return grpc.stream_stream_rpc_method_handler(lambda _messages, _context: iter([BOMB]))
         return grpc.stream_unary_rpc_method_handler(lambda _messages, _context: BOMB)
 
