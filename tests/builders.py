@@ -937,7 +937,10 @@ def entries(path: Path) -> list[tuple[str, bytes, bytes]]:
 
 def replace_entry(path: Path, table: str, key: bytes, value: bytes | None) -> None:
     """Put an entry behind everybody's back, or delete it."""
-    with lmdb.open(str(path), max_dbs=DATABASES_MAX) as environment, environment.begin(write=True) as transaction:
+    with (
+        lmdb.open(str(path), max_dbs=DATABASES_MAX, sync=False) as environment,
+        environment.begin(write=True) as transaction,
+    ):
         database = environment.open_db(table.encode(), txn=transaction, create=False)
         if value is None:
             transaction.delete(key, db=database)
