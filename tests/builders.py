@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import random
 import secrets
 import threading
 import uuid
@@ -23,11 +24,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar, cast
 
 import grpc
+import lmdb
 import msgpack
 
 from tidelog._attributes import Reference
 from tidelog._contents import content_path
 from tidelog._entity import Entity
+from tidelog._environment import DATABASES_MAX
 from tidelog._errors import ResourceClosed, StorageError
 from tidelog._keys import ObjectKey
 from tidelog._operation import CommitGroup, Operation, OperationKind
@@ -922,3 +925,35 @@ class World:
 def contents(replica: Replica, entity: str = "Task") -> dict[str, dict[str, Any]]:
     """Return the objects of an entity as a replica shows them, by id."""
     return {found.id: found.to_dict() for found in replica.query(entity)}
+
+
+def entries(path: Path) -> list[tuple[str, bytes, bytes]]:
+    """Return table, key and value of all that is in a directory of LMDB."""
+    with lmdb.open(str(path), max_dbs=DATABASES_MAX) as environment, environment.begin() as transaction:
+        names = [key.decode() for key, _ in transaction.cursor()]
+        tables = {name: environment.open_db(name.encode(), txn=transaction, create=False) for name in names}
+        return [(name, *entry) for name, table in tables.items() for entry in transaction.cursor(table)]
+
+
+def replace_entry(path: Path, table: str, key: bytes, value: bytes | None) -> None:
+    """Put an entry behind everybody's back, or delete it."""
+    with (
+        lmdb.open(str(path), max_dbs=DATABASES_MAX, sync=False) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        database = environment.open_db(table.encode(), txn=transaction, create=False)
+        if value is None:
+            transaction.delete(key, db=database)
+        else:
+            transaction.put(key, value, db=database)
+
+
+def damages(value: bytes, chosen: random.Random) -> Iterator[tuple[str, bytes | None]]:
+    """Yield what may become of an entry, each with what it is: deleted, cut off, one bit or one byte flipped."""
+    yield "deleted", None
+    if not value:
+        return
+    yield "cut", value[: chosen.randrange(len(value))]
+    for flipped in (1 << chosen.randrange(8), 0xFF):
+        place = chosen.randrange(len(value))
+        yield "flipped", value[:place] + bytes([value[place] ^ flipped]) + value[place + 1 :]

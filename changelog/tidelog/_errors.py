@@ -338,7 +338,9 @@ class MassRemoval(SynchronizationError):
     """
 
     def __init__(self, *, removed: Mapping[str, int], present: Mapping[str, int]) -> None:
-        counts = ", ".join(f"{count} of {present[entity]} {entity}" for entity, count in removed.items() if count)
+        counts = ", ".join(
+            f"{count} of {present[entity]} {entity}" for entity, count in sorted(removed.items()) if count
+        )
         super().__init__(
             f"the server lacks {counts}, and does not say that they were deleted: "
             "is it the right server, with all its data? Nothing was removed; to go on, accept the removal"

@@ -219,7 +219,7 @@ class _Verification:
         attributes = None if base is None else decode_map(base.attributes)
         created = damaged = False
         for seq, version in unconfirmed:
-            problem = self._replay_problem(seq, version, base)
+            problem = self._replay_problem(key, seq, version, base)
             if problem:
                 yield _finding(FindingKind.REPLAY_WRONG, f"operation {seq}, on {where}", *problem)
             operation = self._logged(seq)
@@ -242,13 +242,15 @@ class _Verification:
                     FindingKind.VIEW_DIFFERS, where, _record_text(expected_record), _record_text(found_record)
                 )
 
-    def _replay_problem(self, seq: int, version: int, base: ViewRecord | None) -> tuple[str, str] | None:
+    def _replay_problem(self, key: bytes, seq: int, version: int, base: ViewRecord | None) -> tuple[str, str] | None:
         """Return what is wrong with an operation being replayed: expected, found."""
         position = pack_position(seq)
         if self._transaction.get(position, db=self._positions[_LOG]) is None:
             return ("to be logged", "none")
         is_pending = self._transaction.get(position, db=self._positions[_PENDING]) is not None
         if not version:
+            if not self._view.is_open(self._transaction, key, seq):
+                return ("the version 0 in full", "a part of it")
             is_open = is_pending or self._transaction.get(position, db=self._reoffers) is not None
             return None if is_open else ("to be pending", "not")
         outcome = self._outcome_at(seq) or Outcome(0, "")

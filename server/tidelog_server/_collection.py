@@ -20,6 +20,7 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import OperationKind
 from tidelog.v1 import failure_pb2
+from tidelog_server import _account
 from tidelog_server._file_records import (
     CONTENTS,
     FOUND_AGAIN,
@@ -123,7 +124,9 @@ def settled_before(reader: Reader, replica: bytes, before_us: int) -> list[int]:
 
 def without_outcomes(reader: Reader, replica: bytes, seqs: Sequence[int]) -> tuple[Writes, int]:
     """Forget what became of operations; return how many they are."""
-    return _writes(reader, forgotten=Forgotten(settled=[(replica, seq) for seq in seqs])), len(seqs)
+    told = _account.without_outcomes(reader, replica, seqs)
+    forgotten = Forgotten(settled=[(replica, seq) for seq in seqs])
+    return _writes(reader, forgotten=forgotten, index_entries=told), len(seqs)
 
 
 def old_notes(reader: Reader, after: bytes, before_us: int) -> tuple[list[Note], bytes]:

@@ -27,7 +27,7 @@ from tidelog._keys import ObjectKey
 from tidelog._limits import BATCH_OPERATIONS_MAX, GROUP_BYTES_MAX
 from tidelog._operation import OperationKind
 from tidelog._patch import Patch
-from tidelog_server import _runs
+from tidelog_server import _account, _runs
 from tidelog_server._action import References
 from tidelog_server._application import Application
 from tidelog_server._applier import UnitApplier
@@ -272,6 +272,7 @@ class _Evaluator:
     def _named_entries(self, members: Iterable[Member]) -> Iterator[bytes]:
         """Yield the keys of the table of indexes that every batch needs, or one with what these operations name."""
         yield _runs.PRESENT
+        yield _account.FAILURES
         overlay, user_id = self._overlay, self._uploader.principal.user_id
         for operation, patch in ((one.operation, one.patch) for one in members if one.operation is not None):
             entity = self._schema.entity(operation.entity)
@@ -405,6 +406,11 @@ class _Evaluator:
                 **outcomes.index_writes(),
                 **self._formers.notes(outcomes.settled),
                 **(_runs.next_commit(self._reader, overlay.index) if outcomes.settled else {}),
+                **(
+                    _account.with_failures(self._reader, overlay.index, failures)
+                    if outcomes.settled or failures
+                    else {}
+                ),
             },
         )
         state = UploadState(

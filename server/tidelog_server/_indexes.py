@@ -15,6 +15,7 @@ tells what it is about:
     s                                -> version         since when `l` has all that left a value
     c g f                            -> contents of files, and who refers to them; see `_file_records`
     n                                -> lives of the store; see `_runs`
+    a                                -> what is said to be there, and forgotten; see `_account`
     w                                -> uploads of contents; see `_upload_records`
 
 Values are represented by a digest, because a key has a limited length: whoever looks

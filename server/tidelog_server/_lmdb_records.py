@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from tidelog._finding import Finding, FindingKind
 from tidelog._keys import POSITION_BYTES, ObjectKey, unpack_object_key, unpack_position
-from tidelog_server._lmdb_store import Databases, LmdbReader
-from tidelog_server._records import REPLICA_ID_BYTES, Change, Head, ObjectState, ReplicaState, Settled
+from tidelog_server._lmdb_store import Databases, LmdbReader, is_settled_twice
+from tidelog_server._records import (
+    COMMIT_ID_BYTES,
+    REPLICA_ID_BYTES,
+    Change,
+    Head,
+    ObjectState,
+    ReplicaState,
+    Settled,
+)
 from tidelog_server._verification import DAMAGE
 
 if TYPE_CHECKING:
@@ -36,6 +44,9 @@ class LmdbRecords:
     def unreadable(self) -> Iterator[Finding]:
         """Yield a finding for each entry that cannot be decoded."""
         tables: tuple[tuple[str, LmdbDatabase, Callable[[bytes, bytes], object]], ...] = (
+            ("heads", self._databases.heads, _commit_of_head),
+            ("collected", self._databases.collected, _version),
+            ("commits", self._databases.commits, _commit),
             ("changes", self._databases.changes, self._change),
             ("objects", self._databases.objects, self._object),
             ("by_version", self._databases.by_version, self._version),
@@ -53,6 +64,9 @@ class LmdbRecords:
 
     def head(self) -> Head:
         return self._readable(self._reader.head) or Head(0, b"")
+
+    def collected(self) -> int:
+        return self._reader.collected()
 
     def commits(self) -> Iterator[tuple[int, bytes]]:
         for key, commit_id in self._entries(self._databases.commits):
@@ -120,6 +134,9 @@ class LmdbRecords:
     def refused(self) -> Iterator[tuple[bytes, ObjectKey, bytes]]:
         return self._scan(self._databases.refused, self._refused)
 
+    def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
+        return self._reader.refused_creation(replica, key)
+
     # --- entries --------------------------------------------------------------
 
     def _entries(self, database: LmdbDatabase, under: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
@@ -159,8 +176,10 @@ class LmdbRecords:
     def _replica(self, key: bytes, _value: bytes) -> tuple[bytes, ReplicaState]:
         return _sized(key, REPLICA_ID_BYTES), _present(_checked_replica(self._reader.replica(key)))
 
-    def _settled(self, key: bytes, _value: bytes) -> tuple[int, Settled]:
+    def _settled(self, key: bytes, value: bytes) -> tuple[int, Settled]:
         seq = _position(key[REPLICA_ID_BYTES:])
+        if not is_settled_twice(value):
+            raise ValueError("it contradicts itself")
         return seq, self._reader.settled(key[:REPLICA_ID_BYTES], (seq,))[seq]
 
     def _refused(self, key: bytes, value: bytes) -> tuple[bytes, ObjectKey, bytes]:
@@ -177,6 +196,18 @@ def _sized(data: bytes, size: int) -> bytes:
     if len(data) != size:
         raise ValueError(f"{len(data)} bytes in place of {size}")
     return data
+
+
+def _commit_of_head(_key: bytes, value: bytes) -> bytes:
+    return _sized(value, POSITION_BYTES + COMMIT_ID_BYTES)
+
+
+def _version(_key: bytes, value: bytes) -> int:
+    return _position(value)
+
+
+def _commit(_key: bytes, value: bytes) -> bytes:
+    return _sized(value, COMMIT_ID_BYTES)
 
 
 def _position(data: bytes) -> int:

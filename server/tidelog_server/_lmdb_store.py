@@ -78,6 +78,9 @@ GROUP_JOBS_MAX: Final = 64
 
 _OBJECT: Final = struct.Struct(">QQ16sB")
 _SETTLED: Final = struct.Struct(">QQB16s")
+# What stands in the place of a failure where there is none: nonce and version once more, because nothing else has the
+# nonce. Zeros in a store of before that.
+_TWICE: Final = struct.Struct(">QQ")
 _TENANT: Final = struct.Struct(">I")
 
 TENANT_BYTES: Final = _TENANT.size
@@ -697,7 +700,14 @@ def _pack_settled(one: Settled) -> bytes:
         | (_REJECTED if one.failure_id else 0)
         | (_CULPRIT if one.culprit else 0)
     )
-    return _SETTLED.pack(one.nonce, one.version, flags, one.failure_id)
+    failure_id = one.failure_id or _TWICE.pack(one.nonce, one.version)
+    return _SETTLED.pack(one.nonce, one.version, flags, failure_id)
+
+
+def is_settled_twice(value: bytes) -> bool:
+    """Tell whether the outcome of an operation says the same both times, or only once: a refusal, or an old one."""
+    nonce, version, flags, second = _SETTLED.unpack(value)
+    return bool(flags & _REJECTED) or second in (_TWICE.pack(nonce, version), bytes(_TWICE.size))
 
 
 def _unpack_settled(value: bytes) -> Settled:

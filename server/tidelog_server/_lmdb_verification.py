@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from tidelog._environment import DATA_FILE, Environment
-from tidelog._errors import StorageError, TidelogError
+from tidelog._errors import StorageError
 from tidelog._finding import Finding, FindingKind
 from tidelog_server._adoption import adopted_schema, has_referrers
 from tidelog_server._backup_note import BACKUP_FILE, BackupNote, data_bytes, data_sha256
@@ -29,13 +29,13 @@ from tidelog_server._content_store import (
 from tidelog_server._file_verification import content_findings
 from tidelog_server._lmdb_records import LmdbRecords
 from tidelog_server._lmdb_store import FORMAT, TENANT_BYTES, Databases, LmdbReader, noted
-from tidelog_server._verification import Counts, findings
+from tidelog_server._verification import DAMAGE, Counts, findings
 
 if TYPE_CHECKING:
     from tidelog._environment import LmdbTransaction
     from tidelog._schema import Schema
 
-_NO_SCHEMA: Final = (TidelogError, msgspec.MsgspecError)
+_NO_SCHEMA: Final = (*DAMAGE, msgspec.MsgspecError)
 
 
 def verify_directory(path: Path, *, counts: Counts, contents: ContentStore | None) -> Iterator[Finding]:

@@ -80,6 +80,9 @@ class PostgresRecords:
     def head(self) -> Head:
         return self._reader.head()
 
+    def collected(self) -> int:
+        return self._reader.collected()
+
     def commits(self) -> Iterator[tuple[int, bytes]]:
         after = 0
         while page := self._rows(_COMMITS, self._tenant, after, PAGE_ROWS):
@@ -163,6 +166,9 @@ class PostgresRecords:
             for replica, entity, id_, failure in page:
                 after = (replica, entity, id_)
                 yield replica, (entity, id_), failure
+
+    def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
+        return self._reader.refused_creation(replica, key)
 
     # --- rows that may not be what was written --------------------------------
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, LiteralString
 
 import msgspec
 
-from tidelog._errors import StorageError, TidelogError
+from tidelog._errors import StorageError
 from tidelog._finding import Finding, FindingKind
 from tidelog_server._adoption import adopted_schema, has_referrers
 from tidelog_server._content_store import ContentStore
@@ -24,7 +24,7 @@ from tidelog_server._postgres_reader import PostgresReader
 from tidelog_server._postgres_records import PostgresRecords
 from tidelog_server._postgres_schema import check_tables
 from tidelog_server._records import Head, Identity
-from tidelog_server._verification import Counts, findings
+from tidelog_server._verification import DAMAGE, Counts, findings
 
 if TYPE_CHECKING:
     from tidelog._schema import Schema
@@ -46,7 +46,7 @@ _NEXT_TENANT: Final[dict[str, LiteralString]] = {
     "refused": "SELECT tenant FROM refused WHERE tenant > %s ORDER BY tenant LIMIT 1",
 }
 
-_NO_SCHEMA: Final = (TidelogError, msgspec.MsgspecError)
+_NO_SCHEMA: Final = (*DAMAGE, msgspec.MsgspecError)
 
 
 def check_database(conninfo: str) -> None:

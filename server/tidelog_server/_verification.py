@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Final, Protocol
 
 import uuid_utils
@@ -30,7 +31,7 @@ from tidelog._patch import decode_patch
 from tidelog._schema import Schema
 from tidelog._values import Attributes, decode_map, decode_trusted, equal
 from tidelog.v1 import failure_pb2
-from tidelog_server import _runs
+from tidelog_server import _account, _runs
 from tidelog_server._file_verification import FILE_TABLES, FileVerification
 from tidelog_server._formers import is_note_of_forgotten, read_note
 from tidelog_server._history import attributes_before, kept_changes
@@ -78,6 +79,10 @@ class Records(Protocol):
 
     def head(self) -> Head:
         """Return where the tenant's history stands."""
+        ...
+
+    def collected(self) -> int:
+        """Return the highest version collected, up to which no change is kept."""
         ...
 
     def commits(self) -> Iterable[tuple[int, bytes]]:
@@ -152,6 +157,10 @@ class Records(Protocol):
         """Iterate over refused creations: replica, key of the object, id of the failure."""
         ...
 
+    def refused_creation(self, replica: bytes, key: ObjectKey) -> bytes | None:
+        """Return the id of the failure because of which a replica could not create an object, or None."""
+        ...
+
 
 def findings(
     records: Records, schema: Schema | None, counts: Counts | None = None, *, has_referrers: bool = True
@@ -184,9 +193,9 @@ class _Verification:
         self._indexed = indexed_entities(schema) if schema is not None else frozenset()
         self._since = complete_since(records.index)
         self._settling = _runs.present(records.index)
-        self._oldest = next((change.version for change in records.changes()), self._head + 1)
-        # For each change that is kept: whether it was found to be one of its object's.
-        self._reached = bytearray((max(0, self._head + 1 - self._oldest) + 7) // 8)
+        self._oldest = records.collected() + 1
+        self._failure_count = _account.failure_count(records.index)
+        self._reached = _Reached(self._oldest, 0)
         self._expected_of = lru_cache(maxsize=1)(self._entries_of)
 
     def run(self) -> Iterator[Finding]:
@@ -206,15 +215,25 @@ class _Verification:
 
     def _changes(self) -> Iterator[Finding]:
         newest = self._oldest - 1
+        count = 0
+        if newest > self._head:
+            expected = f"no version above {self._head}, that of the head"
+            yield _finding(FindingKind.HEAD_WRONG, "highest version collected", expected, f"version {newest}")
         for change in self._records.changes():
             self._counts["changes"] += 1
+            count += 1
             version = change.version
+            if version < self._oldest:
+                expected = f"to be gone, like all up to version {self._oldest - 1}"
+                yield _finding(FindingKind.HEAD_WRONG, f"change {version}", expected, "the change")
+                continue
             if version > newest + 1:
                 yield _finding(
                     FindingKind.CHANGE_MISSING, _changes_text(newest + 1, version - 1), "to be kept", "none"
                 )
             newest = version
             yield from self._outcome_of(change)
+        self._reached = _Reached(self._oldest, count)
         if newest != self._head:
             expected = f"version {newest}, that of the newest change"
             yield _finding(FindingKind.HEAD_WRONG, "head", expected, f"version {self._head}")
@@ -224,10 +243,12 @@ class _Verification:
         if change.failure:
             if self._records.failure(change.failure) is None:
                 yield _finding(FindingKind.FAILURE_WRONG, where, f"the failure {_uuid(change.failure)}", "none")
-        elif change.replica != NO_REPLICA and not change.by_hook:
+        elif change.replica != NO_REPLICA:
             mark = self._records.outcome(change.replica, change.seq)
-            if mark is None and self._is_forgotten(change.replica, change.seq):
+            if mark is None and self._is_retired(change.replica):
                 return
+            if change.by_hook and (mark is not None or self._is_forgotten(change.replica, change.seq)):
+                return  # the operation was applied at an earlier version
             if mark is None or mark.version != change.version:
                 yield _finding(
                     FindingKind.SETTLED_WRONG,
@@ -237,13 +258,19 @@ class _Verification:
                 )
 
     def _is_forgotten(self, replica: bytes, seq: int) -> bool:
-        """
-        Tell whether an outcome may be missing: they are forgotten from the oldest operation on.
-
-        What came again after that has an outcome anew, and those behind it need not have come again too.
-        """
+        """Tell whether an outcome may be missing, because the store says that it was forgotten."""
+        if self._is_retired(replica) or seq <= _account.forgotten_through(self._records.index, replica):
+            return True
+        if self._failure_count is not None:
+            return False
+        # Before there was an account they were forgotten from the oldest operation on. What came again
+        # after that has an outcome anew, and those behind it need not have come again too.
         kept = (one for one, mark in self._records.settled(replica) if not self._is_in_doubt(mark))
         return next(kept, seq + 1) > seq
+
+    def _is_retired(self, replica: bytes) -> bool:
+        state = self._records.replica(replica)
+        return state is not None and state.retired
 
     def _commits(self) -> Iterator[Finding]:
         newest = (0, b"")
@@ -261,19 +288,11 @@ class _Verification:
 
     def _orphans(self) -> Iterator[Finding]:
         for change in self._records.changes():
-            if change.version <= self._head and not self._is_reached(change.version):
+            if self._oldest <= change.version <= self._head and change.version not in self._reached:
                 expected = f"to lead to {_name(change.key)}"
                 yield _finding(
                     FindingKind.CHANGE_ORPHANED, f"change {change.version}", expected, "none that follows it"
                 )
-
-    def _is_reached(self, version: int) -> bool:
-        byte, bit = divmod(version - self._oldest, 8)
-        return bool(self._reached[byte] & 1 << bit)
-
-    def _reach(self, version: int) -> None:
-        byte, bit = divmod(version - self._oldest, 8)
-        self._reached[byte] |= 1 << bit
 
     # --- objects --------------------------------------------------------------
 
@@ -316,8 +335,8 @@ class _Verification:
                 expected = f"a change of {_name(key)}"
                 yield _finding(FindingKind.CHAIN_BROKEN, where, expected, f"one of {_name(change.key)}")
                 return
-            self._reach(version)
-            if change.previous >= version:
+            self._reached.add(version)
+            if not 0 <= change.previous < version:
                 yield _finding(FindingKind.CHAIN_BROKEN, where, "a lower version before it", str(change.previous))
                 return
             if is_present_incarnation:
@@ -339,12 +358,19 @@ class _Verification:
 
     def _reach_all(self, key: ObjectKey, state: ObjectState) -> None:
         """Pass over the rest of a chain in which something was found."""
-        last = self._head + 1
+        for change in self._falling(state):
+            if change.key != key or not self._oldest <= change.version <= self._head:
+                return
+            self._reached.add(change.version)
+
+    def _falling(self, state: ObjectState) -> Iterator[Change]:
+        """Yield the changes that led to an object, the newest first, as long as each leads further back."""
+        last = state.version + 1
         for change in kept_changes(state.version, self._records.change):
-            if change.key != key or not self._oldest <= change.version < last:
+            if change.version >= last:
                 return
             last = change.version
-            self._reach(last)
+            yield change
 
     def _versions(self) -> Iterator[Finding]:
         for entity, version, id_ in self._records.versions():
@@ -398,7 +424,7 @@ class _Verification:
         try:
             after = None if state.deleted else decode_trusted(state.attributes)
             held = _values(key[0], entity.indexes, after)
-            for change in kept_changes(state.version, self._records.change):
+            for change in self._falling(state):
                 if change.version <= self._since:
                     break
                 before = attributes_before(change, after)
@@ -441,6 +467,8 @@ class _Verification:
             return next((finding.expected for finding in self._mark("", noted.settled)), "")
         if _runs.is_entry(key):
             return "" if _runs.is_in_order(key, value, self._settling) else "how far settling came in which run"
+        if _account.is_entry(key):
+            return "" if _account.is_in_order(key, value, self._ranges) else "what is on record, or forgotten"
         pair = split_dependent(key)
         if pair is None:
             return "" if key in rebuilt(0) else "an entry of a known table"
@@ -449,6 +477,10 @@ class _Verification:
         if record is None or _id(record.cause_failure_id) != cause or self._records.failure(cause) is None:
             return f"the failure {_uuid(failure_id)} because of {_uuid(cause)}"
         return ""
+
+    def _ranges(self, replica: bytes) -> Sequence[tuple[int, int]]:
+        state = self._records.replica(replica)
+        return state.settled_ranges if state is not None else ()
 
     # --- outcomes, failures ---------------------------------------------------
 
@@ -485,13 +517,18 @@ class _Verification:
         if mark.failure_id:
             if self._records.failure(mark.failure_id) is None:
                 yield _finding(FindingKind.SETTLED_WRONG, where, f"the failure {_uuid(mark.failure_id)}", "none")
+            if mark.version:
+                expected, found = "to be refused, and not applied", f"applied at version {mark.version} too"
+                yield _finding(FindingKind.SETTLED_WRONG, where, expected, found)
         elif not 0 < mark.version <= self._head:
             expected = f"a version of 1 to {self._head}"
             yield _finding(FindingKind.SETTLED_WRONG, where, expected, _outcome_text(mark))
 
     def _failures(self) -> Iterator[Finding]:
+        count = 0
         for failure_id, data in self._records.failures():
             self._counts["failures"] += 1
+            count += 1
             where = f"failure {_uuid(failure_id)}"
             record = _parsed(data)
             if record is None:
@@ -504,6 +541,9 @@ class _Verification:
                 yield from self._payload(failure_id, where, record)
             if self._files is not None:
                 yield from self._files.of_failure(where, failure_id, data)
+        if self._failure_count not in (None, count):
+            expected = f"{self._failure_count} of them, as they were counted"
+            yield _finding(FindingKind.FAILURE_WRONG, "failures", expected, str(count))
 
     def _cause(self, failure_id: bytes, where: str, record: failure_pb2.SynchronizationFailure) -> Iterator[Finding]:
         if not record.cause_failure_id:
@@ -526,6 +566,8 @@ class _Verification:
             if record.reason not in _UNREADABLE_REASONS:
                 yield _finding(FindingKind.FAILURE_WRONG, where, "an operation that can be read", str(error))
         replica = _id(record.replica_id)
+        if replica is not None and not self._is_retired(replica):
+            yield from self._creations(failure_id, replica, operations)
         for seq, nonce in map(identity_of, operations):
             mark = self._records.outcome(replica, seq) if seq and replica else None
             if mark is None and replica and self._is_forgotten(replica, seq):
@@ -541,6 +583,15 @@ class _Verification:
                     f"operation {seq} of replica {record.replica_id} to be refused with it",
                     "no outcome" if mark is None else _outcome_text(mark),
                 )
+
+    def _creations(self, failure_id: bytes, replica: bytes, operations: Iterable[bytes]) -> Iterator[Finding]:
+        """Look for what says that creations were refused, under the names that their entities have had."""
+        for data in operations:
+            key = _created(data)
+            names = () if key is None else _names_since(key[0], self._schema)
+            if key is not None and not any(self._records.refused_creation(replica, (name, key[1])) for name in names):
+                where = f"refused creation of {_name(key)} by replica {_uuid(replica)}"
+                yield _finding(FindingKind.REFUSED_WRONG, where, f"the failure {_uuid(failure_id)}", "none")
 
     def _is_in_doubt(self, mark: Settled) -> bool:
         """Tell whether an operation was refused because it was forgotten what had become of it."""
@@ -564,6 +615,32 @@ class _Verification:
     def _failure(self, failure_id: bytes) -> failure_pb2.SynchronizationFailure | None:
         data = self._records.failure(failure_id)
         return None if data is None else _parsed(data)
+
+
+class _Reached:
+    """
+    Versions of changes that were found to be one of their object's: one bit for each change there is.
+
+    Args:
+        oldest: The first version that there is a bit for.
+        count: How many changes there are; those that lie further apart are remembered one by one.
+    """
+
+    def __init__(self, oldest: int, count: int) -> None:
+        self._oldest = oldest
+        self._bits = bytearray((count + 7) // 8)
+        self._others: set[int] = set()
+
+    def add(self, version: int) -> None:
+        byte, bit = divmod(version - self._oldest, 8)
+        if byte < len(self._bits):
+            self._bits[byte] |= 1 << bit
+        else:
+            self._others.add(version)
+
+    def __contains__(self, version: int) -> bool:
+        byte, bit = divmod(version - self._oldest, 8)
+        return bool(self._bits[byte] & 1 << bit) if byte < len(self._bits) else version in self._others
 
 
 def _values(entity: str, indexes: Iterable[str], attributes: Attributes | None) -> set[bytes]:
@@ -654,12 +731,27 @@ def _operations_of(record: failure_pb2.SynchronizationFailure) -> Sequence[bytes
 
 
 def _creates(data: bytes, id_: str) -> bool:
+    key = _created(data)
+    # By its id only: the entity may have got another name since.
+    return key is not None and key[1] == id_
+
+
+def _created(data: bytes) -> ObjectKey | None:
+    """Return the key of the object that an operation creates, as it says itself; None: it creates none."""
     try:
         operation = decode_operation(data)
     except TidelogError:
-        return False
-    # By its id only: the entity may have got another name since.
-    return operation.kind is OperationKind.CREATE and operation.id == id_
+        return None
+    return operation.key if operation.kind is OperationKind.CREATE else None
+
+
+def _names_since(entity: str, schema: Schema | None) -> Sequence[str]:
+    """Return the names that an entity has had, from the one that it had then."""
+    names = [entity]
+    for rename in sorted(schema.renames if schema is not None else (), key=attrgetter("version")):
+        if rename.attribute is None and rename.entity in names and rename.to not in names:
+            names.append(rename.to)
+    return names
 
 
 def _id(text: str) -> bytes | None:

@@ -463,7 +463,7 @@ class TestCommands:
     def test_verify(self, store: Path, folder: Path) -> None:
         """What was looked at is counted; what is wrong is named, a line for each, with exit code 5."""
         sound = succeed("verify", "--data", store, cwd=folder)
-        counts = "tenants 1, changes 300, objects 300, index entries 4, replicas 1, outcomes 299, contents 1"
+        counts = "tenants 1, changes 300, objects 300, index entries 5, replicas 1, outcomes 299, contents 1"
         assert sound == f"checked: {counts}\n"
         [summary] = read_json(succeed("verify", "--data", store, "--json", cwd=folder))
         assert summary["findings"] == 0

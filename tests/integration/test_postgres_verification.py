@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -35,6 +37,37 @@ DAMAGES = {
         "DELETE FROM changes WHERE version = 2",
         ["chain_broken", "change_missing", "change_orphaned", "head_wrong"],
         "change 2",
+    ),
+    "the first changes, of a store that collected none": (
+        "DELETE FROM changes WHERE version <= 5 AND tenant = 1",
+        ["chain_broken", "change_missing"],
+        "changes 1 to 5",
+    ),
+    "all changes of a tenant": (
+        "DELETE FROM changes WHERE tenant = 1",
+        ["chain_broken", "head_wrong"],
+        "that of the newest change",
+    ),
+    "changes that should be collected": (
+        "UPDATE tenants SET collected = 6 WHERE number = 1",
+        ["head_wrong"],
+        "like all up to version 6",
+    ),
+    "a head beyond all": (
+        "UPDATE tenants SET version = 1::bigint << 62 WHERE number = 1",
+        ["head_wrong"],
+        "version 4611686018427387904",
+    ),
+    "all outcomes of a replica": (
+        "DELETE FROM settled WHERE replica = repeat('b', 16)::bytea",
+        ["failure_wrong", "settled_wrong"],
+        "operations 1 to 6",
+    ),
+    "all refused creations": ("DELETE FROM refused", ["refused_wrong"], "Order 'o4'"),
+    "a failure that nothing points to": (
+        "DELETE FROM failures WHERE id NOT IN (SELECT failure_id FROM settled)",
+        ["failure_wrong"],
+        "as they were counted",
     ),
     "a change of no kind": (
         "UPDATE changes SET kind = 77 WHERE version = 5 AND tenant = 1",
@@ -163,6 +196,47 @@ def test_damage_is_named(damaged: str, name: str) -> None:
 
     assert sorted({one.kind.value for one in findings}) == kinds
     assert any(text in f"{one.where} {one.expected} {one.found}" for one in findings)
+
+
+def fill(connection: psycopg.Connection, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Let a table hold these rows, and no others."""
+    insert = f"INSERT INTO {table} OVERRIDING SYSTEM VALUE VALUES"
+    with connection.transaction():
+        connection.execute(f"DELETE FROM {table}".encode())
+        for row in rows:
+            connection.execute(f"{insert} ({', '.join(['%s'] * len(row))})".encode(), row)
+
+
+def replaced(value: Any, chosen: random.Random) -> Any:
+    """Return another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return chosen.choice([value ^ 1, -1, 1 << 62])
+    if isinstance(value, bytes):
+        return chosen.choice([b"", value[:-1], value[:-1] + b"\xff", b"\xc1"])
+    if isinstance(value, list):
+        return value[1:]
+    return chosen.choice(["", value[:-1], value + "\u00e9"])
+
+
+def test_one_row_of_every_table(damaged: str) -> None:
+    """Whatever row is lost, and whatever is in one of its columns: verification ends in findings, or in none."""
+    chosen = random.Random(4)
+    with psycopg.connect(damaged, options="-c search_path=tidelog", autocommit=True) as connection:
+        query = "SELECT tablename FROM pg_tables WHERE schemaname = 'tidelog' AND tablename <> 'store' ORDER BY 1"
+        for (table,) in connection.execute(query).fetchall():
+            rows = connection.execute(f"SELECT * FROM {table}".encode()).fetchall()
+            for index in chosen.sample(range(len(rows)), min(3, len(rows))):
+                row, column = rows[index], chosen.randrange(len(rows[index]))
+                other = (*row[:column], replaced(row[column], chosen), *row[column + 1 :])
+                for instead in ([], [other]):
+                    with suppress(psycopg.errors.UniqueViolation):
+                        fill(connection, table, [*rows[:index], *rows[index + 1 :], *instead])
+                    found(damaged)
+            fill(connection, table, rows)
+
+    assert found(damaged) == []
 
 
 def test_findings_name_their_tenant(damaged: str) -> None:

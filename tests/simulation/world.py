@@ -1481,4 +1481,5 @@ class World(FileHappenings):
         return self._server_clock()
 
     def _say(self, event: str) -> None:
-        self.events.append(event)
+        # Where the data lie is of this run; all else is of the seed.
+        self.events.append(event.replace(str(self._directory), "the disk"))

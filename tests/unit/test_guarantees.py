@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.fuzz.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "guarantees.md").read_text()
@@ -15,6 +16,11 @@ COMMANDS = sorted(set(re.findall(r"`python -m ([^`]+)`", TEXT)))
 def test_every_promise_has_a_row() -> None:
     """The sixteen promises are there, in order."""
     assert re.findall(r"^\| (\d+) \| \*\*", TEXT, re.MULTILINE) == [str(number) for number in range(1, 17)]
+
+
+def test_the_count_of_decoders() -> None:
+    """The page says of how many decoders each is given hostile bytes."""
+    assert re.findall(r"hostile bytes, for each of (\d+) decoders", TEXT) == [str(len(TARGETS))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

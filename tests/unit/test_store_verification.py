@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import uuid
 from collections import Counter
@@ -20,11 +21,14 @@ from tests.builders import (
     TIME_US,
     Lab,
     create,
+    damages,
     delete,
+    entries,
     group,
     make_operation,
     packed,
     quick_folder,
+    replace_entry,
     said,
     update,
 )
@@ -390,6 +394,11 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
         ["chain_broken", "change_orphaned"],
         "expected a lower version before it, found 7",
     ),
+    "a chain that leads in a circle": (
+        lambda tables: tables.change(6, previous=6),
+        ["chain_broken", "change_orphaned"],
+        "expected a lower version before it, found 6",
+    ),
     "a chain that begins in the middle": (
         lambda tables: tables.change(5, previous=0),
         ["chain_broken", "change_orphaned"],
@@ -510,7 +519,7 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
     ),
     "an outcome with another version": (
         lambda tables: tables.flip("settled", settled_key(6), 15),
-        ["settled_wrong"],
+        ["entry_unreadable", "settled_wrong"],
         "expected applied at version 7, as the change says, found applied at version 248",
     ),
     "a refusal that became an application": (
@@ -532,6 +541,20 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
         lambda tables: tables.put("indexes", b"n", pack_position(7)),
         ["index_wrong"],
         "expected how far settling came in which run",
+    ),
+    "a refusal that was applied too": (
+        lambda tables: tables.put(
+            "settled",
+            settled_key(5, REPLICA_B),
+            (old := tables.get("settled", settled_key(5, REPLICA_B)))[:15] + b"\3" + old[16:],
+        ),
+        ["settled_wrong"],
+        "expected to be refused, and not applied",
+    ),
+    "what a hook changed for an operation that is not known": (
+        lambda tables: tables.change(10, seq=11_000),
+        ["settled_wrong"],
+        "applied at version 10, as the change says, found no outcome",
     ),
     "another newest operation": (
         lambda tables: tables.state(REPLICA_A, newest_nonce=7),
@@ -565,7 +588,7 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
     ),
     "a failure with another operation": (
         with_record(lambda record: setattr(record, "operation", create(3, "o4"))),
-        ["failure_wrong"],
+        ["failure_wrong", "refused_wrong"],
         "operation 3 of replica",
     ),
     "a failure whose operation cannot be read": (
@@ -605,7 +628,7 @@ def test_a_rich_history_is_sound(store: Path) -> None:
         "tenants": 2,
         "changes": 24,
         "objects": 9,
-        "index entries": 18,
+        "index entries": 19,
         "replicas": 2,
         "outcomes": 17,
         "failures": 6,
@@ -640,11 +663,12 @@ def test_a_table_that_is_missing(store: Path) -> None:
 
 
 def test_a_log_that_was_trimmed(store: Path) -> None:
-    """What is no longer kept of the change log is not missed: objects are followed back as far as it reaches."""
+    """What is collected of the change log is not missed: objects are followed back as far as it reaches."""
 
     def trim(tables: Tables) -> None:
         for version in range(1, 7):
             tables.delete("changes", pack_position(version))
+        tables.put("collected", b"", pack_position(6))
 
     damage(store, trim)
     assert found(store) == []
@@ -653,22 +677,166 @@ def test_a_log_that_was_trimmed(store: Path) -> None:
     assert kinds(store) == ["state_differs"]
 
 
+@pytest.mark.parametrize("count", [1, 5, 22])
+def test_a_log_that_nobody_trimmed(store: Path, count: int) -> None:
+    """Where nothing was collected the first changes are missing, or all, and not trimmed."""
+
+    def lose(tables: Tables) -> None:
+        for version in range(1, count + 1):
+            tables.delete("changes", pack_position(version))
+
+    damage(store, lose)
+    assert {"chain_broken", "head_wrong" if count == 22 else "change_missing"} <= set(kinds(store))
+
+
+def test_what_is_collected_and_kept(store: Path) -> None:
+    """A highest version collected contradicts changes up to it that are kept, and a head below it."""
+    damage(store, lambda tables: tables.put("collected", b"", pack_position(6)))
+    assert any("change 6: expected to be gone, like all up to version 6" in str(one) for one in found(store))
+
+    damage(store, lambda tables: tables.put("collected", b"", pack_position(1 << 60)))
+    assert any(one.where == "highest version collected" for one in found(store))
+
+
+def test_a_head_that_is_beyond_all(store: Path) -> None:
+    """A head however high is a finding: memory goes by the changes that there are."""
+    damage(store, lambda tables: tables.flip("heads", b"", 0))
+
+    assert kinds(store) == ["head_wrong"]
+
+
+def lose_outcomes(replica: bytes, *seqs: int, through: int = 0) -> Callable[[Tables], None]:
+    """Delete outcomes, and say so of those up to a seq."""
+
+    def work(tables: Tables) -> None:
+        for seq in seqs:
+            tables.delete("settled", settled_key(seq, replica))
+        if through:
+            tables.put("indexes", b"a" + replica, pack_position(through))
+
+    return work
+
+
 def test_outcomes_that_are_forgotten(store: Path) -> None:
-    """Outcomes are forgotten from the oldest on: there they are not missed, but behind one that is kept."""
-
-    def forget(*seqs: int) -> Callable[[Tables], None]:
-        def work(tables: Tables) -> None:
-            for seq in seqs:
-                tables.delete("settled", settled_key(seq, REPLICA_B))
-
-        return work
-
-    damage(store, forget(1, 2, 3))
+    """Outcomes of failures that the store says it has forgotten are not missed, but behind them."""
+    damage(store, lose_outcomes(REPLICA_B, 1, 2, 3, through=3))
     assert found(store) == []
-    damage(store, forget(5))
+    damage(store, lose_outcomes(REPLICA_B, 5))
     assert kinds(store) == ["failure_wrong", "settled_wrong"]
-    damage(store, forget(4, 6))
+    damage(store, lose_outcomes(REPLICA_B, 4, 6, through=6))
     assert found(store) == []
+
+
+@pytest.mark.parametrize("seqs", [[1], [1, 2, 3], [1, 2, 3, 4, 5, 6]])
+def test_outcomes_that_nobody_forgot(store: Path, seqs: list[int]) -> None:
+    """Where nothing was forgotten the first outcomes of a replica are missing, or all."""
+    damage(store, lose_outcomes(REPLICA_B, *seqs))
+
+    assert kinds(store) == ["failure_wrong", "settled_wrong"]
+
+
+def test_outcomes_of_changes_that_are_kept(store: Path) -> None:
+    """As long as a change is kept its outcome is, whatever the store says that it has forgotten."""
+    damage(store, lose_outcomes(REPLICA_A, 1, through=12))
+
+    assert kinds(store) == ["settled_wrong"]
+
+
+def test_outcomes_of_a_retired_replica(store: Path) -> None:
+    """Of a replica that was retired all may be gone, what it could not create too."""
+
+    def retire(tables: Tables) -> None:
+        tables.state(REPLICA_B, retired=True)
+        for key in tables.keys("refused", REPLICA_B):
+            tables.delete("refused", key)
+
+    damage(store, lose_outcomes(REPLICA_B, 1, 2, 3, 4, 5, 6))
+    damage(store, retire)
+
+    assert found(store) == []
+
+
+def test_outcomes_of_before(store: Path) -> None:
+    """A store that forgot outcomes before it kept an account is sound, but for what a change or a gap tells."""
+    damage(store, lambda tables: tables.put("indexes", b"a", b""))
+    damage(store, lose_outcomes(REPLICA_B, 1, 2, 3))
+    assert found(store) == []
+
+    damage(store, lose_outcomes(REPLICA_B, 5))
+    assert kinds(store) == ["failure_wrong", "settled_wrong"]
+    damage(store, lose_outcomes(REPLICA_A, 1, 2))
+    assert sum(one.kind.value == "settled_wrong" for one in found(store)) == 3
+
+
+def test_refused_creations_that_are_lost(store: Path) -> None:
+    """A creation that was refused is on record as long as the failure has its payload."""
+
+    def lose(tables: Tables) -> None:
+        for key in tables.keys("refused"):
+            tables.delete("refused", key)
+
+    damage(store, lose)
+
+    assert kinds(store) == ["refused_wrong"]
+
+
+def test_a_failure_that_nothing_points_to(store: Path) -> None:
+    """The failure of an operation that could not be read at all is missed, because failures are counted."""
+
+    def lose(tables: Tables) -> None:
+        key = next(
+            key
+            for key in tables.keys("failures")
+            if failure_pb2.SynchronizationFailure.FromString(tables.get("failures", key)).operation == b"\xff\xff"
+        )
+        tables.delete("failures", key)
+
+    damage(store, lose)
+
+    assert [str(one.where) for one in found(store)] == ["failures"]
+
+
+def test_another_nonce(store: Path) -> None:
+    """An outcome with another nonce is noticed, though nothing but the outcome has it."""
+    damage(store, lambda tables: tables.flip("settled", settled_key(2), 7))
+    assert "entry_unreadable" in kinds(store)
+
+    # As it was written before it said so twice.
+    once = pack_position(7) + pack_position(2) + bytes(17)
+    damage(store, lambda tables: tables.put("settled", settled_key(2), once))
+    assert found(store) == []
+
+
+# What one damaged entry may stay unnoticed in: what nothing else in a store tells, or what is information only.
+UNNOTICED: Final[dict[tuple[str, str], str]] = {
+    ("changes", "flipped"): "times, users, what a hook was run by",
+    ("commits", "deleted"): "ids are random, and a commit may have ended at any version",
+    ("commits", "flipped"): "the same",
+    ("failures", "flipped"): "words and times of a failure",
+    ("failures", "cut"): "fields of a failure that it need not have",
+    ("indexes", "deleted"): "the account of a store of before, and how far settling came there",
+    ("indexes", "flipped"): "the random name of a run",
+    ("meta", "deleted"): "a store that was never served has no schema",
+    ("meta", "flipped"): "one UUID or another, one schema or another",
+    ("replicas", "flipped"): "whose it is, when it was heard, and the number of a session",
+    ("refused", "deleted"): "a creation whose failure has no payload any more",
+    ("settled", "flipped"): "whether more of an object changed than an operation said",
+}
+
+
+def test_one_entry_of_every_table(store: Path) -> None:
+    """Whatever entry is lost, cut off or flipped: verification ends in findings, or has nothing to tell it by."""
+    chosen = random.Random(4)
+    unnoticed: set[tuple[str, str]] = set()
+    for table, key, value in entries(store):
+        for what, damaged in damages(value, chosen):
+            replace_entry(store, table, key, damaged)
+            if not found(store):
+                unnoticed.add((table, what))
+        replace_entry(store, table, key, value)
+
+    assert found(store) == []
+    assert unnoticed <= UNNOTICED.keys()
 
 
 def test_a_store_in_use(tmp_path: Path) -> None:
