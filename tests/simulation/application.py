@@ -144,6 +144,22 @@ class Business:
             return n is not None and (type(n) is not int or not -SMALL <= n <= SMALL)
         return entity == "Task" and type(attributes.get("title")) is not str
 
+    def unique_value(self, entity: str, attributes: Attributes | None) -> int | None:
+        """Return the value of an object that no other one of its entity may have, or None."""
+        return attributes.get("n") if self.is_strict and entity == "Note" and attributes is not None else None
+
+    def refuses(self, entity: str, attributes: Attributes) -> str:
+        """Tell why an object can never be written like this, whoever writes it; empty: it can."""
+        if self.breaks_rules(entity, attributes):
+            return "it does not fit the schema"
+        if entity in {"Task", "Order"} and attributes.get("title") == "":
+            return "it has no title"
+        return "its hook breaks" if entity == "Task" and attributes.get("boom") else ""
+
+    def refuses_deletion(self, entity: str, attributes: Attributes) -> str:
+        """Tell why an object can never be deleted, whoever deletes it; empty: it can."""
+        return "it is locked" if entity == "Task" and attributes.get("locked") else ""
+
     def restricts(self, entity: str) -> bool:
         """Tell whether the deletion of an object of an entity may be refused for the sake of others."""
         return any(
@@ -302,6 +318,14 @@ def _merged(base: Attributes, theirs: Attributes, mine: Attributes | None) -> At
         return theirs
     changed = {name: value for name, value in mine.items() if name not in base or not same(value, base[name])}
     return {**changed, **theirs}
+
+
+def tidied(entity: str, attributes: Attributes) -> Attributes:
+    """Return what the hooks make of an object that is written."""
+    if entity != "Task" or not attributes.get("tidy"):
+        return attributes
+    kept = {name: value for name, value in attributes.items() if name != "y"}
+    return {**kept, "slug": str(attributes.get("title")).lower()}
 
 
 def may_hooks_refuse(reason: FailureReason, operation: Operation, states: list[Attributes | None]) -> bool:

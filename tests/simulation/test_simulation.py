@@ -35,10 +35,10 @@ TIMEOUT_SECONDS = 1_200
 # How many worlds a mistake may take to be found; most take one to five.
 MUTATION_SEEDS = range(150)
 PROMISES = {
-    "By version", "Change log", "Commit group", "Converges", "Cursor", "Cursor behind state", "Durable", "Files",
-    "Forks and restores", "Fresh", "In order", "Incarnation", "No mass delete", "No poison", "Nothing lost on refusal",
-    "One at a time", "Private", "Projection", "References", "Settled marks", "Settled once", "Sole writer",
-    "Verification", "View",
+    "As said", "By version", "Change log", "Commit group", "Conflict", "Converges", "Cursor", "Cursor behind state",
+    "Durable", "Files", "Forks and restores", "Fresh", "In order", "Incarnation", "No mass delete", "No poison",
+    "Nothing lost on refusal", "One at a time", "Private", "Projection", "References", "Rights", "Rules",
+    "Settled marks", "Settled once", "Sole writer", "Verification", "View",
     # What the product itself says of an id that cannot be used any more, and of a backup that contradicts itself.
     "ReplicaForked", "ReplicaRetired", "BackupDamaged",
 }  # fmt: skip

@@ -25,6 +25,8 @@ import grpc
 from tests.simulation import chance, copies, disk, promises, removals
 from tests.simulation.actions import IDS, fits
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
+from tests.simulation.applied import Account, check_applied
+from tests.simulation.applied import Commit as Committal
 from tests.simulation.device import Aside, Attempt, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
 from tests.simulation.exchange import FileLink, Turns
@@ -167,13 +169,16 @@ class World(FileHappenings):
         self._copy_count = 0
         # What the store was before it was put back, and the failures that it had.
         self._past_lives: list[History] = []
-        self._restored_at = 0
+        self._restored_at: list[int] = []
         # Whether the store ever became what it had been before another backup was put back: then what replicas were
         # told in between is of a life beside that one, and the store may know of other outcomes.
         self._has_gone_aside = False
         self._former_failures: set[bytes] = set()
         # All operations that anybody ever committed, by nonce.
         self._ledger: dict[int, bytes] = {}
+        self._commits: dict[int, Committal] = {}
+        # The nonces of each log that is gone since another one was put in its place.
+        self._former_logs: list[frozenset[int]] = []
         # What devices knew to be settled when the store was put back, by nonce: the failures' ids.
         self._acknowledged: dict[str, dict[int, str]] = {}
         self._disks: dict[Path, Disk] = {}
@@ -727,6 +732,9 @@ class World(FileHappenings):
                 return
             self._say(f"the third party is told to come again: {type(error).__name__}")
         self._ledger.update((one.nonce, party.committed.data[seq]) for seq, one in party.committed.operations.items())
+        self._commits.update(
+            (one.nonce, Committal(one, party.eyes, is_translated=False)) for one in party.committed.operations.values()
+        )
         self._read_history()
 
     def _upload_of_third_party(self, party: ThirdParty, *, is_answer_lost: bool) -> str:
@@ -791,6 +799,7 @@ class World(FileHappenings):
             self._leave_files(call)
         if link is not None:
             self._leave(device, link)
+        self._former_logs.append(frozenset(device.nonces))
         device.put_back(aside)
         self._lay_traps(Commit.FORK, [device])
         self._open(device)
@@ -837,6 +846,7 @@ class World(FileHappenings):
         """Put a backup, whichever or a certain one, in the place of the store: what was applied since is gone."""
         backup = backup or self._random.choice(self._backups)
         self._read_history()
+        check_applied(self._account)
         self._past_lives.append(self._history.copy())
         self._former_failures |= {one.failure_id for one in self._server.chronicle.marks.values() if one.failure_id}
         known, kept = self._server.chronicle.marks, {one.nonce for one in backup.chronicle.marks.values()}
@@ -848,7 +858,7 @@ class World(FileHappenings):
             acknowledged = {**self._acknowledged.get(device.name, {}), **told}
             # What the backup has is not offered again.
             self._acknowledged[device.name] = {nonce: one for nonce, one in acknowledged.items() if nonce not in kept}
-        self._restored_at = backup.history.version
+        self._restored_at.append(backup.history.version)
         self._lay_traps(self._random.choice([Commit.REBASE, Commit.KEEP]), self._devices)
         since = backup.history.version
         edits = [one for one in self._past_lives[-1].changes if one.kind is OperationKind.UPDATE and not one.by_hook]
@@ -1309,6 +1319,7 @@ class World(FileHappenings):
         business = self.settings.business
         chronicle = self._server.chronicle
         promises.check_references(server, business.schema(2))
+        check_applied(self._account)
         if self._third_party is not None:
             self._check_third_party(self._third_party, server)
         if self._history.lives:
@@ -1367,7 +1378,7 @@ class World(FileHappenings):
             if not device.is_copied and device.name in self._acknowledged:
                 acknowledged.update(self._acknowledged[device.name])
         marks = self._server.chronicle.marks
-        promises.check_offered_again(server, acknowledged, operations, marks, self._restored_at)
+        promises.check_offered_again(server, acknowledged, operations, marks, self._restored_at[-1])
 
     def _lost(self, device: Device, record: ReplicaRecord, server: ServerRecord) -> set[int]:
         """Return what was trimmed on a replica, and then lost on the server when it was put back."""
@@ -1424,13 +1435,41 @@ class World(FileHappenings):
     def _note_commits(self, device: Device) -> list[Operation]:
         found = device.note_commits()
         self._ledger.update((one.nonce, device.committed.data[one.seq]) for one in found)
+        life = self._life_of_bases(device) if found else None
+        self._commits.update((one.nonce, Committal(one, device.eyes, life)) for one in found)
         if self.witness is not None:
             self.witness.note_commits(device.replica._storage.files.contents, found)
         return found
 
+    def _life_of_bases(self, device: Device) -> int | None:
+        """Return of which of the store's lives the states are that a device has; None: some may be of another one."""
+        if self._is_current(device):
+            return device.life
+        lineage = device.replica._storage.lineage
+        is_known = lineage.timeline in ("", self._server.lmdb.identity.timeline)
+        return None if lineage.is_rebasing or is_known else device.life
+
     @property
     def _merging(self) -> list[str]:
         return [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
+
+    @property
+    def _account(self) -> Account:
+        chronicle = self._server.chronicle
+        logs = [*self._former_logs, *(frozenset(device.nonces) for device in self._devices)]
+        if self._third_party is not None:
+            logs.append(frozenset(one.nonce for one in self._third_party.committed.operations.values()))
+        return Account(
+            self._history,
+            self.settings.business,
+            chronicle.marks,
+            chronicle.settlements,
+            self._commits,
+            logs,
+            tuple(self._restored_at),
+            self.settings.has_copies,
+            self.witness is not None,
+        )
 
     def _not_ready(self, report: Report) -> set[int]:
         reasons = {SkipReason.NOT_READY, SkipReason.FILE_NOT_UPLOADED}
