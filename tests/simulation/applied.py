@@ -237,8 +237,9 @@ def check_rules(account: Account) -> Iterator[str]:
             if (value := business.unique_value(key[0], state)) is not None:
                 take(owners.setdefault(value, set()), key)
         if change.version in ends:
-            for value in [value for value, keys in owners.items() if len(keys) > 1]:
-                yield f"{owners[value]} are all {value} at {change.version}"
+            for shared, keys in owners.items():
+                if len(keys) > 1:
+                    yield f"{keys} all have {shared} at {change.version}"
 
 
 def check_applied(account: Account) -> None:

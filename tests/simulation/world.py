@@ -43,6 +43,7 @@ from tests.simulation.fiber import Fiber
 from tests.simulation.file_happenings import CALL_MOVES_MAX, FILE_TRAPS_SHARE, STALL_STEPS_MAX, YEAR, FileHappenings
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
+from tests.simulation.privacy import Listener
 from tests.simulation.promises import PromiseBroken, Rules
 from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_repeated, read_server, read_view
 from tests.simulation.rights import Eyes
@@ -69,7 +70,6 @@ from tidelog import (
 from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.testing import ManualClock
-from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _replica
 from tidelog_client._file_exchange import FileExchange
 from tidelog_client._publication import Publication
@@ -265,7 +265,7 @@ class World(FileHappenings):
             server,
             call.fiber.pause,
             lambda: self._server.has_died,
-            lambda answer: self._overhear(device, answer),
+            lambda answer: self._overhear(listener, answer),
         )
         call.link = link
         device.sessions.append(link)
@@ -273,6 +273,7 @@ class World(FileHappenings):
         pending = (one.seq for one in device.replica._storage.pending(until=call.prepared_at))
         covered = frozenset(pending if selection is None else selection.seqs)
         call.attempt = Attempt(link, self._history.lives, selection, covered)
+        listener = self._listener(device, call, selection)
         self.coverage.totals["streams"] += 1
         if device.has_stale_token:
             device.has_stale_token = False
@@ -280,11 +281,26 @@ class World(FileHappenings):
             link.break_off(grpc.StatusCode.UNAUTHENTICATED, "the token has expired", "UNAUTHENTICATED")
         return link
 
-    def _overhear(self, device: Device, answer: bytes) -> None:
-        page = splice_pb2.SynchronizeResponseSplice.FromString(answer).page
-        if page:
-            self._read_history()
-            promises.check_private(device.seen, sync_pb2.SnapshotPage.FromString(page))
+    def _overhear(self, listener: Listener, answer: bytes) -> None:
+        self._read_history()
+        listener.hear(answer)
+
+    def _listener(self, device: Device, call: Call, selection: Selection | None) -> Listener:
+        """Return one who listens to what the server says in a session that begins."""
+        cursor, sessions = device.replica._storage.meta("cursor"), device.sessions
+        known = splice_pb2.Cursor.FromString(cursor).version if cursor else None
+        if call.mode is not Mode.ALL or not self._is_current(device):
+            known = 0
+
+        def since() -> int:
+            if known is not None:
+                return known
+            # Nothing was told yet but by this session, and by those of which pages are staged.
+            return min(one.settled_version for one in (sessions if sessions[-1].started.resumed else sessions[-1:]))
+
+        asked = None if selection is None else set(selection.keys)
+        schema = self.settings.business.schema(2)
+        return Listener(device.eyes, device.seen, self._history, device.committed, schema, asked, since)
 
     def pause(self, device: Device, seconds: float) -> None:
         """See `Network`."""
