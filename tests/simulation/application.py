@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Final, Literal, get_args
@@ -29,6 +29,8 @@ from tidelog._attributes import AttributeType, OnDelete
 from tidelog_server import Application, HookContext, HookObject, Principal, Reject, TransientError
 
 ENTITIES = ("Note", "Task", "Order", "Line", "Node", "Counter", "Audit")
+# What all work on in some worlds.
+CONTENDED: Final = ("Note", "Node")
 REFERENCES: Final[dict[str, dict[str, str | list[str]]]] = {
     "Line": {"order": "Order", "also": ["Order"]},
     "Node": {"next": "Node", "friends": ["Node"]},
@@ -80,6 +82,19 @@ class Business:
                 for entity in ("Note", "Task", "Node", "Counter", "Audit")
                 if random.random() < 0.2
             },
+        )
+
+    @classmethod
+    def contended(cls, random: Random) -> Business:
+        """Draw one with rules of every kind about the objects that all work on."""
+        return cls(
+            {
+                ("Node", "next"): random.choice(["clear", "cascade"]),
+                ("Node", "friends"): random.choice(["clear", "cascade", "restrict"]),
+            },
+            random.random() < 0.5,
+            {entity: random.choices(["reject_stale", "merge"], [3, 1])[0] for entity in CONTENDED},
+            _rules(random, CONTENDED) if random.random() < 0.6 else (),
         )
 
     def schema(self, version: int, *, is_servers: bool = True) -> Schema:
@@ -182,9 +197,9 @@ def _target(entity: str, name: str) -> str:
     return target if isinstance(target, str) else target[0]
 
 
-def _rules(random: Random) -> tuple[Granted, ...]:
+def _rules(random: Random, special: Sequence[str] = ()) -> tuple[Granted, ...]:
     """Draw access rules: everybody may do everything, but for clerks with an entity or two."""
-    special = random.sample(["Note", "Task", "Node", "Line"], random.randint(1, 2))
+    special = special or random.sample(["Note", "Task", "Node", "Line"], random.randint(1, 2))
     free = [Granted("*", entity, True, True, None, None, None, None) for entity in ENTITIES if entity not in special]
     bosses = [Granted("boss", entity, True, True, None, None, None, None) for entity in special]
     return (*free, *bosses, *(_clerks(random, entity) for entity in special))

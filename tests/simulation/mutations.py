@@ -15,21 +15,26 @@ from unittest import mock
 from tests.simulation.run import run_seed
 from tests.simulation.world import STEPS_DEFAULT
 
-from tidelog import FailureReason, MassRemoval, StorageError
+from tidelog import FailureReason, MassRemoval, Patch, StorageError, _schema
 from tidelog._keys import pack_position
 from tidelog_client import _files as client_files
 from tidelog_client import _lineage, _plans, _publication, _storage, _synchronization, _synchronizer, _view
 from tidelog_server import (
+    _access,
     _action,
     _applier,
     _checkpoints,
     _collection,
+    _conflicts,
     _download,
     _engine,
     _file_rules,
     _formers,
     _hooks,
+    _integrity,
+    _knowledge,
     _lmdb_store,
+    _overlay,
     _projection,
     _records,
     _session,
@@ -67,6 +72,8 @@ ONLY_RESTORES: Final = {
     "back up": 3,
     **dict.fromkeys(("copy", "put aside", "put back", "relapse"), 0),
 }
+
+CONTENDED: Final = {"contention": 6}
 
 _Patch = AbstractContextManager[Any]
 
@@ -247,6 +254,118 @@ def _ranges_without_gaps() -> _Patch:
         return ((ranges[0][0], ranges[-1][1]),) if ranges else ranges
 
     return mock.patch.object(_records, "merged_ranges", closed)
+
+
+def _applied_as(change: Callable[[Patch], Patch]) -> _Patch:
+    """Apply another patch than an author's."""
+    update = _action.Action.update
+
+    def updating(self: Any, key: Any, patch: Patch, encoded: bytes) -> int:
+        if self.depth == 0 and (other := change(patch)) != patch:
+            patch, encoded = other, other.encode()
+        return update(self, key, patch, encoded)
+
+    return mock.patch.object(_action.Action, "update", updating)
+
+
+def _double_increments() -> _Patch:
+    return _applied_as(
+        lambda patch: patch._replace(increment={name: 2 * one for name, one in patch.increment.items()})
+    )
+
+
+def _drop_what_is_unset() -> _Patch:
+    return _applied_as(lambda patch: patch._replace(unset=()))
+
+
+def _drop_members() -> _Patch:
+    return _applied_as(lambda patch: patch._replace(add={name: some[:1] for name, some in patch.add.items()}))
+
+
+def _nothing_is_foreign() -> _Patch:
+    return mock.patch.object(_conflicts, "_is_foreign", return_value=False)
+
+
+def _hooks_are_nobody() -> _Patch:
+    is_foreign = _conflicts._is_foreign
+    return mock.patch.object(
+        _conflicts, "_is_foreign", lambda change, *known: not change.by_hook and is_foreign(change, *known)
+    )
+
+
+def _intents_always_merge() -> _Patch:
+    collision = _conflicts.collision
+    return mock.patch.object(
+        _conflicts,
+        "collision",
+        lambda change, patch: None if patch is not None and patch.has_intents else collision(change, patch),
+    )
+
+
+def _any_incarnation() -> _Patch:
+    return mock.patch.object(_applier.UnitApplier, "_has_seen", return_value=True)
+
+
+def _create_anything() -> _Patch:
+    return mock.patch.object(_access.EntityRights, "check_create")
+
+
+def _write_anything() -> _Patch:
+    return mock.patch.multiple(_access.EntityRights, check_written=mock.DEFAULT, check_update=mock.DEFAULT)
+
+
+def _look_before_the_rights() -> _Patch:
+    return mock.patch.object(_access.EntityRights, "check_written")
+
+
+def _become_anything() -> _Patch:
+    return mock.patch.object(_access.EntityRights, "check_update")
+
+
+def _delete_anything() -> _Patch:
+    return mock.patch.object(_access.EntityRights, "check_delete")
+
+
+def _take_unique_values() -> _Patch:
+    return mock.patch.object(_integrity.Integrity, "taken", return_value=None)
+
+
+def _check_no_updates() -> _Patch:
+    return mock.patch.object(_schema.Schema, "check_written")
+
+
+def _refer_to_what_is_hidden() -> _Patch:
+    return mock.patch.object(_knowledge.Knowledge, "sees", lambda self, key: self._overlay.exists(key))
+
+
+def _remove_what_nobody_saw() -> _Patch:
+    return mock.patch.object(_download._Scan, "_may_be_known", return_value=True)
+
+
+def _name_what_is_hidden() -> _Patch:
+    return mock.patch.object(_action.Action, "_name", lambda self, key: f"{key[0]} {key[1]!r}")
+
+
+def _tell_what_is_hidden() -> _Patch:
+    return mock.patch.object(_knowledge.Knowledge, "reads", return_value=True)
+
+
+def _confirm_half_objects() -> _Patch:
+    def add(self: Any, key: Any, state: Any, seen: bytes, **options: Any) -> None:
+        add_seen(self, key, state, seen, **{**options, "confirms": True})
+
+    add_seen = _download._Page.add
+    return mock.patch.object(_download._Page, "add", add)
+
+
+def _half_a_rollback() -> _Patch:
+    def rollback(self: Any, mark: Any) -> None:
+        kept = self.changes[: mark[1] + 1]
+        rolled(self, mark)
+        self.changes[:] = kept
+
+    rolled = _overlay.Overlay.rollback
+    return mock.patch.object(_overlay.Overlay, "rollback", rollback)
 
 
 # --- copies, restores, and what is forgotten ----------------------------------------------
@@ -538,6 +657,26 @@ MUTATIONS: Final = (
     Mutation("hidden attributes are sent", _show_hidden_attributes),
     Mutation("an edit with an older clock loses", _older_clock_loses),
     Mutation("the settled ranges have no gaps", _ranges_without_gaps),
+    Mutation("increments are applied twice as large", _double_increments),
+    Mutation("what is unset stays", _drop_what_is_unset),
+    Mutation("only the first of several members is added", _drop_members),
+    Mutation("nothing that others did is a conflict", _nothing_is_foreign, CONTENDED),
+    Mutation("what the hooks of others wrote is no conflict", _hooks_are_nobody, CONTENDED),
+    Mutation("an intent overwrites what others have set", _intents_always_merge, CONTENDED),
+    Mutation("an edit hits another object than its author saw", _any_incarnation, CONTENDED),
+    Mutation("everybody may create everything", _create_anything, CONTENDED),
+    Mutation("everybody may write everything", _write_anything, CONTENDED),
+    Mutation("a value is looked at before the right to write it", _look_before_the_rights, CONTENDED),
+    Mutation("an object may become what its author may not write", _become_anything, CONTENDED),
+    Mutation("everybody may delete what he sees", _delete_anything, CONTENDED),
+    Mutation("a unique value is another object's too", _take_unique_values),
+    Mutation("edits need not fit the schema", _check_no_updates),
+    Mutation("one may write and refer to what one does not see", _refer_to_what_is_hidden, CONTENDED),
+    Mutation("objects are removed of which nobody knew", _remove_what_nobody_saw, CONTENDED),
+    Mutation("a refusal names objects that are hidden", _name_what_is_hidden, CONTENDED),
+    Mutation("a refusal says what hidden attributes hold", _tell_what_is_hidden, CONTENDED),
+    Mutation("an object is confirmed of which a part is hidden", _confirm_half_objects, CONTENDED),
+    Mutation("a change of a refused operation stays in the change log", _half_a_rollback),
     Mutation("the cursor moves before the data", _cursor_first),
     Mutation("a snapshot replaces what is pending", _no_rebase),
     Mutation("a replica counts as settled what it has not written", _settle_before_durable),

@@ -84,7 +84,7 @@ class Listener:
         for one in page.confirmations:
             key = one.entity, one.id
             whole = self._history.at(key, one.version)
-            if key not in self._committed.seqs_of or not same(whole, self._eyes.readable(key[0], whole)):
+            if not same(whole, self._eyes.readable(key[0], whole)):
                 yield f"{key} is confirmed at {one.version} to {self._eyes.principal}, it is {whole}"
 
     @promise("Private: a refusal names no object and no value that its receiver may not read")

@@ -23,7 +23,7 @@ from uuid import UUID
 
 import grpc
 from tests.simulation import chance, copies, disk, promises, removals
-from tests.simulation.actions import IDS, fits
+from tests.simulation.actions import IDS, fits, pick_contended
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.applied import Account, check_applied
 from tests.simulation.applied import Commit as Committal
@@ -143,8 +143,12 @@ class World(FileHappenings):
         self._focus = focus or {}
         settings = Settings.drawn(self._random, copies_focus=self._focus.get("copies", 1.0))
         settings = settings.with_files(Random(f"{seed} files"))
-        self.settings = settings.with_guard(Random(f"{seed} guard"))
+        settings = settings.with_guard(Random(f"{seed} guard"))
+        contention = self._focus.get("contention", 1.0)
+        self.settings = settings.with_contention(Random(f"{seed} contention"), focus=contention)
         self.coverage.settings.update(self.settings.business.names())
+        if self.settings.is_contended:
+            self.coverage.settings["contention"] += 1
         if self.settings.has_third_party:
             self.coverage.settings["third party"] += 1
         if self.settings.has_copies:
@@ -273,7 +277,7 @@ class World(FileHappenings):
         pending = (one.seq for one in device.replica._storage.pending(until=call.prepared_at))
         covered = frozenset(pending if selection is None else selection.seqs)
         call.attempt = Attempt(link, self._history.lives, selection, covered)
-        listener = self._listener(device, call, selection)
+        listener = self._listener(device, call, link, selection)
         self.coverage.totals["streams"] += 1
         if device.has_stale_token:
             device.has_stale_token = False
@@ -285,7 +289,7 @@ class World(FileHappenings):
         self._read_history()
         listener.hear(answer)
 
-    def _listener(self, device: Device, call: Call, selection: Selection | None) -> Listener:
+    def _listener(self, device: Device, call: Call, link: Link, selection: Selection | None) -> Listener:
         """Return one who listens to what the server says in a session that begins."""
         cursor, sessions = device.replica._storage.meta("cursor"), device.sessions
         known = splice_pb2.Cursor.FromString(cursor).version if cursor else None
@@ -296,7 +300,7 @@ class World(FileHappenings):
             if known is not None:
                 return known
             # Nothing was told yet but by this session, and by those of which pages are staged.
-            return min(one.settled_version for one in (sessions if sessions[-1].started.resumed else sessions[-1:]))
+            return min(one.settled_version for one in (link, *(sessions if link.started.resumed else ())))
 
         asked = None if selection is None else set(selection.keys)
         schema = self.settings.business.schema(2)
@@ -705,7 +709,11 @@ class World(FileHappenings):
         """Let the service itself change some objects, whichever or certain ones."""
         random = self._random
         if keys is None:
-            keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
+            is_contended = self.settings.is_contended
+            keys = [
+                pick_contended(random) if is_contended else (random.choice(ENTITIES), random.choice(IDS))
+                for _ in range(random.choice([1, 1, 2]))
+            ]
         server = self._server
         tenant = Tenant(server.application, server.store, DEFAULT_TENANT, None, self._clock, server.files)
         what = "the service writes"
@@ -1513,6 +1521,7 @@ class World(FileHappenings):
             settings.replica_map_bytes,
             {} if settings.files is None else settings.files.wishes[number],
             None if self.witness is None else self.witness.library,
+            self.settings.is_contended,
         )
         return Device(
             name,
@@ -1529,7 +1538,13 @@ class World(FileHappenings):
         business, random = self.settings.business, Random(self._random.random())
         principal = business.principal(random, "third party")
         eyes = Eyes(business.granted, business.offers, principal, {})
-        return ThirdParty(str(UUID(bytes=random.randbytes(16), version=4)), principal, eyes, random)
+        return ThirdParty(
+            str(UUID(bytes=random.randbytes(16), version=4)),
+            principal,
+            eyes,
+            random,
+            is_contended=self.settings.is_contended,
+        )
 
     def _clock(self) -> int:
         """Return what time it is on the server, where no two things happen at the same time."""
