@@ -53,6 +53,7 @@ class Business:
         policies: What happens to stale edits, by entity.
         granted: Access rules. None: everything is allowed.
         offers: How much of each entity is downloaded.
+        is_contended: Whether all work on the same few objects.
     """
 
     on_delete: Mapping[tuple[str, str], OnDelete] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Business:
     policies: Mapping[str, Literal["reject_stale", "merge"]] = field(default_factory=dict)
     granted: tuple[Granted, ...] = ()
     offers: Mapping[str, Download] = field(default_factory=dict)
+    is_contended: bool = False
 
     @classmethod
     def drawn(cls, random: Random) -> Business:
@@ -89,12 +91,13 @@ class Business:
         """Draw one with rules of every kind about the objects that all work on."""
         return cls(
             {
-                ("Node", "next"): random.choice(["clear", "cascade"]),
-                ("Node", "friends"): random.choice(["clear", "cascade", "restrict"]),
+                ("Node", "next"): random.choices(["clear", "cascade"], [1, 2])[0],
+                ("Node", "friends"): random.choices(["clear", "cascade", "restrict"], [1, 1, 3])[0],
             },
             random.random() < 0.5,
             {entity: random.choices(["reject_stale", "merge"], [3, 1])[0] for entity in CONTENDED},
             _rules(random, CONTENDED) if random.random() < 0.6 else (),
+            is_contended=True,
         )
 
     def schema(self, version: int, *, is_servers: bool = True) -> Schema:
@@ -199,10 +202,11 @@ def _target(entity: str, name: str) -> str:
 
 def _rules(random: Random, special: Sequence[str] = ()) -> tuple[Granted, ...]:
     """Draw access rules: everybody may do everything, but for clerks with an entity or two."""
+    clerks = _contending_clerks if special else _clerks
     special = special or random.sample(["Note", "Task", "Node", "Line"], random.randint(1, 2))
     free = [Granted("*", entity, True, True, None, None, None, None) for entity in ENTITIES if entity not in special]
     bosses = [Granted("boss", entity, True, True, None, None, None, None) for entity in special]
-    return (*free, *bosses, *(_clerks(random, entity) for entity in special))
+    return (*free, *bosses, *(clerks(random, entity) for entity in special))
 
 
 def _clerks(random: Random, entity: str) -> Granted:
@@ -214,6 +218,19 @@ def _clerks(random: Random, entity: str) -> Granted:
         random.choice([None, None, frozenset({"n", "title", "order", "next", "tags"})]),
         random.choice([None, None, frozenset({"n", "x", "title", "tags", "order", "next"})]),
         random.choice([None, _constraint(random)]),
+        random.choice([None, None, _constraint(random)]),
+    )
+
+
+def _contending_clerks(random: Random, entity: str) -> Granted:
+    return Granted(
+        "clerk",
+        entity,
+        random.random() < 0.9,
+        random.random() < 0.8,
+        random.choice([None, frozenset({"x", "tags", "next", "friends"})]),
+        random.choice([None, None, frozenset({"x", "y", "tags", "next", "friends"})]),
+        random.choice([None, _constraint(random), _constraint(random)]),
         random.choice([None, None, _constraint(random)]),
     )
 
@@ -250,6 +267,7 @@ def make_application(weather: Weather, *, schema_version: int, business: Busines
       a `locked` one cannot be deleted.
     - Order: without a title rejected; its deletion deletes its lines and leaves an audit record.
     - Line: touches its order.
+    - Note: where all work on the same few objects its deletion marks the Node of the same id.
 
     A newer schema has another reference, and makes its Nodes anew that have an x.
     """
@@ -311,6 +329,11 @@ def make_application(weather: Weather, *, schema_version: int, business: Busines
             context.create("Audit", order.to_dict(), id=order.id)
         else:
             context.update("Audit", order.id, {"again": context.operation.seq})
+
+    @app.after_delete("Note")
+    def marks_its_node(note: HookObject, context: HookContext) -> None:
+        if business.is_contended and context.get("Node", note.id) is not None:
+            context.update("Node", note.id, {"x": context.operation.seq})
 
     @app.after_commit("Line")
     def touches_its_order(line: HookObject, context: HookContext) -> None:

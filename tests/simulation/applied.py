@@ -126,16 +126,20 @@ class Account:
 
     def base_of(self, commit: Commit) -> int:
         """Return up to which version of the present history the author of an operation surely knows its object."""
-        base = commit.operation.base_version
-        if commit.life is None:
-            return base
-        return min([base, *self.restored_at[commit.life :]]) if commit.is_translated else base
+        operation = commit.operation
+        base = operation.base_version
+        is_of_present = not self._is_old(commit) or self.history.version_at(operation.key, base) == base
+        return base if is_of_present or not commit.is_translated else min(base, self.restored_at[-1])
+
+    def _is_old(self, commit: Commit) -> bool:
+        """Tell whether an author's states were of an earlier life of the store."""
+        return commit.life is not None and commit.life < len(self.restored_at)
 
     def news(self, one: Applied, *, creations: bool = False) -> Iterator[Change]:
         """Yield what others did to an object that the author of an operation did not know, the newest first."""
         changes = self.history.changes_to[one.change.key]
         base, removed = self.base_of(one.commit), set[str]()
-        is_old = one.commit.life is not None and one.commit.life < len(self.restored_at)
+        is_old = self._is_old(one.commit)
         for change in reversed(changes[: _index(changes, one.change.version)]):
             if change.version <= base:
                 return

@@ -130,7 +130,6 @@ class Settings:
     business: Business
     limits: dict[str, int]
     consents_at_once: bool = True
-    is_contended: bool = False
     files: FileSettings | None = None
 
     @classmethod
@@ -196,7 +195,7 @@ class Settings:
         """
         if random.random() >= CONTENTION_SHARE * focus:
             return self
-        return replace(self, business=Business.contended(random), is_contended=True)
+        return replace(self, business=Business.contended(random))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

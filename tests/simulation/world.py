@@ -147,7 +147,7 @@ class World(FileHappenings):
         contention = self._focus.get("contention", 1.0)
         self.settings = settings.with_contention(Random(f"{seed} contention"), focus=contention)
         self.coverage.settings.update(self.settings.business.names())
-        if self.settings.is_contended:
+        if self.settings.business.is_contended:
             self.coverage.settings["contention"] += 1
         if self.settings.has_third_party:
             self.coverage.settings["third party"] += 1
@@ -708,7 +708,7 @@ class World(FileHappenings):
         """Let the service itself change some objects, whichever or certain ones."""
         random = self._random
         if keys is None:
-            is_contended = self.settings.is_contended
+            is_contended = self.settings.business.is_contended
             keys = [
                 pick_contended(random) if is_contended else (random.choice(ENTITIES), random.choice(IDS))
                 for _ in range(random.choice([1, 1, 2]))
@@ -1520,7 +1520,7 @@ class World(FileHappenings):
             settings.replica_map_bytes,
             {} if settings.files is None else settings.files.wishes[number],
             None if self.witness is None else self.witness.library,
-            self.settings.is_contended,
+            self.settings.business.is_contended,
         )
         return Device(
             name,
@@ -1542,7 +1542,7 @@ class World(FileHappenings):
             principal,
             eyes,
             random,
-            is_contended=self.settings.is_contended,
+            is_contended=self.settings.business.is_contended,
         )
 
     def _clock(self) -> int:
