@@ -218,9 +218,12 @@ def check_rights(account: Account, schema: Schema) -> Iterator[str]:
         except Misfit:
             continue  # see `check_said`
         known = list(schema.referenced(key[0], eyes.readable(key[0], one.before) or {}))
+        stored = list(schema.referenced(key[0], one.after or {}))
         for written in (one.said.set, one.said.add):
             for attribute, target in schema.referenced(key[0], written):
-                if target != key and (attribute, target) not in known and not _is_there(account, one, target):
+                # By a merge it may have come to nothing.
+                is_new = (attribute, target) in stored and target != key and (attribute, target) not in known
+                if is_new and not _is_there(account, one, target):
                     yield f"{what} refers to {target} by {attribute!r}, which its author does not see"
 
 

@@ -73,7 +73,7 @@ ONLY_RESTORES: Final = {
     **dict.fromkeys(("copy", "put aside", "put back", "relapse"), 0),
 }
 
-CONTENDED: Final = {"contention": 6}
+CONTENDED: Final = {"contention": 7}
 
 _Patch = AbstractContextManager[Any]
 
