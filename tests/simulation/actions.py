@@ -323,9 +323,10 @@ class User:
             if random.random() < 0.2:
                 attributes["also"] = [random.choice(IDS) for _ in range(random.randrange(3))]
         if entity == "Node":
-            attributes["next"] = random.choices([random.choice(IDS), None], [4, 2])[0]
+            ids = IDS[:3] if self._is_contended else IDS
+            attributes["next"] = random.choices([random.choice(ids), None], [4, 2])[0]
             if random.random() < 0.3:
-                attributes["friends"] = [random.choice(IDS)]
+                attributes["friends"] = [random.choice(ids)]
         if self._library is not None:
             for name, share in zip(contents.ATTRIBUTES, (0.4, 0.1), strict=True):
                 if random.random() < share:

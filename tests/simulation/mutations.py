@@ -314,10 +314,6 @@ def _write_anything() -> _Patch:
     return mock.patch.multiple(_access.EntityRights, check_written=mock.DEFAULT, check_update=mock.DEFAULT)
 
 
-def _look_before_the_rights() -> _Patch:
-    return mock.patch.object(_access.EntityRights, "check_written")
-
-
 def _become_anything() -> _Patch:
     return mock.patch.object(_access.EntityRights, "check_update")
 
@@ -340,10 +336,6 @@ def _refer_to_what_is_hidden() -> _Patch:
 
 def _remove_what_nobody_saw() -> _Patch:
     return mock.patch.object(_download._Scan, "_may_be_known", return_value=True)
-
-
-def _name_what_is_hidden() -> _Patch:
-    return mock.patch.object(_action.Action, "_name", lambda self, key: f"{key[0]} {key[1]!r}")
 
 
 def _tell_what_is_hidden() -> _Patch:
@@ -666,14 +658,12 @@ MUTATIONS: Final = (
     Mutation("an edit hits another object than its author saw", _any_incarnation, CONTENDED),
     Mutation("everybody may create everything", _create_anything, CONTENDED),
     Mutation("everybody may write everything", _write_anything, CONTENDED),
-    Mutation("a value is looked at before the right to write it", _look_before_the_rights, CONTENDED),
     Mutation("an object may become what its author may not write", _become_anything, CONTENDED),
     Mutation("everybody may delete what he sees", _delete_anything, CONTENDED),
     Mutation("a unique value is another object's too", _take_unique_values),
     Mutation("edits need not fit the schema", _check_no_updates),
     Mutation("one may write and refer to what one does not see", _refer_to_what_is_hidden, CONTENDED),
     Mutation("objects are removed of which nobody knew", _remove_what_nobody_saw, CONTENDED),
-    Mutation("a refusal names objects that are hidden", _name_what_is_hidden, CONTENDED),
     Mutation("a refusal says what hidden attributes hold", _tell_what_is_hidden, CONTENDED),
     Mutation("an object is confirmed of which a part is hidden", _confirm_half_objects, CONTENDED),
     Mutation("a change of a refused operation stays in the change log", _half_a_rollback),
