@@ -7,8 +7,10 @@ simulation must find every one; which promise told, and after how many worlds, i
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
@@ -17,8 +19,8 @@ from tests.simulation.world import STEPS_DEFAULT
 
 from tidelog import FailureReason, MassRemoval, Patch, StorageError, _schema
 from tidelog._keys import pack_position
+from tidelog_client import _commit, _lineage, _plans, _publication, _storage, _synchronization, _synchronizer, _view
 from tidelog_client import _files as client_files
-from tidelog_client import _lineage, _plans, _publication, _storage, _synchronization, _synchronizer, _view
 from tidelog_server import (
     _access,
     _action,
@@ -477,7 +479,43 @@ def _apply_what_is_forgotten() -> _Patch:
     return mock.patch.object(_engine._Evaluator, "_settled_before", trusting)
 
 
+def _forget_gaps() -> _Patch:
+    def old(reader: Any, replica: Any, before_us: int) -> list[int]:
+        state = reader.replica(replica)
+        found = reader.first_settled(replica, _collection.STEP_ENTRIES)
+        collected = reader.collected()
+        return [seq for seq, one in found if state.retired or _collection._is_old(reader, one, collected, before_us)]
+
+    return mock.patch.object(_collection, "settled_before", old)
+
+
+def _trust_old_bases() -> _Patch:
+    adopt = _lineage.Lineage.adopt
+
+    def adopting(self: Any, transaction: Any) -> None:
+        adopt(self, transaction)
+        self._meta.put(transaction, old_bases_through=b"")
+
+    return mock.patch.object(_lineage.Lineage, "adopt", adopting)
+
+
 # --- the replica --------------------------------------------------------------------------
+
+
+def _repeat_nonces() -> _Patch:
+    def token_bytes(size: int) -> bytes:
+        return struct.pack(f"{size // 8}Q", *range(1, size // 8 + 1))
+
+    return mock.patch.object(_commit, "secrets", SimpleNamespace(token_bytes=token_bytes))
+
+
+def _lose_staged_pages() -> _Patch:
+    append = _publication._append_pages
+    return mock.patch.object(
+        _publication,
+        "_append_pages",
+        lambda transaction, database, pages: append(transaction, database, pages[:-1] or pages),
+    )
 
 
 def _cursor_first() -> _Patch:
@@ -667,6 +705,8 @@ MUTATIONS: Final = (
     Mutation("a refusal says what hidden attributes hold", _tell_what_is_hidden, CONTENDED),
     Mutation("an object is confirmed of which a part is hidden", _confirm_half_objects, CONTENDED),
     Mutation("a change of a refused operation stays in the change log", _half_a_rollback),
+    Mutation("every commit takes the same nonces", _repeat_nonces),
+    Mutation("the last of several pages is not staged", _lose_staged_pages),
     Mutation("the cursor moves before the data", _cursor_first),
     Mutation("a snapshot replaces what is pending", _no_rebase),
     Mutation("a replica counts as settled what it has not written", _settle_before_durable),
@@ -701,6 +741,8 @@ MUTATIONS: Final = (
     Mutation("what a copy settled is not noted for the others", _keep_from_copies, {"copies": 4}),
     Mutation("a cursor from before what is collected is served", _horizon_stays, {"collect": 5}),
     Mutation("outcomes are forgotten that may be asked for", _forget_too_much, {"collect": 5}),
+    Mutation("outcomes are forgotten behind a gap", _forget_gaps, {"collect": 5}),
+    Mutation("a base of before a restore is taken for one of today", _trust_old_bases, RESTORES),
     Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
     Mutation("nobody looks whether the content is there", _refer_to_anything),
     Mutation("whoever knows a hash may refer to the content", _refer_to_whatever_is_there),
