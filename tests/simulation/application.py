@@ -89,13 +89,15 @@ class Business:
     @classmethod
     def contended(cls, random: Random) -> Business:
         """Draw one with rules of every kind about the objects that all work on."""
+        behaviours: list[OnDelete] = ["clear", "cascade", "restrict"]
+        policies: list[Literal["reject_stale", "merge"]] = ["reject_stale", "merge"]
         return cls(
             {
-                ("Node", "next"): random.choices(["clear", "cascade"], [1, 2])[0],
-                ("Node", "friends"): random.choices(["clear", "cascade", "restrict"], [1, 1, 3])[0],
+                ("Node", "next"): random.choices(behaviours[:2], [1, 2])[0],
+                ("Node", "friends"): random.choices(behaviours, [1, 1, 3])[0],
             },
             random.random() < 0.5,
-            {entity: random.choices(["reject_stale", "merge"], [3, 1])[0] for entity in CONTENDED},
+            {entity: random.choices(policies, [3, 1])[0] for entity in CONTENDED},
             _rules(random, CONTENDED) if random.random() < 0.6 else (),
             is_contended=True,
         )
