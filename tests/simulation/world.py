@@ -292,7 +292,7 @@ class World(FileHappenings):
     def _listener(self, device: Device, call: Call, link: Link, selection: Selection | None) -> Listener:
         """Return one who listens to what the server says in a session that begins."""
         cursor, sessions = device.replica._storage.meta("cursor"), device.sessions
-        known: int | None = splice_pb2.Cursor.FromString(cursor).version if cursor else None
+        known = int(splice_pb2.Cursor.FromString(cursor).version) if cursor else None
         if call.mode is not Mode.ALL or not self._is_current(device):
             known = 0
 
