@@ -300,7 +300,8 @@ class World(FileHappenings):
             if known is not None:
                 return known
             # Nothing was told yet but by this session, and by those of which pages are staged.
-            return min(one.settled_version for one in (link, *(sessions if link.started.resumed else ())))
+            links: list[Link] = [link, *sessions] if link.started.resumed else [link]
+            return min(one.settled_version for one in links)
 
         asked = None if selection is None else set(selection.keys)
         schema = self.settings.business.schema(2)
