@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import uuid_utils
@@ -21,6 +22,7 @@ from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog._operation import Operation, OperationKind, identity_of
 from tidelog.v1 import failure_pb2
 from tidelog_server._author import Author, FormerIdentity, OldBases
+from tidelog_server._history import kept_changes
 from tidelog_server._indexes import IndexWrites, dependents_prefix
 from tidelog_server._knowledge import Knowledge
 from tidelog_server._overlay import Overlay
@@ -237,18 +239,36 @@ class Outcomes:
 
     def refused_creation(self, key: ObjectKey) -> bytes | None:
         """Return the failure because of which this replica could not create an object that it knows nothing of."""
-        return None if self._knowledge.knows(key) else self._own_refused_creation(key)
+        if self._knowledge.knows(key):
+            return None
+        failure_id = self._own_refused_creation(key)
+        return None if failure_id is None or self._was_created_since(key, failure_id) else failure_id
 
     def late_creation(self, key: ObjectKey, created: int) -> bytes | None:
         """Return the failure of this replica's creation of an object that was there already, created at a version."""
         failure_id = self._own_refused_creation(key)
         if failure_id is None:
             return None
-        known = self._failures.get(failure_id)
-        data = known.data if known is not None else self._reader.failure(failure_id)
-        record = failure_pb2.SynchronizationFailure.FromString(data or b"")
+        record = self._record_of(failure_id)
         is_late = record.reason == FailureReason.ALREADY_EXISTS.number and record.version >= created
         return failure_id if is_late else None
+
+    def _was_created_since(self, key: ObjectKey, failure_id: bytes) -> bool:
+        """Tell whether a later operation of the replica created the object after all, whatever became of it then."""
+        state = self._overlay.state(key)
+        if state is None:
+            return False
+        own = {self._uploader.replica, *(former.replica for former in self._uploader.formers)}
+        since = self._record_of(failure_id).version
+        return any(
+            change.kind is OperationKind.CREATE and change.replica in own and not change.by_hook
+            for change in takewhile(lambda one: one.version > since, kept_changes(state.version, self._overlay.change))
+        )
+
+    def _record_of(self, failure_id: bytes) -> failure_pb2.SynchronizationFailure:
+        known = self._failures.get(failure_id)
+        data = known.data if known is not None else self._reader.failure(failure_id)
+        return failure_pb2.SynchronizationFailure.FromString(data or b"")
 
     def _own_refused_creation(self, key: ObjectKey) -> bytes | None:
         if known := self._refused_creations.get(key):

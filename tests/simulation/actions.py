@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from tests.simulation import contents
-from tests.simulation.application import ENTITIES
+from tests.simulation.application import CONTENDED, ENTITIES
 from tests.simulation.contents import Library
 from tests.simulation.model import Attributes, Key, Misfit, patched, same
 
@@ -20,11 +20,17 @@ from tidelog_client._files import FileState
 
 IDS = ("a", "b", "c", "ä/€", "x" * 128)
 FRESH_ID_SHARE = 0.15
+CONTENDED_SHARE = 0.7
 # Deleted more often: whether others refer to them decides.
 REFERRED = frozenset({"Order", "Node"})
 HANDLES_MAX = 6
 TRANSACTION_OPERATIONS_MAX = 6
 DAY = datetime(2026, 7, 1, tzinfo=UTC)
+
+
+def pick_contended(random: Random) -> Key:
+    """Pick one of the few objects that all work on."""
+    return random.choice(CONTENDED), random.choice(IDS[:3])
 
 
 class Mistake(Exception):
@@ -41,10 +47,28 @@ class Intended:
 
 
 class User:
-    """Somebody who works with one replica; with files, if there is a library of contents to be had."""
+    """
+    Somebody who works with one replica; with files, if there is a library of contents to be had.
 
-    def __init__(self, replica: Replica, random: Random, name: str, library: Library | None = None) -> None:
+    Args:
+        replica: The replica.
+        random: The dice.
+        name: What he calls himself.
+        library: The contents.
+        is_contended: Whether all work on the same few objects.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        random: Random,
+        name: str,
+        library: Library | None = None,
+        *,
+        is_contended: bool = False,
+    ) -> None:
         self.replica = replica
+        self._is_contended = is_contended
         self._library = library
         self._random = random
         self._name = name
@@ -263,6 +287,8 @@ class User:
         return None if handle is None else handle.to_dict()
 
     def _key(self) -> Key:
+        if self._is_contended and self._random.random() < CONTENDED_SHARE:
+            return pick_contended(self._random)
         entity = self._random.choices(ENTITIES, [3, 4, 3, 3, 3, 1, 1])[0]
         if self._random.random() < FRESH_ID_SHARE:
             self._fresh_count += 1
@@ -297,9 +323,10 @@ class User:
             if random.random() < 0.2:
                 attributes["also"] = [random.choice(IDS) for _ in range(random.randrange(3))]
         if entity == "Node":
-            attributes["next"] = random.choices([random.choice(IDS), None], [4, 2])[0]
+            ids = IDS[:3] if self._is_contended else IDS
+            attributes["next"] = random.choices([random.choice(ids), None], [4, 2])[0]
             if random.random() < 0.3:
-                attributes["friends"] = [random.choice(IDS)]
+                attributes["friends"] = [random.choice(ids)]
         if self._library is not None:
             for name, share in zip(contents.ATTRIBUTES, (0.4, 0.1), strict=True):
                 if random.random() < share:

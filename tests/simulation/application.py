@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Final, Literal, get_args
@@ -29,6 +29,8 @@ from tidelog._attributes import AttributeType, OnDelete
 from tidelog_server import Application, HookContext, HookObject, Principal, Reject, TransientError
 
 ENTITIES = ("Note", "Task", "Order", "Line", "Node", "Counter", "Audit")
+# What all work on in some worlds.
+CONTENDED: Final = ("Note", "Node")
 REFERENCES: Final[dict[str, dict[str, str | list[str]]]] = {
     "Line": {"order": "Order", "also": ["Order"]},
     "Node": {"next": "Node", "friends": ["Node"]},
@@ -51,6 +53,7 @@ class Business:
         policies: What happens to stale edits, by entity.
         granted: Access rules. None: everything is allowed.
         offers: How much of each entity is downloaded.
+        is_contended: Whether all work on the same few objects.
     """
 
     on_delete: Mapping[tuple[str, str], OnDelete] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Business:
     policies: Mapping[str, Literal["reject_stale", "merge"]] = field(default_factory=dict)
     granted: tuple[Granted, ...] = ()
     offers: Mapping[str, Download] = field(default_factory=dict)
+    is_contended: bool = False
 
     @classmethod
     def drawn(cls, random: Random) -> Business:
@@ -80,6 +84,22 @@ class Business:
                 for entity in ("Note", "Task", "Node", "Counter", "Audit")
                 if random.random() < 0.2
             },
+        )
+
+    @classmethod
+    def contended(cls, random: Random) -> Business:
+        """Draw one with rules of every kind about the objects that all work on."""
+        behaviours: list[OnDelete] = ["clear", "cascade", "restrict"]
+        policies: list[Literal["reject_stale", "merge"]] = ["reject_stale", "merge"]
+        return cls(
+            {
+                ("Node", "next"): random.choices(behaviours[:2], [1, 2])[0],
+                ("Node", "friends"): random.choices(behaviours, [1, 1, 3])[0],
+            },
+            random.random() < 0.5,
+            {entity: random.choices(policies, [3, 1])[0] for entity in CONTENDED},
+            _rules(random, CONTENDED) if random.random() < 0.6 else (),
+            is_contended=True,
         )
 
     def schema(self, version: int, *, is_servers: bool = True) -> Schema:
@@ -144,6 +164,22 @@ class Business:
             return n is not None and (type(n) is not int or not -SMALL <= n <= SMALL)
         return entity == "Task" and type(attributes.get("title")) is not str
 
+    def unique_value(self, entity: str, attributes: Attributes | None) -> int | None:
+        """Return the value of an object that no other one of its entity may have, or None."""
+        return attributes.get("n") if self.is_strict and entity == "Note" and attributes is not None else None
+
+    def refuses(self, entity: str, attributes: Attributes) -> str:
+        """Tell why an object can never be written like this, whoever writes it; empty: it can."""
+        if self.breaks_rules(entity, attributes):
+            return "it does not fit the schema"
+        if entity in {"Task", "Order"} and attributes.get("title") == "":
+            return "it has no title"
+        return "its hook breaks" if entity == "Task" and attributes.get("boom") else ""
+
+    def refuses_deletion(self, entity: str, attributes: Attributes) -> str:
+        """Tell why an object can never be deleted, whoever deletes it; empty: it can."""
+        return "it is locked" if entity == "Task" and attributes.get("locked") else ""
+
     def restricts(self, entity: str) -> bool:
         """Tell whether the deletion of an object of an entity may be refused for the sake of others."""
         return any(
@@ -166,12 +202,13 @@ def _target(entity: str, name: str) -> str:
     return target if isinstance(target, str) else target[0]
 
 
-def _rules(random: Random) -> tuple[Granted, ...]:
+def _rules(random: Random, special: Sequence[str] = ()) -> tuple[Granted, ...]:
     """Draw access rules: everybody may do everything, but for clerks with an entity or two."""
-    special = random.sample(["Note", "Task", "Node", "Line"], random.randint(1, 2))
+    clerks = _contending_clerks if special else _clerks
+    special = special or random.sample(["Note", "Task", "Node", "Line"], random.randint(1, 2))
     free = [Granted("*", entity, True, True, None, None, None, None) for entity in ENTITIES if entity not in special]
     bosses = [Granted("boss", entity, True, True, None, None, None, None) for entity in special]
-    return (*free, *bosses, *(_clerks(random, entity) for entity in special))
+    return (*free, *bosses, *(clerks(random, entity) for entity in special))
 
 
 def _clerks(random: Random, entity: str) -> Granted:
@@ -183,6 +220,19 @@ def _clerks(random: Random, entity: str) -> Granted:
         random.choice([None, None, frozenset({"n", "title", "order", "next", "tags"})]),
         random.choice([None, None, frozenset({"n", "x", "title", "tags", "order", "next"})]),
         random.choice([None, _constraint(random)]),
+        random.choice([None, None, _constraint(random)]),
+    )
+
+
+def _contending_clerks(random: Random, entity: str) -> Granted:
+    return Granted(
+        "clerk",
+        entity,
+        random.random() < 0.9,
+        random.random() < 0.8,
+        random.choice([None, frozenset({"x", "tags", "next", "friends"})]),
+        random.choice([None, None, frozenset({"x", "y", "tags", "next", "friends"})]),
+        random.choice([None, _constraint(random), _constraint(random)]),
         random.choice([None, None, _constraint(random)]),
     )
 
@@ -219,6 +269,7 @@ def make_application(weather: Weather, *, schema_version: int, business: Busines
       a `locked` one cannot be deleted.
     - Order: without a title rejected; its deletion deletes its lines and leaves an audit record.
     - Line: touches its order.
+    - Note: where all work on the same few objects its deletion marks the Node of the same id.
 
     A newer schema has another reference, and makes its Nodes anew that have an x.
     """
@@ -281,6 +332,11 @@ def make_application(weather: Weather, *, schema_version: int, business: Busines
         else:
             context.update("Audit", order.id, {"again": context.operation.seq})
 
+    @app.after_delete("Note")
+    def marks_its_node(note: HookObject, context: HookContext) -> None:
+        if business.is_contended and context.get("Node", note.id) is not None:
+            context.update("Node", note.id, {"x": context.operation.seq})
+
     @app.after_commit("Line")
     def touches_its_order(line: HookObject, context: HookContext) -> None:
         order = line["order"]
@@ -302,6 +358,14 @@ def _merged(base: Attributes, theirs: Attributes, mine: Attributes | None) -> At
         return theirs
     changed = {name: value for name, value in mine.items() if name not in base or not same(value, base[name])}
     return {**changed, **theirs}
+
+
+def tidied(entity: str, attributes: Attributes) -> Attributes:
+    """Return what the hooks make of an object that is written."""
+    if entity != "Task" or not attributes.get("tidy"):
+        return attributes
+    kept = {name: value for name, value in attributes.items() if name != "y"}
+    return {**kept, "slug": str(attributes.get("title")).lower()}
 
 
 def may_hooks_refuse(reason: FailureReason, operation: Operation, states: list[Attributes | None]) -> bool:

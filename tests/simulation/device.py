@@ -148,6 +148,7 @@ class Model:
     map_bytes: int
     files: Mapping[str, FileDownload] = field(default_factory=dict)
     library: Library | None = None
+    is_contended: bool = False
 
 
 class Device:
@@ -230,7 +231,7 @@ class Device:
         if hasattr(self, "user"):
             self.user.open_again(replica)
         else:
-            self.user = User(replica, self._random, self.name, model.library)
+            self.user = User(replica, self._random, self.name, model.library, is_contended=model.is_contended)
 
     def die(self) -> None:
         """Lose all that is not on disk."""

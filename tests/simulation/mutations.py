@@ -7,29 +7,36 @@ simulation must find every one; which promise told, and after how many worlds, i
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
 from tests.simulation.run import run_seed
 from tests.simulation.world import STEPS_DEFAULT
 
-from tidelog import FailureReason, MassRemoval, StorageError
+from tidelog import FailureReason, MassRemoval, Patch, StorageError, _schema
 from tidelog._keys import pack_position
+from tidelog_client import _commit, _lineage, _plans, _publication, _storage, _synchronization, _synchronizer, _view
 from tidelog_client import _files as client_files
-from tidelog_client import _lineage, _plans, _publication, _storage, _synchronization, _synchronizer, _view
 from tidelog_server import (
+    _access,
     _action,
     _applier,
     _checkpoints,
     _collection,
+    _conflicts,
     _download,
     _engine,
     _file_rules,
     _formers,
     _hooks,
+    _integrity,
+    _knowledge,
     _lmdb_store,
+    _overlay,
     _projection,
     _records,
     _session,
@@ -67,6 +74,8 @@ ONLY_RESTORES: Final = {
     "back up": 3,
     **dict.fromkeys(("copy", "put aside", "put back", "relapse"), 0),
 }
+
+CONTENDED: Final = {"contention": 7}
 
 _Patch = AbstractContextManager[Any]
 
@@ -249,6 +258,110 @@ def _ranges_without_gaps() -> _Patch:
     return mock.patch.object(_records, "merged_ranges", closed)
 
 
+def _applied_as(change: Callable[[Patch], Patch]) -> _Patch:
+    """Apply another patch than an author's."""
+    update = _action.Action.update
+
+    def updating(self: Any, key: Any, patch: Patch, encoded: bytes) -> int:
+        if self.depth == 0 and (other := change(patch)) != patch:
+            patch, encoded = other, other.encode()
+        return update(self, key, patch, encoded)
+
+    return mock.patch.object(_action.Action, "update", updating)
+
+
+def _double_increments() -> _Patch:
+    return _applied_as(
+        lambda patch: patch._replace(increment={name: 2 * one for name, one in patch.increment.items()})
+    )
+
+
+def _drop_what_is_unset() -> _Patch:
+    return _applied_as(lambda patch: patch._replace(unset=()))
+
+
+def _drop_members() -> _Patch:
+    return _applied_as(lambda patch: patch._replace(add={name: some[:1] for name, some in patch.add.items()}))
+
+
+def _nothing_is_foreign() -> _Patch:
+    return mock.patch.object(_conflicts, "_is_foreign", return_value=False)
+
+
+def _hooks_are_nobody() -> _Patch:
+    is_foreign = _conflicts._is_foreign
+    return mock.patch.object(
+        _conflicts, "_is_foreign", lambda change, *known: not change.by_hook and is_foreign(change, *known)
+    )
+
+
+def _intents_always_merge() -> _Patch:
+    collision = _conflicts.collision
+    return mock.patch.object(
+        _conflicts,
+        "collision",
+        lambda change, patch: None if patch is not None and patch.has_intents else collision(change, patch),
+    )
+
+
+def _any_incarnation() -> _Patch:
+    return mock.patch.object(_applier.UnitApplier, "_has_seen", return_value=True)
+
+
+def _create_anything() -> _Patch:
+    return mock.patch.object(_access.EntityRights, "check_create")
+
+
+def _write_anything() -> _Patch:
+    return mock.patch.multiple(_access.EntityRights, check_written=mock.DEFAULT, check_update=mock.DEFAULT)
+
+
+def _become_anything() -> _Patch:
+    return mock.patch.object(_access.EntityRights, "check_update")
+
+
+def _delete_anything() -> _Patch:
+    return mock.patch.object(_access.EntityRights, "check_delete")
+
+
+def _take_unique_values() -> _Patch:
+    return mock.patch.object(_integrity.Integrity, "taken", return_value=None)
+
+
+def _check_no_updates() -> _Patch:
+    return mock.patch.object(_schema.Schema, "check_written")
+
+
+def _refer_to_what_is_hidden() -> _Patch:
+    return mock.patch.object(_knowledge.Knowledge, "sees", lambda self, key: self._overlay.exists(key))
+
+
+def _remove_what_nobody_saw() -> _Patch:
+    return mock.patch.object(_download._Scan, "_may_be_known", return_value=True)
+
+
+def _tell_what_is_hidden() -> _Patch:
+    return mock.patch.object(_knowledge.Knowledge, "reads", return_value=True)
+
+
+def _confirm_half_objects() -> _Patch:
+    def add(self: Any, key: Any, state: Any, seen: bytes, **options: Any) -> None:
+        add_seen(self, key, state, seen, **{**options, "confirms": True})
+
+    add_seen = _download._Page.add
+    return mock.patch.object(_download._Page, "add", add)
+
+
+def _half_a_rollback() -> _Patch:
+    def rollback(self: Any, mark: Any) -> None:
+        kept = self.changes[: mark[1] + 1]
+        rolled(self, mark)
+        self.changes[:] = kept
+
+    rolled = _overlay.Overlay.rollback
+    return mock.patch.object(_overlay.Overlay, "rollback", rollback)
+
+
 # --- copies, restores, and what is forgotten ----------------------------------------------
 
 
@@ -366,7 +479,43 @@ def _apply_what_is_forgotten() -> _Patch:
     return mock.patch.object(_engine._Evaluator, "_settled_before", trusting)
 
 
+def _forget_gaps() -> _Patch:
+    def old(reader: Any, replica: Any, before_us: int) -> list[int]:
+        state = reader.replica(replica)
+        found = reader.first_settled(replica, _collection.STEP_ENTRIES)
+        collected = reader.collected()
+        return [seq for seq, one in found if state.retired or _collection._is_old(reader, one, collected, before_us)]
+
+    return mock.patch.object(_collection, "settled_before", old)
+
+
+def _trust_old_bases() -> _Patch:
+    adopt = _lineage.Lineage.adopt
+
+    def adopting(self: Any, transaction: Any) -> None:
+        adopt(self, transaction)
+        self._meta.put(transaction, old_bases_through=b"")
+
+    return mock.patch.object(_lineage.Lineage, "adopt", adopting)
+
+
 # --- the replica --------------------------------------------------------------------------
+
+
+def _repeat_nonces() -> _Patch:
+    def token_bytes(size: int) -> bytes:
+        return struct.pack(f"{size // 8}Q", *range(1, size // 8 + 1))
+
+    return mock.patch.object(_commit, "secrets", SimpleNamespace(token_bytes=token_bytes))
+
+
+def _lose_staged_pages() -> _Patch:
+    append = _publication._append_pages
+    return mock.patch.object(
+        _publication,
+        "_append_pages",
+        lambda transaction, database, pages: append(transaction, database, pages[:-1] or pages),
+    )
 
 
 def _cursor_first() -> _Patch:
@@ -538,6 +687,26 @@ MUTATIONS: Final = (
     Mutation("hidden attributes are sent", _show_hidden_attributes),
     Mutation("an edit with an older clock loses", _older_clock_loses),
     Mutation("the settled ranges have no gaps", _ranges_without_gaps),
+    Mutation("increments are applied twice as large", _double_increments),
+    Mutation("what is unset stays", _drop_what_is_unset),
+    Mutation("only the first of several members is added", _drop_members),
+    Mutation("nothing that others did is a conflict", _nothing_is_foreign, CONTENDED),
+    Mutation("what the hooks of others wrote is no conflict", _hooks_are_nobody, CONTENDED),
+    Mutation("an intent overwrites what others have set", _intents_always_merge, CONTENDED),
+    Mutation("an edit hits another object than its author saw", _any_incarnation, CONTENDED),
+    Mutation("everybody may create everything", _create_anything, CONTENDED),
+    Mutation("everybody may write everything", _write_anything, CONTENDED),
+    Mutation("an object may become what its author may not write", _become_anything, CONTENDED),
+    Mutation("everybody may delete what he sees", _delete_anything, CONTENDED),
+    Mutation("a unique value is another object's too", _take_unique_values),
+    Mutation("edits need not fit the schema", _check_no_updates),
+    Mutation("one may write and refer to what one does not see", _refer_to_what_is_hidden, CONTENDED),
+    Mutation("objects are removed of which nobody knew", _remove_what_nobody_saw, CONTENDED),
+    Mutation("a refusal says what hidden attributes hold", _tell_what_is_hidden, CONTENDED),
+    Mutation("an object is confirmed of which a part is hidden", _confirm_half_objects, CONTENDED),
+    Mutation("a change of a refused operation stays in the change log", _half_a_rollback),
+    Mutation("every commit takes the same nonces", _repeat_nonces),
+    Mutation("the last of several pages is not staged", _lose_staged_pages),
     Mutation("the cursor moves before the data", _cursor_first),
     Mutation("a snapshot replaces what is pending", _no_rebase),
     Mutation("a replica counts as settled what it has not written", _settle_before_durable),
@@ -572,6 +741,8 @@ MUTATIONS: Final = (
     Mutation("what a copy settled is not noted for the others", _keep_from_copies, {"copies": 4}),
     Mutation("a cursor from before what is collected is served", _horizon_stays, {"collect": 5}),
     Mutation("outcomes are forgotten that may be asked for", _forget_too_much, {"collect": 5}),
+    Mutation("outcomes are forgotten behind a gap", _forget_gaps, {"collect": 5}),
+    Mutation("a base of before a restore is taken for one of today", _trust_old_bases, RESTORES),
     Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
     Mutation("nobody looks whether the content is there", _refer_to_anything),
     Mutation("whoever knows a hash may refer to the content", _refer_to_whatever_is_there),

@@ -139,6 +139,13 @@ class Eyes:
         writing = [one for one in rules if one.write != frozenset() and self._accepts(one, after)]
         return self._covers(writing, patch)
 
+    def may_write(self, entity: str, names: Sequence[str], before: Attributes) -> bool:
+        """Tell whether some attributes of an object may be written, whatever it becomes."""
+        if not self._has_rules:
+            return True
+        rules = [one for one in self._of(entity) if one.write != frozenset() and self._holds(one.where, before)]
+        return bool(rules) and all(any(one.write is None or name in one.write for one in rules) for name in names)
+
     def _of(self, entity: str) -> list[Granted]:
         return [one for one in self._granted if one.entity in ("*", entity) and self._has_claims(one)]
 

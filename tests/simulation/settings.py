@@ -33,6 +33,7 @@ MIB: Final = 1024 * 1024
 COPIES_SHARE: Final = 0.25
 FILES_SHARE: Final = 0.33
 CONSENT_SHARE: Final = 0.4
+CONTENTION_SHARE: Final = 0.15
 NEVER: Final = timedelta(days=100_000)
 
 
@@ -183,6 +184,18 @@ class Settings:
         """Return the settings of a world with some way to deal with the loss of most of an entity; see above."""
         limits = {**self.limits, "removed_unasked": random.choices([0, 1, 3, 20], [3, 2, 1, 1])[0]}
         return replace(self, limits=limits, consents_at_once=random.random() < CONSENT_SHARE)
+
+    def with_contention(self, random: Random, *, focus: float = 1.0) -> Settings:
+        """
+        Return the settings of a world in which all may work on the same few objects; see above.
+
+        Args:
+            random: The dice.
+            focus: How much more often than usual they do.
+        """
+        if random.random() >= CONTENTION_SHARE * focus:
+            return self
+        return replace(self, business=Business.contended(random))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

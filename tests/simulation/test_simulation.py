@@ -39,10 +39,10 @@ MUTATION_SEEDS = range(150)
 # Among them worlds in which the order of a set, and the name of a directory, were in the words of an error.
 DECIDING_SEEDS = (7, 9023, 9144)
 PROMISES = {
-    "By version", "Change log", "Commit group", "Converges", "Cursor", "Cursor behind state", "Durable", "Files",
-    "Forks and restores", "Fresh", "In order", "Incarnation", "No mass delete", "No poison", "Nothing lost on refusal",
-    "One at a time", "Private", "Projection", "References", "Settled marks", "Settled once", "Sole writer",
-    "Verification", "View",
+    "As said", "By version", "Change log", "Commit group", "Conflict", "Converges", "Cursor", "Cursor behind state",
+    "Durable", "Files", "Forks and restores", "Fresh", "In order", "Incarnation", "No mass delete", "No poison",
+    "Nothing lost on refusal", "One at a time", "Private", "Projection", "References", "Rights", "Rules",
+    "Settled marks", "Settled once", "Sole writer", "Verification", "View",
     # What the product itself says of an id that cannot be used any more, and of a backup that contradicts itself.
     "ReplicaForked", "ReplicaRetired", "BackupDamaged",
 }  # fmt: skip

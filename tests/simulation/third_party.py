@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, cast
 from uuid import UUID
 
 import grpc
-from tests.simulation.actions import IDS
+from tests.simulation.actions import IDS, pick_contended
 from tests.simulation.application import ENTITIES
 from tests.simulation.model import Attributes, Key, same
 from tests.simulation.promises import PromiseBroken
@@ -62,7 +62,10 @@ class ThirdParty:
         eyes: What it may do and see.
     """
 
-    def __init__(self, replica_id: str, principal: Principal, eyes: Eyes, random: Random) -> None:
+    def __init__(
+        self, replica_id: str, principal: Principal, eyes: Eyes, random: Random, *, is_contended: bool = False
+    ) -> None:
+        self._is_contended = is_contended
         self.replica_id = replica_id
         self.committed = Committed()
         self.pending: dict[int, bytes] = {}
@@ -188,7 +191,7 @@ class ThirdParty:
 
     def _operation(self, seq: int) -> Operation:
         random = self._random
-        key = random.choice(ENTITIES), random.choice(IDS)
+        key = pick_contended(random) if self._is_contended else (random.choice(ENTITIES), random.choice(IDS))
         known = self._copy.get(key)
         attributes: dict[str, Any] = {"n": random.randint(-5, 5), "title": random.choice(["third", ""])}
         if known is None:

@@ -23,8 +23,10 @@ from uuid import UUID
 
 import grpc
 from tests.simulation import chance, copies, disk, promises, removals
-from tests.simulation.actions import IDS, fits
+from tests.simulation.actions import IDS, fits, pick_contended
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
+from tests.simulation.applied import Account, check_applied
+from tests.simulation.applied import Commit as Committal
 from tests.simulation.device import Aside, Attempt, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
 from tests.simulation.exchange import FileLink, Turns
@@ -41,6 +43,7 @@ from tests.simulation.fiber import Fiber
 from tests.simulation.file_happenings import CALL_MOVES_MAX, FILE_TRAPS_SHARE, STALL_STEPS_MAX, YEAR, FileHappenings
 from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
+from tests.simulation.privacy import Listener
 from tests.simulation.promises import PromiseBroken, Rules
 from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_repeated, read_server, read_view
 from tests.simulation.rights import Eyes
@@ -67,7 +70,6 @@ from tidelog import (
 from tidelog._operation import decode_operation
 from tidelog.internal.v1 import splice_pb2
 from tidelog.testing import ManualClock
-from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Report, SkipReason, _replica
 from tidelog_client._file_exchange import FileExchange
 from tidelog_client._publication import Publication
@@ -141,8 +143,12 @@ class World(FileHappenings):
         self._focus = focus or {}
         settings = Settings.drawn(self._random, copies_focus=self._focus.get("copies", 1.0))
         settings = settings.with_files(Random(f"{seed} files"))
-        self.settings = settings.with_guard(Random(f"{seed} guard"))
+        settings = settings.with_guard(Random(f"{seed} guard"))
+        contention = self._focus.get("contention", 1.0)
+        self.settings = settings.with_contention(Random(f"{seed} contention"), focus=contention)
         self.coverage.settings.update(self.settings.business.names())
+        if self.settings.business.is_contended:
+            self.coverage.settings["contention"] += 1
         if self.settings.has_third_party:
             self.coverage.settings["third party"] += 1
         if self.settings.has_copies:
@@ -167,13 +173,16 @@ class World(FileHappenings):
         self._copy_count = 0
         # What the store was before it was put back, and the failures that it had.
         self._past_lives: list[History] = []
-        self._restored_at = 0
+        self._restored_at: list[int] = []
         # Whether the store ever became what it had been before another backup was put back: then what replicas were
         # told in between is of a life beside that one, and the store may know of other outcomes.
         self._has_gone_aside = False
         self._former_failures: set[bytes] = set()
         # All operations that anybody ever committed, by nonce.
         self._ledger: dict[int, bytes] = {}
+        self._commits: dict[int, Committal] = {}
+        # The nonces of each log that is gone since another one was put in its place.
+        self._former_logs: list[frozenset[int]] = []
         # What devices knew to be settled when the store was put back, by nonce: the failures' ids.
         self._acknowledged: dict[str, dict[int, str]] = {}
         self._disks: dict[Path, Disk] = {}
@@ -260,7 +269,7 @@ class World(FileHappenings):
             server,
             call.fiber.pause,
             lambda: self._server.has_died,
-            lambda answer: self._overhear(device, answer),
+            lambda answer: self._overhear(listener, answer),
         )
         call.link = link
         device.sessions.append(link)
@@ -268,6 +277,7 @@ class World(FileHappenings):
         pending = (one.seq for one in device.replica._storage.pending(until=call.prepared_at))
         covered = frozenset(pending if selection is None else selection.seqs)
         call.attempt = Attempt(link, self._history.lives, selection, covered)
+        listener = self._listener(device, call, link, selection)
         self.coverage.totals["streams"] += 1
         if device.has_stale_token:
             device.has_stale_token = False
@@ -275,11 +285,27 @@ class World(FileHappenings):
             link.break_off(grpc.StatusCode.UNAUTHENTICATED, "the token has expired", "UNAUTHENTICATED")
         return link
 
-    def _overhear(self, device: Device, answer: bytes) -> None:
-        page = splice_pb2.SynchronizeResponseSplice.FromString(answer).page
-        if page:
-            self._read_history()
-            promises.check_private(device.seen, sync_pb2.SnapshotPage.FromString(page))
+    def _overhear(self, listener: Listener, answer: bytes) -> None:
+        self._read_history()
+        listener.hear(answer)
+
+    def _listener(self, device: Device, call: Call, link: Link, selection: Selection | None) -> Listener:
+        """Return one who listens to what the server says in a session that begins."""
+        cursor, sessions = device.replica._storage.meta("cursor"), device.sessions
+        known = int(splice_pb2.Cursor.FromString(cursor).version) if cursor else None
+        if call.mode is not Mode.ALL or not self._is_current(device):
+            known = 0
+
+        def since() -> int:
+            if known is not None:
+                return known
+            # Nothing was told yet but by this session, and by those of which pages are staged.
+            links: list[Link] = [link, *sessions] if link.started.resumed else [link]
+            return min(one.settled_version for one in links)
+
+        asked = None if selection is None else set(selection.keys)
+        schema = self.settings.business.schema(2)
+        return Listener(device.eyes, device.seen, self._history, device.committed, schema, asked, since)
 
     def pause(self, device: Device, seconds: float) -> None:
         """See `Network`."""
@@ -683,7 +709,11 @@ class World(FileHappenings):
         """Let the service itself change some objects, whichever or certain ones."""
         random = self._random
         if keys is None:
-            keys = [(random.choice(ENTITIES), random.choice(IDS)) for _ in range(random.choice([1, 1, 2]))]
+            is_contended = self.settings.business.is_contended
+            keys = [
+                pick_contended(random) if is_contended else (random.choice(ENTITIES), random.choice(IDS))
+                for _ in range(random.choice([1, 1, 2]))
+            ]
         server = self._server
         tenant = Tenant(server.application, server.store, DEFAULT_TENANT, None, self._clock, server.files)
         what = "the service writes"
@@ -726,6 +756,9 @@ class World(FileHappenings):
                 return
             self._say(f"the third party is told to come again: {type(error).__name__}")
         self._ledger.update((one.nonce, party.committed.data[seq]) for seq, one in party.committed.operations.items())
+        self._commits.update(
+            (one.nonce, Committal(one, party.eyes, is_translated=False)) for one in party.committed.operations.values()
+        )
         self._read_history()
 
     def _upload_of_third_party(self, party: ThirdParty, *, is_answer_lost: bool) -> str:
@@ -790,6 +823,7 @@ class World(FileHappenings):
             self._leave_files(call)
         if link is not None:
             self._leave(device, link)
+        self._former_logs.append(frozenset(device.nonces))
         device.put_back(aside)
         self._lay_traps(Commit.FORK, [device])
         self._open(device)
@@ -836,6 +870,7 @@ class World(FileHappenings):
         """Put a backup, whichever or a certain one, in the place of the store: what was applied since is gone."""
         backup = backup or self._random.choice(self._backups)
         self._read_history()
+        check_applied(self._account)
         self._past_lives.append(self._history.copy())
         self._former_failures |= {one.failure_id for one in self._server.chronicle.marks.values() if one.failure_id}
         known, kept = self._server.chronicle.marks, {one.nonce for one in backup.chronicle.marks.values()}
@@ -847,7 +882,7 @@ class World(FileHappenings):
             acknowledged = {**self._acknowledged.get(device.name, {}), **told}
             # What the backup has is not offered again.
             self._acknowledged[device.name] = {nonce: one for nonce, one in acknowledged.items() if nonce not in kept}
-        self._restored_at = backup.history.version
+        self._restored_at.append(backup.history.version)
         self._lay_traps(self._random.choice([Commit.REBASE, Commit.KEEP]), self._devices)
         since = backup.history.version
         edits = [one for one in self._past_lives[-1].changes if one.kind is OperationKind.UPDATE and not one.by_hook]
@@ -1308,6 +1343,7 @@ class World(FileHappenings):
         business = self.settings.business
         chronicle = self._server.chronicle
         promises.check_references(server, business.schema(2))
+        check_applied(self._account)
         if self._third_party is not None:
             self._check_third_party(self._third_party, server)
         if self._history.lives:
@@ -1366,7 +1402,7 @@ class World(FileHappenings):
             if not device.is_copied and device.name in self._acknowledged:
                 acknowledged.update(self._acknowledged[device.name])
         marks = self._server.chronicle.marks
-        promises.check_offered_again(server, acknowledged, operations, marks, self._restored_at)
+        promises.check_offered_again(server, acknowledged, operations, marks, self._restored_at[-1])
 
     def _lost(self, device: Device, record: ReplicaRecord, server: ServerRecord) -> set[int]:
         """Return what was trimmed on a replica, and then lost on the server when it was put back."""
@@ -1423,13 +1459,41 @@ class World(FileHappenings):
     def _note_commits(self, device: Device) -> list[Operation]:
         found = device.note_commits()
         self._ledger.update((one.nonce, device.committed.data[one.seq]) for one in found)
+        life = self._life_of_bases(device) if found else None
+        self._commits.update((one.nonce, Committal(one, device.eyes, life)) for one in found)
         if self.witness is not None:
             self.witness.note_commits(device.replica._storage.files.contents, found)
         return found
 
+    def _life_of_bases(self, device: Device) -> int | None:
+        """Return of which of the store's lives the states are that a device has; None: some may be of another one."""
+        if self._is_current(device):
+            return device.life
+        lineage = device.replica._storage.lineage
+        is_known = lineage.timeline in ("", self._server.lmdb.identity.timeline)
+        return None if lineage.is_rebasing or is_known else device.life
+
     @property
     def _merging(self) -> list[str]:
         return [entity for entity, policy in self.settings.business.policies.items() if policy == "merge"]
+
+    @property
+    def _account(self) -> Account:
+        chronicle = self._server.chronicle
+        logs = [*self._former_logs, *(frozenset(device.nonces) for device in self._devices)]
+        if self._third_party is not None:
+            logs.append(frozenset(one.nonce for one in self._third_party.committed.operations.values()))
+        return Account(
+            self._history,
+            self.settings.business,
+            chronicle.marks,
+            chronicle.settlements,
+            self._commits,
+            logs,
+            tuple(self._restored_at),
+            self.settings.has_copies,
+            self.witness is not None,
+        )
 
     def _not_ready(self, report: Report) -> set[int]:
         reasons = {SkipReason.NOT_READY, SkipReason.FILE_NOT_UPLOADED}
@@ -1457,6 +1521,7 @@ class World(FileHappenings):
             settings.replica_map_bytes,
             {} if settings.files is None else settings.files.wishes[number],
             None if self.witness is None else self.witness.library,
+            self.settings.business.is_contended,
         )
         return Device(
             name,
@@ -1473,7 +1538,13 @@ class World(FileHappenings):
         business, random = self.settings.business, Random(self._random.random())
         principal = business.principal(random, "third party")
         eyes = Eyes(business.granted, business.offers, principal, {})
-        return ThirdParty(str(UUID(bytes=random.randbytes(16), version=4)), principal, eyes, random)
+        return ThirdParty(
+            str(UUID(bytes=random.randbytes(16), version=4)),
+            principal,
+            eyes,
+            random,
+            is_contended=self.settings.business.is_contended,
+        )
 
     def _clock(self) -> int:
         """Return what time it is on the server, where no two things happen at the same time."""

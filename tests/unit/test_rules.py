@@ -416,6 +416,23 @@ class TestAccess:
 
         assert attempt("o1", 1) == attempt("o7", 10) == ["ACCESS_DENIED", "GROUP_REJECTED", "DEPENDENCY_FAILED"]
 
+    def test_what_was_created_after_all_is_not_held_against_a_refusal(self) -> None:
+        """An edit of an object that its author created, and does not see, names no earlier refusal as its cause."""
+        lab = shop()
+        lab.application.allow("technician", "Order", create=True, write="*", where={"owner": "ann"}, check={})
+        lab.application.allow("technician", "Customer")
+
+        said_of = settle(
+            lab,
+            ANN,
+            order(1, "o7", owner="ann", customer="nobody"),
+            order(2, "o7", owner="bob"),
+            update(3, "o7", {"note": "x"}, entity="Order"),
+            replica=b"c" * 16,
+        )
+
+        assert said_of == ["DANGLING_REFERENCE", "APPLIED", "OBJECT_GONE"]
+
     @pytest.mark.parametrize("seen", [True, False])
     def test_a_refusal_names_no_hidden_object(self, seen: bool) -> None:  # noqa: FBT001 - a case
         """What hooks and deletion rules meet on their way is named to those who may know of it only."""
