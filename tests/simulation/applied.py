@@ -139,6 +139,8 @@ class Account:
         """Yield what others did to an object that the author of an operation did not know, the newest first."""
         changes = self.history.changes_to[one.change.key]
         base, removed = self.base_of(one.commit), set[str]()
+        if one.change.former_version and self.restored_at:
+            base = max(base, self.restored_at[-1])  # what was done before it was applied first, it was applied to
         is_old = self._is_old(one.commit)
         for change in reversed(changes[: _index(changes, one.change.version)]):
             if change.version <= base:

@@ -7,7 +7,6 @@ simulation must find every one; which promise told, and after how many worlds, i
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from tidelog_server import (
     _access,
     _action,
     _applier,
+    _author,
     _checkpoints,
     _collection,
     _conflicts,
@@ -490,23 +490,19 @@ def _forget_gaps() -> _Patch:
 
 
 def _trust_old_bases() -> _Patch:
-    adopt = _lineage.Lineage.adopt
-
-    def adopting(self: Any, transaction: Any) -> None:
-        adopt(self, transaction)
-        self._meta.put(transaction, old_bases_through=b"")
-
-    return mock.patch.object(_lineage.Lineage, "adopt", adopting)
+    sight = _author.Author.sight
+    return mock.patch.object(
+        _author.Author, "sight", lambda self, *operation: sight(self._replace(old_bases=None), *operation)
+    )
 
 
 # --- the replica --------------------------------------------------------------------------
 
 
 def _repeat_nonces() -> _Patch:
-    def token_bytes(size: int) -> bytes:
-        return struct.pack(f"{size // 8}Q", *range(1, size // 8 + 1))
-
-    return mock.patch.object(_commit, "secrets", SimpleNamespace(token_bytes=token_bytes))
+    return mock.patch.object(
+        _commit, "struct", SimpleNamespace(unpack=lambda _format, data: range(1, len(data) // 8 + 1))
+    )
 
 
 def _lose_staged_pages() -> _Patch:
@@ -742,7 +738,7 @@ MUTATIONS: Final = (
     Mutation("a cursor from before what is collected is served", _horizon_stays, {"collect": 5}),
     Mutation("outcomes are forgotten that may be asked for", _forget_too_much, {"collect": 5}),
     Mutation("outcomes are forgotten behind a gap", _forget_gaps, {"collect": 5}),
-    Mutation("a base of before a restore is taken for one of today", _trust_old_bases, RESTORES),
+    Mutation("a base of before a restore is taken for one of today", _trust_old_bases, {**RESTORES, **CONTENDED}),
     Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
     Mutation("nobody looks whether the content is there", _refer_to_anything),
     Mutation("whoever knows a hash may refer to the content", _refer_to_whatever_is_there),

@@ -97,7 +97,8 @@ class Listener:
             named = list(self._named(operation))
             for entity, id_ in _OBJECT.findall(result.message):
                 key = entity, literal_eval(id_)
-                if key not in named and not self._may_know(key):
+                # What was never there a hook would have created, had the operation not been refused.
+                if key not in named and key in self._history.changes_to and not self._may_know(key):
                     yield f"{operation.key}: {result.message!r} names {key}, which {self._eyes.principal} may not read"
             said = _OBJECT.sub("", result.message)
             for name, value in self._hidden(operation):
