@@ -144,6 +144,7 @@ SETTINGS = (
     "strict schema",
     "access rules",
     "third party",
+    "contention",
     "copies and restores",
     "files",
     "files lazy",
