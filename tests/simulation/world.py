@@ -75,7 +75,9 @@ from tidelog_client._file_exchange import FileExchange
 from tidelog_client._publication import Publication
 from tidelog_client._report import PublishedCounts
 from tidelog_client._selection import Selection, select
+from tidelog_client._storage import Storage
 from tidelog_client._synchronization import Mode
+from tidelog_client._synchronizer import Synchronizer
 from tidelog_client._upload import FilePlan
 from tidelog_client._view import ViewRecord
 from tidelog_server import OperationRefused, TransientError
@@ -164,6 +166,8 @@ class World(FileHappenings):
         self._history = History()
         self._devices: list[Device] = []
         self._acting: Device | None = None
+        # The replica that is being opened.
+        self._opening: Storage | None = None
         # Links that were left, whose messages may still arrive, and the number of the stream that each was.
         self._ghosts: list[tuple[Device, Link]] = []
         self._file_ghosts: list[FileLink] = []
@@ -197,6 +201,7 @@ class World(FileHappenings):
             mock.patch.object(_replica, "select", self._recorded(select)),
             mock.patch.object(Publication, "publish", self._in_steps(self._judged(Publication.publish))),
             mock.patch.object(Publication, "finish", self._in_steps(Publication.finish)),
+            mock.patch.object(Synchronizer, "go_on", self._opened(Synchronizer.go_on)),
             mock.patch.object(FileExchange, "prepare", self._noted(FileExchange.prepare)),
             mock.patch.object(Report, "end_session", self._ticked_off(Report.end_session)),
         ):
@@ -371,13 +376,25 @@ class World(FileHappenings):
 
         return judged
 
+    def _opened(self, go_on: Callable[[Synchronizer], None]) -> Callable[[Synchronizer], None]:
+        """Return *go_on* with somebody who knows of which replica: its device has it once it is open."""
+
+        def opened(synchronizer: Synchronizer) -> None:
+            self._opening = synchronizer._storage
+            try:
+                go_on(synchronizer)
+            finally:
+                self._opening = None
+
+        return opened
+
     def _in_steps(self, publish: Callable[..., PublishedCounts]) -> Callable[..., PublishedCounts]:
         """Return *publish* with somebody who looks at the view between its steps."""
 
         def in_steps(publication: object, *arguments: Any, **options: Any) -> PublishedCounts:
             if self._acting is None:
                 return publish(publication, *arguments, **options)  # See `connect`.
-            storage = self._acting.replica._storage
+            storage = self._opening or self._acting.replica._storage
             before, repeated = read_view(storage), read_repeated(storage, next(iter(arguments), ()))
             steps: list[dict[Key, ViewRecord]] = []
             write = storage.environment.write
