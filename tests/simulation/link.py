@@ -19,6 +19,7 @@ from google.rpc.code_pb2 import Code
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
+from tests.simulation.bounds import Bounds
 
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog.internal.v1 import splice_pb2
@@ -199,6 +200,7 @@ class Link:
         self._echoes: list[Link] = []
         self._origin: Link | None = None
         self._inbox: deque[bytes | CallFailed] = deque()
+        self._bounds = Bounds(lambda: server.started.limits)
 
     @property
     def settled_version(self) -> int:
@@ -235,6 +237,8 @@ class Link:
 
     def send(self, messages: list[bytes | None]) -> None:
         """Send messages."""
+        for message in filter(None, messages):
+            self._bounds.check_sent(message)
         self.sent += messages
         if not self.is_dark:
             self.to_server.extend(messages)
@@ -248,6 +252,7 @@ class Link:
         message = self._inbox.popleft()
         if isinstance(message, CallFailed):
             raise error_of(message, "the simulated server") from message
+        self._bounds.note_taken(message)
         return message
 
     def cancel(self) -> None:

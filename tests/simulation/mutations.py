@@ -661,6 +661,25 @@ def _keep_unneeded_contents() -> _Patch:
     return mock.patch.object(client_files.Files, "collect", return_value=0)
 
 
+def _pages_without_end() -> _Patch:
+    begin = _download._Page.__init__
+
+    def roomy(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        self.objects_left = 1_000_000
+
+    return mock.patch.object(_download._Page, "__init__", roomy)
+
+
+def _send_without_waiting() -> _Patch:
+    next_batch = _synchronization.Synchronization._next_batch
+
+    def next_two(self: Any) -> Any:
+        return next_batch(self) + (next_batch(self) if self._in_flight else [])
+
+    return mock.patch.object(_synchronization.Synchronization, "_next_batch", next_two)
+
+
 MUTATIONS: Final = (
     Mutation("the server applies again what it has settled", _skip_the_dedupe),
     Mutation("the server loses failure records", _lose_failures),
@@ -740,6 +759,8 @@ MUTATIONS: Final = (
     Mutation("outcomes are forgotten behind a gap", _forget_gaps, {"collect": 5}),
     Mutation("a base of before a restore is taken for one of today", _trust_old_bases, {**RESTORES, **CONTENDED}),
     Mutation("what is forgotten is applied once more", _apply_what_is_forgotten, {"collect": 5}),
+    Mutation("a page has all that there is", _pages_without_end),
+    Mutation("a replica sends without waiting for answers", _send_without_waiting),
     Mutation("nobody looks whether the content is there", _refer_to_anything),
     Mutation("whoever knows a hash may refer to the content", _refer_to_whatever_is_there),
     Mutation("a content is collected that something refers to", _collect_what_is_needed),

@@ -27,6 +27,7 @@ from tests.simulation.actions import IDS, fits, pick_contended
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.applied import Account, check_applied
 from tests.simulation.applied import Commit as Committal
+from tests.simulation.bounds import check_page
 from tests.simulation.device import Aside, Attempt, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
 from tests.simulation.exchange import FileLink, Turns
@@ -292,6 +293,7 @@ class World(FileHappenings):
 
     def _overhear(self, listener: Listener, answer: bytes) -> None:
         self._read_history()
+        check_page(answer)
         listener.hear(answer)
 
     def _listener(self, device: Device, call: Call, link: Link, selection: Selection | None) -> Listener:
