@@ -37,6 +37,8 @@ WAIT_SECONDS_MAX: Final = 300.0
 # What a million objects may cost with 20 interruptions, of what they cost without.
 RESUMED_RATIO_MAX: Final = 1.05
 POLL_SECONDS: Final = 0.001
+# How often somebody looks whether anything shows. Whoever looks keeps the proxy waiting, which is in the same process.
+LOOK_SECONDS: Final = 0.05
 
 Attributes = Callable[[int, int], Iterator[dict[str, Any]]]
 
@@ -166,9 +168,14 @@ class _Interrupted:
         way = self._servers.proxy.down
         wanted = way.byte_count + more_bytes
 
+        look_at = 0.0
+
         def is_enough() -> bool:
-            if shown := self._shown():
-                raise HalfState(f"{shown} of {self._objects} objects showed before all were there")
+            nonlocal look_at
+            if (now := time.monotonic()) >= look_at:
+                look_at = now + LOOK_SECONDS
+                if shown := self._shown():
+                    raise HalfState(f"{shown} of {self._objects} objects showed before all were there")
             return way.byte_count >= wanted
 
         self._wait(is_enough)

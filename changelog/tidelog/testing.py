@@ -138,13 +138,20 @@ class Way:
                 limit = min(limit, self._end - self.byte_count)
             if self.bytes_per_second is not None:
                 limit = min(limit, max(1, self.bytes_per_second // 20))
-            data = await reader.read(limit)
+            was_reset = False
+            try:
+                data = await reader.read(limit)
+            except ConnectionError:
+                data, was_reset = b"", True
             if self.delay_seconds:
                 await asyncio.sleep(self.delay_seconds)
             self.is_holding = not (self._is_open.is_set() and connection.is_open[self].is_set())
             await self._is_open.wait()
             await connection.is_open[self].wait()
             self.is_holding = False
+            if was_reset:
+                connection.cut(resets=True)
+                return
             if not data:
                 if writer.can_write_eof():
                     writer.write_eof()

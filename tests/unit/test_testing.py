@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -79,6 +80,27 @@ def test_it_resets(proxy: Proxy, ends: tuple[socket.socket, socket.socket]) -> N
     for end in (near, far):
         with pytest.raises(ConnectionResetError):
             end.recv(1)
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_it_hands_on_a_reset(proxy: Proxy, ends: tuple[socket.socket, socket.socket], *, stalls: bool) -> None:
+    """Where one end resets its connection, as a killed process does, the other one sees that, after a stall."""
+    near, far = ends
+    if stalls:
+        proxy.stall()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    if stalls:
+        wait_until(lambda: proxy.down.is_holding, "no reset came")
+        near.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            near.recv(1)
+        near.setblocking(True)
+        proxy.heal()
+
+    with pytest.raises(ConnectionResetError):
+        near.recv(1)
+    wait_until(lambda: proxy.open_count == 0, "the connection is still there")
 
 
 def test_it_stalls_and_heals(proxy: Proxy, ends: tuple[socket.socket, socket.socket]) -> None:
