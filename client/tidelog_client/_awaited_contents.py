@@ -126,7 +126,6 @@ class AwaitedContents:
             self._plan = NO_FILES
             return self._plan
         held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
-        self._offered |= self._needed.keys() - held
         lost = {
             seq: found
             for seq, needed in self._needed.items()
@@ -134,6 +133,10 @@ class AwaitedContents:
         }
         self._plan = FilePlan(self._until, held, lost)
         return self._plan
+
+    def note_session(self) -> None:
+        """Note that a session came to its end, which might have taken what the plan did not hold back."""
+        self._offered |= self._needed.keys() - set(self._plan.held)
 
     def _needed_contents(self) -> dict[int, list[Needed]]:
         chosen = None if self._seqs is None else set(self._seqs)

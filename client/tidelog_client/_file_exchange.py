@@ -191,6 +191,7 @@ class FileExchange:
             SynchronizationError: There is no token to be had.
         """
         self._is_last = is_last
+        self._awaited.note_session()
         if self._files.is_idle() and self._transfers is None:
             return False
         if self._awaited.has_more():

@@ -76,9 +76,13 @@ class FileRoom:
         self.apart, self.exceeding = frozenset(), {}
 
     def probe(self, waiting: AbstractSet[Needed], under_way: AbstractSet[Needed], unasked: Collection[Needed]) -> None:
-        """Let one content go that finds out when a server answers again that did not say how contents stand."""
-        self.open()
-        self.apart = waiting - ((waiting & under_way) or {min(unasked, key=lambda one: one.size)})
+        """
+        Let one content go that finds out when a server answers again that did not say how contents stand.
+
+        The first one in the order of the log, so that one commit group is complete before the next one begins. What
+        had its turn before goes on.
+        """
+        self.apart = ((waiting & self.apart) | set(unasked)) - under_way - {next(iter(unasked))}
 
     def share(self, units: Iterable[Unit], awaited: Awaited, hold_back: Callable[[Unit], None]) -> None:
         """

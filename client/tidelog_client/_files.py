@@ -614,7 +614,6 @@ class Files:
             if not self._is_used(transaction, sha256):
                 content = self.contents.find(sha256)
                 if content is not None and content.time > old:
-                    self._correct_time(content)
                     found = cursor.next()  # its turn comes
                     continue
                 self.contents.delete(sha256)
@@ -636,8 +635,13 @@ class Files:
         self._note_vanished()
         stray: list[tuple[bytes, bytes]] = []
         old = self._clock() / 1e6 - GRACE_SECONDS
+        is_any_ahead = False
+        corrects = self._corrects_times()
         for content in self.contents.contents():
-            self._correct_time(content)
+            if content.time > old + 2 * GRACE_SECONDS:
+                is_any_ahead = True
+                if corrects:
+                    self.contents.renew(content.sha256, old + GRACE_SECONDS)
             if content.time <= old:
                 with self._environment.read() as transaction:
                     if not self._is_used(transaction, content.sha256):
@@ -646,13 +650,20 @@ class Files:
                 self._note_garbage(stray)
                 stray = []
         self._note_garbage(stray)
+        if not is_any_ahead:
+            self._meta.write(files_ahead=b"")
+        elif not self._meta.read("files_ahead"):
+            self._meta.write(files_ahead=str(self._clock() / 1e6).encode())
         self.contents.delete_leftovers(LEFTOVER_SECONDS, self._clock() / 1e6)
 
-    def _correct_time(self, content: Content) -> None:
-        """Make a content that came under a clock that was far ahead as young as one of now: else it would never go."""
-        now = self._clock() / 1e6
-        if content.time > now + GRACE_SECONDS:
-            self.contents.renew(content.sha256, now)
+    def _corrects_times(self) -> bool:
+        """
+        Tell whether contents of the future came under a clock that was ahead: else they would never go.
+
+        Or the clock is behind just now, and they are young: that shows when one has looked twice, an hour apart.
+        """
+        noticed = float(self._meta.read("files_ahead") or 0)
+        return 0 < noticed < self._clock() / 1e6 - GRACE_SECONDS
 
     def is_idle(self) -> bool:
         """Tell whether nothing is to be looked at again, uploaded, downloaded or deleted: there are no files, say."""

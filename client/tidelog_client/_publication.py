@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from zlib import crc32
 
 import msgpack
+from google.protobuf.message import DecodeError
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import put_many, scan_keys
@@ -188,7 +189,7 @@ class Publication:
         brought = (
             pack_object_key(one.entity, one.id)
             for data in chain(staged, pages)
-            for one in sync_pb2.SnapshotPage.FromString(data).snapshots
+            for one in _page(data).snapshots
             if one.entity in entities
         )
         for key in chain(brought, (key for key in waiting if unpack_object_key(key)[0] in entities)):
@@ -254,10 +255,10 @@ class Publication:
                 break
             if not cursor.first():
                 for page in pages:
-                    counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(page)))
+                    counts = counts.plus(self._merge(transaction, _page(page)))
                 return counts, False
             page = cursor.value()
-            counts = counts.plus(self._merge(transaction, sync_pb2.SnapshotPage.FromString(page)))
+            counts = counts.plus(self._merge(transaction, _page(page)))
             room_bytes -= len(page)
             cursor.delete()
         return counts, True
@@ -340,7 +341,7 @@ class Publication:
         counts = PublishedCounts()
         staged = (page for _, page in transaction.cursor(self._incoming))
         for page in chain(staged, pages):
-            counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(page)))
+            counts = counts.plus(publisher.apply(_page(page)))
         publisher.check()
         transaction.drop(self._incoming, delete=False)
         return counts.plus(self._end_step(transaction, publisher, end))
@@ -352,7 +353,7 @@ class Publication:
         for _ in range(PUBLISH_STEP_PAGES):
             if not cursor.first():
                 return counts.plus(self._end_step(transaction, publisher, end))
-            counts = counts.plus(publisher.apply(sync_pb2.SnapshotPage.FromString(cursor.value())))
+            counts = counts.plus(publisher.apply(_page(cursor.value())))
             publisher.check()
             cursor.delete()
         publisher.replay_waiting()
@@ -427,6 +428,13 @@ class _PublishingEnd(NamedTuple):
             return end._replace(plans=Plans.decode(end.plans))  # type: ignore[arg-type]
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise damaged("what is known of an unfinished publication") from error
+
+
+def _page(data: bytes) -> sync_pb2.SnapshotPage:
+    try:
+        return sync_pb2.SnapshotPage.FromString(data)
+    except DecodeError as error:
+        raise damaged("a page on its way into the view") from error
 
 
 # A page that comes without a cursor ends nothing.

@@ -87,7 +87,8 @@ class Replica:
     Everything but `synchronize_*` works without a network. Reads see what is
     committed locally; each commit is on disk when it returns. Safe to use from many
     threads; several processes may open one directory; a forked child must open it anew.
-    What an interrupted synchronization had begun to bring into view all is when this returns.
+    What an interrupted synchronization had begun to bring into view all is when this returns, unless it cannot
+    be, on a full disk say, or another process is at it.
 
     Args:
         path: The replica's directory; made if it is not there.

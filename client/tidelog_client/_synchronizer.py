@@ -106,7 +106,7 @@ class Synchronizer:
             self._storage.publication.finish()
         except SynchronizationInProgress:
             pass
-        except (TidelogError, StateLost) as error:
+        except (TidelogError, StateLost, OSError) as error:
             _log.warning("a download is not all in view yet", detail=str(error))
         finally:
             _release(lock)

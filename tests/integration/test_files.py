@@ -22,6 +22,7 @@ from tidelog.testing import Proxy
 from tidelog.v1 import file_pb2, file_pb2_grpc
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
 from tidelog_client._call_errors import Transient
+from tidelog_client._synchronizer import Synchronizer
 from tidelog_server import Application, DirectoryContents, Principal, ServerLimits, StaticTokens
 from tidelog_server._file_rules import REFERRERS_MAX
 from tidelog_server._files import Files
@@ -249,9 +250,10 @@ def test_a_content_that_an_operation_of_its_own_brings_counts_for_no_group(*, is
         assert (report.applied, report.files_uploaded, report.skipped) == (3, 2, [])
 
 
+@pytest.mark.parametrize("failures", [1, 2, 3])
 @pytest.mark.parametrize("is_too_much", [False, True])
 def test_room_is_shared_though_the_server_did_not_answer_at_first(
-    monkeypatch: pytest.MonkeyPatch, *, is_too_much: bool
+    monkeypatch: pytest.MonkeyPatch, *, is_too_much: bool, failures: int
 ) -> None:
     """Where nobody says at first how much room there is parts of several groups do not fill it."""
     room_bytes = 30_000 if is_too_much else 64_000
@@ -264,13 +266,13 @@ def test_room_is_shared_though_the_server_did_not_answer_at_first(
                     transaction.create("Task", {"photo": photo})
         ask, asked = _transfer.Transfers.ask, []
 
-        def fails_once(self: _transfer.Transfers, contents: Any) -> Any:
+        def fails(self: _transfer.Transfers, contents: Any) -> Any:
             asked.append(contents)
-            if len(asked) == 1:
+            if len(asked) <= failures:
                 raise Transient("the server did not answer")
             return ask(self, contents)
 
-        monkeypatch.setattr(_transfer.Transfers, "ask", fails_once)
+        monkeypatch.setattr(_transfer.Transfers, "ask", fails)
 
         report = replica.synchronize_all()
 
@@ -279,6 +281,27 @@ def test_room_is_shared_though_the_server_did_not_answer_at_first(
             assert [one.reason for one in report.skipped] == [SkipReason.FILES_EXCEED_ROOM] * 9
         else:
             assert (report.applied, report.files_uploaded, report.skipped) == (9, 9, [])
+
+
+def test_what_a_session_that_was_cut_would_have_taken_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first session is cut, what the next one takes makes room for more, in the same synchronization."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        for number in range(2):
+            replica.create("Task", {"photo": replica.add_file(bytes([number]) * 40_000)}, f"t{number}")
+        attempt, attempts = Synchronizer._attempt, []
+
+        def cut_once(self: Synchronizer, *arguments: Any) -> None:
+            attempts.append(arguments)
+            if len(attempts) == 1:
+                raise Transient("cut")
+            attempt(self, *arguments)
+
+        monkeypatch.setattr(Synchronizer, "_attempt", cut_once)
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, report.skipped) == (2, 2, [])
 
 
 def test_what_is_not_ready_makes_no_room() -> None:

@@ -19,8 +19,17 @@ from tests.builders import (
     update,
 )
 
-from tidelog import DiskFull, FailureReason, ForeignServer, InvalidValue, LimitExceeded, ObjectNotFound, attribute
-from tidelog._environment import Environment
+from tidelog import (
+    DiskFull,
+    FailureReason,
+    ForeignServer,
+    InvalidValue,
+    LimitExceeded,
+    ObjectNotFound,
+    StorageError,
+    attribute,
+)
+from tidelog._environment import Environment, LmdbTransaction, scan_keys
 from tidelog._values import decode_map
 from tidelog.v1 import (
     failure_pb2,
@@ -1104,6 +1113,17 @@ def _break_after(count: int) -> Any:
     return breaks
 
 
+def _damage_pages(replica: Replica) -> None:
+    """Put something else in the place of what was downloaded and is not published."""
+    incoming = replica._storage.publication._incoming
+
+    def damage(transaction: LmdbTransaction) -> None:
+        for key in list(scan_keys(transaction, incoming)):
+            transaction.put(key, b"\xff no page", db=incoming)
+
+    replica._storage.environment.write(damage)
+
+
 def _pages(world: World, cursor: bytes) -> Iterator[sync_pb2.SnapshotPage]:
     """Download as a client without streams of both directions does."""
     request = sync_pb2.DownloadSnapshotsRequest(protocol_version=1, cursor=cursor)
@@ -1280,7 +1300,7 @@ class TestStagedDownload:
         assert contents(b) == {f"t{n:03}": {"n": n} for n in range(1, 41)} | {"mine": {"mine": True}}
         assert b.synchronize_all().downloaded == 0
 
-    @pytest.mark.parametrize("hindrance", ["a full disk", "a state that is missing", "a synchronization"])
+    @pytest.mark.parametrize("hindrance", ["a full disk", "a state that is missing", "a synchronization", "damage"])
     def test_what_cannot_be_rolled_forward_when_a_replica_is_opened(
         self, world: World, monkeypatch: pytest.MonkeyPatch, hindrance: str
     ) -> None:
@@ -1299,8 +1319,12 @@ class TestStagedDownload:
         monkeypatch.setattr(Publication, "_publish_step", fails)
         with pytest.raises(Broken):
             a.synchronize_all()
+        if hindrance == "damage":
+            _damage_pages(a)
         a.close()
         errors[0] = DiskFull("no room left") if hindrance == "a full disk" else StateLost()
+        if hindrance == "damage":
+            errors.clear()
         lock = FileLock(a.path / "synchronize.lock", is_singleton=False)
         if hindrance == "a synchronization":
             errors.clear()
@@ -1312,6 +1336,10 @@ class TestStagedDownload:
         b.create("Task", {"mine": True}, "mine")
         errors.clear()
         lock.release()
+        if hindrance == "damage":
+            with pytest.raises(StorageError):
+                b.synchronize_all()
+            return
         b.synchronize_all()
         assert contents(b) == everything | {"mine": {"mine": True}}
 
