@@ -39,7 +39,8 @@ MUTATION_SEEDS = range(150)
 # Among them worlds in which the order of a set, and the name of a directory, were in the words of an error.
 DECIDING_SEEDS = (7, 9023, 9144)
 PROMISES = {
-    "As said", "Bounded", "By version", "Change log", "Commit group", "Conflict", "Converges", "Cursor", "Cursor behind state",
+    "As said", "Bounded", "By version", "Change log", "Commit group", "Conflict", "Converges", "Cursor",
+    "Cursor behind state",
     "Durable", "Files", "Forks and restores", "Fresh", "In order", "Incarnation", "No mass delete", "No poison",
     "Nothing lost on refusal", "One at a time", "Private", "Projection", "References", "Rights", "Rules",
     "Settled marks", "Settled once", "Sole writer", "Verification", "View",
