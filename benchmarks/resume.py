@@ -92,7 +92,7 @@ def measure_resume(
     Download everything twice: at one go, and interrupted.
 
     Raises:
-        HalfState: Something showed before all was there; or not all, once a replica was opened that had it all.
+        HalfState: Something showed before all did; or not all, once a replica was opened that had it all.
     """
     with (
         tempfile.TemporaryDirectory(prefix="tidelog-benchmark-", dir=folder) as name,
@@ -174,16 +174,17 @@ class _Interrupted:
             nonlocal look_at
             if (now := time.monotonic()) >= look_at:
                 look_at = now + LOOK_SECONDS
-                if shown := self._shown():
-                    raise HalfState(f"{shown} of {self._objects} objects showed before all were there")
+                self._check_shown(0)
             return way.byte_count >= wanted
 
         self._wait(is_enough)
 
     def wait_until_published(self, *, part: float) -> bool:
-        """Wait until a part of what was downloaded shows. Return False if all of it does."""
-        self._wait(lambda: self._done.done() or self._shown() >= max(1, int(part * self._objects)))
-        return not self._done.done()
+        """Wait until a part of what was downloaded is prepared, and nothing shows. Return False if all does."""
+        wanted = max(1, int(part * self._objects))
+
+        self._wait(lambda: self._check_shown(0, self._objects) > 0 or self._prepared() >= wanted)
+        return self._shown() == 0
 
     def interrupt(self, kind: str) -> None:
         """Interrupt the download, and see to it that it goes on."""
@@ -197,20 +198,19 @@ class _Interrupted:
             self._replica.kill()
             if self._done.exception() is None:
                 raise RuntimeError("the replica had come to its end before it was interrupted")
-        if kind != PUBLISHING and self._shown():
-            raise HalfState(f"{self._shown()} of {self._objects} objects showed when the download was interrupted")
-        if kind == PUBLISHING:
+        if kind != PUBLISHING:
+            self._check_shown(0)
+        else:
+            self._check_shown(0, self._objects)
             with Replica(self._path):  # without a network
-                if self._shown() != self._objects:
-                    raise HalfState(f"{self._shown()} of {self._objects} objects show after a crash")
+                self._check_shown(self._objects)
         if kind.startswith("replica"):
             self._begin()
 
     def complete(self) -> None:
         """Wait for the end."""
         self._done.result(WAIT_SECONDS_MAX)
-        if self._shown() != self._objects:
-            raise HalfState(f"{self._shown()} of {self._objects} objects show in the end")
+        self._check_shown(self._objects)
 
     def state(self) -> str:
         state: str = self._replica.call("state")
@@ -222,6 +222,17 @@ class _Interrupted:
 
     def _shown(self) -> int:
         return self._watching.count(ENTITY)
+
+    def _prepared(self) -> int:
+        environment = self._watching._storage.environment  # noqa: SLF001 - it shows nowhere
+        with environment.read() as transaction:
+            return int(transaction.stat(environment.database("objects"))["entries"])
+
+    def _check_shown(self, *expected: int) -> int:
+        """Return how many objects show. Raise HalfState if it is another number than was expected."""
+        if (shown := self._shown()) not in expected:
+            raise HalfState(f"{shown} of {self._objects} objects showed, expected {' or '.join(map(str, expected))}")
+        return shown
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + WAIT_SECONDS_MAX

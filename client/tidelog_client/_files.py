@@ -748,7 +748,7 @@ def set_references(data: bytes) -> list[FileReference]:
 def references_of(view: View, transaction: LmdbTransaction, key: bytes) -> References:
     """Return what the view and the base of an object refer to."""
     found: References = {}
-    for record, is_shown in ((view.base(transaction, key), False), (view.get(transaction, key), True)):
+    for record, is_shown in ((view.base(transaction, key), False), (view.prepared(transaction, key), True)):
         if record is not None:
             for one in encoded_file_references(record.attributes).values():
                 found[one.sha256] = (is_shown, one.size)
@@ -757,7 +757,7 @@ def references_of(view: View, transaction: LmdbTransaction, key: bytes) -> Refer
 
 def _server_references(view: View, transaction: LmdbTransaction, key: bytes) -> set[bytes]:
     """Return the contents to which an object refers in the server's newest state that is known of it."""
-    record = view.get(transaction, key)
+    record = view.prepared(transaction, key)
     if record is None or record.dirty:
         record = view.base(transaction, key)
     return set() if record is None else {one.sha256 for one in encoded_file_references(record.attributes).values()}

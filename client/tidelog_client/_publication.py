@@ -6,14 +6,16 @@ Publication: downloaded pages on their way into the view.
     seen         object key     -> (while a reconciliation is published) it was in the download
     ahead        object key     -> its state came without the cursor, and is newer or not of the projection
 
-Nothing shows before all of a download is there. What fits into one transaction is
-published in one, with the cursor; more is published in steps, which are taken up
-again after a crash: how the publication ends is on disk before its first step.
+Nothing shows before all of a download does. What fits into one transaction is
+published in one, with the cursor; more is published in steps, behind a curtain (see
+`_curtain`), which are taken up again after a crash: how the publication ends is on disk
+before its first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
@@ -109,7 +111,7 @@ class Publication:
         Put the staged pages, then *pages*, into the view, and the cursor with them.
 
         Up to 100,000 objects and 128 MiB change in one transaction. More are published
-        in steps, which are taken up again after a crash by `finish`.
+        in steps, which are taken up again after a crash by `finish`, and show with the last.
 
         Args:
             pages: The pages that were not staged.
@@ -139,11 +141,15 @@ class Publication:
             asks_later=guards_removals and plans.is_unexplained,
         )
         if staged_count + object_count <= PUBLISH_OBJECTS_MAX and staged_bytes <= PUBLISH_BYTES_MAX:
-            counts = self._environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
-            return counts.plus(self.finish())
+            with suppress(_TooMuchAtOnce):
+                return self._environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
         self.stage(pages, object_count, b"")
-        self._meta.write(publishing=end.pack())
+        self._begin_steps(publishing=end.pack())
         return self.finish()
+
+    def is_under_way(self) -> bool:
+        """Tell whether a publication was begun that did not come to its end."""
+        return bool(self._meta.read("publishing") or self._meta.read("merge_end"))
 
     def finish(self) -> PublishedCounts:
         """Go on with a publication that was begun. Does nothing if there is none."""
@@ -151,7 +157,19 @@ class Publication:
         while packed := self._meta.read("publishing"):
             end = _PublishingEnd.unpack(packed)
             counts = counts.plus(self._environment.write(partial(self._publish_step, end=end)))
+        while packed := self._meta.read("merge_end"):
+            merge_end = _MergeEnd.unpack(packed)
+            counts = counts.plus(self._environment.write(partial(self._merge_step, end=merge_end)))
         return counts
+
+    def _begin_steps(self, **ends: bytes) -> None:
+        """Note how a publication in steps ends, of which nothing shows before."""
+
+        def work(transaction: LmdbTransaction) -> None:
+            self._meta.put(transaction, **ends)
+            self._view.draw(transaction)
+
+        self._environment.write(work)
 
     def _check_removals(self, pages: Sequence[bytes], plans: Plans, *, guards_removals: bool) -> None:
         """Raise MassRemoval if a reconciliation lacks more than half of an entity, and more than 20 objects."""
@@ -185,10 +203,9 @@ class Publication:
         entities: Container[str],
     ) -> Iterator[bytes]:
         """Yield the known objects of some entities that a download brings, maybe more than once, and that wait."""
-        staged = (page for _, page in transaction.cursor(self._incoming))
         brought = (
             pack_object_key(one.entity, one.id)
-            for data in chain(staged, pages)
+            for data in chain(_pages(transaction, self._incoming), pages)
             for one in _page(data).snapshots
             if one.entity in entities
         )
@@ -229,39 +246,55 @@ class Publication:
         """
         Put the pages that `stage_merge` kept, then *pages*, into the view.
 
-        Up to 100,000 objects and 128 MiB change in one transaction. The replica stands where
+        Up to 100,000 objects and 128 MiB change in one transaction. More do in steps, which are
+        taken up again after a crash by `finish`, and show with the last. The replica stands where
         it stood; *cursor*, unless it is empty, says less of that than the one it had.
         """
+        end = _MergeEnd(cursor, checkpoint)
+        if self._fits_a_merge(pages):
+            return self._environment.write(lambda transaction: self._merge_at_once(transaction, pages, end))
+        self.stage_merge(pages)
+        self._begin_steps(merge_end=end.pack())
+        return self.finish()
+
+    def _fits_a_merge(self, pages: Sequence[bytes]) -> bool:
+        """Tell whether the pages that `stage_merge` kept, and *pages*, go into one transaction."""
+        with self._environment.read() as transaction:
+            count = transaction.stat(self._merging)["entries"] + len(pages)
+            if count > MERGE_STEP_PAGES:
+                return False
+            return sum(len(page) for page in chain(_pages(transaction, self._merging), pages)) <= PUBLISH_BYTES_MAX
+
+    def _merge_at_once(self, transaction: LmdbTransaction, pages: Sequence[bytes], end: _MergeEnd) -> PublishedCounts:
         counts = PublishedCounts()
-        more = True
-        while more:
-            step, more = self._environment.write(
-                lambda transaction: self._merge_step(transaction, pages, cursor, checkpoint)
-            )
-            counts = counts.plus(step)
+        for page in chain(_pages(transaction, self._merging), pages):
+            counts = counts.plus(self._merge(transaction, _page(page)))
+        self._end_merge(transaction, end)
         return counts
 
-    def _merge_step(
-        self, transaction: LmdbTransaction, pages: Sequence[bytes], cursor_bytes: bytes, checkpoint: bytes
-    ) -> tuple[PublishedCounts, bool]:
-        self._lineage.note_checkpoint(transaction, checkpoint)
-        if cursor_bytes:
-            self._meta.put(transaction, cursor=cursor_bytes)
+    def _merge_step(self, transaction: LmdbTransaction, end: _MergeEnd) -> PublishedCounts:
         counts = PublishedCounts()
         cursor = transaction.cursor(self._merging)
         room_bytes = PUBLISH_BYTES_MAX
         for _ in range(MERGE_STEP_PAGES):
-            if room_bytes <= 0:
-                break
             if not cursor.first():
-                for page in pages:
-                    counts = counts.plus(self._merge(transaction, _page(page)))
-                return counts, False
+                self._end_merge(transaction, end)
+                self._view.unveil(transaction)
+                break
             page = cursor.value()
             counts = counts.plus(self._merge(transaction, _page(page)))
-            room_bytes -= len(page)
             cursor.delete()
-        return counts, True
+            room_bytes -= len(page)
+            if room_bytes <= 0:
+                break
+        return counts
+
+    def _end_merge(self, transaction: LmdbTransaction, end: _MergeEnd) -> None:
+        transaction.drop(self._merging, delete=False)
+        self._lineage.note_checkpoint(transaction, end.checkpoint)
+        if end.cursor:
+            self._meta.put(transaction, cursor=end.cursor)
+        self._meta.put(transaction, merge_end=b"")
 
     def has_own_states(self) -> bool:
         """
@@ -280,10 +313,12 @@ class Publication:
 
     def forget_states(self, transaction: LmdbTransaction) -> None:
         """Do what `start_over` does, as a part of the caller's transaction."""
-        transaction.drop(self._incoming, delete=False)
-        transaction.drop(self._seen, delete=False)
+        for database in (self._incoming, self._merging, self._seen):
+            transaction.drop(database, delete=False)
+        self._view.unveil(transaction)
         self._meta.put(
             transaction,
+            merge_end=b"",
             cursor=b"",
             state_lost=b"1",
             staged_count=b"",
@@ -339,12 +374,14 @@ class Publication:
     ) -> PublishedCounts:
         publisher = self._publisher(transaction, end)
         counts = PublishedCounts()
-        staged = (page for _, page in transaction.cursor(self._incoming))
-        for page in chain(staged, pages):
+        for page in chain(_pages(transaction, self._incoming), pages):
             counts = counts.plus(publisher.apply(_page(page)))
         publisher.check()
         transaction.drop(self._incoming, delete=False)
-        return counts.plus(self._end_step(transaction, publisher, end))
+        removed, is_over = self._end_step(transaction, publisher, end)
+        if not is_over:
+            raise _TooMuchAtOnce
+        return counts.plus(PublishedCounts(removed=removed))
 
     def _publish_step(self, transaction: LmdbTransaction, end: _PublishingEnd) -> PublishedCounts:
         publisher = self._publisher(transaction, end)
@@ -352,21 +389,26 @@ class Publication:
         cursor = transaction.cursor(self._incoming)
         for _ in range(PUBLISH_STEP_PAGES):
             if not cursor.first():
-                return counts.plus(self._end_step(transaction, publisher, end))
+                removed, is_over = self._end_step(transaction, publisher, end)
+                if is_over:
+                    self._view.unveil(transaction)
+                return counts.plus(PublishedCounts(removed=removed))
             counts = counts.plus(publisher.apply(_page(cursor.value())))
             publisher.check()
             cursor.delete()
-        publisher.replay_waiting()
         return counts
 
-    def _end_step(self, transaction: LmdbTransaction, publisher: _Publisher, end: _PublishingEnd) -> PublishedCounts:
-        """End a publication whose pages are in the view, or, where that concerns many objects, go on with it."""
+    def _end_step(self, transaction: LmdbTransaction, publisher: _Publisher, end: _PublishingEnd) -> tuple[int, bool]:
+        """
+        End a publication whose pages are in the view, as far as that goes at once.
+
+        Returns how many objects left the view, and whether it is over.
+        """
         removed = 0
         for count, has_left in enumerate(publisher.end(), start=1):
             removed += has_left
             if count == END_STEP_OBJECTS:
-                self._meta.put(transaction, publishing=end.pack())
-                return PublishedCounts(removed=removed)
+                return removed, False
         transaction.drop(self._seen, delete=False)
         transaction.drop(self._ahead, delete=False)
         if self._meta.get(transaction, "state_lost"):
@@ -385,7 +427,7 @@ class Publication:
         if end.rebases:
             self._lineage.adopt(transaction)
         self._lineage.note_checkpoint(transaction, end.checkpoint)
-        return PublishedCounts(removed=removed)
+        return removed, True
 
     def _publisher(self, transaction: LmdbTransaction, end: _PublishingEnd) -> _Publisher:
         return _Publisher(self._view, self._lineage, self._seen, self._ahead, transaction, end)
@@ -430,6 +472,37 @@ class _PublishingEnd(NamedTuple):
             raise damaged("what is known of an unfinished publication") from error
 
 
+class _MergeEnd(NamedTuple):
+    """
+    How a merge ends.
+
+    Attributes:
+        cursor: What to remember as the cursor, unless it is empty.
+        checkpoint: What to remember as the checkpoint.
+    """
+
+    cursor: bytes
+    checkpoint: bytes
+
+    def pack(self) -> bytes:
+        return cast("bytes", msgpack.packb(self))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> _MergeEnd:
+        try:
+            return cls(*msgpack.unpackb(data))
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise damaged("what is known of an unfinished merge") from error
+
+
+class _TooMuchAtOnce(Exception):
+    """What ends a publication changes more objects than go into its transaction."""
+
+
+def _pages(transaction: LmdbTransaction, database: LmdbDatabase) -> Iterator[bytes]:
+    return (page for _, page in transaction.cursor(database))
+
+
 def _page(data: bytes) -> sync_pb2.SnapshotPage:
     try:
         return sync_pb2.SnapshotPage.FromString(data)
@@ -461,9 +534,6 @@ class _Publisher:
         self._end = end
         self._lost: set[bytes] = set()
         self._any_ahead = transaction.stat(ahead)["entries"] > 0
-        self._any_waiting = lineage.reoffer_count(transaction) > 0
-        # What the pages of this transaction bring, if operations wait to be offered again.
-        self._brought: set[bytes] = set()
 
     def apply(self, page: sync_pb2.SnapshotPage) -> PublishedCounts:
         """Put one page into the view."""
@@ -483,8 +553,6 @@ class _Publisher:
         if self._any_ahead:
             for key in (*brought, *gone):
                 transaction.delete(key, db=self._ahead)
-        if self._any_waiting:
-            self._brought.update(brought)
         for entity, listed in snapshots.items():
             # What a reconciliation brings may be of another timeline, whose versions do not compare.
             force = plans.reconciles(entity)
@@ -514,11 +582,6 @@ class _Publisher:
         if self._lost:
             raise StateLost(next(iter(self._lost)))
 
-    def replay_waiting(self) -> None:
-        """Keep in view, on what the pages brought, what the server lost and has not taken again yet."""
-        if self._any_waiting:
-            self._replay(self._brought)
-
     def end(self) -> Iterator[bool]:
         """
         Settle what a download of everything left open, and remove what it did not bring, one object a step.
@@ -529,9 +592,7 @@ class _Publisher:
         view, transaction, plans = self._view, self._transaction, self._end.plans
         version = self._end.covered(self._end.version)
         cleared = plans.in_mode(DownloadMode.NOTHING_CLEAR)
-        self.replay_waiting()
-        yield from self._replay_elsewhere(version)
-        # What goes does so with what is replayed on it: without that it would show for a step as it never was.
+        yield from self._replay_waiting(version)
         for key in scan_keys(transaction, self._ahead):
             transaction.delete(key, db=self._ahead)
             if plans.downloads(unpack_object_key(key)[0]):
@@ -563,13 +624,13 @@ class _Publisher:
                         if view.limit_version(transaction, key, plans.common_version):
                             yield False
 
-    def _replay_elsewhere(self, version: int) -> Iterator[bool]:
+    def _replay_waiting(self, version: int) -> Iterator[bool]:
         """Keep in view what the server lost and has not taken again yet, where it lost the object too."""
         view, transaction = self._view, self._transaction
         while keys := dict.fromkeys(key for _, key in islice(self._waiting(), END_STEP_OBJECTS)):
             left = {key for key in keys if self._is_gone(key) and view.remove(transaction, key, version, force=True)}
             self._replay(keys)
-            yield from (key in left and view.get(transaction, key) is None for key in keys)
+            yield from (key in left and view.prepared(transaction, key) is None for key in keys)
 
     def _replay(self, keys: Container[bytes]) -> None:
         """Replay what waits on some objects, all of it: none shows with a part."""

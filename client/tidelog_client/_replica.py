@@ -50,6 +50,7 @@ from tidelog_client._storage import Storage
 from tidelog_client._synchronization import Consent, Mode
 from tidelog_client._synchronizer import Synchronizer
 from tidelog_client._verification import findings
+from tidelog_client._view import ViewRecord
 
 LOG_RETENTION_DEFAULT: Final = timedelta(days=30)
 LOG_RETENTION_BYTES_DEFAULT: Final = 1024**3
@@ -351,8 +352,9 @@ class Replica:
         """
         Iterate over the objects of an entity.
 
-        Objects are read a page at a time. With *order_by* only the ids and the
-        attributes ordered by are kept in memory, with a *limit* too only that many.
+        Objects are read a page at a time, and what changes meanwhile shows in the pages that
+        follow. With *order_by* all are read as of one moment; only the ids and the attributes
+        ordered by are kept in memory, with a *limit* too only that many.
 
         Args:
             entity: Type of the objects.
@@ -381,31 +383,26 @@ class Replica:
         self, entity: str, constraint: Constraint | None, orders: list[str], limit: int | None
     ) -> Iterator[Object]:
         if not orders:
-            yield from islice((self._handle(entity, id_) for id_, _ in self._matching(entity, constraint)), limit)
+            found = _matching(self._storage.view.entity_objects(entity), constraint)
+            yield from islice((self._handle(entity, id_) for id_, _ in found), limit)
             return
-        keyed = ((_order_key(attributes, orders), id_) for id_, attributes in self._matching(entity, constraint))
+        found = _matching(self._storage.view.entity_snapshot(entity), constraint)
+        keyed = ((_order_key(attributes, orders), id_) for id_, attributes in found)
         ordered = sorted(keyed) if limit is None else heapq.nsmallest(limit, keyed)
         for _key, id_ in ordered:
             yield self._handle(entity, id_)
-
-    def _matching(self, entity: str, constraint: Constraint | None) -> Iterator[tuple[str, Attributes]]:
-        for id_, record in self._storage.view.entity_objects(entity):
-            attributes = decode_trusted(record.attributes)
-            if constraint is None or constraint.matches(attributes):
-                yield id_, attributes
 
     def _handle(self, entity: str, id_: str) -> Object:
         return Object(self._storage, self._committer, entity, id_)
 
     def count(self, entity: str, where: Where = None) -> int:
-        """Return how many objects `query` would give."""
+        """Return how many objects `query` would give, all as of one moment."""
         check_name(entity, "an entity name")
         constraint = constraint_of(where)
         if self._schema is not None:
             self._schema.check_constraint(entity, constraint)
-        if constraint is None:
-            return sum(1 for _ in self._storage.view.entity_objects(entity))
-        return sum(1 for _ in self._matching(entity, constraint))
+        found = self._storage.view.entity_snapshot(entity)
+        return sum(1 for _ in (found if constraint is None else _matching(found, constraint)))
 
     # --- the log --------------------------------------------------------------
 
@@ -654,6 +651,15 @@ def _pair(value: Any) -> tuple[str, str]:
     check_name(entity, "an entity name")
     check_id(id_)
     return entity, id_
+
+
+def _matching(
+    listed: Iterable[tuple[str, ViewRecord]], constraint: Constraint | None
+) -> Iterator[tuple[str, Attributes]]:
+    for id_, record in listed:
+        attributes = decode_trusted(record.attributes)
+        if constraint is None or constraint.matches(attributes):
+            yield id_, attributes
 
 
 def _order_key(attributes: Attributes, orders: list[str]) -> tuple[Any, ...]:

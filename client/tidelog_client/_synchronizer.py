@@ -98,7 +98,7 @@ class Synchronizer:
 
         What cannot be done now, on a full disk say, is left to the next synchronization.
         """
-        if not self._storage.meta("publishing"):
+        if not self._storage.publication.is_under_way():
             return
         lock = self._lock()
         try:

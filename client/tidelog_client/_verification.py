@@ -84,6 +84,7 @@ class _Verification:
         self._incoming = database("incoming")
         self._merging = database("merging")
         self._seen = database("seen")
+        self._curtain = database("curtain")
         self._files = FileVerification(environment, self._view, counts)
         # Operations that may refer to files, by seq: those to be uploaded, and those that failed.
         self._to_upload: dict[int, bytes] = {}
@@ -208,7 +209,7 @@ class _Verification:
     def _object(self, key: bytes, where: str) -> Iterator[Finding]:
         view, transaction = self._view, self._transaction
         unconfirmed = view.unconfirmed(transaction, key)
-        shown, base = view.get(transaction, key), view.base(transaction, key)
+        shown, base = view.prepared(transaction, key), view.base(transaction, key)
         present = None if shown is None else decode_map(shown.attributes)
         if not unconfirmed:
             if base is not None:
@@ -381,6 +382,7 @@ class _Verification:
                     counts["bytes"] += len(page)
                     counts["count"] += len(message.snapshots) + len(message.removals) + len(message.confirmations)
         is_publishing = bool(self._meta.get(self._transaction, "publishing"))
+        is_merging = bool(self._meta.get(self._transaction, "merge_end"))
         for name, counted in counts.items():
             noted = unpack_position(self._meta.get(self._transaction, f"staged_{name}"))
             # Pages that are published already are gone, and counted until all are.
@@ -388,6 +390,8 @@ class _Verification:
                 yield _finding(FindingKind.STAGED_WRONG, f"staged {name}", f"{noted}", f"{counted}")
         if self._transaction.stat(self._seen)["entries"] and not is_publishing:
             yield _finding(FindingKind.STAGED_WRONG, "seen objects", "none, for nothing is being published", "some")
+        if self._transaction.stat(self._curtain)["entries"] and not is_publishing and not is_merging:
+            yield _finding(FindingKind.STAGED_WRONG, "the curtain", "open, for nothing is being published", "drawn")
 
     def _last_seq(self) -> int:
         """Return the position of the newest operation ever logged, as the replica remembers it."""

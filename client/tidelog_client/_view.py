@@ -15,6 +15,10 @@ is no base entry if the server has no such object). Whoever changes one of the t
 changes the other in the same transaction, and leaves a mark where files may be concerned
 (see `_files`).
 
+While a download comes into view in several transactions, what these have changed already
+is *prepared* only: until the last one, readers see what was shown before, and what the user
+has done since (see `_curtain`).
+
 Of an entity that is not downloaded no snapshot will come. What was applied to its
 objects is folded: it becomes part of the base, which then is ahead of its version.
 """
@@ -23,9 +27,10 @@ from __future__ import annotations
 
 import heapq
 import struct
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import reduce
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tidelog._environment import put_many, scan_keys
@@ -34,6 +39,7 @@ from tidelog._keys import POSITION_BYTES, entity_prefix, pack_position, unpack_o
 from tidelog._limits import PAGE_BYTES_MAX
 from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._values import EMPTY_MAP, Attributes, decode_trusted, encode
+from tidelog_client._curtain import Curtain
 from tidelog_client._files import FileMarks
 
 if TYPE_CHECKING:
@@ -78,11 +84,19 @@ class View:
         self._base = environment.database("base")
         self._unconfirmed = environment.database("unconfirmed")
         self._files = FileMarks(environment)
+        self._curtain = Curtain(environment)
 
     # --- reading --------------------------------------------------------------
 
     def get(self, transaction: LmdbTransaction, key: bytes) -> ViewRecord | None:
         """Return an object as the replica shows it, or None."""
+        value = self._curtain.get(transaction, key)
+        if value is None:
+            value = transaction.get(key, db=self._objects)
+        return None if value is None or _is_hidden(value) else _unpack(value)
+
+    def prepared(self, transaction: LmdbTransaction, key: bytes) -> ViewRecord | None:
+        """Return an object as the replica shows it once all of a download is there, or None."""
         value = transaction.get(key, db=self._objects)
         return None if value is None else _unpack(value)
 
@@ -92,7 +106,10 @@ class View:
         return None if value is None else _unpack(value)
 
     def base_version(self, transaction: LmdbTransaction, key: bytes) -> int:
-        """Return the server version of an object that is deleted locally, 0 if the server has none."""
+        """Return the server version of an object that is deleted locally, as its user knows it, 0 if there is none."""
+        value = self._curtain.get(transaction, key)
+        if value is not None:
+            return unpack_position(value[:POSITION_BYTES])
         record = self.base(transaction, key)
         return 0 if record is None else record.version
 
@@ -100,28 +117,52 @@ class View:
         """
         Iterate over (id, record) of an entity in id order.
 
-        Each page is read in a transaction of its own, so a slow reader holds nothing.
+        Each page is read in a transaction of its own, so a slow reader holds nothing, and
+        finds what has changed meanwhile.
         """
         prefix = entity_prefix(entity)
         start = prefix
         while True:
-            page: list[tuple[bytes, ViewRecord]] = []
+            page: list[tuple[bytes, bytes]] = []
             room_bytes = PAGE_BYTES_MAX
             with self._environment.read() as transaction:
-                cursor = transaction.cursor(self._objects)
-                found = cursor.set_range(start)
-                while found and len(page) < PAGE_OBJECTS and room_bytes > 0:
-                    key, value = cursor.item()
+                for key, value in self._entries(transaction, start):
                     if not key.startswith(prefix):
                         break
-                    page.append((key, _unpack(value)))
+                    page.append((key, value))
                     room_bytes -= len(value)
-                    found = cursor.next()
-            for key, record in page:
-                yield key[len(prefix) :].decode(), record
+                    if len(page) == PAGE_OBJECTS or room_bytes <= 0:
+                        break
+            for key, value in page:
+                if not _is_hidden(value):
+                    yield key[len(prefix) :].decode(), _unpack(value)
             if not page:
                 return
             start = page[-1][0] + b"\0"
+
+    def entity_snapshot(self, entity: str) -> Iterator[tuple[str, ViewRecord]]:
+        """Iterate over (id, record) of an entity in id order as of one moment, for who does not linger."""
+        prefix = entity_prefix(entity)
+        with self._environment.read() as transaction:
+            for key, value in self._entries(transaction, prefix):
+                if not key.startswith(prefix):
+                    return
+                if not _is_hidden(value):
+                    yield key[len(prefix) :].decode(), _unpack(value)
+
+    def _entries(self, transaction: LmdbTransaction, start: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Iterate over what readers see, from a key on, with what is hidden among it."""
+        entries = _scan(transaction, self._objects, start)
+        if self._curtain.is_empty(transaction):
+            yield from entries
+            return
+        hanging = _scan(transaction, self._curtain.database, start)
+        last = b""
+        # The sort is stable: what hangs in front of an object comes before it.
+        for key, value in heapq.merge(hanging, entries, key=itemgetter(0)):
+            if key != last:
+                yield key, value
+            last = key
 
     def unconfirmed(self, transaction: LmdbTransaction, key: bytes) -> list[tuple[int, int]]:
         """Return (seq, version applied at; 0: pending) of the operations replayed on an object, in log order."""
@@ -186,6 +227,7 @@ class View:
 
     def limit_version(self, transaction: LmdbTransaction, key: bytes, version: int) -> bool:
         """Take an object as of *version* if it claims to be of a newer one; tell whether it did."""
+        self._veil(transaction, [key])
         has_claimed = False
         for database in (self._objects, self._base):
             value = transaction.get(key, db=database)
@@ -236,7 +278,11 @@ class View:
         """
         put_many(transaction, self._unconfirmed, [(_entry(key, seq), _PENDING) for key, seq in operations])
         objects = []
+        is_drawn = self._curtain.is_drawn(transaction)
         for key, (before, after) in changes.items():
+            if is_drawn and self._curtain.get(transaction, key) is not None:
+                self._write_behind(transaction, key, before, after)
+                continue
             if before is not None and not before.dirty:
                 transaction.put(key, transaction.get(key, b"", db=self._objects), db=self._base)
             if after is not None:
@@ -246,6 +292,38 @@ class View:
                 self._files.note(transaction, key)
         put_many(transaction, self._objects, objects)
         self._files.note_all(transaction, objects)
+
+    def _write_behind(
+        self, transaction: LmdbTransaction, key: bytes, before: ViewRecord | None, after: ViewRecord | None
+    ) -> None:
+        """Show what was committed on an object of which something newer is prepared, and replay it on that."""
+        if after is not None:
+            self._curtain.put(transaction, key, _RECORD.pack(after.version, _DIRTY) + after.attributes)
+        elif before is not None:
+            self._curtain.put(transaction, key, pack_position(before.version))
+        prepared = self.prepared(transaction, key)
+        if prepared is not None and not prepared.dirty:
+            transaction.put(key, transaction.get(key, b"", db=self._objects), db=self._base)
+        self._rebuild(transaction, key)
+
+    # --- the curtain ----------------------------------------------------------
+
+    def draw(self, transaction: LmdbTransaction) -> None:
+        """Let readers see nothing of what the server says until `unveil`."""
+        self._curtain.draw(transaction)
+
+    def unveil(self, transaction: LmdbTransaction) -> None:
+        """Let readers see all that is prepared."""
+        self._curtain.open(transaction)
+
+    def _veil(self, transaction: LmdbTransaction, keys: Iterable[bytes]) -> None:
+        """Let readers see objects as they are shown now, if these are about to be prepared for later."""
+        if self._curtain.is_drawn(transaction):
+            self._curtain.hang(transaction, [(key, self._front(transaction, key)) for key in keys])
+
+    def _front(self, transaction: LmdbTransaction, key: bytes) -> bytes:
+        value = transaction.get(key, db=self._objects)
+        return transaction.get(key, b"", db=self._base)[:POSITION_BYTES] if value is None else value
 
     # --- what the server says -------------------------------------------------
 
@@ -271,6 +349,7 @@ class View:
 
     def replay_again(self, transaction: LmdbTransaction, key: bytes, seq: int) -> None:
         """Replay an operation that the server's state, as it is here now, does not contain any more."""
+        self._veil(transaction, [key])
         shown = transaction.get(key, db=self._objects)
         if shown is not None and not _unpack(shown).dirty:
             transaction.put(key, shown, db=self._base)
@@ -292,6 +371,7 @@ class View:
 
         Without *force*, one that is older than what is there is passed over.
         """
+        self._veil(transaction, (key for key, _, _ in snapshots))
         records = []
         for key, version, attributes in snapshots:
             record = _RECORD.pack(version, 0) + attributes
@@ -304,6 +384,7 @@ class View:
         self, transaction: LmdbTransaction, key: bytes, version: int, attributes: bytes, *, covered: int, force: bool
     ) -> None:
         """Make a snapshot the base of an object, and replay on top what was not applied up to *covered*."""
+        self._veil(transaction, [key])
         record = _RECORD.pack(version, 0) + attributes
         unconfirmed = self.unconfirmed(transaction, key)
         if not unconfirmed:
@@ -322,6 +403,7 @@ class View:
 
         Without *force*, a removal that is older than what is there is passed over.
         """
+        self._veil(transaction, [key])
         unconfirmed = self.unconfirmed(transaction, key)
         state = self._base if unconfirmed else self._objects
         if not force and not self._is_news(transaction, state, key, pack_position(version)):
@@ -342,6 +424,7 @@ class View:
         Raises:
             StateLost: There is no such state.
         """
+        self._veil(transaction, [key])
         confirmed, others = self._take_confirmed(transaction, key, version)
         view = transaction.get(key, db=self._objects)
         if not confirmed and not others:
@@ -389,6 +472,7 @@ class View:
 
     def drop_stale(self, transaction: LmdbTransaction, key: bytes, version: int) -> None:
         """Stop replaying what was applied on an object at or below *version*."""
+        self._veil(transaction, [key])
         self._take_confirmed(transaction, key, version)
         self._rebuild(transaction, key)
 
@@ -399,6 +483,7 @@ class View:
         The view stays as it is. So does the version: what others changed meanwhile
         was not seen here.
         """
+        self._veil(transaction, [key])
         taken, others = self._take_confirmed(transaction, key, version)
         if not taken:
             return
@@ -434,6 +519,7 @@ class View:
         unconfirmed = self.unconfirmed(transaction, key)
         if any(version == 0 for _, version in unconfirmed):
             return False
+        self._veil(transaction, [key])
         for seq, _ in unconfirmed:
             transaction.delete(_entry(key, seq), db=self._unconfirmed)
         transaction.delete(key, db=self._base)
@@ -540,6 +626,17 @@ def replay(attributes: Attributes | None, operation: Operation) -> Attributes | 
 
 def _entry(key: bytes, seq: int) -> bytes:
     return key + b"\0" + pack_position(seq)
+
+
+def _scan(transaction: LmdbTransaction, database: LmdbDatabase, start: bytes) -> Iterator[tuple[bytes, bytes]]:
+    cursor = transaction.cursor(database)
+    if cursor.set_range(start):
+        yield from cursor
+
+
+def _is_hidden(value: bytes) -> bool:
+    """Tell whether what hangs in front of an object hides it: what is shown has marks behind its version."""
+    return len(value) <= POSITION_BYTES
 
 
 def _unpack(value: bytes) -> ViewRecord:

@@ -72,11 +72,12 @@ class Commit(enum.StrEnum):
     STAGE = "a replica: staged pages"
     UNSTAGE = "a replica: staged pages are discarded"
     PUBLISH = "a replica: a download at once"
-    PUBLISHING = "a replica: the end of a download that takes steps"
+    PUBLISHING = "a replica: how a download ends that takes steps"
     PUBLISH_STEP = "a replica: a step of a download"
     STAGE_MERGE = "a replica: staged pages without a cursor"
     UNSTAGE_MERGE = "a replica: staged pages without a cursor are discarded"
     MERGE = "a replica: a download without a cursor"
+    MERGE_STEP = "a replica: a step of a download without a cursor"
     START_OVER = "a replica: it asks for all states"
     FORK = "a replica: another id, because its log is a copy"
     REBASE = "a replica: a new timeline of the server's"
@@ -162,10 +163,12 @@ _CLIENT_WRITES = {
     "Publication.stage": Commit.STAGE,
     "Publication.discard_staged": Commit.UNSTAGE,
     "Publication.publish": Commit.PUBLISH,
+    "Publication._begin_steps": Commit.PUBLISHING,
     "Publication._publish_step": Commit.PUBLISH_STEP,
     "Publication.stage_merge": Commit.STAGE_MERGE,
     "Publication.discard_merge": Commit.UNSTAGE_MERGE,
     "Publication.merge": Commit.MERGE,
+    "Publication._merge_step": Commit.MERGE_STEP,
     "Publication.forget_states": Commit.START_OVER,
     "Storage.fork": Commit.FORK,
     "Storage.begin_rebase": Commit.REBASE,
@@ -210,7 +213,7 @@ _SERVER_FILE_JOBS = {
     "without_grants": Commit.COLLECT_GRANTS,
 }
 
-CLIENT_COMMITS = tuple(dict.fromkeys([*_CLIENT_WRITES.values(), Commit.PUBLISHING]))
+CLIENT_COMMITS = tuple(dict.fromkeys(_CLIENT_WRITES.values()))
 SERVER_COMMITS = tuple(dict.fromkeys([*_SERVER_JOBS.values(), Commit.COPIES, Commit.TIMELINE]))
 CLIENT_FILE_COMMITS = (*_CLIENT_FILE_WRITES.values(), Commit.PART, Commit.CONTENT, Commit.CONTENT_DELETED)
 # The collection of uploads comes seldom: it takes many traps there to meet it.
@@ -225,9 +228,6 @@ SERVER_FILE_COMMITS = (
 
 def client_commit(work: object) -> Commit:
     """Name what a replica is about to write. A write that has no name yet needs one, and a crash point."""
-    values = _captured(work).get("values")
-    if isinstance(values, dict) and "publishing" in values:
-        return Commit.PUBLISHING
     return _named(work, _CLIENT_WRITES | _CLIENT_FILE_WRITES)
 
 

@@ -17,9 +17,21 @@ from tests.simulation.run import run_seed
 from tests.simulation.world import STEPS_DEFAULT
 
 from tidelog import FailureReason, MassRemoval, Patch, StorageError, _schema
+from tidelog._environment import put_many
 from tidelog._keys import pack_position
-from tidelog_client import _commit, _lineage, _plans, _publication, _storage, _synchronization, _synchronizer, _view
+from tidelog_client import (
+    _commit,
+    _curtain,
+    _lineage,
+    _plans,
+    _publication,
+    _storage,
+    _synchronization,
+    _synchronizer,
+    _view,
+)
 from tidelog_client import _files as client_files
+from tidelog_client._report import PublishedCounts
 from tidelog_server import (
     _access,
     _action,
@@ -572,10 +584,33 @@ def _publish_half() -> _Patch:
         counts = step(self, transaction, end)
         publisher = self._publisher(transaction, end)
         transaction.drop(self._incoming, delete=False)
-        return counts.plus(self._end_step(transaction, publisher, end))
+        removed, _ = self._end_step(transaction, publisher, end)
+        self._view.unveil(transaction)
+        return counts.plus(PublishedCounts(removed=removed))
 
     half.__qualname__ = step.__qualname__
     return mock.patch.object(_publication.Publication, "_publish_step", half)
+
+
+def _draw_no_curtain() -> _Patch:
+    return mock.patch.object(_view.View, "draw")
+
+
+def _write_only_in_front() -> _Patch:
+    write = _view.View._write_behind
+
+    def in_front(self: Any, *arguments: Any) -> None:
+        with mock.patch.object(self, "_rebuild"):
+            write(self, *arguments)
+
+    return mock.patch.object(_view.View, "_write_behind", in_front)
+
+
+def _hang_up_again() -> _Patch:
+    def hang(self: Any, transaction: Any, items: Any) -> None:
+        put_many(transaction, self.database, list(items))
+
+    return mock.patch.object(_curtain.Curtain, "hang", hang)
 
 
 def _keep_the_unseen() -> _Patch:
@@ -728,6 +763,9 @@ MUTATIONS: Final = (
     Mutation("a replica loses failure records", _lose_local_failures),
     Mutation("a refused change stays in the view", _keep_refused_changes),
     Mutation("a download is published by half", _publish_half),
+    Mutation("a download that takes steps shows with each of them", _draw_no_curtain),
+    Mutation("what is committed while a download comes into view is lost behind it", _write_only_in_front),
+    Mutation("what is shown meanwhile changes with each step", _hang_up_again),
     Mutation("a reconciliation removes nothing", _keep_the_unseen),
     Mutation(
         "pages that were staged for another cursor are published", _keep_foreign_pages, {"wishes": 8, "fault": 2}

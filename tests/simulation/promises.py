@@ -515,18 +515,28 @@ def check_view(
             yield from _wrongly_replayed(key, held, history, replica, committed)
 
 
-@promise("View: while a download comes into view in steps, an object shows as before or as after")
-def check_steps(
-    before: Mapping[Key, ViewRecord],
-    steps: Iterable[Mapping[Key, ViewRecord]],
-    after: Mapping[Key, ViewRecord],
-    repeated: Collection[Key],
+@promise("View: nothing of a download shows before all of it does")
+def check_nothing_shows(before: Mapping[Key, ViewRecord], shown: Mapping[Key, ViewRecord]) -> Iterator[str]:
+    """Compare what was shown before a step of a publication that is not over with what is after it."""
+    for key in dict.fromkeys([*before, *shown]):
+        if before.get(key) != shown.get(key):
+            yield f"{key} showed as {before.get(key)}, and shows as {shown.get(key)} before all is there"
+
+
+@promise("View: what a user commits while a download comes into view shows at once, and nothing else")
+def check_commits_show(
+    before: Mapping[Key, ViewRecord], operations: Iterable[Operation], shown: Mapping[Key, ViewRecord]
 ) -> Iterator[str]:
-    """Look at what was shown between the steps; of what is *repeated* in the download other states may show too."""
-    for number, step in enumerate(steps, start=1):
-        for key in dict.fromkeys([*before, *step, *after]):
-            if key not in repeated and not any(_shows_same(step.get(key), one.get(key)) for one in (before, after)):
-                yield f"{key} showed as {step.get(key)} after step {number}; {before.get(key)} became {after.get(key)}"
+    """Compare what is shown with what the user's operations make of what was."""
+    expected = {key: decode_map(one.attributes) for key, one in before.items()}
+    for operation in operations:
+        attributes = replayed(expected.pop(operation.key, None), operation)
+        if attributes is not None:
+            expected[operation.key] = attributes
+    for key in dict.fromkeys([*expected, *shown]):
+        found = None if (record := shown.get(key)) is None else decode_map(record.attributes)
+        if not same(expected.get(key), found):
+            yield f"{key} shows as {found}, its user made {expected.get(key)} of it"
 
 
 @promise("Incarnation: an operation names the version that its author sees, and none of an object of his own making")

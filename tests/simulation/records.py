@@ -8,7 +8,6 @@ databases, so that nothing that the product leaves out of its own answers is mis
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +21,9 @@ from tidelog._operation import Operation, OperationKind, decode_operation
 from tidelog._patch import decode_patch
 from tidelog._values import decode_map
 from tidelog.internal.v1 import splice_pb2
-from tidelog.v1 import failure_pb2, sync_pb2
+from tidelog.v1 import failure_pb2
 from tidelog_client._storage import Outcome, Storage
-from tidelog_client._view import ViewRecord, _unpack
+from tidelog_client._view import ViewRecord, _is_hidden, _unpack
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._records import Change, Head, ObjectState, ReplicaState, Settled
 from tidelog_server._store import Reader, Store
@@ -342,24 +341,11 @@ def _remembered(
     return dict(sorted({**forgotten, **settled}.items()))
 
 
-def read_view(storage: Storage) -> dict[Key, ViewRecord]:
+def read_shown(storage: Storage) -> dict[Key, ViewRecord]:
     """Read what a replica shows."""
     with storage.environment.read() as transaction:
-        objects = transaction.cursor(storage.environment.database("objects"))
-        return {unpack_object_key(key): _unpack(value) for key, value in objects}
-
-
-def read_repeated(storage: Storage, pages: Iterable[bytes]) -> set[Key]:
-    """Read of which objects a download that is about to be published, with *pages* at its end, tells twice."""
-    with storage.environment.read() as transaction:
-        staged = [page for _, page in transaction.cursor(storage.environment.database("incoming"))]
-    messages = [sync_pb2.SnapshotPage.FromString(page) for page in (*staged, *pages)]
-    told = Counter[Key]()
-    for page in messages:
-        told.update((one.entity, one.id) for one in page.snapshots)
-        told.update((one.entity, one.id) for one in page.confirmations)
-        told.update((one.entity, one.id) for one in page.removals)
-    return {key for key, count in told.items() if count > 1}
+        entries = storage.view._entries(transaction, b"")
+        return {unpack_object_key(key): _unpack(value) for key, value in entries if not _is_hidden(value)}
 
 
 def read_replica(storage: Storage) -> ReplicaRecord:

@@ -27,6 +27,7 @@ from tests.simulation.actions import IDS, fits, pick_contended
 from tests.simulation.application import ENTITIES, Weather, make_application, may_hooks_refuse
 from tests.simulation.applied import Account, check_applied
 from tests.simulation.applied import Commit as Committal
+from tests.simulation.audience import Audience
 from tests.simulation.bounds import check_page
 from tests.simulation.device import Aside, Attempt, Call, Device, Model, ReplicaDied
 from tests.simulation.disk import Disk, Trap
@@ -46,7 +47,7 @@ from tests.simulation.link import Link, ServerGone
 from tests.simulation.model import Key
 from tests.simulation.privacy import Listener
 from tests.simulation.promises import PromiseBroken, Rules
-from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_repeated, read_server, read_view
+from tests.simulation.records import History, ReplicaRecord, ServerRecord, read_server
 from tests.simulation.rights import Eyes
 from tests.simulation.server import Backup, SimulatedServer
 from tests.simulation.settings import Settings
@@ -66,6 +67,7 @@ from tidelog import (
     ServerUnavailable,
     StorageError,
     SynchronizationInProgress,
+    TidelogError,
     Unauthenticated,
 )
 from tidelog._operation import decode_operation
@@ -80,7 +82,7 @@ from tidelog_client._storage import Storage
 from tidelog_client._synchronization import Mode
 from tidelog_client._synchronizer import Synchronizer
 from tidelog_client._upload import FilePlan
-from tidelog_client._view import ViewRecord
+from tidelog_client._view import StateLost
 from tidelog_server import OperationRefused, TransientError
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._records import Change
@@ -113,6 +115,8 @@ MICROSECOND: Final = timedelta(microseconds=1)
 STEP_SECONDS: Final = 0.001
 # How often who was asked says yes the next time.
 AGREEING: Final = 0.3
+# How often a user works between two steps of a publication.
+BUSY_SHARE: Final = 0.3
 # Longer than the synchronizer goes on trying while it hears nothing.
 SILENCE_SECONDS: Final = 20.0
 # How often a content moves on while a session does.
@@ -169,6 +173,9 @@ class World(FileHappenings):
         self._acting: Device | None = None
         # The replica that is being opened.
         self._opening: Storage | None = None
+        self._is_healing = False
+        # Who looks at what a replica shows while a download comes into its view.
+        self._audience: Audience | None = None
         # Links that were left, whose messages may still arrive, and the number of the stream that each was.
         self._ghosts: list[tuple[Device, Link]] = []
         self._file_ghosts: list[FileLink] = []
@@ -201,6 +208,7 @@ class World(FileHappenings):
             chance.from_seed(Random(f"{self.seed} ids"), self),
             mock.patch.object(_replica, "select", self._recorded(select)),
             mock.patch.object(Publication, "publish", self._in_steps(self._judged(Publication.publish))),
+            mock.patch.object(Publication, "merge", self._in_steps(Publication.merge)),
             mock.patch.object(Publication, "finish", self._in_steps(Publication.finish)),
             mock.patch.object(Synchronizer, "go_on", self._opened(Synchronizer.go_on)),
             mock.patch.object(FileExchange, "prepare", self._noted(FileExchange.prepare)),
@@ -391,24 +399,36 @@ class World(FileHappenings):
         return opened
 
     def _in_steps(self, publish: Callable[..., PublishedCounts]) -> Callable[..., PublishedCounts]:
-        """Return *publish* with somebody who looks at the view between its steps."""
+        """Return *publish* with somebody who looks at what shows between its steps, and works on it."""
 
         def in_steps(publication: object, *arguments: Any, **options: Any) -> PublishedCounts:
-            if self._acting is None:
-                return publish(publication, *arguments, **options)  # See `connect`.
-            storage = self._opening or self._acting.replica._storage
-            before, repeated = read_view(storage), read_repeated(storage, next(iter(arguments), ()))
-            steps: list[dict[Key, ViewRecord]] = []
+            if self._acting is None or self._audience is not None:
+                return publish(publication, *arguments, **options)  # See `connect`; it is looked at already.
+            device = self._acting
+            storage = self._opening or device.replica._storage
+            self._audience = audience = Audience(storage)
             write = storage.environment.write
 
             def look(work: Callable[..., Any]) -> Any:
+                if not audience.is_looking:
+                    return write(work)
+                audience.check()
                 result = write(work)
-                steps.append(read_view(storage))
+                audience.look()
+                is_free = audience.sees_nothing_new and storage is not self._opening and not self._is_healing
+                if is_free and self._random.random() < BUSY_SHARE:
+                    with audience.looking_away():
+                        audience.take_in(self._use(device))
                 return result
 
-            with mock.patch.object(storage.environment, "write", look):
-                counts = publish(publication, *arguments, **options)
-            promises.check_steps(before, steps, read_view(storage), repeated)
+            try:
+                with mock.patch.object(storage.environment, "write", look):
+                    counts = publish(publication, *arguments, **options)
+            except (TidelogError, StateLost):
+                audience.check()
+                raise
+            finally:
+                self._audience = None
             return counts
 
         return in_steps
@@ -479,19 +499,25 @@ class World(FileHappenings):
         random.choices(happenings, weights)[0][2]()
 
     def _act(self, device: Device) -> None:
-        device.disk.has_failed = False
         self._acting = device
         try:
-            what, intended, is_grouped = device.user.act()
+            self._use(device)
         except ReplicaDied:
             self._die(device)
             return
+        finally:
+            self._acting = None
+        self._check(device)
+
+    def _use(self, device: Device) -> list[Operation]:
+        """Let the user of a device commit something; return what was logged."""
+        device.disk.has_failed = False
+        try:
+            what, intended, is_grouped = device.user.act()
         except StorageError as error:
             if not device.disk.has_failed:
                 raise
             what, intended, is_grouped = f"could not act: {type(error).__name__}", [], False
-        finally:
-            self._acting = None
         operations = self._note_commits(device)
         self._say(f"{device.name} {what}")
         if len(operations) != len(intended) or not all(
@@ -500,7 +526,7 @@ class World(FileHappenings):
             raise PromiseBroken(
                 "Durable: a commit logs what was meant", [f"{device.name} logged {operations}, meant {intended}"]
             )
-        self._check(device)
+        return operations
 
     def _call(self, device: Device) -> None:
         random = self._random
@@ -1254,6 +1280,7 @@ class World(FileHappenings):
 
     def _heal(self) -> None:
         self._say("the world heals")
+        self._is_healing = True
         self._server.disk.trap = None
         self._weather.is_service_down = False
         self._ghosts, self._file_ghosts = [], []

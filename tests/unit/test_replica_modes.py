@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from tidelog import (
     PermissionRefused,
     attribute,
 )
+from tidelog._constraints import Constraint
 from tidelog._downloads import Download, DownloadMode
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Replica, Report, SkipReason
 from tidelog_client import _publication as publication
 from tidelog_client import _replica as replica_module
 from tidelog_client import _synchronization as synchronization
+from tidelog_client import _view as view
 
 KEPT = ["nothing_preserve", "never"]
 
@@ -586,6 +590,59 @@ class TestOutsideTheProjection:
         assert contents(replica) == {"far": {"n": 2}}
 
 
+def _shown(replica: Replica) -> Any:
+    """Read what a replica shows of an entity in every way that there is."""
+    keys = ("x0", "x1", "x2", "x3", "x4", "far")
+    with replica.transaction() as transaction:
+        seen = [transaction.get("Task", id_) for id_ in keys]
+    handles = [replica.get("Task", id_) for id_ in keys]
+    assert [None if one is None else one.to_dict() for one in handles] == seen
+    ordered = {one.id: one.to_dict() for one in replica.query("Task", order_by="n")}
+    assert ordered == contents(replica) == {id_: one for id_, one in zip(keys, seen, strict=True) if one is not None}
+    assert replica.count("Task") == len(ordered)
+    assert replica.count("Task", {"n": 10}) == sum(one["n"] == 10 for one in ordered.values())
+    return ordered
+
+
+def _after_step(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, step: int, work: Callable[[], None]
+) -> Iterator[int]:
+    """Let somebody work after a step of a publication; return what is used up by then."""
+    steps = iter(range(step))
+    environment = replica._storage.environment
+    write, finish = environment.write, replica._storage.publication.finish
+
+    def watched(written: Any) -> Any:
+        result = write(written)
+        if next(steps, None) == step - 1:
+            work()
+        return result
+
+    def finished() -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(environment, "write", watched)
+            return finish()
+
+    monkeypatch.setattr(replica._storage.publication, "finish", finished)
+    return steps
+
+
+def _work(replica: Replica) -> None:
+    """Change whatever there is, and see that it shows."""
+    replica.update("Task", "x0", {"mine": 1})
+    replica.update("Task", "x1", {"mine": 1})
+    replica.delete("Task", "x1")
+    replica.update("Task", "x2", {"mine": 1})
+    replica.create("Task", {"mine": 3}, "x3")
+    replica.create("Task", {"mine": 4}, "x4")
+    assert contents(replica) == {
+        "x0": {"n": 0, "mine": 1},
+        "x2": {"n": 2, "mine": 1},
+        "x3": {"mine": 3},
+        "x4": {"mine": 4},
+    }
+
+
 class TestSteps:
     """A publication in steps ends as one in a single transaction does."""
 
@@ -642,10 +699,10 @@ class TestSteps:
 
     @pytest.mark.parametrize("at_once", [True, False])
     @pytest.mark.parametrize("reconcile", [True, False])
-    def test_each_object_shows_as_before_or_as_after(
+    def test_nothing_shows_before_all_does(
         self, replica: Replica, server: ServerEnd, monkeypatch: pytest.MonkeyPatch, *, reconcile: bool, at_once: bool
     ) -> None:
-        """Between two steps an object is what it was or what it will be, and none without the edits that were seen."""
+        """Between two steps everything is what it was, the user's own edits included, however it is read."""
         monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 1_000 if at_once else 0)
         server.reconcile, server.pages = True, [page(*(("Task", f"x{n}", 1 + n, {"n": n}) for n in range(4)))]
         synchronize(replica, server)
@@ -656,12 +713,12 @@ class TestSteps:
         server.pages = []
         synchronize(replica, server, "unsynchronized")
         replica.update("Task", "x3", {"m": 20})
-        before, shown = contents(replica), list[dict[str, Any]]()
+        before, shown = _shown(replica), []
         write = replica._storage.environment.write
 
         def watched(work: Any) -> Any:
             result = write(work)
-            shown.append(contents(replica))
+            shown.append(_shown(replica))
             return result
 
         monkeypatch.setattr(replica._storage.environment, "write", watched)
@@ -671,10 +728,135 @@ class TestSteps:
 
         synchronize(replica, server)
 
-        after = contents(replica)
-        assert after == {"x0": {"n": 30}, "x4": {"n": 4}}
-        for id_ in {**before, **after}:
-            assert [one for one in shown if one.get(id_) not in (before.get(id_), after.get(id_))] == []
+        after = _shown(replica)
+        assert contents(replica) == {"x0": {"n": 30}, "x4": {"n": 4}}
+        # What is still read from the stream, and noted, comes before the steps; the last of these shows all.
+        assert len(shown) > 5
+        first = shown.index(after)
+        assert shown == [before] * first + [after] * (len(shown) - first)
+        assert len(shown) - first <= 2
+
+    @pytest.mark.parametrize("step", range(1, 4))
+    def test_what_is_committed_meanwhile_shows_at_once(
+        self, replica: Replica, server: ServerEnd, monkeypatch: pytest.MonkeyPatch, step: int
+    ) -> None:
+        """Whatever step the user works after: he sees his edits on what he saw, and later on what came."""
+        monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 0)
+        server.reconcile, server.pages = True, [page(*(("Task", f"x{n}", 1 + n, {"n": n}) for n in range(4)))]
+        synchronize(replica, server)
+        replica.delete("Task", "x3")
+        steps = _after_step(replica, monkeypatch, step, lambda: _work(replica))
+        server.reconcile = False
+        server.pages = [
+            page(("Task", "x0", 200, {"n": 10, "new": True})),
+            page(("Task", "x4", 201, {"n": 14}), removals=[("Task", "x2", 202)]),
+            page(("Task", "x1", 203, {"n": 11}), ("Task", "x3", 204, {"n": 13})),
+        ]
+
+        synchronize(replica, server)
+
+        assert next(steps, None) is None
+        assert contents(replica) == {
+            "x0": {"n": 10, "new": True, "mine": 1},
+            "x3": {"mine": 3},
+            "x4": {"mine": 4},
+        }
+        named = {one.operation.id: one.operation.base_version for one in replica.pending()}
+        assert named == {"x0": 1, "x1": 2, "x2": 3, "x3": 4, "x4": 0}
+        assert list(replica.verify()) == []
+
+    @pytest.mark.parametrize("order_by", [None, "n"])
+    def test_a_count_is_of_one_moment(
+        self, replica: Replica, server: ServerEnd, monkeypatch: pytest.MonkeyPatch, order_by: str | None
+    ) -> None:
+        """What is counted, or put in order, while a download comes is all as before, however many pages it takes."""
+        server.reconcile, server.pages = True, [page(*(("Task", f"x{n}", 1 + n, {"n": 1}) for n in range(6)))]
+        synchronize(replica, server)
+        server.reconcile, server.pages = False, [page(*(("Task", f"x{n}", 200, {"n": 2}) for n in range(6)))]
+        monkeypatch.setattr(view, "PAGE_OBJECTS", 2)
+        matches, looked_at = Constraint.matches, count(1)
+
+        def matched(constraint: Constraint, attributes: Any) -> bool:
+            if next(looked_at) == 3:
+                with ThreadPoolExecutor(1) as elsewhere:
+                    elsewhere.submit(synchronize, replica, server).result(10)
+            return matches(constraint, attributes)
+
+        monkeypatch.setattr(Constraint, "matches", matched)
+
+        if order_by is None:
+            assert replica.count("Task", {"n": 1}) == 6
+        else:
+            assert [one.id for one in replica.query("Task", {"n": 1}, order_by=order_by)] == [
+                f"x{n}" for n in range(6)
+            ]
+        assert replica.count("Task", {"n": 1}) == 0
+
+    @pytest.mark.parametrize("writes", range(9))
+    def test_a_merge_in_steps_shows_whole(
+        self, folder: Path, server: ServerEnd, monkeypatch: pytest.MonkeyPatch, writes: int
+    ) -> None:
+        """What a selection brings in steps shows at once, wherever a crash comes; opening does the rest."""
+        monkeypatch.setattr(publication, "MERGE_STEP_PAGES", 1)
+        ids = [f"x{n}" for n in range(4)]
+        before, after = {id_: {"n": 0} for id_ in ids}, {id_: {"n": 1, "mine": True} for id_ in ids}
+        fuse = iter(range(writes))
+        shown = []
+        with Replica(folder / "a") as replica:
+            server.reconcile, server.pages = True, [page(*(("Task", id_, 1, {"n": 0}) for id_ in ids))]
+            synchronize(replica, server)
+            server.reconcile, server.pages = False, [page(("Task", id_, 200, {"n": 1})) for id_ in ids]
+            merge, write = replica._storage.publication.merge, replica._storage.environment.write
+
+            def burns(work: Any) -> Any:
+                if next(fuse, None) is None:
+                    raise Broken
+                result = write(work)
+                shown.append(contents(replica))
+                return result
+
+            def merged(*arguments: Any) -> Any:
+                with monkeypatch.context() as patch:
+                    patch.setattr(replica._storage.environment, "write", burns)
+                    return merge(*arguments)
+
+            monkeypatch.setattr(replica._storage.publication, "merge", merged)
+            with suppress(Broken):
+                synchronize(replica, server, "selected", [("Task", id_) for id_ in ids])
+            assert all(one == before for one in shown[:-1])
+            is_begun = len(shown) >= 2  # the last page is kept, and how it ends
+            for id_ in ids:
+                replica.update("Task", id_, {"mine": True})
+            seen = contents(replica)
+
+        with Replica(folder / "a") as again:
+            assert contents(again) == (after if is_begun else {id_: {"n": 0, "mine": True} for id_ in ids})
+            assert seen in ({id_: {"n": 0, "mine": True} for id_ in ids}, after)
+            assert list(again.verify()) == []
+            assert not again._storage.publication.is_under_way()
+
+    def test_a_state_that_is_lost_between_two_steps(
+        self, replica: Replica, server: ServerEnd, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a step finds that something is missing, all is asked for, and shows with what the user did."""
+        monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 0)
+        fill(replica, server)
+        server.pages = [page(("Task", "t1", 200, {"n": 3})), page(confirmations=[("Task", "t3", 201)])]
+        start_over = replica._storage.publication.start_over
+
+        def started_over() -> None:
+            assert contents(replica) == {"t1": {"n": 1}, "t2": {"n": 2}}
+            replica.update("Task", "t1", {"m": 1})
+            start_over()
+            server.reconcile, server.pages = True, [page(("Task", "t1", 200, {"n": 3, "m": 1}))]
+
+        monkeypatch.setattr(replica._storage.publication, "start_over", started_over)
+
+        synchronize(replica, server)
+
+        assert server.reconcile
+        assert contents(replica) == {"t1": {"n": 3, "m": 1}}
+        assert list(replica.verify()) == []
 
     def test_staged_pages_of_another_download(self, replica: Replica, server: ServerEnd) -> None:
         """What was staged is thrown away when the server does not go on with it."""

@@ -366,6 +366,11 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
         ["staged_wrong"],
         "seen objects: expected none",
     ),
+    "what hangs in front of the view, and nothing is published": (
+        lambda tables: tables.put("curtain", T1, at(1)),
+        ["staged_wrong"],
+        "the curtain: expected open",
+    ),
     "something to be offered again that is pending": (
         lambda tables: tables.put("reoffers", at(8), b""),
         ["outcome_wrong"],
