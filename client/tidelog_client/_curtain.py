@@ -1,22 +1,24 @@
 """
 Curtain: what a replica shows while a download comes into view in more than one transaction.
 
-    curtain   object key -> its record as it was before, with what its user did since;
-                            of an object that is not shown, the version of its base
+    curtain   object key -> version of its base, then its record as it was before, with what its
+                            user did since; no record: it is not shown
 
 Nothing of a download shows before all of it does. While the curtain is drawn, who changes
 an object hangs up before what was shown until then, and readers see that. The last of the
-transactions opens it.
+transactions opens it. Where these come to no end, because a state or a page turns out to be
+lost, it stays drawn until everything was downloaded anew.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tidelog._keys import POSITION_BYTES
 from tidelog_client._meta import Meta
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from tidelog._environment import Environment, LmdbTransaction
 
@@ -38,9 +40,10 @@ class Curtain:
         self._meta.put(transaction, curtain=b"1")
 
     def open(self, transaction: LmdbTransaction) -> None:
-        """Let readers see what is behind it."""
-        self._meta.put(transaction, curtain=b"")
-        transaction.drop(self.database, delete=False)
+        """Let readers see what is behind it. Does nothing if it is open."""
+        if self.is_drawn(transaction):
+            self._meta.put(transaction, curtain=b"")
+            transaction.drop(self.database, delete=False)
 
     def is_drawn(self, transaction: LmdbTransaction) -> bool:
         """Tell whether what is changed must not show."""
@@ -50,16 +53,25 @@ class Curtain:
         """Tell whether readers see the view itself."""
         return not transaction.stat(self.database)["entries"]
 
-    def get(self, transaction: LmdbTransaction, key: bytes) -> bytes | None:
-        """Return what hangs in front of an object; None: nothing does."""
-        return transaction.get(key, db=self.database)
+    def get(self, transaction: LmdbTransaction, key: bytes) -> tuple[bytes, bytes] | None:
+        """Return the packed version of the base, and the record, that hang in front of an object; None: none do."""
+        value = transaction.get(key, db=self.database)
+        return None if value is None else (value[:POSITION_BYTES], value[POSITION_BYTES:])
 
-    def put(self, transaction: LmdbTransaction, key: bytes, value: bytes) -> None:
-        """Let readers see something else of an object."""
-        transaction.put(key, value, db=self.database)
+    def records(self, transaction: LmdbTransaction, start: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Iterate over (object key, record) in front of the objects from a key on; an empty one hides its object."""
+        cursor = transaction.cursor(self.database)
+        if cursor.set_range(start):
+            for key, value in cursor:
+                yield key, value[POSITION_BYTES:]
+
+    def change(self, transaction: LmdbTransaction, key: bytes, record: bytes) -> None:
+        """Let readers see another record of an object in front of which one hangs, or, if it is empty, none."""
+        version, _ = self.get(transaction, key) or (b"", b"")
+        transaction.put(key, version + record, db=self.database)
 
     def hang(self, transaction: LmdbTransaction, items: Iterable[tuple[bytes, bytes]]) -> None:
-        """Hang up what is shown of objects, where nothing hangs yet."""
+        """Hang up (object key, version of the base and record), where nothing hangs yet."""
         cursor = transaction.cursor(self.database)
         cursor.putmulti(items, overwrite=False)
         cursor.close()

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 
 from tidelog._downloads import DownloadMode
 from tidelog._environment import put_many, scan_keys
-from tidelog._errors import MassRemoval, damaged
+from tidelog._errors import MassRemoval, StorageError, damaged
 from tidelog._keys import pack_object_key, pack_position, unpack_object_key, unpack_position
 from tidelog._limits import PAGE_OBJECTS_MAX
 from tidelog.v1 import sync_pb2
@@ -56,6 +56,10 @@ GUARD_OBJECTS_AT_ONCE: Final = 100_000
 _NEWEST: Final = (1 << 63) - 1
 
 
+class PageDamaged(StorageError):
+    """A page on its way into the view cannot be read: all of it must be sent again."""
+
+
 class Publication:
     """Keeps what is downloaded, and puts it into the view once it is complete."""
 
@@ -71,19 +75,20 @@ class Publication:
 
     def stage(self, pages: Sequence[bytes], object_count: int, resume_token: bytes) -> None:
         """Keep downloaded pages on disk, and where the download can go on."""
+        self._environment.write(lambda transaction: self._stage(transaction, pages, object_count, resume_token))
 
-        def work(transaction: LmdbTransaction) -> None:
-            _append_pages(transaction, self._incoming, pages)
-            count = object_count + unpack_position(self._meta.get(transaction, "staged_count"))
-            size_bytes = sum(map(len, pages)) + unpack_position(self._meta.get(transaction, "staged_bytes"))
-            self._meta.put(
-                transaction,
-                staged_count=pack_position(count),
-                staged_bytes=pack_position(size_bytes),
-                resume_token=resume_token,
-            )
-
-        self._environment.write(work)
+    def _stage(
+        self, transaction: LmdbTransaction, pages: Sequence[bytes], object_count: int, resume_token: bytes
+    ) -> None:
+        _append_pages(transaction, self._incoming, pages)
+        count = object_count + unpack_position(self._meta.get(transaction, "staged_count"))
+        size_bytes = sum(map(len, pages)) + unpack_position(self._meta.get(transaction, "staged_bytes"))
+        self._meta.put(
+            transaction,
+            staged_count=pack_position(count),
+            staged_bytes=pack_position(size_bytes),
+            resume_token=resume_token,
+        )
 
     def discard_staged(self) -> None:
         """Forget pages that were kept."""
@@ -122,7 +127,8 @@ class Publication:
             removals_accepted: Whether there is that consent.
 
         Raises:
-            StateLost: A confirmation has nothing to confirm. Nothing was published.
+            StateLost: A confirmation has nothing to confirm. Nothing shows.
+            PageDamaged: A page cannot be read. Nothing shows.
             MassRemoval: Much would be removed. Nothing was published.
         """
         if not pages and self._stands_at(complete.cursor, plans):
@@ -143,8 +149,7 @@ class Publication:
         if staged_count + object_count <= PUBLISH_OBJECTS_MAX and staged_bytes <= PUBLISH_BYTES_MAX:
             with suppress(_TooMuchAtOnce):
                 return self._environment.write(lambda transaction: self._publish_at_once(transaction, pages, end))
-        self.stage(pages, object_count, b"")
-        self._begin_steps(publishing=end.pack())
+        self._environment.write(partial(self._begin_steps, pages=pages, object_count=object_count, end=end))
         return self.finish()
 
     def is_under_way(self) -> bool:
@@ -161,15 +166,6 @@ class Publication:
             merge_end = _MergeEnd.unpack(packed)
             counts = counts.plus(self._environment.write(partial(self._merge_step, end=merge_end)))
         return counts
-
-    def _begin_steps(self, **ends: bytes) -> None:
-        """Note how a publication in steps ends, of which nothing shows before."""
-
-        def work(transaction: LmdbTransaction) -> None:
-            self._meta.put(transaction, **ends)
-            self._view.draw(transaction)
-
-        self._environment.write(work)
 
     def _check_removals(self, pages: Sequence[bytes], plans: Plans, *, guards_removals: bool) -> None:
         """Raise MassRemoval if a reconciliation lacks more than half of an entity, and more than 20 objects."""
@@ -253,8 +249,7 @@ class Publication:
         end = _MergeEnd(cursor, checkpoint)
         if self._fits_a_merge(pages):
             return self._environment.write(lambda transaction: self._merge_at_once(transaction, pages, end))
-        self.stage_merge(pages)
-        self._begin_steps(merge_end=end.pack())
+        self._environment.write(partial(self._begin_merge, pages=pages, end=end))
         return self.finish()
 
     def _fits_a_merge(self, pages: Sequence[bytes]) -> bool:
@@ -271,6 +266,11 @@ class Publication:
             counts = counts.plus(self._merge(transaction, _page(page)))
         self._end_merge(transaction, end)
         return counts
+
+    def _begin_merge(self, transaction: LmdbTransaction, pages: Sequence[bytes], end: _MergeEnd) -> None:
+        _append_pages(transaction, self._merging, pages)
+        self._meta.put(transaction, merge_end=end.pack())
+        self._view.draw(transaction)
 
     def _merge_step(self, transaction: LmdbTransaction, end: _MergeEnd) -> PublishedCounts:
         counts = PublishedCounts()
@@ -308,14 +308,17 @@ class Publication:
             return bool(self._meta.get(transaction, "cursor")) or not transaction.stat(self._ahead)["entries"]
 
     def start_over(self) -> None:
-        """Forget where the server's state is known up to, so that all of it is sent again."""
+        """
+        Forget where the server's state is known up to, so that all of it is sent again.
+
+        What is prepared of a publication does not show before that.
+        """
         self._environment.write(self.forget_states)
 
     def forget_states(self, transaction: LmdbTransaction) -> None:
         """Do what `start_over` does, as a part of the caller's transaction."""
         for database in (self._incoming, self._merging, self._seen):
             transaction.drop(database, delete=False)
-        self._view.unveil(transaction)
         self._meta.put(
             transaction,
             merge_end=b"",
@@ -383,15 +386,20 @@ class Publication:
             raise _TooMuchAtOnce
         return counts.plus(PublishedCounts(removed=removed))
 
+    def _begin_steps(
+        self, transaction: LmdbTransaction, pages: Sequence[bytes], object_count: int, end: _PublishingEnd
+    ) -> None:
+        self._stage(transaction, pages, object_count, b"")
+        self._meta.put(transaction, publishing=end.pack())
+        self._view.draw(transaction)
+
     def _publish_step(self, transaction: LmdbTransaction, end: _PublishingEnd) -> PublishedCounts:
         publisher = self._publisher(transaction, end)
         counts = PublishedCounts()
         cursor = transaction.cursor(self._incoming)
         for _ in range(PUBLISH_STEP_PAGES):
             if not cursor.first():
-                removed, is_over = self._end_step(transaction, publisher, end)
-                if is_over:
-                    self._view.unveil(transaction)
+                removed, _ = self._end_step(transaction, publisher, end)
                 return counts.plus(PublishedCounts(removed=removed))
             counts = counts.plus(publisher.apply(_page(cursor.value())))
             publisher.check()
@@ -409,6 +417,7 @@ class Publication:
             removed += has_left
             if count == END_STEP_OBJECTS:
                 return removed, False
+        self._view.unveil(transaction)
         transaction.drop(self._seen, delete=False)
         transaction.drop(self._ahead, delete=False)
         if self._meta.get(transaction, "state_lost"):
@@ -507,7 +516,7 @@ def _page(data: bytes) -> sync_pb2.SnapshotPage:
     try:
         return sync_pb2.SnapshotPage.FromString(data)
     except DecodeError as error:
-        raise damaged("a page on its way into the view") from error
+        raise PageDamaged(str(damaged("a page on its way into the view"))) from error
 
 
 # A page that comes without a cursor ends nothing.

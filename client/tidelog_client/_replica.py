@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -386,9 +387,9 @@ class Replica:
             found = _matching(self._storage.view.entity_objects(entity), constraint)
             yield from islice((self._handle(entity, id_) for id_, _ in found), limit)
             return
-        found = _matching(self._storage.view.entity_snapshot(entity), constraint)
-        keyed = ((_order_key(attributes, orders), id_) for id_, attributes in found)
-        ordered = sorted(keyed) if limit is None else heapq.nsmallest(limit, keyed)
+        with closing(self._storage.view.entity_snapshot(entity)) as listed:
+            keyed = ((_order_key(attributes, orders), id_) for id_, attributes in _matching(listed, constraint))
+            ordered = sorted(keyed) if limit is None else heapq.nsmallest(limit, keyed)
         for _key, id_ in ordered:
             yield self._handle(entity, id_)
 
@@ -401,8 +402,8 @@ class Replica:
         constraint = constraint_of(where)
         if self._schema is not None:
             self._schema.check_constraint(entity, constraint)
-        found = self._storage.view.entity_snapshot(entity)
-        return sum(1 for _ in (found if constraint is None else _matching(found, constraint)))
+        with closing(self._storage.view.entity_snapshot(entity)) as listed:
+            return sum(1 for _ in (listed if constraint is None else _matching(listed, constraint)))
 
     # --- the log --------------------------------------------------------------
 
@@ -494,7 +495,9 @@ class Replica:
         Raises:
             DiskFull, StorageError: The files cannot be written. Nothing was changed.
         """
-        return set_aside_damaged(self._storage)
+        found = set_aside_damaged(self._storage)
+        self._synchronizer.go_on()  # what was damaged may have kept it from that
+        return found
 
     def _logged(self, operation: Operation) -> LoggedOperation:
         with self._storage.environment.read() as transaction:

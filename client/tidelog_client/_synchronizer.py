@@ -33,6 +33,7 @@ from tidelog_client._connection import Connection, Stream
 from tidelog_client._file_exchange import FileExchange
 from tidelog_client._file_wishes import FileWishes
 from tidelog_client._files import Needed
+from tidelog_client._publication import PageDamaged
 from tidelog_client._report import OnProgress, Report, ignore
 from tidelog_client._synchronization import Consent, Mode, PlansChanged, Synchronization, TimelineChanged
 from tidelog_client._transfer import CALL_SECONDS_MAX, Downloading, Patience, Transfers
@@ -152,15 +153,17 @@ class Synchronizer:
             with files:
                 backoff = BACKOFF_SECONDS_FIRST
                 token_refused = False
-                has_new_plans = False
+                has_new_plans = has_lost_pages = False
                 timelines_left = NEW_TIMELINES_MAX
                 completed: _Completed | None = None
                 while True:
                     report.begin_attempt()
-                    # A new timeline is adopted with all of its data, whatever was asked for.
-                    adopts = mode is not Mode.ALL and self._storage.lineage.is_rebasing
                     try:
                         report.count_published(self._storage.publication.finish())
+                        # A new timeline is adopted with all of its data, whatever was asked for. And where a part of
+                        # what is prepared was lost, nothing shows before all is there.
+                        needs_all = self._storage.lineage.is_rebasing or self._storage.view.is_veiled()
+                        adopts = needs_all and mode is not Mode.ALL
                         selected = selection() if selection is not None and not adopts else None
                         attempt = Synchronization(
                             self._storage,
@@ -184,6 +187,12 @@ class Synchronizer:
                         _log.warning(
                             "a confirmed state is missing: reconciling", replica_id=self._storage.lineage.replica_id
                         )
+                        self._storage.publication.start_over()
+                    except PageDamaged as error:
+                        if has_lost_pages:
+                            raise
+                        has_lost_pages = True
+                        _log.warning("what was downloaded is lost: reconciling", detail=str(error))
                         self._storage.publication.start_over()
                     except Unauthenticated:
                         # A provider's token may have expired on its way; two in a row did not.

@@ -22,7 +22,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from tidelog._environment import Environment
-from tidelog._errors import LogCorrupt, StorageError, TidelogError, quoted
+from tidelog._errors import LogCorrupt, StorageError, TidelogError, damaged, quoted
 from tidelog._file_reference import may_refer_to_files
 from tidelog._finding import Finding, FindingKind
 from tidelog._keys import POSITION_BYTES, pack_object_key, pack_position, unpack_object_key, unpack_position
@@ -390,8 +390,21 @@ class _Verification:
                 yield _finding(FindingKind.STAGED_WRONG, f"staged {name}", f"{noted}", f"{counted}")
         if self._transaction.stat(self._seen)["entries"] and not is_publishing:
             yield _finding(FindingKind.STAGED_WRONG, "seen objects", "none, for nothing is being published", "some")
-        if self._transaction.stat(self._curtain)["entries"] and not is_publishing and not is_merging:
+        is_reconciling = bool(self._meta.get(self._transaction, "state_lost"))
+        is_drawn = self._transaction.stat(self._curtain)["entries"] > 0
+        if is_drawn and not (is_publishing or is_merging or is_reconciling):
             yield _finding(FindingKind.STAGED_WRONG, "the curtain", "open, for nothing is being published", "drawn")
+
+        for key, value in self._transaction.cursor(self._curtain):
+            try:
+                if len(value) < POSITION_BYTES:
+                    raise damaged("the version of its base")
+                record = self._view.get(self._transaction, key)
+                if record is not None:
+                    decode_map(record.attributes)
+            except _UNDECODABLE as error:
+                where = f"what hangs in front of the object {key!r}"
+                yield _finding(FindingKind.ENTRY_UNREADABLE, where, "one that can be decoded", repr(error))
 
     def _last_seq(self) -> int:
         """Return the position of the newest operation ever logged, as the replica remembers it."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import heapq
 import struct
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from functools import reduce
 from itertools import groupby
 from operator import itemgetter
@@ -90,10 +90,10 @@ class View:
 
     def get(self, transaction: LmdbTransaction, key: bytes) -> ViewRecord | None:
         """Return an object as the replica shows it, or None."""
-        value = self._curtain.get(transaction, key)
-        if value is None:
-            value = transaction.get(key, db=self._objects)
-        return None if value is None or _is_hidden(value) else _unpack(value)
+        hanging = self._curtain.get(transaction, key)
+        if hanging is None:
+            return self.prepared(transaction, key)
+        return _unpack(hanging[1]) if hanging[1] else None
 
     def prepared(self, transaction: LmdbTransaction, key: bytes) -> ViewRecord | None:
         """Return an object as the replica shows it once all of a download is there, or None."""
@@ -107,9 +107,9 @@ class View:
 
     def base_version(self, transaction: LmdbTransaction, key: bytes) -> int:
         """Return the server version of an object that is deleted locally, as its user knows it, 0 if there is none."""
-        value = self._curtain.get(transaction, key)
-        if value is not None:
-            return unpack_position(value[:POSITION_BYTES])
+        hanging = self._curtain.get(transaction, key)
+        if hanging is not None:
+            return unpack_position(hanging[0])
         record = self.base(transaction, key)
         return 0 if record is None else record.version
 
@@ -134,29 +134,29 @@ class View:
                     if len(page) == PAGE_OBJECTS or room_bytes <= 0:
                         break
             for key, value in page:
-                if not _is_hidden(value):
+                if value:
                     yield key[len(prefix) :].decode(), _unpack(value)
             if not page:
                 return
             start = page[-1][0] + b"\0"
 
-    def entity_snapshot(self, entity: str) -> Iterator[tuple[str, ViewRecord]]:
+    def entity_snapshot(self, entity: str) -> Generator[tuple[str, ViewRecord]]:
         """Iterate over (id, record) of an entity in id order as of one moment, for who does not linger."""
         prefix = entity_prefix(entity)
         with self._environment.read() as transaction:
             for key, value in self._entries(transaction, prefix):
                 if not key.startswith(prefix):
                     return
-                if not _is_hidden(value):
+                if value:
                     yield key[len(prefix) :].decode(), _unpack(value)
 
     def _entries(self, transaction: LmdbTransaction, start: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Iterate over what readers see, from a key on, with what is hidden among it."""
+        """Iterate over (object key, record) that readers see, from a key on; of what is hidden the record is empty."""
         entries = _scan(transaction, self._objects, start)
         if self._curtain.is_empty(transaction):
             yield from entries
             return
-        hanging = _scan(transaction, self._curtain.database, start)
+        hanging = self._curtain.records(transaction, start)
         last = b""
         # The sort is stable: what hangs in front of an object comes before it.
         for key, value in heapq.merge(hanging, entries, key=itemgetter(0)):
@@ -227,11 +227,11 @@ class View:
 
     def limit_version(self, transaction: LmdbTransaction, key: bytes, version: int) -> bool:
         """Take an object as of *version* if it claims to be of a newer one; tell whether it did."""
-        self._veil(transaction, [key])
         has_claimed = False
         for database in (self._objects, self._base):
             value = transaction.get(key, db=database)
             if value is not None and _unpack(value).version > version:
+                self._veil(transaction, [key])
                 transaction.put(key, pack_position(version) + value[POSITION_BYTES:], db=database)
                 has_claimed = True
         return has_claimed
@@ -281,7 +281,7 @@ class View:
         is_drawn = self._curtain.is_drawn(transaction)
         for key, (before, after) in changes.items():
             if is_drawn and self._curtain.get(transaction, key) is not None:
-                self._write_behind(transaction, key, before, after)
+                self._write_behind(transaction, key, after)
                 continue
             if before is not None and not before.dirty:
                 transaction.put(key, transaction.get(key, b"", db=self._objects), db=self._base)
@@ -293,14 +293,10 @@ class View:
         put_many(transaction, self._objects, objects)
         self._files.note_all(transaction, objects)
 
-    def _write_behind(
-        self, transaction: LmdbTransaction, key: bytes, before: ViewRecord | None, after: ViewRecord | None
-    ) -> None:
+    def _write_behind(self, transaction: LmdbTransaction, key: bytes, after: ViewRecord | None) -> None:
         """Show what was committed on an object of which something newer is prepared, and replay it on that."""
-        if after is not None:
-            self._curtain.put(transaction, key, _RECORD.pack(after.version, _DIRTY) + after.attributes)
-        elif before is not None:
-            self._curtain.put(transaction, key, pack_position(before.version))
+        shown = b"" if after is None else _RECORD.pack(after.version, _DIRTY) + after.attributes
+        self._curtain.change(transaction, key, shown)
         prepared = self.prepared(transaction, key)
         if prepared is not None and not prepared.dirty:
             transaction.put(key, transaction.get(key, b"", db=self._objects), db=self._base)
@@ -313,7 +309,7 @@ class View:
         self._curtain.draw(transaction)
 
     def unveil(self, transaction: LmdbTransaction) -> None:
-        """Let readers see all that is prepared."""
+        """Let readers see all that is prepared, if something is."""
         self._curtain.open(transaction)
 
     def _veil(self, transaction: LmdbTransaction, keys: Iterable[bytes]) -> None:
@@ -322,8 +318,16 @@ class View:
             self._curtain.hang(transaction, [(key, self._front(transaction, key)) for key in keys])
 
     def _front(self, transaction: LmdbTransaction, key: bytes) -> bytes:
-        value = transaction.get(key, db=self._objects)
-        return transaction.get(key, b"", db=self._base)[:POSITION_BYTES] if value is None else value
+        record = transaction.get(key, b"", db=self._objects)
+        base = transaction.get(key, db=self._base)
+        if base is None:
+            base = _PENDING if not record or _unpack(record).dirty else record
+        return base[:POSITION_BYTES] + record
+
+    def is_veiled(self) -> bool:
+        """Tell whether readers see something else than what is prepared."""
+        with self._environment.read() as transaction:
+            return self._curtain.is_drawn(transaction)
 
     # --- what the server says -------------------------------------------------
 
@@ -632,11 +636,6 @@ def _scan(transaction: LmdbTransaction, database: LmdbDatabase, start: bytes) ->
     cursor = transaction.cursor(database)
     if cursor.set_range(start):
         yield from cursor
-
-
-def _is_hidden(value: bytes) -> bool:
-    """Tell whether what hangs in front of an object hides it: what is shown has marks behind its version."""
-    return len(value) <= POSITION_BYTES
 
 
 def _unpack(value: bytes) -> ViewRecord:

@@ -26,7 +26,6 @@ from tidelog import (
     InvalidValue,
     LimitExceeded,
     ObjectNotFound,
-    StorageError,
     attribute,
 )
 from tidelog._environment import Environment, LmdbTransaction, scan_keys
@@ -1336,10 +1335,6 @@ class TestStagedDownload:
         b.create("Task", {"mine": True}, "mine")
         errors.clear()
         lock.release()
-        if hindrance == "damage":
-            with pytest.raises(StorageError):
-                b.synchronize_all()
-            return
         b.synchronize_all()
         assert contents(b) == everything | {"mine": {"mine": True}}
 

@@ -164,6 +164,7 @@ _CLIENT_WRITES = {
     "Publication.discard_staged": Commit.UNSTAGE,
     "Publication.publish": Commit.PUBLISH,
     "Publication._begin_steps": Commit.PUBLISHING,
+    "Publication._begin_merge": Commit.PUBLISHING,
     "Publication._publish_step": Commit.PUBLISH_STEP,
     "Publication.stage_merge": Commit.STAGE_MERGE,
     "Publication.discard_merge": Commit.UNSTAGE_MERGE,

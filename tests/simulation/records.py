@@ -23,7 +23,7 @@ from tidelog._values import decode_map
 from tidelog.internal.v1 import splice_pb2
 from tidelog.v1 import failure_pb2
 from tidelog_client._storage import Outcome, Storage
-from tidelog_client._view import ViewRecord, _is_hidden, _unpack
+from tidelog_client._view import ViewRecord, _unpack
 from tidelog_server._principal import DEFAULT_TENANT
 from tidelog_server._records import Change, Head, ObjectState, ReplicaState, Settled
 from tidelog_server._store import Reader, Store
@@ -345,7 +345,7 @@ def read_shown(storage: Storage) -> dict[Key, ViewRecord]:
     """Read what a replica shows."""
     with storage.environment.read() as transaction:
         entries = storage.view._entries(transaction, b"")
-        return {unpack_object_key(key): _unpack(value) for key, value in entries if not _is_hidden(value)}
+        return {unpack_object_key(key): _unpack(value) for key, value in entries if value}
 
 
 def read_replica(storage: Storage) -> ReplicaRecord:

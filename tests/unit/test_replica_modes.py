@@ -18,10 +18,12 @@ from tidelog import (
     MassRemoval,
     ObjectNotFound,
     PermissionRefused,
+    TidelogError,
     attribute,
 )
 from tidelog._constraints import Constraint
 from tidelog._downloads import Download, DownloadMode
+from tidelog._keys import pack_object_key
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Replica, Report, SkipReason
 from tidelog_client import _publication as publication
@@ -635,11 +637,14 @@ def _work(replica: Replica) -> None:
     replica.update("Task", "x2", {"mine": 1})
     replica.create("Task", {"mine": 3}, "x3")
     replica.create("Task", {"mine": 4}, "x4")
+    replica.delete("Task", "x5")
+    replica.create("Task", {"mine": 5}, "x5")
     assert contents(replica) == {
         "x0": {"n": 0, "mine": 1},
         "x2": {"n": 2, "mine": 1},
         "x3": {"mine": 3},
         "x4": {"mine": 4},
+        "x5": {"mine": 5},
     }
 
 
@@ -742,15 +747,17 @@ class TestSteps:
     ) -> None:
         """Whatever step the user works after: he sees his edits on what he saw, and later on what came."""
         monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 0)
-        server.reconcile, server.pages = True, [page(*(("Task", f"x{n}", 1 + n, {"n": n}) for n in range(4)))]
+        server.reconcile, server.pages = True, [page(*(("Task", f"x{n}", 1 + n, {"n": n}) for n in (0, 1, 2, 3, 5)))]
         synchronize(replica, server)
         replica.delete("Task", "x3")
+        replica.delete("Task", "x5")
+        replica.create("Task", {"again": True}, "x5")
         steps = _after_step(replica, monkeypatch, step, lambda: _work(replica))
         server.reconcile = False
         server.pages = [
             page(("Task", "x0", 200, {"n": 10, "new": True})),
             page(("Task", "x4", 201, {"n": 14}), removals=[("Task", "x2", 202)]),
-            page(("Task", "x1", 203, {"n": 11}), ("Task", "x3", 204, {"n": 13})),
+            page(("Task", "x1", 203, {"n": 11}), ("Task", "x3", 204, {"n": 13}), ("Task", "x5", 205, {"n": 15})),
         ]
 
         synchronize(replica, server)
@@ -760,9 +767,10 @@ class TestSteps:
             "x0": {"n": 10, "new": True, "mine": 1},
             "x3": {"mine": 3},
             "x4": {"mine": 4},
+            "x5": {"mine": 5},
         }
         named = {one.operation.id: one.operation.base_version for one in replica.pending()}
-        assert named == {"x0": 1, "x1": 2, "x2": 3, "x3": 4, "x4": 0}
+        assert named == {"x0": 1, "x1": 2, "x2": 3, "x3": 4, "x4": 0, "x5": 6}
         assert list(replica.verify()) == []
 
     @pytest.mark.parametrize("order_by", [None, "n"])
@@ -791,6 +799,22 @@ class TestSteps:
                 f"x{n}" for n in range(6)
             ]
         assert replica.count("Task", {"n": 1}) == 0
+
+    def test_a_count_that_fails_holds_nothing(self, replica: Replica, server: ServerEnd) -> None:
+        """Though its error is kept, a count, or a query in order, keeps no transaction."""
+        fill(replica, server)
+        objects = replica._storage.environment.database("objects")
+        replica._storage.environment.write(
+            lambda transaction: transaction.put(pack_object_key("Task", "t1"), bytes(9) + b"\xc1", db=objects)
+        )
+
+        with pytest.raises(TidelogError) as counted:
+            replica.count("Task", {"n": 1})
+        with pytest.raises(TidelogError) as ordered:
+            list(replica.query("Task", order_by="n"))
+
+        assert replica._storage.environment._gate.inside == set()
+        assert counted.value is not ordered.value
 
     @pytest.mark.parametrize("writes", range(9))
     def test_a_merge_in_steps_shows_whole(
@@ -824,7 +848,7 @@ class TestSteps:
             with suppress(Broken):
                 synchronize(replica, server, "selected", [("Task", id_) for id_ in ids])
             assert all(one == before for one in shown[:-1])
-            is_begun = len(shown) >= 2  # the last page is kept, and how it ends
+            is_begun = len(shown) >= 1  # how it ends is on disk
             for id_ in ids:
                 replica.update("Task", id_, {"mine": True})
             seen = contents(replica)
@@ -848,6 +872,8 @@ class TestSteps:
             assert contents(replica) == {"t1": {"n": 1}, "t2": {"n": 2}}
             replica.update("Task", "t1", {"m": 1})
             start_over()
+            assert contents(replica) == {"t1": {"n": 1, "m": 1}, "t2": {"n": 2}}
+            assert list(replica.verify()) == []
             server.reconcile, server.pages = True, [page(("Task", "t1", 200, {"n": 3, "m": 1}))]
 
         monkeypatch.setattr(replica._storage.publication, "start_over", started_over)

@@ -371,6 +371,16 @@ DAMAGES: Final[dict[str, tuple[Callable[[Tables], object], list[str], str]]] = {
         ["staged_wrong"],
         "the curtain: expected open",
     ),
+    "what hangs in front of an object, a part of it lost": (
+        lambda tables: tables.put("curtain", T1, at(1)[:7]).put("meta", b"publishing", b"1"),
+        ["entry_unreadable"],
+        "what hangs in front of the object",
+    ),
+    "what hangs in front of an object and cannot be read": (
+        lambda tables: tables.put("curtain", T1, at(1) + at(1) + b"\0\xc1").put("meta", b"publishing", b"1"),
+        ["entry_unreadable"],
+        "what hangs in front of the object",
+    ),
     "something to be offered again that is pending": (
         lambda tables: tables.put("reoffers", at(8), b""),
         ["outcome_wrong"],
