@@ -8,7 +8,7 @@ of them would ever go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,13 +49,13 @@ class FileRoom:
 
     Attributes:
         bytes_max: How much there is. None: as much as anybody likes.
-        apart: Contents that have to wait until there is room.
+        going: The contents whose turn it is. The others have to wait until there is room.
         exceeding: By operation, how much those need that need more with their commit group than there is.
     """
 
     def __init__(self) -> None:
         self.bytes_max: int | None = None
-        self.apart: AbstractSet[Needed] = frozenset()
+        self.going: AbstractSet[Needed] = frozenset()
         self.exceeding: dict[int, int] = {}
         self._taking: set[Needed] = set()
 
@@ -71,18 +71,9 @@ class FileRoom:
         """Tell whether everything fits, however much of it is somebody else's turn."""
         return self.bytes_max is None or cost_of(waiting | self._taking) <= self.bytes_max
 
-    def open(self) -> None:
+    def open(self, waiting: AbstractSet[Needed]) -> None:
         """Let everything go."""
-        self.apart, self.exceeding = frozenset(), {}
-
-    def probe(self, waiting: AbstractSet[Needed], under_way: AbstractSet[Needed], unasked: Collection[Needed]) -> None:
-        """
-        Let one content go that finds out when a server answers again that did not say how contents stand.
-
-        The first one in the order of the log, so that one commit group is complete before the next one begins. What
-        had its turn before goes on.
-        """
-        self.apart = ((waiting & self.apart) | set(unasked)) - under_way - {next(iter(unasked))}
+        self.going, self.exceeding = set(waiting), {}
 
     def share(self, units: Iterable[Unit], awaited: Awaited, hold_back: Callable[[Unit], None]) -> None:
         """
@@ -97,7 +88,7 @@ class FileRoom:
             awaited: How what they refer to stands.
             hold_back: Called with what cannot go, before the next unit is asked for.
         """
-        self.open()
+        self.open(awaited.waiting)
         if self.bytes_max is None:
             return
         admitted = set(awaited.waiting & awaited.under_way)
@@ -131,7 +122,7 @@ class FileRoom:
                 cost += more
         if not admitted and not is_any_going and groups:
             admitted.update(groups[0])
-        self.apart = awaited.waiting - admitted
+        self.going = admitted
 
     def _may_fit(self, group: AbstractSet[Needed]) -> bool:
         return self.bytes_max is None or len(group) == 1 or cost_of(group) <= self.bytes_max

@@ -22,6 +22,7 @@ from tidelog.testing import Proxy
 from tidelog.v1 import file_pb2, file_pb2_grpc
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
 from tidelog_client._call_errors import Transient
+from tidelog_client._file_channel import FileChannel
 from tidelog_client._synchronizer import Synchronizer
 from tidelog_server import Application, DirectoryContents, Principal, ServerLimits, StaticTokens
 from tidelog_server._file_rules import REFERRERS_MAX
@@ -264,20 +265,20 @@ def test_room_is_shared_though_the_server_did_not_answer_at_first(
                 for number in range(3):
                     photo = replica.add_file(bytes([group, number]) * (7_500 + 10 * number))
                     transaction.create("Task", {"photo": photo})
-        ask, asked = _transfer.Transfers.ask, []
+        stat, asked = FileChannel.stat, []
 
-        def fails(self: _transfer.Transfers, contents: Any) -> Any:
+        def fails(self: FileChannel, metadata: Any, contents: Any) -> Any:
             asked.append(contents)
             if len(asked) <= failures:
                 raise Transient("the server did not answer")
-            return ask(self, contents)
+            return stat(self, metadata, contents)
 
-        monkeypatch.setattr(_transfer.Transfers, "ask", fails)
+        monkeypatch.setattr(FileChannel, "stat", fails)
 
         report = replica.synchronize_all()
 
         if is_too_much:
-            assert (report.applied, report.files_uploaded) == (0, 1)
+            assert (report.applied, report.files_uploaded) == (0, 0)
             assert [one.reason for one in report.skipped] == [SkipReason.FILES_EXCEED_ROOM] * 9
         else:
             assert (report.applied, report.files_uploaded, report.skipped) == (9, 9, [])
