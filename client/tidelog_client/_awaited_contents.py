@@ -17,6 +17,7 @@ from tidelog._limits import FILE_COST_BYTES
 from tidelog._logging import get_logger
 from tidelog_client._file_calls import FileRefused, Presence
 from tidelog_client._file_room import Awaited, FileRoom
+from tidelog_client._links import LinkReader
 from tidelog_client._plans import Plans
 from tidelog_client._report import Skipped, SkipReason
 from tidelog_client._set_aside import SET_ASIDE_FOLDER
@@ -58,14 +59,14 @@ class AwaitedContents:
         self._seqs: Sequence[int] | None = None
         self._needed: dict[int, list[Needed]] = {}
         self._plan = NO_FILES
-        # Those that a session might take.
-        self._offered: set[int] = set()
         # Contents by what is known of them: nothing, as long as the server has not answered; whether operations that
         # refer to them can go as they are, whether nobody has them any more, and, of those to be uploaded, how far
         # the server has them.
         self.unanswered: dict[Needed, None] = {}
         self._ready: set[Needed] = set()
         self._lost: set[Needed] = set()
+        # What only other operations refer to than those to be uploaded: whether it takes room is known.
+        self._others: set[Needed] = set()
         self._waiting: dict[Needed, Uploading] = {}
         # Of these, what is not here; what came down once; and what came damaged.
         self.fetching: dict[Needed, Downloading] = {}
@@ -98,21 +99,28 @@ class AwaitedContents:
             self._until = self._storage.last_seq(transaction)
             self.is_any = self._files.any_uploads(transaction)
         self._seqs = seqs
-        needed = self._needed_contents() if self.is_any else {}
-        self._note_settled(needed)
-        self._needed = needed
+        pending = self._pending_contents() if self.is_any else {}
+        self._note_settled(pending)
+        self._needed = self._chosen(pending)
         known = (self._ready, self._lost, self._waiting)
-        contents = dict.fromkeys(one for needed in self._needed.values() for one in needed)
+        contents = self._contents()
         self.unanswered = {one: None for one in contents if not any(one in where for where in known)}
+        # The room is that of all that is pending, whatever is chosen.
+        others = (one for needed in pending.values() for one in needed if one not in contents)
+        self.unanswered |= {one: None for one in others if one not in self._others}
 
-    def _note_settled(self, needed: Mapping[int, list[Needed]]) -> None:
+    def _contents(self) -> dict[Needed, None]:
+        """Return the contents that the operations to be uploaded refer to, in the order of the log."""
+        return dict.fromkeys(one for needed in self._needed.values() for one in needed)
+
+    def _note_settled(self, pending: Mapping[int, list[Needed]]) -> None:
         """Note that what operations referred to that are not pending any more takes no room."""
-        for seq in self._needed.keys() - needed.keys():
+        for seq in self._needed.keys() - pending.keys():
             self._room.note_settled(self._needed[seq])
 
     def has_more(self) -> bool:
         """Tell whether the session found out that further operations refer to contents."""
-        return bool(self._needed_contents().keys() - self._needed.keys())
+        return bool(self._chosen(self._pending_contents()).keys() - self._needed.keys())
 
     def is_log_longer(self) -> bool:
         """Tell whether operations were committed since that are to be uploaded too."""
@@ -136,16 +144,16 @@ class AwaitedContents:
     def _is_settled(self, content: Needed) -> bool:
         return content in self._ready or content in self._lost
 
-    def note_session(self) -> None:
-        """Note that a session came to its end, which might have taken what the plan did not hold back."""
-        self._offered |= self._needed.keys() - set(self._plan.held)
+    def _pending_contents(self) -> dict[int, list[Needed]]:
+        return dict(self._files.uploads(until=self._until))
 
-    def _needed_contents(self) -> dict[int, list[Needed]]:
+    def _chosen(self, pending: Mapping[int, list[Needed]]) -> dict[int, list[Needed]]:
+        """Return those of the operations that are to be uploaded."""
         chosen = None if self._seqs is None else set(self._seqs)
         excluded = self._excluded()
         return {
             seq: contents
-            for seq, contents in self._files.uploads(until=self._until)
+            for seq, contents in pending.items()
             if (chosen is None or seq in chosen) and not (excluded and self._entity(seq) in excluded)
         }
 
@@ -161,16 +169,21 @@ class AwaitedContents:
 
     def note_answer(self, asked: Sequence[Needed], answer: Standings | Exception) -> None:
         """Take in how contents stand, or why the server refuses to say that."""
+        contents = self._contents()
         for one in asked:
             self.unanswered.pop(one, None)
-        if isinstance(answer, Exception):
-            for one in asked:
+            if one not in contents:
+                self._others.add(one)
+            elif isinstance(answer, Exception):
                 self._let_wait(one, str(answer))
+        if isinstance(answer, Exception):
             return
         self._room.bytes_max = answer.room_bytes
         for one, status in zip(asked, answer.statuses, strict=True):
             if status.takes_room:
                 self._room.note_taking(one)
+            if one not in contents:
+                continue
             if status.presence is not Presence.MISSING:
                 self._ready.add(one)
             else:
@@ -229,41 +242,47 @@ class AwaitedContents:
         """
         Find out what is uploaded for the next session.
 
-        Where there may not be room for everything nothing more goes before all is known: what takes some of it, and
-        how much there is. Else parts of several commit groups would fill it.
+        Where there may not be room for everything nothing more goes before all is known: what takes some of it, how
+        much there is, and, from the first session, the schema. Else parts of several commit groups would fill it.
         """
         waiting = self._waiting.keys()
         self._overtaken = set()
         if self._room.is_enough_for(waiting | self.unanswered.keys()):
             self._room.open(waiting)
             return
-        if self.unanswered:
+        if self.unanswered or not self._storage.lineage.epoch:
             return
-        still_needed = self._needed_contents()
-        self._note_settled(still_needed)
+        pending = self._pending_contents()
+        self._note_settled(pending)
+        links = LinkReader(self._storage)
         held: set[int] = set()
         sieve = Sieve(self._excluded(), held)
+        # Objects whose creation stays behind: what refers to them would not be ready.
+        uncreated: set[ObjectKey] = set()
 
         def may_go() -> Iterator[Unit]:
             for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
-                if cause is None:
+                created, referenced = links.of(unit)
+                if cause is None and uncreated.isdisjoint(referenced):
                     yield unit
-                elif cause is Cause.FILE:
+                else:
+                    uncreated.update(created)
                     self._overtaken.update(one.seq for one in unit)
 
         def hold_back(unit: Unit) -> None:
             held.update(one.seq for one in unit)
             sieve.holds_back(unit)
+            uncreated.update(links.of(unit).created)
 
         self._room.share(
             may_go(),
             Awaited(
                 lambda unit: {content for one in unit for content in self._needed.get(one.seq, ())},
+                links.of,
                 waiting,
                 self._reasons.keys(),
                 under_way,
-                {content for needed in still_needed.values() for content in needed},
-                self._offered,
+                {content for needed in pending.values() for content in needed},
             ),
             hold_back,
         )

@@ -198,7 +198,6 @@ class FileExchange:
             SynchronizationError: There is no token to be had.
         """
         self._is_last = is_last
-        self._awaited.note_session()
         if self._files.is_idle() and not self._jobs.under_way:
             return False
         if self._awaited.has_more():
