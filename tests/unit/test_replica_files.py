@@ -1781,6 +1781,19 @@ class TestRemoval:
 
             assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
 
+    def test_looking_for_what_nobody_needs_writes_nothing_where_all_is_well(self, replica: Replica) -> None:
+        """That no content came under a clock that was ahead is noted once, not each day."""
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        files, environment = replica._storage.files, replica._storage.environment
+
+        def last_transaction() -> int:
+            with environment.read() as transaction:
+                return transaction.id()
+
+        before = last_transaction()
+        files.sweep()
+        assert last_transaction() == before
+
     def test_a_crash_before_the_commit_leaves_what_is_collected(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
