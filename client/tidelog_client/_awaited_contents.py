@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tidelog_client._file_calls import Standings
     from tidelog_client._file_room import Unit
     from tidelog_client._files import Needed
+    from tidelog_client._links import Links
     from tidelog_client._storage import Storage
     from tidelog_client._transfer import Job, Result
 
@@ -260,25 +261,26 @@ class AwaitedContents:
         # Objects whose creation stays behind: what refers to them would not be ready.
         uncreated: set[ObjectKey] = set()
 
-        def may_go() -> Iterator[Unit]:
-            for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
-                created, referenced = links.of(unit)
-                if cause is None and uncreated.isdisjoint(referenced):
-                    yield unit
-                else:
-                    uncreated.update(created)
-                    self._overtaken.update(one.seq for one in unit)
-
         def hold_back(unit: Unit) -> None:
             held.update(one.seq for one in unit)
             sieve.holds_back(unit)
-            uncreated.update(links.of(unit).created)
+
+        def may_go() -> Iterator[tuple[Unit, Links]]:
+            for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
+                found = links.of(unit)
+                if cause is None and uncreated.isdisjoint(found.referenced):
+                    yield unit, found
+                    if unit[0].seq not in held:
+                        continue
+                else:
+                    self._overtaken.update(one.seq for one in unit)
+                    hold_back(unit)
+                uncreated.update(found.created)
 
         self._room.share(
             may_go(),
             Awaited(
                 lambda unit: {content for one in unit for content in self._needed.get(one.seq, ())},
-                links.of,
                 waiting,
                 self._reasons.keys(),
                 under_way,

@@ -29,7 +29,6 @@ class Awaited(NamedTuple):
 
     Attributes:
         contents: What the operations of a unit refer to.
-        links: Which objects they create, and refer to.
         waiting: What is to be uploaded.
         failed: What of it was tried in vain.
         under_way: What of it is going up.
@@ -37,7 +36,6 @@ class Awaited(NamedTuple):
     """
 
     contents: Callable[[Unit], AbstractSet[Needed]]
-    links: Callable[[Unit], Links]
     waiting: AbstractSet[Needed]
     failed: AbstractSet[Needed]
     under_way: AbstractSet[Needed]
@@ -76,7 +74,7 @@ class FileRoom:
         """Let everything go."""
         self.going, self.exceeding = set(waiting), {}
 
-    def share(self, units: Iterable[Unit], awaited: Awaited, hold_back: Callable[[Unit], None]) -> None:
+    def share(self, units: Iterable[tuple[Unit, Links]], awaited: Awaited, hold_back: Callable[[Unit], None]) -> None:
         """
         Find out what goes for the next session: all that whole commit groups need, as far as there is room.
 
@@ -93,7 +91,7 @@ class FileRoom:
         then held up by something else takes its part of the room until that is over, or the server lets go of it.
 
         Args:
-            units: Operations that may go: commit groups, and single ones.
+            units: Operations that may go: commit groups, and single ones, in the order of the log.
             awaited: How what they refer to stands.
             hold_back: Called with what cannot go, before the next unit is asked for.
         """
@@ -104,11 +102,10 @@ class FileRoom:
         # What those before need, by the objects that they are about, and by those that they create.
         before: dict[ObjectKey, set[Needed]] = {}
         creating: dict[ObjectKey, set[Needed]] = {}
-        for unit in units:
+        for unit, links in units:
             contents = awaited.contents(unit)
             needed = awaited.waiting & contents
             whole = needed | (self._taking & contents)
-            links = awaited.links(unit)
             group = set(needed).union(
                 *(before.get(one.key, ()) for one in unit), *(creating.get(key, ()) for key in links.referenced)
             )

@@ -332,8 +332,8 @@ def test_what_refers_to_an_object_does_not_take_the_room_of_its_files() -> None:
         replica = world.replica()
         with replica.transaction(atomic=True) as transaction:
             for number in range(2):
-                photo = replica.add_file(bytes([number]) * 20_000)
-                transaction.create("Task", {"photo": photo}, ("parent", "other parent")[number])
+                value = replica.add_file(bytes([number]) * 20_000)
+                transaction.create("Task", {"photo": value}, ("parent", "other parent")[number])
         replica.create("Task", {"parent": "parent"}, "child")
         replica.create("Task", {"photo": replica.add_file(b"x" * 10_000), "parent": "child"}, "grandchild")
         replica.create("Task", {"photo": replica.add_file(b"y" * 10_001)}, "other")
@@ -354,8 +354,8 @@ def test_a_selection_knows_what_takes_room() -> None:
         upload(world, photos[0])
         with replica.transaction(atomic=True) as transaction:
             for number in range(2):
-                photo = replica.add_file(bytes([9, number]) * 8_000)
-                transaction.create("Task", {"photo": photo}, f"u{number}")
+                value = replica.add_file(bytes([9, number]) * 8_000)
+                transaction.create("Task", {"photo": value}, f"u{number}")
 
         selected = replica.synchronize_selected([("Task", "u0")])
         report = replica.synchronize_all()

@@ -49,7 +49,6 @@ class Pending:
         self.held = set()
         awaited = Awaited(
             contents=lambda unit: self.groups[unit[0].seq],
-            links=lambda unit: self.links.get(unit[0].seq, NO_LINKS),
             waiting=pending - self.there,
             failed=self.failed,
             under_way=set(),
@@ -58,8 +57,10 @@ class Pending:
         room.share(self._units(), awaited, lambda unit: self.held.update(one.seq for one in unit))
         return room
 
-    def _units(self) -> Iterable[Sequence[PendingOperation]]:
-        return [[PendingOperation(seq, 0, 0, ("Task", str(seq)))] for seq in self.groups]
+    def _units(self) -> Iterable[tuple[Sequence[PendingOperation], Links]]:
+        return [
+            ([PendingOperation(seq, 0, 0, ("Task", str(seq)))], self.links.get(seq, NO_LINKS)) for seq in self.groups
+        ]
 
     def settle(self) -> None:
         """Let a session take what has all that it needs. What is referred to now takes no room."""
