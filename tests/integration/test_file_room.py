@@ -76,6 +76,7 @@ def commit(replica: Replica, random: Random, photos: list[bytes], number: int) -
 def test_everything_that_fits_is_settled_once_nothing_is_cut(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was cut before, one synchronization settles all that fits, and tells of the rest that it never does."""
     random = Random(seed)
+    monkeypatch.setattr(_transfer, "FILES_STAT_MAX", random.choice((2, 1_000)))
     monkeypatch.setattr(_transfer, "_BACKOFF_SECONDS_FIRST", 0.001)
     monkeypatch.setattr(_synchronizer, "BACKOFF_SECONDS_FIRST", 0.001)
     monkeypatch.setattr(_synchronizer, "BACKOFF_SECONDS_MAX", 0.01)

@@ -27,6 +27,7 @@ class Pending:
     Attributes:
         groups: What the commit groups need, in the order of the log.
         there: What came and nothing refers to yet.
+        under_way: What is on its way.
         failed: What cannot be read.
     """
 
@@ -34,6 +35,7 @@ class Pending:
         self.room_bytes = room_bytes
         self.groups = dict(enumerate(groups, start=1))
         self.there: set[Needed] = set()
+        self.under_way: set[Needed] = set()
         self.failed: set[Needed] = set()
         self.links: dict[int, Links] = {}
         self.held: set[int] = set()
@@ -51,7 +53,7 @@ class Pending:
             contents=lambda unit: self.groups[unit[0].seq],
             waiting=pending - self.there,
             failed=self.failed,
-            under_way=set(),
+            under_way=self.under_way,
             pending=pending,
         )
         room.share(self._units(), awaited, lambda unit: self.held.update(one.seq for one in unit))
@@ -107,6 +109,15 @@ def test_what_needs_little_goes_first() -> None:
     pending.there = {half}
 
     assert pending.share().going == {small}
+
+
+def test_what_is_under_way_is_one_less_to_go() -> None:
+    """What lacks least comes first: what is under way of a group goes on, and is not counted twice."""
+    large, rest, other = content(1, 25_000), content(2, 15_000), content(3, 20_000)
+    pending = Pending([{other}, {large, rest}])
+    pending.under_way = {large}
+
+    assert pending.share().going == {large, rest}
 
 
 def test_one_alone_goes_however_large_it_is() -> None:

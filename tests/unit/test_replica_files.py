@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -698,24 +698,51 @@ class TestUploading:
         connection = connect(replica, server)
         replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
         coming, gone = threading.Event(), threading.Event()
+        new_tokens = count()
         tokens = []
 
         class Away(Calls):
-            def stat(self, _metadata: object, contents: Sequence[Needed]) -> Standings:
-                tokens.append(connection.token_count)
+            def stat(self, metadata: object, contents: Sequence[Needed]) -> Standings:
+                tokens.append(metadata)
                 if not coming.is_set():
                     raise error
-                return super().stat(_metadata, contents)
+                return super().stat(metadata, contents)
 
         def on_download(_name: bytes, _position: int) -> None:
             coming.set()
             assert gone.wait(30)
 
         server.on_download, server.on_upload = on_download, lambda *_: gone.set()
+        monkeypatch.setattr(connection, "authorization", lambda: next(new_tokens))
         monkeypatch.setattr(connection, "files", lambda _timeout: Away(server))
         report = replica.synchronize_all()
         assert (report.applied, report.files_uploaded, report.files_downloaded, report.skipped) == (1, 1, 1, [])
         assert len(set(tokens)) == len(tokens) > 1
+
+    @pytest.mark.parametrize("is_enough", [True, False])
+    def test_what_has_room_for_sure_does_not_wait_for_the_last_answer(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, *, is_enough: bool
+    ) -> None:
+        """Where the server answers about some contents these go, if there is room for all, and else nothing does."""
+        monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.2)
+        monkeypatch.setattr(_transfer, "FILES_STAT_MAX", 1)
+        server = FileServer(room_bytes=(4 if is_enough else 2) * (len(PHOTO) + FILE_COST_BYTES))
+        connection = connect(replica, server)
+        for number in range(3):
+            replica.create("Task", {"photo": replica.add_file(PHOTO[number:])}, f"t{number}")
+        answered = []
+
+        class Away(Calls):
+            def stat(self, metadata: object, contents: Sequence[Needed]) -> Standings:
+                if answered and contents not in answered:
+                    raise Transient("away")
+                answered.append(contents)
+                return super().stat(metadata, contents)
+
+        monkeypatch.setattr(connection, "files", lambda _timeout: Away(server))
+        assert (replica.synchronize_all().applied, len(server.uploads)) == ((1, 1) if is_enough else (0, 0))
+        monkeypatch.undo()
+        assert replica.synchronize_all().applied == (2 if is_enough else 3)
 
     def test_a_server_that_does_not_answer_is_not_asked_all_the_time(
         self, replica: Replica, monkeypatch: pytest.MonkeyPatch
