@@ -248,7 +248,7 @@ class AwaitedContents:
         """
         waiting = self._waiting.keys()
         self._overtaken = set()
-        if self._room.is_enough_for(waiting | self.unanswered.keys()):
+        if self._room.is_enough_for(waiting | self.unanswered.keys() | self._others):
             self._room.open(waiting)
             return
         if self.unanswered or not self._storage.lineage.epoch:
@@ -260,15 +260,18 @@ class AwaitedContents:
         sieve = Sieve(self._excluded(), held)
         # Objects whose creation stays behind: what refers to them would not be ready.
         uncreated: set[ObjectKey] = set()
+        chosen = None if self._seqs is None else set(self._seqs)
 
         def hold_back(unit: Unit) -> None:
             held.update(one.seq for one in unit)
             sieve.holds_back(unit)
 
         def may_go() -> Iterator[tuple[Unit, Links]]:
-            for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
+            for unit, cause in sifted(self._storage, sieve, until=self._until):
                 found = links.of(unit)
-                if cause is None and uncreated.isdisjoint(found.referenced):
+                if chosen is not None and unit[0].seq not in chosen:
+                    pass
+                elif cause is None and uncreated.isdisjoint(found.referenced):
                     yield unit, found
                     if unit[0].seq not in held:
                         continue

@@ -343,6 +343,22 @@ def test_what_refers_to_an_object_does_not_take_the_room_of_its_files() -> None:
         assert (report.applied, report.files_uploaded, report.skipped) == (5, 4, [])
 
 
+def test_a_selection_leaves_what_it_refers_to_the_room() -> None:
+    """Where the schema is not known yet, a selection brings no files of what would not be ready, which need room."""
+    schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task")})])
+    limits = ServerLimits(file_room_per_user=60_000)
+    with quick_folder() as folder, World(folder, Application(schema=schema), limits=limits) as world:
+        replica = world.replica()
+        replica.create("Task", {"photo": replica.add_file(b"1" * 70_000)}, "parent")
+        replica.create("Task", {"photo": replica.add_file(b"x" * 10_000), "parent": "parent"}, "child")
+
+        selected = replica.synchronize_selected([("Task", "child")])
+        report = replica.synchronize_all()
+
+        assert (selected.applied, selected.files_uploaded) == (0, 0)
+        assert (report.applied, report.files_uploaded, report.skipped) == (2, 2, [])
+
+
 def test_a_selection_knows_what_takes_room() -> None:
     """What a selection brings, beside what is there of other operations, leaves these the room that they need."""
     with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
