@@ -84,7 +84,7 @@ def test_everything_that_fits_is_settled_once_nothing_is_cut(seed: int, monkeypa
     limits = ServerLimits(file_room_per_user=ROOM_BYTES)
     with quick_folder() as folder, World(folder, Application(schema=SCHEMA), limits=limits) as world:
         replica = world.replica()
-        photos = [random.randbytes(random.choice(SIZES)) for _ in range(8)]
+        photos = [random.randbytes(random.choice(SIZES)) for _ in range(random.choice((8, 40)))]
         too_large: set[str] = set()
         for number in range(12):
             cost, ids = commit(replica, random, photos, number)

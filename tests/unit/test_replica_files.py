@@ -730,7 +730,7 @@ class TestUploading:
         connection = connect(replica, server)
         for number in range(3):
             replica.create("Task", {"photo": replica.add_file(PHOTO[number:])}, f"t{number}")
-        answered = []
+        answered: list[Sequence[Needed]] = []
 
         class Away(Calls):
             def stat(self, metadata: object, contents: Sequence[Needed]) -> Standings:
