@@ -305,7 +305,7 @@ def test_what_a_session_that_was_cut_would_have_taken_makes_room(monkeypatch: py
         assert (report.applied, report.files_uploaded, report.skipped) == (2, 2, [])
 
 
-def test_what_would_not_be_ready_takes_no_room() -> None:
+def test_what_is_not_ready_makes_no_room() -> None:
     """Where the creation of an object waits in vain, the files of what refers to it leave the room to others."""
     schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task")})])
     limits = ServerLimits(file_room_per_user=60_000)
