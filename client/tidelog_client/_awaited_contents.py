@@ -8,16 +8,16 @@ replica shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
-from tidelog._errors import StorageError, SynchronizationError, Unauthenticated
-from tidelog._limits import FILE_COST_BYTES, FILES_STAT_MAX
+from tidelog._errors import StorageError
+from tidelog._limits import FILE_COST_BYTES
 from tidelog._logging import get_logger
-from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
 from tidelog_client._file_room import Awaited, FileRoom
+from tidelog_client._links import LinkReader
 from tidelog_client._plans import Plans
 from tidelog_client._report import Skipped, SkipReason
 from tidelog_client._set_aside import SET_ASIDE_FOLDER
@@ -26,10 +26,12 @@ from tidelog_client._upload import NO_FILES, Cause, FilePlan, Sieve, sifted
 
 if TYPE_CHECKING:
     from tidelog._keys import ObjectKey
+    from tidelog_client._file_calls import Standings
     from tidelog_client._file_room import Unit
     from tidelog_client._files import Needed
+    from tidelog_client._links import Links
     from tidelog_client._storage import Storage
-    from tidelog_client._transfer import Job, Result, Transfers
+    from tidelog_client._transfer import Job, Result
 
 _OVERTAKEN: Final = "an operation that comes before it waits for the content of a file"
 _TOGETHER: Final = "an operation of its commit group waits for the content of a file"
@@ -43,6 +45,7 @@ class AwaitedContents:
 
     Attributes:
         is_any: Whether any operation to be uploaded refers to contents.
+        unanswered: The contents of which the server has not said yet how they stand.
         fetching: The contents that are not here, and come down before they go up.
         lacking: Objects that turned out to lack a content.
     """
@@ -57,15 +60,16 @@ class AwaitedContents:
         self._seqs: Sequence[int] | None = None
         self._needed: dict[int, list[Needed]] = {}
         self._plan = NO_FILES
-        # Those that a session might take.
-        self._offered: set[int] = set()
-        # Contents by what is known of them: whether operations that refer to them can go as they are, whether
-        # nobody has them any more, and, of those to be uploaded, how far the server has them.
+        # Contents by what is known of them: nothing, as long as the server has not answered; whether operations that
+        # refer to them can go as they are, whether nobody has them any more, and, of those to be uploaded, how far
+        # the server has them.
+        self.unanswered: dict[Needed, None] = {}
         self._ready: set[Needed] = set()
         self._lost: set[Needed] = set()
+        # What only other operations refer to than those to be uploaded: whether it takes room is known.
+        self._others: set[Needed] = set()
         self._waiting: dict[Needed, Uploading] = {}
-        # Of these, what the server did not answer about; what is not here; what came down once; and what came damaged.
-        self._unasked: dict[Needed, None] = {}
+        # Of these, what is not here; what came down once; and what came damaged.
         self.fetching: dict[Needed, Downloading] = {}
         self._fetched: set[Needed] = set()
         self._damaged: set[Needed] = set()
@@ -73,6 +77,8 @@ class AwaitedContents:
         self._reasons: dict[Needed, str] = {}
         self.lacking: dict[ObjectKey, None] = {}
         self._room = FileRoom()
+        # The operations that cannot go before another one does that waits.
+        self._overtaken: set[int] = set()
 
     def __contains__(self, content: Needed) -> bool:
         """Tell whether operations wait for a content."""
@@ -83,9 +89,9 @@ class AwaitedContents:
         """Of how many contents it is known that no operation waits for them any more."""
         return len(self._ready) + len(self._lost)
 
-    def look(self, seqs: Sequence[int] | None) -> list[Needed]:
+    def look(self, seqs: Sequence[int] | None) -> None:
         """
-        Find out what operations refer to; return the contents of which nothing is known yet.
+        Find out what operations refer to.
 
         Args:
             seqs: The operations to be uploaded. None: all that are pending.
@@ -94,26 +100,28 @@ class AwaitedContents:
             self._until = self._storage.last_seq(transaction)
             self.is_any = self._files.any_uploads(transaction)
         self._seqs = seqs
-        needed = self._needed_contents() if self.is_any else {}
-        self._note_settled(needed)
-        self._needed = needed
+        pending = self._pending_contents() if self.is_any else {}
+        self._note_settled(pending)
+        self._needed = self._chosen(pending)
         known = (self._ready, self._lost, self._waiting)
-        contents = dict.fromkeys(one for needed in self._needed.values() for one in needed)
-        unknown = [one for one in contents if not any(one in where for where in known)]
-        return unknown + self.unasked()
+        contents = self._contents()
+        self.unanswered = {one: None for one in contents if not any(one in where for where in known)}
+        # The room is that of all that is pending, whatever is chosen.
+        others = (one for needed in pending.values() for one in needed if one not in contents)
+        self.unanswered |= {one: None for one in others if one not in self._others}
 
-    def unasked(self) -> list[Needed]:
-        """Return the contents that the server did not answer about."""
-        return list(self._unasked)
+    def _contents(self) -> dict[Needed, None]:
+        """Return the contents that the operations to be uploaded refer to, in the order of the log."""
+        return dict.fromkeys(one for needed in self._needed.values() for one in needed)
 
-    def _note_settled(self, needed: Mapping[int, list[Needed]]) -> None:
+    def _note_settled(self, pending: Mapping[int, list[Needed]]) -> None:
         """Note that what operations referred to that are not pending any more takes no room."""
-        for seq in self._needed.keys() - needed.keys():
+        for seq in self._needed.keys() - pending.keys():
             self._room.note_settled(self._needed[seq])
 
     def has_more(self) -> bool:
         """Tell whether the session found out that further operations refer to contents."""
-        return bool(self._needed_contents().keys() - self._needed.keys())
+        return bool(self._chosen(self._pending_contents()).keys() - self._needed.keys())
 
     def is_log_longer(self) -> bool:
         """Tell whether operations were committed since that are to be uploaded too."""
@@ -125,7 +133,7 @@ class AwaitedContents:
         if not self.is_any:
             self._plan = NO_FILES
             return self._plan
-        held = {seq for seq, needed in self._needed.items() if any(one in self._waiting for one in needed)}
+        held = {seq for seq, needed in self._needed.items() if not all(map(self._is_settled, needed))}
         lost = {
             seq: found
             for seq, needed in self._needed.items()
@@ -134,16 +142,19 @@ class AwaitedContents:
         self._plan = FilePlan(self._until, held, lost)
         return self._plan
 
-    def note_session(self) -> None:
-        """Note that a session came to its end, which might have taken what the plan did not hold back."""
-        self._offered |= self._needed.keys() - set(self._plan.held)
+    def _is_settled(self, content: Needed) -> bool:
+        return content in self._ready or content in self._lost
 
-    def _needed_contents(self) -> dict[int, list[Needed]]:
+    def _pending_contents(self) -> dict[int, list[Needed]]:
+        return dict(self._files.uploads(until=self._until))
+
+    def _chosen(self, pending: Mapping[int, list[Needed]]) -> dict[int, list[Needed]]:
+        """Return those of the operations that are to be uploaded."""
         chosen = None if self._seqs is None else set(self._seqs)
         excluded = self._excluded()
         return {
             seq: contents
-            for seq, contents in self._files.uploads(until=self._until)
+            for seq, contents in pending.items()
             if (chosen is None or seq in chosen) and not (excluded and self._entity(seq) in excluded)
         }
 
@@ -157,43 +168,27 @@ class AwaitedContents:
 
     # --- how contents stand ---------------------------------------------------
 
-    def ask(self, transfers: Transfers, contents: Sequence[Needed]) -> None:
-        """
-        Ask the server how contents stand. Those of which it says nothing wait.
-
-        Raises:
-            Unauthenticated: It does not accept the token.
-        """
-        for first in range(0, len(contents), FILES_STAT_MAX):
-            asked = contents[first : first + FILES_STAT_MAX]
-            try:
-                standings = transfers.ask(asked)
-            except (Transient, Unauthenticated) as error:
-                self._waiting |= {one: Uploading(one) for one in contents[first:]}
-                self._unasked |= dict.fromkeys(contents[first:])
-                if isinstance(error, Unauthenticated):
-                    raise
-                return
-            except SynchronizationError as error:
-                self._answered(asked)
-                self._waiting |= {one: Uploading(one) for one in asked}
-                self._reasons |= dict.fromkeys(asked, str(error))
+    def note_answer(self, asked: Sequence[Needed], answer: Standings | Exception) -> None:
+        """Take in how contents stand, or why the server refuses to say that."""
+        contents = self._contents()
+        for one in asked:
+            self.unanswered.pop(one, None)
+            if one not in contents:
+                self._others.add(one)
+            elif isinstance(answer, Exception):
+                self._let_wait(one, str(answer))
+        if isinstance(answer, Exception):
+            return
+        self._room.bytes_max = answer.room_bytes
+        for one, status in zip(asked, answer.statuses, strict=True):
+            if status.takes_room:
+                self._room.note_taking(one)
+            if one not in contents:
                 continue
-            self._answered(asked)
-            self._room.bytes_max = standings.room_bytes
-            for one, status in zip(asked, standings.statuses, strict=True):
-                if status.takes_room:
-                    self._room.note_taking(one)
-                if status.presence is not Presence.MISSING:
-                    self._ready.add(one)
-                else:
-                    self._find(one, status.received_bytes)
-
-    def _answered(self, contents: Iterable[Needed]) -> None:
-        """Note that the server has answered about contents, some of which may have waited for that."""
-        for one in contents:
-            self._unasked.pop(one, None)
-            self._waiting.pop(one, None)
+            if status.presence is not Presence.MISSING:
+                self._ready.add(one)
+            else:
+                self._find(one, status.received_bytes)
 
     def _find(self, content: Needed, received_bytes: int) -> None:
         """Find out whether a content that the server lacks can be uploaded."""
@@ -245,55 +240,76 @@ class AwaitedContents:
     # --- transfers ------------------------------------------------------------
 
     def share_room(self, under_way: AbstractSet[Needed]) -> None:
-        """Find out what is uploaded for the next session. What the server did not answer about has to wait."""
+        """
+        Find out what is uploaded for the next session.
+
+        Where there may not be room for everything nothing more goes before all is known: what takes some of it, how
+        much there is, and, from the first session, the schema. Else parts of several commit groups would fill it.
+        """
         waiting = self._waiting.keys()
-        if self._unasked:
-            self._room.probe(waiting, under_way, self._unasked)
+        self._overtaken = set()
+        if self._room.is_enough_for(waiting | self.unanswered.keys() | self._others):
+            self._room.open(waiting)
             return
-        if self._room.is_enough_for(waiting):
-            self._room.open()
+        if self.unanswered or not self._storage.lineage.epoch:
             return
-        still_needed = self._needed_contents()
-        self._note_settled(still_needed)
+        pending = self._pending_contents()
+        self._note_settled(pending)
+        links = LinkReader(self._storage)
         held: set[int] = set()
         sieve = Sieve(self._excluded(), held)
+        # Objects whose creation stays behind: what refers to them would not be ready.
+        uncreated: set[ObjectKey] = set()
+        chosen = None if self._seqs is None else set(self._seqs)
 
         def hold_back(unit: Unit) -> None:
             held.update(one.seq for one in unit)
             sieve.holds_back(unit)
 
+        def may_go() -> Iterator[tuple[Unit, Links]]:
+            for unit, cause in sifted(self._storage, sieve, until=self._until):
+                found = links.of(unit)
+                if chosen is not None and unit[0].seq not in chosen:
+                    pass
+                elif cause is None and uncreated.isdisjoint(found.referenced):
+                    yield unit, found
+                    if unit[0].seq not in held:
+                        continue
+                else:
+                    self._overtaken.update(one.seq for one in unit)
+                    hold_back(unit)
+                uncreated.update(found.created)
+
         self._room.share(
-            (
-                unit
-                for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs)
-                if cause is None
-            ),
+            may_go(),
             Awaited(
                 lambda unit: {content for one in unit for content in self._needed.get(one.seq, ())},
                 waiting,
                 self._reasons.keys(),
                 under_way,
-                {content for needed in still_needed.values() for content in needed},
-                self._offered,
+                {content for needed in pending.values() for content in needed},
             ),
             hold_back,
         )
 
     def uploads(self) -> list[Uploading]:
         """Return what is to be uploaded, is here, and was not tried in vain, the smallest first."""
-        passed_over = self._reasons.keys() | self.fetching.keys() | self._room.apart
-        return sorted((one for content, one in self._waiting.items() if content not in passed_over), key=job_size)
+        return sorted(
+            (one for content, one in self._waiting.items() if self._may_go(content) and content not in self.fetching),
+            key=job_size,
+        )
+
+    def _may_go(self, content: Needed) -> bool:
+        return content in self._room.going and content not in self._reasons
 
     def jobs(self) -> list[Job]:
         """Return what is to be uploaded or comes down before, and was not tried in vain, the smallest first."""
-        passed_over = self._reasons.keys() | self._room.apart
-        fetches = (one for content, one in self.fetching.items() if content not in passed_over)
+        fetches = (one for content, one in self.fetching.items() if self._may_go(content))
         return sorted((*self.uploads(), *fetches), key=job_size)
 
     def note_uploaded(self, result: Result) -> None:
         """Take in how an upload ended."""
         content, error = result.job.content, result.error
-        self._unasked.pop(content, None)
         if isinstance(error, ContentLost):
             self._miss(content, str(error))
         elif error is None or (isinstance(error, FileRefused) and error.is_too_large):
@@ -346,11 +362,14 @@ class AwaitedContents:
                     yield Skipped(*one.key, reason, why, seq=one.seq)
 
     def _why_held(self, seq: int, why_not_sent: str) -> str:
-        waiting = [one for one in self._needed[seq] if one in self._waiting]
+        waiting = [one for one in self._needed[seq] if not self._is_settled(one)]
         if not waiting:
             return f"the content of its file came to the server too late for it: {why_not_sent}"
-        late = "others came first" if any(one in self._room.apart for one in waiting) else "there was no time left"
-        late = "the server did not answer" if any(one in self._unasked for one in waiting) else late
+        late = "there was no time left"
+        if seq in self._overtaken:
+            late = _OVERTAKEN
+        elif any(one not in self._room.going for one in waiting):
+            late = "the server did not answer" if self.unanswered else "others came first"
         reason = next((self._reasons[one] for one in waiting if one in self._reasons), late)
         return f"the content of its file is not on the server: {reason}"
 

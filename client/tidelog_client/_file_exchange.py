@@ -2,8 +2,9 @@
 The file exchange: what a synchronization does with contents, around its sessions.
 
 Before a session the server is asked which contents it lacks that operations refer to. The
-small ones go up at once; operations that need another one stay behind. After the session
-the others go up, and what objects lack comes down. Meanwhile there are further sessions, for
+small ones go up at once; operations that need another one stay behind, and where it does
+not answer at once, it is asked again later. After the session the others go up, and what
+objects lack comes down. Meanwhile there are further sessions, for
 what stayed behind and need not any more, and for what was committed since. So no object and
 no small file waits for a large one, and no operation ever refers to a content that the
 server does not have.
@@ -15,19 +16,20 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
-from tidelog._errors import StorageError, Unauthenticated
+from tidelog._errors import StorageError
 from tidelog._logging import get_logger
 from tidelog_client._awaited_contents import AwaitedContents
 from tidelog_client._call_errors import Transient
 from tidelog_client._lacking_contents import LackingContents
-from tidelog_client._report import Phase, Progress, Skipped, SkipReason, ignore
+from tidelog_client._report import Phase, Progress, Skipped, SkipReason
 from tidelog_client._transfer import Downloading, Patience, Result, Transfers, Uploading, job_size
 
 if TYPE_CHECKING:
     from tidelog._keys import ObjectKey
+    from tidelog_client._file_calls import Standings
     from tidelog_client._file_wishes import FileWishes
     from tidelog_client._files import Failed, Needed
     from tidelog_client._report import OnProgress, Report
@@ -87,6 +89,8 @@ class FileExchange:
         self._on_progress = on_progress
         self._end = end
         self._awaited = AwaitedContents(storage)
+        # Finds out what is to be transferred next; tells whether there is anything.
+        self._fill: Callable[[], bool] = self._fill_small
         self._lacking = LackingContents(self._files, wishes, report)
         # The objects that the sessions brought, if only these matter.
         self._brought: dict[ObjectKey, None] = {}
@@ -95,6 +99,8 @@ class FileExchange:
         self._total_bytes = 0
         # What is under way, from one session to the next.
         self._jobs = _Jobs()
+        # What is uploaded before the session.
+        self._small: set[Needed] = set()
         self._transfers: Transfers | None = None
         self._patience = Patience(end)
         self._results: Iterator[Result | None] = iter(())
@@ -125,27 +131,46 @@ class FileExchange:
         A session is worth more than all files: whatever fails here is done after it.
 
         Raises:
-            Unauthenticated: The server does not accept the token.
+            SynchronizationError: There is no token to be had.
         """
-        unknown = self._awaited.look(seqs)
-        if not self._awaited.is_any:
-            return self._awaited.plan()
-        if unknown:
-            self._ask(unknown, Patience(self._end, SMALL_SILENCE_SECONDS))
-        self._awaited.share_room(self._jobs.under_way.keys())
-        if small := self._small_uploads():
-            self._upload_small(small)
-        self._settled_count = self._awaited.settled_count
+        self._awaited.look(seqs)
+        if self._awaited.is_any:
+            self._get_ahead()
+            self._settled_count = self._awaited.settled_count
         return self._awaited.plan()
 
-    def _ask(self, contents: Sequence[Needed], patience: Patience) -> None:
-        """Ask the server how contents stand."""
-        with Transfers(self._files, self._caller, patience, ignore) as calls:
-            self._awaited.ask(calls, contents)
+    def _get_ahead(self) -> None:
+        """Ask, and upload what is small, for a while; what is under way then goes on beside the session."""
+        self._fill, self._small = self._fill_small, set()
+        if not self._fill() and not self._awaited.unanswered:
+            return
+        if self._transfers is None:
+            self._begin_transfers()
+        else:
+            self._transfers.ask(self._awaited.unanswered)
+        self._patience.resume()
+        self._heard_at = now = time.monotonic()
+        end = now + min(SMALL_UPLOADS_SECONDS, self._patience.time_left() * SMALL_UPLOADS_SHARE)
+
+        def is_enough() -> bool:
+            now = time.monotonic()
+            is_asking = self._transfers is not None and self._transfers.is_asking
+            is_done = not is_asking and not any(one in self._awaited for one in self._small)
+            return is_done or now >= end or now >= self._heard_at + SMALL_SILENCE_SECONDS
+
+        self._take_in(is_enough)
+
+    def _fill_small(self) -> bool:
+        self._awaited.share_room(self._jobs.under_way.keys())
+        small = self._small_uploads()
+        self._small.update(one.content for one in small)
+        self._jobs.fill(small, ())
+        self._expect(sum(map(job_size, small)) + self._jobs.left_bytes)
+        return bool(small)
 
     def _small_uploads(self) -> list[Uploading]:
         """Return what is uploaded before the session: the smallest contents, as far as there is room."""
-        room_bytes = SMALL_UPLOADS_BYTES
+        room_bytes = SMALL_UPLOADS_BYTES - sum(one.size for one in self._small & self._jobs.under_way.keys())
         small = []
         for one in self._awaited.uploads():
             if one.content in self._jobs.under_way:
@@ -155,24 +180,6 @@ class FileExchange:
                 break
             small.append(one)
         return small
-
-    def _upload_small(self, small: list[Uploading]) -> None:
-        """Upload what is small, for a while; what is under way then goes on beside the session."""
-        if self._transfers is None:
-            self._begin_transfers()
-        self._patience.resume()
-        self._heard_at = now = time.monotonic()
-        end = now + min(SMALL_UPLOADS_SECONDS, self._patience.time_left() * SMALL_UPLOADS_SHARE)
-        self._jobs.fill(small, ())
-        self._expect(sum(map(job_size, small)) + self._jobs.left_bytes)
-
-        def is_enough() -> bool:
-            now = time.monotonic()
-            is_over = now >= end or now >= self._heard_at + SMALL_SILENCE_SECONDS
-            is_done = is_over or not any(one.content in self._awaited for one in small)
-            return is_done and bool(self._jobs.under_way)
-
-        self._take_in(is_enough)
 
     # --- after a session ------------------------------------------------------
 
@@ -191,8 +198,7 @@ class FileExchange:
             SynchronizationError: There is no token to be had.
         """
         self._is_last = is_last
-        self._awaited.note_session()
-        if self._files.is_idle() and self._transfers is None:
+        if self._files.is_idle() and not self._jobs.under_way:
             return False
         if self._awaited.has_more():
             return True
@@ -200,12 +206,13 @@ class FileExchange:
         for key in (*(selected or ()), *failed, *self._looked_again()):
             if not is_all:
                 self._brought[key] = None
-        if self._transfers is None:
+        if not self._jobs.under_way:
             self._make_room()
         self._look_at = time.monotonic() + SESSION_SECONDS
         self._refresh_at = time.monotonic() + REFRESH_SECONDS if is_all else math.inf
         self._patience.resume()
-        while self._begin(is_all=is_all):
+        self._fill = partial(self._fill_all, is_all=is_all)
+        while self._begin():
             if self._take_in(self._is_session_due) or self._is_more_settled():
                 return True
         return False
@@ -224,26 +231,27 @@ class FileExchange:
         except StorageError as error:
             _log.warning("contents could not be deleted", detail=str(error))
 
-    def _begin(self, *, is_all: bool) -> bool:
+    def _begin(self) -> bool:
         """Find out what is to be transferred, and begin unless that was done; tell whether there is anything."""
+        is_any = self._fill()
+        if self._transfers is None:
+            if self._is_given_up or not is_any:
+                return False
+            self._begin_transfers()
+        return True
+
+    def _fill_all(self, *, is_all: bool) -> bool:
         keys = None if is_all else self._brought | self._awaited.lacking
 
         def downloads() -> Iterator[Downloading]:
             return self._lacking.jobs(keys, self._awaited.fetching)
 
-        if self._transfers is None and not self._is_given_up and (unasked := self._awaited.unasked()):
-            with suppress(Unauthenticated):  # whoever transfers asks for another token
-                self._ask(unasked, Patience(self._end))
         self._awaited.share_room(self._jobs.under_way.keys())
         awaited = self._awaited.jobs()
         self._jobs.fill(awaited, downloads())
-        if self._transfers is None:
-            if self._is_given_up or (not awaited and next(downloads(), None) is None):
-                return False
-            self._begin_transfers()
         left_bytes = sum(map(job_size, awaited)) + sum(map(job_size, downloads()))
         self._expect(left_bytes - sum(self._jobs.under_way.values()))
-        return True
+        return bool(awaited) or next(downloads(), None) is not None
 
     def _is_session_due(self) -> bool:
         now = time.monotonic()
@@ -295,7 +303,8 @@ class FileExchange:
 
     def _begin_transfers(self) -> None:
         self._patience = Patience(self._end)
-        self._transfers = Transfers(self._files, self._caller, self._patience, self._moved)
+        self._transfers = Transfers(self._files, self._caller, self._patience, self._moved, self._note_answer)
+        self._transfers.ask(self._awaited.unanswered)
         self._results = self._transfers.run(self._jobs, self._jobs.next_size)
 
     def _take_in(self, is_enough: Callable[[], bool]) -> bool:
@@ -321,6 +330,12 @@ class FileExchange:
             self._files.note_arrived(arrived, failed)
         self._end_transfers()
         return False
+
+    def _note_answer(self, asked: Sequence[Needed], answer: Standings | Exception) -> None:
+        """Take in how contents stand; some may have their turn now."""
+        self._awaited.note_answer(asked, answer)
+        self._heard_at = time.monotonic()
+        self._fill()
 
     def _take_out(self, result: Result) -> None:
         """Take a transfer from what is under way. Of one that is refused nothing is to come any more."""

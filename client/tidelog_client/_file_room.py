@@ -8,7 +8,7 @@ of them would ever go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +17,7 @@ from tidelog._limits import FILE_COST_BYTES
 if TYPE_CHECKING:
     from tidelog._keys import ObjectKey
     from tidelog_client._files import Needed
+    from tidelog_client._links import Links
     from tidelog_client._storage import PendingOperation
 
 Unit = Sequence["PendingOperation"]
@@ -32,7 +33,6 @@ class Awaited(NamedTuple):
         failed: What of it was tried in vain.
         under_way: What of it is going up.
         pending: What operations refer to that are not settled.
-        offered: The operations that a session might have taken.
     """
 
     contents: Callable[[Unit], AbstractSet[Needed]]
@@ -40,7 +40,6 @@ class Awaited(NamedTuple):
     failed: AbstractSet[Needed]
     under_way: AbstractSet[Needed]
     pending: AbstractSet[Needed]
-    offered: Container[int]
 
 
 class FileRoom:
@@ -49,13 +48,13 @@ class FileRoom:
 
     Attributes:
         bytes_max: How much there is. None: as much as anybody likes.
-        apart: Contents that have to wait until there is room.
+        going: The contents whose turn it is. The others have to wait until there is room.
         exceeding: By operation, how much those need that need more with their commit group than there is.
     """
 
     def __init__(self) -> None:
         self.bytes_max: int | None = None
-        self.apart: AbstractSet[Needed] = frozenset()
+        self.going: AbstractSet[Needed] = frozenset()
         self.exceeding: dict[int, int] = {}
         self._taking: set[Needed] = set()
 
@@ -69,72 +68,65 @@ class FileRoom:
 
     def is_enough_for(self, waiting: AbstractSet[Needed]) -> bool:
         """Tell whether everything fits, however much of it is somebody else's turn."""
-        return self.bytes_max is None or cost_of(waiting | self._taking) <= self.bytes_max
+        return self._fits(waiting | self._taking)
 
-    def open(self) -> None:
+    def open(self, waiting: AbstractSet[Needed]) -> None:
         """Let everything go."""
-        self.apart, self.exceeding = frozenset(), {}
+        self.going, self.exceeding = set(waiting), {}
 
-    def probe(self, waiting: AbstractSet[Needed], under_way: AbstractSet[Needed], unasked: Collection[Needed]) -> None:
-        """
-        Let one content go that finds out when a server answers again that did not say how contents stand.
-
-        The first one in the order of the log, so that one commit group is complete before the next one begins. What
-        had its turn before goes on.
-        """
-        self.apart = ((waiting & self.apart) | set(unasked)) - under_way - {next(iter(unasked))}
-
-    def share(self, units: Iterable[Unit], awaited: Awaited, hold_back: Callable[[Unit], None]) -> None:
+    def share(self, units: Iterable[tuple[Unit, Links]], awaited: Awaited, hold_back: Callable[[Unit], None]) -> None:
         """
         Find out what goes for the next session: all that whole commit groups need, as far as there is room.
 
         What is there already of pending operations takes room too, whoever brought it and when; a group needs what
-        those before it on the same objects need; and one that cannot go takes no room. What needs little comes first.
-        Where nothing fits, and no session makes room, that is tried all the same: the server may count less.
+        those before it on the same objects need, and those that create what it refers to; and one that cannot go takes
+        no room. What needs little comes first.
+
+        Every group that fits alone gets its turn, unless another device of the user takes the room: after each call
+        what takes room fits together with what goes. So, wherever a synchronization is cut, whatever has come by
+        then, a group that was going fits the next time, and the room that it takes is free once a session has settled
+        it. If all of these were settled, that holds for what was going the time before, and so on; where nothing is
+        there, everything fits that fits alone. So each synchronization that is not cut settles one group at least, and
+        in fact one after the other, for the room is shared anew after each session. What has come of a group that is
+        then held up by something else takes its part of the room until that is over, or the server lets go of it.
 
         Args:
-            units: Operations that may go: commit groups, and single ones.
+            units: Operations that may go: commit groups, and single ones, in the order of the log.
             awaited: How what they refer to stands.
             hold_back: Called with what cannot go, before the next unit is asked for.
         """
-        self.open()
-        if self.bytes_max is None:
-            return
-        admitted = set(awaited.waiting & awaited.under_way)
-        taken = admitted | (self._taking & awaited.pending)
-        is_any_going = False
+        self.exceeding = {}
+        going = set(awaited.waiting & awaited.under_way)
+        taken = going | (self._taking & awaited.pending)
         groups: list[set[Needed]] = []
+        # What those before need, by the objects that they are about, and by those that they create.
         before: dict[ObjectKey, set[Needed]] = {}
-        for unit in units:
+        creating: dict[ObjectKey, set[Needed]] = {}
+        for unit, links in units:
             contents = awaited.contents(unit)
             needed = awaited.waiting & contents
             whole = needed | (self._taking & contents)
-            exceeds = len(whole) > 1 and cost_of(whole) > self.bytes_max
-            group = set(needed).union(*(before.get(one.key, ()) for one in unit))
-            if not group:
-                # What a session might have taken, and did not, makes no room by itself.
-                is_going = not all(one.seq in awaited.offered for one in unit)
-                is_any_going = is_any_going or (is_going and not contents.isdisjoint(taken))
-            elif not exceeds and needed.isdisjoint(awaited.failed) and self._may_fit(group):
+            group = set(needed).union(
+                *(before.get(one.key, ()) for one in unit), *(creating.get(key, ()) for key in links.referenced)
+            )
+            if needed and not self._fits(whole):
+                self.exceeding |= dict.fromkeys((one.seq for one in unit), cost_of(whole))
+                hold_back(unit)
+            elif not needed.isdisjoint(awaited.failed) or not self._fits(group):
+                hold_back(unit)
+            elif group:
                 groups.append(group)
                 before |= dict.fromkeys((one.key for one in unit), group)
-            else:
-                if exceeds:
-                    self.exceeding |= dict.fromkeys((one.seq for one in unit), cost_of(whole))
-                hold_back(unit)
-        groups.sort(key=lambda group: cost_of(group - taken))
-        cost = cost_of(taken)
-        for group in groups:
-            if cost + (more := cost_of(group - taken)) <= self.bytes_max:
-                admitted.update(group)
-                taken.update(group)
-                cost += more
-        if not admitted and not is_any_going and groups:
-            admitted.update(groups[0])
-        self.apart = awaited.waiting - admitted
+                creating |= dict.fromkeys(links.created, group)
+        for group in sorted(groups, key=lambda group: cost_of(group - taken)):
+            if self._fits(taken | group):
+                going |= group
+                taken |= group
+        self.going = going
 
-    def _may_fit(self, group: AbstractSet[Needed]) -> bool:
-        return self.bytes_max is None or len(group) == 1 or cost_of(group) <= self.bytes_max
+    def _fits(self, contents: AbstractSet[Needed]) -> bool:
+        """Tell whether there is room for all of these, if for nothing else. One alone always may go."""
+        return self.bytes_max is None or len(contents) <= 1 or cost_of(contents) <= self.bytes_max
 
 
 def cost_of(contents: Iterable[Needed]) -> int:

@@ -650,10 +650,8 @@ class Files:
                 self._note_garbage(stray)
                 stray = []
         self._note_garbage(stray)
-        if not is_any_ahead:
-            self._meta.write(files_ahead=b"")
-        elif not self._meta.read("files_ahead"):
-            self._meta.write(files_ahead=str(self._clock() / 1e6).encode())
+        if is_any_ahead != bool(self._meta.read("files_ahead")):
+            self._meta.write(files_ahead=str(self._clock() / 1e6).encode() if is_any_ahead else b"")
         self.contents.delete_leftovers(LEFTOVER_SECONDS, self._clock() / 1e6)
 
     def _corrects_times(self) -> bool:

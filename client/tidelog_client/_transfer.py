@@ -3,7 +3,8 @@ Transfers: contents on their way, several at a time, each taken up again where i
 
 What blocks is done by workers; here is decided what they do next. Small contents come
 before large ones, so that a large one holds up nothing. Patience is shared: as long as
-one transfer gets ahead none is given up.
+one transfer gets ahead none is given up. So it is with the questions how contents stand,
+which the server is asked beside them, and again until it answers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from types import MappingProxyType
@@ -25,11 +26,12 @@ from tidelog._channel import SLOWEST_BYTES_PER_SECOND, WINDOW_BYTES
 from tidelog._contents import ContentCorrupt
 from tidelog._environment import typed_errors
 from tidelog._errors import DiskFull, StorageError, TidelogError, Unauthenticated
-from tidelog._limits import FILE_CHUNK_BYTES
+from tidelog._limits import FILE_CHUNK_BYTES, FILES_STAT_MAX
 from tidelog._logging import get_logger
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_calls import FileRefused, Presence
 from tidelog_client._files import Failed, turn_path
+from tidelog_client._report import ignore
 
 if TYPE_CHECKING:
     from tidelog._channel import Metadata
@@ -115,6 +117,7 @@ class Downloading(NamedTuple):
 
 
 Job: TypeAlias = Uploading | Downloading
+OnAnswer: TypeAlias = Callable[["Sequence[Needed]", "Standings | Exception"], None]
 
 
 def job_size(job: Job) -> int:
@@ -224,18 +227,37 @@ class Caller(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Tries:
+    """When to try again what failed."""
+
+    backoff: float = _BACKOFF_SECONDS_FIRST
+    retry_at: float = 0.0
+    error: Exception = field(default_factory=lambda: Transient("there was no time left"))
+
+
 @dataclass(slots=True, eq=False)
-class _Attempts:
+class _Attempts(_Tries):
     """What is known of a job under way, or to be tried again. *handed* are the bytes that its call gave to gRPC."""
 
     job: Job
-    backoff: float = _BACKOFF_SECONDS_FIRST
     position: int = 0
     farthest: int = -1
     handed: int = 0
     resent: int = 0
-    retry_at: float = 0.0
-    error: Exception = field(default_factory=lambda: Transient("there was no time left"))
+
+
+@dataclass(slots=True, eq=False)
+class _Questions(_Tries):
+    """The contents of which the server has not said yet how they stand, and of which of them it is being asked."""
+
+    left: dict[Needed, None] = field(default_factory=dict)
+    asked: Sequence[Needed] = ()
+    work: Work | None = None
+
+    @property
+    def is_due(self) -> bool:
+        return bool(self.left) and self.retry_at <= time.monotonic()
 
 
 class Transfers:
@@ -248,19 +270,28 @@ class Transfers:
         patience: How long to go on.
         on_moved: Called with a job, how many more bytes of it are there than before (less, if some were lost),
             and how many went over the network.
+        on_answer: Called with some of the contents that were to be asked about, and how they stand, or why the
+            server refuses to say that.
     """
 
     def __init__(
-        self, files: Files, caller: Caller, patience: Patience, on_moved: Callable[[Job, int, int], None]
+        self,
+        files: Files,
+        caller: Caller,
+        patience: Patience,
+        on_moved: Callable[[Job, int, int], None],
+        on_answer: OnAnswer = ignore,
     ) -> None:
         self._files = files
         self._caller = caller
         self._patience = patience
         self._on_moved = on_moved
+        self._on_answer = on_answer
         # What says who is calling, and when it was got.
         self._metadata: tuple[Metadata, float] | None = None
         self._calls = caller.files(patience.call_timeout())
-        self._workers = caller.workers(TRANSFERS_AT_ONCE + OVERTAKING_MAX)
+        self._workers = caller.workers(TRANSFERS_AT_ONCE + OVERTAKING_MAX + 1)
+        self._questions = _Questions()
         self._at_once = 1
         self._moved_at = 0.0
         # The contents of which what had come was no good.
@@ -281,34 +312,20 @@ class Transfers:
         if kind is None or issubclass(kind, Exception):  # after an interrupt nothing is waited for
             self._workers.join(_END_SECONDS_MAX)
 
-    def ask(self, contents: Sequence[Needed]) -> Standings:
-        """
-        Ask how contents stand.
+    @property
+    def is_asking(self) -> bool:
+        """Whether the server is being asked how contents stand; not if that is to be tried again later."""
+        return self._questions.work is not None or self._questions.is_due
 
-        Raises:
-            Transient: The server did not answer.
-            SynchronizationError: It refuses.
-        """
-        metadata = self._authorization()
-
-        def stat(_tell: Callable[[Any], None]) -> Standings:
-            return self._calls.stat(metadata, contents)
-
-        self._workers.submit(stat)
-        event = None
-        while event is None or event.work is not stat:
-            event = self._workers.next_event(self._patience.remaining())
-            if event is None:
-                raise Transient("the server did not answer")
-        if event.error is not None:
-            raise event.error
-        self._patience.note_progress()
-        found: Standings = event.value
-        return found
+    def ask(self, contents: Iterable[Needed]) -> None:
+        """Have the server asked how contents stand, some at a time, by `run`."""
+        self._questions.left |= dict.fromkeys(contents)
 
     def run(self, jobs: Iterator[Job], next_size: Callable[[], int | None] = lambda: None) -> Iterator[Result | None]:
         """
         Do *jobs*, several at a time, and yield how each of them ended, and None now and then meanwhile.
+
+        What is to be asked is asked beside them.
 
         Args:
             jobs: What is to be done.
@@ -323,6 +340,7 @@ class Transfers:
         retries: list[_Attempts] = []
         under_way: dict[Work, _Attempts] = {}
         while True:
+            self._ask_next(under_way)
             while (room := self._room(under_way)) and self._remaining(under_way) > 0:
                 attempts = _next(jobs, next_size, retries, room)
                 if attempts is None:
@@ -332,20 +350,25 @@ class Transfers:
                 under_way[work] = attempts
                 self._moved_at = time.monotonic()
                 self._workers.submit(work)
-            if not under_way and not retries:
+            if not under_way and not retries and not self._questions.left:
                 # Either all is done, or nothing more is begun.
                 self.is_given_up = self._patience.remaining() <= 0
                 return
             timeout = min(self._remaining(under_way), TICK_SECONDS)
             if next_try := [one.retry_at for one in retries if one.job.content.size < room]:
                 timeout = min(timeout, min(next_try) - time.monotonic())
+            if self._questions.left and self._questions.work is None:
+                timeout = min(timeout, self._questions.retry_at - time.monotonic())
             event = self._workers.next_event(max(0.0, timeout))
             # What was said while nobody asked counts as well.
             if self._patience.is_over or (event is None and self._remaining(under_way) <= 0):
                 yield from _given_up(*under_way.values(), *retries)
                 under_way, retries = {}, []
+                self._questions = _Questions()
                 continue
             if event is None or event.work not in under_way:
+                if event is not None and event.work is self._questions.work:
+                    self._take_answer(event)
                 yield None
                 continue
             if not event.is_over:
@@ -359,6 +382,32 @@ class Transfers:
                 retries.append(attempts)
             else:
                 yield result
+
+    def _ask_next(self, under_way: Mapping[Work, _Attempts]) -> None:
+        """Ask how some contents stand, if that is due."""
+        questions = self._questions
+        if questions.work is not None or not questions.is_due or self._remaining(under_way) <= 0:
+            return
+        asked = questions.asked = list(islice(questions.left, FILES_STAT_MAX))
+        metadata = self._authorization()
+        questions.work = lambda _tell: self._calls.stat(metadata, asked)
+        self._workers.submit(questions.work)
+
+    def _take_answer(self, event: Event) -> None:
+        questions, error = self._questions, event.error
+        questions.work = None
+        if isinstance(error, Transient | Unauthenticated):
+            questions.error = error
+            questions.retry_at = self._retry_at(questions)
+            self._metadata = None
+            return
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        self._patience.note_progress()
+        questions.backoff = _BACKOFF_SECONDS_FIRST
+        for one in questions.asked:
+            del questions.left[one]
+        self._on_answer(questions.asked, event.value if error is None else error)
 
     def _room(self, under_way: Mapping[Work, _Attempts]) -> float:
         """Return than how many bytes the next transfer to be begun must have fewer; 0: none is begun."""
@@ -423,10 +472,10 @@ class Transfers:
             _log.error("a transfer failed", sha256=attempts.job.content.sha256.hex(), exc_info=error)
         return Result(attempts.job, error)
 
-    def _retry_at(self, attempts: _Attempts) -> float:
-        pause = attempts.backoff * random.uniform(0.5, 1.0)
-        attempts.backoff = min(attempts.backoff * 2, _BACKOFF_SECONDS_MAX)
-        retry_after = getattr(attempts.error, "retry_after_seconds", None)
+    def _retry_at(self, tries: _Tries) -> float:
+        pause = tries.backoff * random.uniform(0.5, 1.0)
+        tries.backoff = min(tries.backoff * 2, _BACKOFF_SECONDS_MAX)
+        retry_after = getattr(tries.error, "retry_after_seconds", None)
         if retry_after is not None:
             pause = max(pause, retry_after)
             self._patience.note_busy(pause)

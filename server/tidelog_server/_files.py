@@ -187,7 +187,8 @@ class Files:
         there = {one for one, is_there in zip(entitled, found, strict=True) if is_there}
         present = self._granted(principal, there) if there else there
         with self._store.read(tenant) as reader:
-            counted = counting(reader, principal.user_id, {one.sha256 for one in asked})
+            stale_us = self._clock() - self._grace_us
+            counted = counting(reader, principal.user_id, {one.sha256 for one in asked}, stale_us)
 
         def standing(one: Wanted) -> Standing:
             counts = one.sha256 in counted

@@ -212,21 +212,20 @@ def _room_made(
     time_us: int,
     stale_us: int,
 ) -> tuple[IndexWrites, int]:
-    """Make room: of uploads that came those go that do not count, then what is stale, no more than it takes."""
-    came = [(key, record) for key, record in uploads if not record.copy]
-    contents = [key[_USER_KEY_BYTES:] for key, _ in came]
+    """Make room: those uploads go that do not count, then what came and is stale, no more than it takes."""
+    contents = [key[_USER_KEY_BYTES:] for key, _ in uploads]
     grants = reader.indexes(grant_key(sha256, user_id) for sha256 in contents)
     freed: IndexWrites = {}
     freed_bytes = 0
     stale: list[tuple[int, bytes, bytes, int]] = []
-    for (key, record), sha256 in zip(came, contents, strict=True):
+    for (key, record), sha256 in zip(uploads, contents, strict=True):
         if freed_bytes >= needed_bytes:
             break
         grant = grants.get(grant_key(sha256, user_id))
-        if _is_settled(reader, sha256, user_id, grant):
+        if not _counts(reader, sha256, record, grant):
             freed[key] = None
             freed_bytes += _cost_of(record)
-        elif grant is not None and record.time_us < stale_us:
+        elif grant is not None and _is_stale(record, stale_us):
             stale.append((unpack_grant(grant), key, sha256, _cost_of(record)))
     for _, key, sha256, cost in sorted(stale):
         if freed_bytes >= needed_bytes:
@@ -290,15 +289,15 @@ def without_settled(uploads: Iterable[tuple[str, bytes]], lookup: Lookup) -> Ind
     return _without({key: record for key, record in records.items() if record is not None and not record.copy}, lookup)
 
 
-def counting(reader: Reader, user_id: str, contents: Iterable[bytes]) -> set[bytes]:
-    """Return of which contents uploads of a user count for him."""
+def counting(reader: Reader, user_id: str, contents: Iterable[bytes], stale_us: int = 0) -> set[bytes]:
+    """Return of which contents uploads of a user count for him, and make no room where there is none."""
     keys = {upload_key(user_id, sha256): sha256 for sha256 in contents}
     records = {keys[key]: unpack_upload(value) for key, value in reader.indexes(keys).items()}
-    grants = reader.indexes(grant_key(sha256, user_id) for sha256, record in records.items() if not record.copy)
+    grants = reader.indexes(grant_key(sha256, user_id) for sha256 in records)
     return {
         sha256
         for sha256, record in records.items()
-        if record.copy or not _is_settled(reader, sha256, user_id, grants.get(grant_key(sha256, user_id)))
+        if not _is_stale(record, stale_us) and _counts(reader, sha256, record, grants.get(grant_key(sha256, user_id)))
     }
 
 
@@ -312,7 +311,22 @@ def is_settled(reader: Reader, key: bytes) -> bool:
 
 
 def _is_settled(reader: Reader, sha256: bytes, user_id: str, grant: bytes | None) -> bool:
-    return not is_upload_grant(grant) or bool(reader.index_range(failures_prefix(sha256, user_id), b"", 1))
+    return not is_upload_grant(grant) or _is_held_by_failure(reader, sha256, user_id)
+
+
+def _is_held_by_failure(reader: Reader, sha256: bytes, user_id: str) -> bool:
+    return bool(reader.index_range(failures_prefix(sha256, user_id), b"", 1))
+
+
+def _counts(reader: Reader, sha256: bytes, record: UploadRecord, grant: bytes | None) -> bool:
+    """Tell whether an upload counts. One that has begun does not if an operation was refused without it."""
+    if record.copy:
+        return not _is_held_by_failure(reader, sha256, record.user_id)
+    return not _is_settled(reader, sha256, record.user_id, grant)
+
+
+def _is_stale(record: UploadRecord, stale_us: int) -> bool:
+    return not record.copy and record.time_us < stale_us
 
 
 def _without(uploads: Mapping[bytes, UploadRecord | None], lookup: Lookup) -> IndexWrites:

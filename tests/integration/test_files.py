@@ -22,6 +22,7 @@ from tidelog.testing import Proxy
 from tidelog.v1 import file_pb2, file_pb2_grpc
 from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
 from tidelog_client._call_errors import Transient
+from tidelog_client._file_channel import FileChannel
 from tidelog_client._synchronizer import Synchronizer
 from tidelog_server import Application, DirectoryContents, Principal, ServerLimits, StaticTokens
 from tidelog_server._file_rules import REFERRERS_MAX
@@ -264,20 +265,20 @@ def test_room_is_shared_though_the_server_did_not_answer_at_first(
                 for number in range(3):
                     photo = replica.add_file(bytes([group, number]) * (7_500 + 10 * number))
                     transaction.create("Task", {"photo": photo})
-        ask, asked = _transfer.Transfers.ask, []
+        stat, asked = FileChannel.stat, []
 
-        def fails(self: _transfer.Transfers, contents: Any) -> Any:
+        def fails(self: FileChannel, metadata: Any, contents: Any) -> Any:
             asked.append(contents)
             if len(asked) <= failures:
                 raise Transient("the server did not answer")
-            return ask(self, contents)
+            return stat(self, metadata, contents)
 
-        monkeypatch.setattr(_transfer.Transfers, "ask", fails)
+        monkeypatch.setattr(FileChannel, "stat", fails)
 
         report = replica.synchronize_all()
 
         if is_too_much:
-            assert (report.applied, report.files_uploaded) == (0, 1)
+            assert (report.applied, report.files_uploaded) == (0, 0)
             assert [one.reason for one in report.skipped] == [SkipReason.FILES_EXCEED_ROOM] * 9
         else:
             assert (report.applied, report.files_uploaded, report.skipped) == (9, 9, [])
@@ -305,7 +306,7 @@ def test_what_a_session_that_was_cut_would_have_taken_makes_room(monkeypatch: py
 
 
 def test_what_is_not_ready_makes_no_room() -> None:
-    """A content whose operation waits for another one makes no room: the server is asked whether there is some."""
+    """Where the creation of an object waits in vain, the files of what refers to it leave the room to others."""
     schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task")})])
     limits = ServerLimits(file_room_per_user=60_000)
     with quick_folder() as folder, World(folder, Application(schema=schema), limits=limits) as world:
@@ -314,13 +315,69 @@ def test_what_is_not_ready_makes_no_room() -> None:
             transaction.create("Task", {"photo": replica.add_file(b"1" * 40_000)}, "parent")
             transaction.create("Task", {"photo": replica.add_file(b"2" * 40_000)}, "other parent")
         replica.create("Task", {"photo": replica.add_file(b"x" * 40_000), "parent": "parent"}, "child")
-        assert [one.reason for one in replica.synchronize_all().skipped if one.id == "child"] == [SkipReason.NOT_READY]
         replica.create("Task", {"photo": replica.add_file(b"y" * 40_000)}, "other")
 
         report = replica.synchronize_all()
 
-        (message,) = (one.message for one in report.skipped if one.id == "other")
-        assert "above the limit file_room_per_user" in message
+        assert (report.applied, report.files_uploaded) == (1, 1)
+        (message,) = (one.message for one in report.skipped if one.id == "child")
+        assert "an operation that comes before it waits for the content of a file" in message
+
+
+def test_what_refers_to_an_object_does_not_take_the_room_of_its_files() -> None:
+    """Small files whose objects refer to one with large files leave these the room: all go, in one synchronization."""
+    schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task")})])
+    limits = ServerLimits(file_room_per_user=60_000)
+    with quick_folder() as folder, World(folder, Application(schema=schema), limits=limits) as world:
+        replica = world.replica()
+        with replica.transaction(atomic=True) as transaction:
+            for number in range(2):
+                value = replica.add_file(bytes([number]) * 20_000)
+                transaction.create("Task", {"photo": value}, ("parent", "other parent")[number])
+        replica.create("Task", {"parent": "parent"}, "child")
+        replica.create("Task", {"photo": replica.add_file(b"x" * 10_000), "parent": "child"}, "grandchild")
+        replica.create("Task", {"photo": replica.add_file(b"y" * 10_001)}, "other")
+
+        report = replica.synchronize_all()
+
+        assert (report.applied, report.files_uploaded, report.skipped) == (5, 4, [])
+
+
+def test_a_selection_leaves_what_it_refers_to_the_room() -> None:
+    """Where the schema is not known yet, a selection brings no files of what would not be ready, which need room."""
+    schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task")})])
+    limits = ServerLimits(file_room_per_user=60_000)
+    with quick_folder() as folder, World(folder, Application(schema=schema), limits=limits) as world:
+        replica = world.replica()
+        replica.create("Task", {"photo": replica.add_file(b"1" * 70_000)}, "parent")
+        replica.create("Task", {"photo": replica.add_file(b"x" * 10_000), "parent": "parent"}, "child")
+
+        selected = replica.synchronize_selected([("Task", "child")])
+        report = replica.synchronize_all()
+
+        assert (selected.applied, selected.files_uploaded) == (0, 0)
+        assert (report.applied, report.files_uploaded, report.skipped) == (2, 2, [])
+
+
+def test_a_selection_knows_what_takes_room() -> None:
+    """What a selection brings, beside what is there of other operations, leaves these the room that they need."""
+    with quick_folder() as folder, World(folder, limits=ServerLimits(file_room_per_user=60_000)) as world:
+        replica = world.replica()
+        photos = [bytes([number]) * 20_000 for number in range(2)]
+        with replica.transaction(atomic=True) as transaction:
+            for number, photo in enumerate(photos):
+                transaction.create("Task", {"photo": replica.add_file(photo)}, f"t{number}")
+        upload(world, photos[0])
+        with replica.transaction(atomic=True) as transaction:
+            for number in range(2):
+                value = replica.add_file(bytes([9, number]) * 8_000)
+                transaction.create("Task", {"photo": value}, f"u{number}")
+
+        selected = replica.synchronize_selected([("Task", "u0")])
+        report = replica.synchronize_all()
+
+        assert (selected.applied, selected.files_uploaded) == (0, 0)
+        assert (report.applied, report.files_uploaded, report.skipped) == (4, 3, [])
 
 
 def test_a_content_that_made_room_is_not_lost() -> None:

@@ -16,7 +16,6 @@ from tidelog import _log
 from tidelog._limits import FILE_BYTES_MAX_DEFAULT
 from tidelog.v1 import sync_pb2
 from tidelog_client import (
-    _awaited_contents,
     _file_exchange,
     _files,
     _publication,
@@ -88,7 +87,7 @@ class FileSettings:
                 (_file_exchange, "SMALL_UPLOADS_BYTES", limits["small_uploads"]),
                 (_file_exchange, "SESSION_SECONDS", limits["session_seconds"]),
                 (_file_exchange, "NOTED_AT_ONCE", limits["noted"]),
-                (_awaited_contents, "FILES_STAT_MAX", limits["step"]),
+                (_transfer, "FILES_STAT_MAX", limits["step"]),
                 (_files, "LOOK_STEP_OBJECTS", limits["step"]),
                 (_files, "COLLECT_STEP_CONTENTS", limits["step"]),
                 (_files, "SCAN_PAGE_KEYS", limits["step"]),

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -653,8 +653,115 @@ class TestUploading:
         report = replica.synchronize_all()
         assert (report.applied, pending(replica)) == (1, [1])
         assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, 1)]
+        assert "the server did not answer" in report.skipped[0].message
+        assert server.uploads == []
         monkeypatch.undo()
         assert replica.synchronize_all().applied == 1
+
+    def test_a_question_without_an_answer_holds_up_nothing_else(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the server does not say how contents stand, objects go, contents come, and patience ends once."""
+        monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.5)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        monkeypatch.setattr(_file_exchange, "SMALL_SILENCE_SECONDS", 0.1)
+        server = FileServer(pages=[page(task("t9", LARGE))])
+        server.put(LARGE)
+        connection = connect(replica, server)
+        for number in range(5):
+            replica.create("Task", {"photo": replica.add_file(PHOTO + b"%d" % number)}, f"t{number}")
+        replica.create("Task", {"n": 1}, "t5")
+        hung = []
+
+        class Hanging(Calls):
+            def stat(self, _metadata: object, contents: Sequence[Needed]) -> Standings:
+                hung.append((len(contents), len(server.batches)))
+                self.is_closed.wait(30)
+                raise Transient("closed")
+
+        monkeypatch.setattr(connection, "files", lambda _timeout: Hanging(server))
+        report = replica.synchronize_all()
+        assert hung == [(5, 0)]  # before the session, and still beside what came after it
+        assert (report.applied, report.files_downloaded, server.uploads) == (1, 1, [])
+        assert {one.reason for one in report.skipped} == {SkipReason.FILE_NOT_UPLOADED}
+        assert read(replica, "t9") == LARGE
+
+    @pytest.mark.parametrize("error", [Transient("away"), Unauthenticated("expired")])
+    def test_what_the_server_did_not_answer_about_is_asked_again(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        """Once it answers, with another token if need be, contents go up, while others are still coming down."""
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        monkeypatch.setattr(_file_exchange, "SESSION_SECONDS", 0.0)
+        server = FileServer(pages=[page(task("t9", LARGE))])
+        server.put(LARGE)
+        connection = connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        coming, gone = threading.Event(), threading.Event()
+        new_tokens = count()
+        tokens = []
+
+        class Away(Calls):
+            def stat(self, metadata: object, contents: Sequence[Needed]) -> Standings:
+                tokens.append(metadata)
+                if not coming.is_set():
+                    raise error
+                return super().stat(metadata, contents)
+
+        def on_download(_name: bytes, _position: int) -> None:
+            coming.set()
+            assert gone.wait(30)
+
+        server.on_download, server.on_upload = on_download, lambda *_: gone.set()
+        monkeypatch.setattr(connection, "authorization", lambda: next(new_tokens))
+        monkeypatch.setattr(connection, "files", lambda _timeout: Away(server))
+        report = replica.synchronize_all()
+        assert (report.applied, report.files_uploaded, report.files_downloaded, report.skipped) == (1, 1, 1, [])
+        assert len(set(tokens)) == len(tokens) > 1
+
+    @pytest.mark.parametrize("is_enough", [True, False])
+    def test_what_has_room_for_sure_does_not_wait_for_the_last_answer(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, *, is_enough: bool
+    ) -> None:
+        """Where the server answers about some contents these go, if there is room for all, and else nothing does."""
+        monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.2)
+        monkeypatch.setattr(_transfer, "FILES_STAT_MAX", 1)
+        server = FileServer(room_bytes=(4 if is_enough else 2) * (len(PHOTO) + FILE_COST_BYTES))
+        connection = connect(replica, server)
+        for number in range(3):
+            replica.create("Task", {"photo": replica.add_file(PHOTO[number:])}, f"t{number}")
+        answered: list[Sequence[Needed]] = []
+
+        class Away(Calls):
+            def stat(self, metadata: object, contents: Sequence[Needed]) -> Standings:
+                if answered and contents not in answered:
+                    raise Transient("away")
+                answered.append(contents)
+                return super().stat(metadata, contents)
+
+        monkeypatch.setattr(connection, "files", lambda _timeout: Away(server))
+        assert (replica.synchronize_all().applied, len(server.uploads)) == ((1, 1) if is_enough else (0, 0))
+        monkeypatch.undo()
+        assert replica.synchronize_all().applied == (2 if is_enough else 3)
+
+    def test_a_server_that_does_not_answer_is_not_asked_all_the_time(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between two questions passes more and more time."""
+        monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 1.0)
+        server = FileServer()
+        connection = connect(replica, server)
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        asked = []
+
+        class Away(Calls):
+            def stat(self, _metadata: object, contents: Sequence[Needed]) -> Standings:
+                asked.append(contents)
+                raise Transient("away")
+
+        monkeypatch.setattr(connection, "files", lambda _timeout: Away(server))
+        replica.synchronize_all()
+        assert 3 <= len(asked) <= 6
 
     @pytest.mark.parametrize("is_small", [True, False])
     def test_what_is_tried_in_vain_keeps_no_room_from_others(
@@ -730,7 +837,7 @@ class TestUploading:
         stalled.set()
         assert [(one.reason, one.seq) for one in report.skipped] == [(SkipReason.FILE_NOT_UPLOADED, 1)]
         assert pending(replica) == [1]
-        assert connection.channel_count == 2
+        assert connection.channel_count == 1
 
     def test_a_cut_during_a_long_session_is_no_silence(
         self, replica: Replica, small: None, monkeypatch: pytest.MonkeyPatch
@@ -1700,6 +1807,19 @@ class TestRemoval:
                 replica.synchronize_all()
 
             assert contents_of(replica) == {sha256(PHOTO): len(PHOTO)}
+
+    def test_looking_for_what_nobody_needs_writes_nothing_where_all_is_well(self, replica: Replica) -> None:
+        """That no content came under a clock that was ahead is noted once, not each day."""
+        replica.create("Task", {"photo": replica.add_file(PHOTO)}, "t1")
+        files, environment = replica._storage.files, replica._storage.environment
+
+        def last_transaction() -> int:
+            with environment.read() as transaction:
+                return transaction.id()
+
+        before = last_transaction()
+        files.sweep()
+        assert last_transaction() == before
 
     def test_a_crash_before_the_commit_leaves_what_is_collected(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

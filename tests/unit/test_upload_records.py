@@ -177,7 +177,8 @@ def test_what_nobody_asks_for_makes_room_first(cabinet: Cabinet) -> None:
 
     cabinet.upload(data(3))
 
-    assert [number for number in range(4) if takes_room(cabinet, number)] == [0, 2, 3]
+    present = [one.is_present for one in cabinet.files.stat(USER, [wanted(data(number)) for number in range(4)])]
+    assert present == [True, False, True, True]
 
 
 def test_what_takes_room_is_told(cabinet: Cabinet) -> None:
@@ -191,6 +192,33 @@ def test_what_takes_room_is_told(cabinet: Cabinet) -> None:
     assert said(cabinet.lab.settle(refused)) == ["OBJECT_GONE"]
 
     assert [number for number in range(6) if takes_room(cabinet, number)] == [0, 2]
+
+
+def test_what_would_make_room_takes_none(cabinet: Cabinet) -> None:
+    """What came so long ago that it makes room where there is none is not said to take any."""
+    fill(cabinet)
+    cabinet.wait(DAY - HOUR)
+    assert [number for number in range(3) if takes_room(cabinet, number)] == [0, 1, 2]
+    cabinet.wait(2 * HOUR)
+
+    assert not any(takes_room(cabinet, number) for number in range(3))
+    assert all(one.is_present for one in cabinet.files.stat(USER, [wanted(data(number)) for number in range(3)]))
+
+
+def test_what_began_and_was_lost_makes_room(cabinet: Cabinet) -> None:
+    """An upload that is not whole counts no more once an operation was refused because its content is lost."""
+    fill(cabinet)
+    cabinet.lab.settle(create(1, set={"photo": file_value(data(0))}))
+    cabinet.files.begin_upload(USER, wanted(data(3)), 0).leave()
+    lost = file_value(data(3))
+    with pytest.raises(FileRoomExhausted):
+        cabinet.upload(data(4))
+
+    refused = cabinet.lab.session(REPLICA_A).settle(create(2, "t2", {"photo": lost}), lost={lost["sha256"]})
+
+    assert said(refused) == ["FILE_MISSING"]
+    assert not takes_room(cabinet, 3)
+    cabinet.upload(data(4))
 
 
 def test_what_an_operation_says_in_vain_makes_no_room(cabinet: Cabinet) -> None:

@@ -148,7 +148,8 @@ class FileStatus(_message.Message):
     """How many bytes of an interrupted upload the server has. State missing only."""
     takes_room: _builtins.bool
     """Whether it takes some of `room_bytes` now: the caller uploaded it, or began
-    to, and no operation of his refers to it yet.
+    to, and no operation of his refers to it yet; not if it came so long ago
+    that it makes room where there is none.
     """
     def __init__(
         self,
