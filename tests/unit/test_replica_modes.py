@@ -23,7 +23,7 @@ from tidelog import (
 )
 from tidelog._constraints import Constraint
 from tidelog._downloads import Download, DownloadMode
-from tidelog._keys import pack_object_key
+from tidelog._keys import pack_object_key, unpack_position
 from tidelog.v1 import sync_pb2
 from tidelog_client import Object, Replica, Report, SkipReason
 from tidelog_client import _publication as publication
@@ -740,6 +740,33 @@ class TestSteps:
         first = shown.index(after)
         assert shown == [before] * first + [after] * (len(shown) - first)
         assert len(shown) - first <= 2
+
+    @pytest.mark.parametrize("writes", range(12))
+    def test_all_that_came_stays(
+        self, folder: Path, server: ServerEnd, monkeypatch: pytest.MonkeyPatch, writes: int
+    ) -> None:
+        """Wherever a program ends: what it had downloaded is either published, or can be gone on with."""
+        monkeypatch.setattr(publication, "PUBLISH_OBJECTS_MAX", 0)
+        server.reconcile = True
+        server.pages = [page(("Task", f"x{n}", 1 + n, {"n": n}), token=b"after %d" % n) for n in range(4)]
+        with Replica(folder / "a") as replica:
+            write, fuse = replica._storage.environment.write, iter(range(writes))
+
+            def burns(work: Any) -> Any:
+                if next(fuse, None) is None:
+                    raise Broken
+                return write(work)
+
+            with monkeypatch.context() as patch, suppress(Broken):
+                patch.setattr(replica._storage.environment, "write", burns)
+                synchronize(replica, server)
+            token = replica._storage.meta("resume_token")
+            count = unpack_position(replica._storage.meta("staged_count"))
+            is_begun = replica._storage.publication.is_under_way() or bool(replica._storage.meta("cursor"))
+
+        assert is_begun or token == (b"after %d" % (count - 1) if count else b"")
+        with Replica(folder / "a") as again:
+            assert contents(again) == ({f"x{n}": {"n": n} for n in range(4)} if is_begun else {})
 
     @pytest.mark.parametrize("step", range(1, 4))
     def test_what_is_committed_meanwhile_shows_at_once(
