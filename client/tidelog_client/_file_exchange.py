@@ -418,8 +418,9 @@ class _Jobs:
         return sum(content.size - there for content, there in self.under_way.items())
 
     def fill(self, uploads: Iterable[Job], downloads: Iterable[Job]) -> None:
-        """Replace what is left. Both are given with the smallest first; some may be under way."""
-        self._left = heapq.merge(uploads, downloads, key=job_size)
+        """Replace what is left. Both are given with the smallest first; some may be under way: these are not left."""
+        given = set(self.under_way)  # by the time that they would have their turn, they may have ended
+        self._left = (job for job in heapq.merge(uploads, downloads, key=job_size) if job.content not in given)
         self._next = None
 
     def next_size(self) -> int | None:

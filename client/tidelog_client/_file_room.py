@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from heapq import heapify, heappop, heappush
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from tidelog._limits import FILE_COST_BYTES
@@ -40,6 +42,24 @@ class Awaited(NamedTuple):
     failed: AbstractSet[Needed]
     under_way: AbstractSet[Needed]
     pending: AbstractSet[Needed]
+
+
+class _Turn:
+    """
+    What a commit group, or a single operation, needs, and when it may go.
+
+    Attributes:
+        needed: The contents.
+        after: The turns, by their identity, that come before it.
+        next: Those that come after it.
+    """
+
+    __slots__ = ("after", "needed", "next")
+
+    def __init__(self, needed: AbstractSet[Needed], after: dict[int, _Turn]) -> None:
+        self.needed = needed
+        self.after = after
+        self.next: list[_Turn] = []
 
 
 class FileRoom:
@@ -78,9 +98,9 @@ class FileRoom:
         """
         Find out what goes for the next session: all that whole commit groups need, as far as there is room.
 
-        What is there already of pending operations takes room too, whoever brought it and when; a group needs what
-        those before it on the same objects need, and those that create what it refers to; and one that cannot go takes
-        no room. What needs little comes first.
+        What is there already of pending operations takes room too, whoever brought it and when; a group has its turn
+        after those before it on the same objects, and after those that create what it refers to; and one that cannot
+        go takes no room. What needs little comes first.
 
         Every group that fits alone gets its turn, unless another device of the user takes the room: after each call
         what takes room fits together with what goes. So, wherever a synchronization is cut, whatever has come by
@@ -96,33 +116,53 @@ class FileRoom:
             hold_back: Called with what cannot go, before the next unit is asked for.
         """
         self.exceeding = {}
-        going = set(awaited.waiting & awaited.under_way)
-        taken = going | (self._taking & awaited.pending)
-        groups: list[set[Needed]] = []
-        # What those before need, by the objects that they are about, and by those that they create.
-        before: dict[ObjectKey, set[Needed]] = {}
-        creating: dict[ObjectKey, set[Needed]] = {}
+        turns: list[_Turn] = []
+        # The newest turns of what is about an object, and of what creates it.
+        latest: dict[ObjectKey, _Turn] = {}
+        creating: dict[ObjectKey, _Turn] = {}
         for unit, links in units:
             contents = awaited.contents(unit)
             needed = awaited.waiting & contents
             whole = needed | (self._taking & contents)
-            group = set(needed).union(
-                *(before.get(one.key, ()) for one in unit), *(creating.get(key, ()) for key in links.referenced)
-            )
             if needed and not self._fits(whole):
                 self.exceeding |= dict.fromkeys((one.seq for one in unit), cost_of(whole))
                 hold_back(unit)
-            elif not needed.isdisjoint(awaited.failed) or not self._fits(group):
+                continue
+            if not needed.isdisjoint(awaited.failed):
                 hold_back(unit)
-            elif group:
-                groups.append(group)
-                before |= dict.fromkeys((one.key for one in unit), group)
-                creating |= dict.fromkeys(links.created, group)
-        for group in sorted(groups, key=lambda group: cost_of(group - taken)):
-            if self._fits(taken | group):
-                going |= group
-                taken |= group
-        self.going = going
+                continue
+            before = [latest.get(one.key) for one in unit] + [creating.get(key) for key in links.referenced]
+            turn = _Turn(needed, {id(one): one for one in before if one is not None})
+            if needed or turn.after:
+                turns.append(turn)
+                latest |= dict.fromkeys((one.key for one in unit), turn)
+                creating |= dict.fromkeys(links.created, turn)
+        self.going = self._going(turns, awaited)
+
+    def _going(self, turns: Sequence[_Turn], awaited: Awaited) -> set[Needed]:
+        """Return the contents of those that have their turn."""
+        going = set(awaited.waiting & awaited.under_way)
+        taken = going | (self._taking & awaited.pending)
+        cost = cost_of(taken)
+        for turn in turns:
+            for one in turn.after.values():
+                one.next.append(turn)
+        order = count()
+        due = [(cost_of(turn.needed - taken), next(order), turn) for turn in turns if not turn.after]
+        heapify(due)
+        while due:
+            _, _, turn = heappop(due)
+            more = turn.needed - taken
+            if self.bytes_max is not None and cost + cost_of(more) > self.bytes_max and len(taken) + len(more) > 1:
+                continue  # nor has what comes behind it
+            going |= turn.needed
+            taken |= more
+            cost += cost_of(more)
+            for one in turn.next:
+                del one.after[id(turn)]
+                if not one.after:
+                    heappush(due, (cost_of(one.needed - taken), next(order), one))
+        return going
 
     def _fits(self, contents: AbstractSet[Needed]) -> bool:
         """Tell whether there is room for all of these, if for nothing else. One alone always may go."""

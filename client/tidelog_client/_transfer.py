@@ -48,6 +48,8 @@ OVERTAKING_SHARE: Final = 4
 # Another one is begun beside the others when one got ahead after so little time. On a slow path many at once would
 # each take so long for a chunk that all pass for dead.
 QUICK_SECONDS: Final = 1.0
+# Of how many contents the server is asked first how they stand.
+ASKED_FIRST: Final = 64
 # By how many of the objects that refer to a content it is asked for.
 ASKED_OBJECTS_MAX: Final = 32
 # What an upload sends at a time. What a cut in the middle takes with it is sent again.
@@ -66,7 +68,7 @@ COMPLETED_BYTES_PER_SECOND: Final = 20_000_000
 # How often to ask how far another device of the user is that uploads the same content.
 OTHERS_SECONDS: Final = 2.0
 # How often who waits for results may look after something else.
-TICK_SECONDS: Final = 1.0
+TICK_SECONDS: Final = 0.1
 # The same where a server is there, and tells when to come again.
 BUSY_SECONDS_MAX: Final = 600.0
 # A call may take this long; gRPC cannot count much further.
@@ -249,9 +251,15 @@ class _Attempts(_Tries):
 
 @dataclass(slots=True, eq=False)
 class _Questions(_Tries):
-    """The contents of which the server has not said yet how they stand, and of which of them it is being asked."""
+    """
+    The contents of which the server has not said yet how they stand, and of which of them it is being asked.
+
+    It is asked for few at first, for more with each answer, and for fewer where none comes: it may be slow, or not be
+    able to say how one of them stands.
+    """
 
     left: dict[Needed, None] = field(default_factory=dict)
+    count_max: int = ASKED_FIRST
     asked: Sequence[Needed] = ()
     work: Work | None = None
 
@@ -388,7 +396,7 @@ class Transfers:
         questions = self._questions
         if questions.work is not None or not questions.is_due or self._remaining(under_way) <= 0:
             return
-        asked = questions.asked = list(islice(questions.left, FILES_STAT_MAX))
+        asked = questions.asked = list(islice(questions.left, min(questions.count_max, FILES_STAT_MAX)))
         metadata = self._authorization()
         questions.work = lambda _tell: self._calls.stat(metadata, asked)
         self._workers.submit(questions.work)
@@ -400,11 +408,16 @@ class Transfers:
             questions.error = error
             questions.retry_at = self._retry_at(questions)
             self._metadata = None
+            if len(questions.asked) > 1 and isinstance(error, Transient) and error.retry_after_seconds is None:
+                questions.count_max = len(questions.asked) // 2
+            for one in questions.asked:  # the others have their turn before
+                questions.left[one] = questions.left.pop(one)
             return
         if error is not None and not isinstance(error, Exception):
             raise error
         self._patience.note_progress()
         questions.backoff = _BACKOFF_SECONDS_FIRST
+        questions.count_max = min(2 * questions.count_max, FILES_STAT_MAX)
         for one in questions.asked:
             del questions.left[one]
         self._on_answer(questions.asked, event.value if error is None else error)

@@ -686,6 +686,35 @@ class TestUploading:
         assert {one.reason for one in report.skipped} == {SkipReason.FILE_NOT_UPLOADED}
         assert read(replica, "t9") == LARGE
 
+    @pytest.mark.parametrize("is_slow", [True, False])
+    def test_a_question_that_is_too_much_is_asked_in_parts(
+        self, replica: Replica, monkeypatch: pytest.MonkeyPatch, *, is_slow: bool
+    ) -> None:
+        """Where the server cannot say how many contents stand, or one of them, the others go up all the same."""
+        monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.5)
+        monkeypatch.setattr(_transfer, "TICK_SECONDS", 0.01)
+        monkeypatch.setattr(_transfer, "_BACKOFF_SECONDS_FIRST", 0.001)
+        monkeypatch.setattr(_transfer, "_BACKOFF_SECONDS_MAX", 0.01)
+        server = FileServer()
+        connection = connect(replica, server)
+        needed = [PHOTO + b"%d" % number for number in range(100)]
+        for number, content in enumerate(needed):
+            replica.create("Task", {"photo": replica.add_file(content)}, f"t{number}")
+        unknown = hashlib.sha256(needed[7]).digest()
+
+        class Slow(Calls):
+            def stat(self, metadata: object, contents: Sequence[Needed]) -> Standings:
+                if len(contents) > 5 if is_slow else unknown in {one.sha256 for one in contents}:
+                    raise Transient("it takes too long")
+                return super().stat(metadata, contents)
+
+        monkeypatch.setattr(connection, "files", lambda _timeout: Slow(server))
+
+        report = replica.synchronize_all()
+
+        assert pending(replica) == ([] if is_slow else [8])
+        assert report.files_uploaded == 100 - len(pending(replica))
+
     @pytest.mark.parametrize("error", [Transient("away"), Unauthenticated("expired")])
     def test_what_the_server_did_not_answer_about_is_asked_again(
         self, replica: Replica, monkeypatch: pytest.MonkeyPatch, error: Exception
