@@ -108,7 +108,8 @@ class FileRoom:
         it. If all of these were settled, that holds for what was going the time before, and so on; where nothing is
         there, everything fits that fits alone. So each synchronization that is not cut settles one group at least, and
         in fact one after the other, for the room is shared anew after each session. What has come of a group that is
-        then held up by something else takes its part of the room until that is over, or the server lets go of it.
+        then held up by something else takes its part of the room until that is over, or the server lets go of it: a
+        reference to what is not there, say, which the server does not refuse while earlier operations stay behind.
 
         Args:
             units: Operations that may go: commit groups, and single ones, in the order of the log.
