@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tidelog_client._transfer import Job, Result
 
 _OVERTAKEN: Final = "an operation that comes before it waits for the content of a file"
+_REFERRED_TO: Final = "an operation that refers to the object waits for the content of a file"
 _TOGETHER: Final = "an operation of its commit group waits for the content of a file"
 
 _log = get_logger("tidelog.files")
@@ -60,6 +61,8 @@ class AwaitedContents:
         self._seqs: Sequence[int] | None = None
         self._needed: dict[int, list[Needed]] = {}
         self._plan = NO_FILES
+        # Deletions that stay behind with what refers to their objects.
+        self._deletions: set[int] = set()
         # Contents by what is known of them: nothing, as long as the server has not answered; whether operations that
         # refer to them can go as they are, whether nobody has them any more, and, of those to be uploaded, how far
         # the server has them.
@@ -139,8 +142,29 @@ class AwaitedContents:
             for seq, needed in self._needed.items()
             if (found := [one.sha256 for one in needed if one in self._lost])
         }
-        self._plan = FilePlan(self._until, held, lost)
+        self._deletions = self._deletions_behind(held)
+        self._plan = FilePlan(self._until, held | self._deletions, lost)
         return self._plan
+
+    def _deletions_behind(self, held: AbstractSet[int]) -> set[int]:
+        """Return the deletions of objects to which something refers that stays behind: it was committed before."""
+        links = LinkReader(self._storage)
+        found: set[int] = set()
+        if not held or not links.is_any:
+            return found
+        behind = set(held)
+        sieve = Sieve(self._excluded(), behind)
+        bound: set[ObjectKey] = set()
+        for unit, cause in sifted(self._storage, sieve, until=self._until, seqs=self._seqs):
+            stays = cause is Cause.FILE
+            if cause is None and links.deletes_any(unit, bound):
+                stays = True
+                found.update(one.seq for one in unit)
+                behind |= found
+                sieve.holds_back(unit)
+            if stays:
+                bound |= links.bound(unit)
+        return found
 
     def _is_settled(self, content: Needed) -> bool:
         return content in self._ready or content in self._lost
@@ -350,7 +374,8 @@ class AwaitedContents:
         behind = self._needed if why_not_sent else self._plan.held
         if not behind:
             return
-        held = {seq: self._why_held(seq, why_not_sent) for seq in behind}
+        held = {seq: self._why_held(seq, why_not_sent) for seq in behind if seq in self._needed}
+        held |= dict.fromkeys(self._deletions - held.keys(), _REFERRED_TO)
         sieve = Sieve(self._excluded(), held)
         for unit, cause in sifted(self._storage, sieve, until=self._plan.until or 0, seqs=self._seqs):
             if cause is Cause.FILE:

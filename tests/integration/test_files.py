@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 from tests.builders import TENANT, World, quick_folder
 
-from tidelog import DiskFull, Entity, FailureReason, File, Reference, Schema, attribute, claim
+from tidelog import DiskFull, Entity, FailureReason, File, OperationKind, Reference, Schema, attribute, claim
 from tidelog._contents import content_path
 from tidelog.testing import Proxy
 from tidelog.v1 import file_pb2, file_pb2_grpc
-from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _transfer
+from tidelog_client import FileState, Phase, Progress, Replica, Report, SkipReason, _file_exchange, _transfer
 from tidelog_client._call_errors import Transient
 from tidelog_client._file_channel import FileChannel
 from tidelog_client._synchronizer import Synchronizer
@@ -341,6 +341,71 @@ def test_what_refers_to_an_object_does_not_take_the_room_of_its_files() -> None:
         report = replica.synchronize_all()
 
         assert (report.applied, report.files_uploaded, report.skipped) == (5, 4, [])
+
+
+@pytest.mark.parametrize("on_delete", ["keep", "restrict"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_deletion_does_not_overtake_what_refers_to_its_object(
+    monkeypatch: pytest.MonkeyPatch, on_delete: Literal["keep", "restrict"], *, is_new: bool
+) -> None:
+    """While a file is on its way, the deletion of what its object refers to, or did, waits; other deletions go."""
+    monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 0)
+    schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task", on_delete=on_delete)})])
+    with quick_folder() as folder, World(folder, Application(schema=schema)) as world:
+        replica = world.replica()
+        for id_ in ("old", "new", "other"):
+            replica.create("Task", {}, id_)
+        if not is_new:
+            replica.create("Task", {"parent": "old"}, "child")
+        replica.synchronize_all()
+        value = replica.add_file(PHOTO)
+        if is_new:
+            replica.create("Task", {"photo": value, "parent": "old"}, "child")
+        if not is_new or on_delete == "restrict":
+            replica.update("Task", "child", {"photo": value, "parent": "new"})
+        replica.delete("Task", "old")
+        replica.delete("Task", "other")
+        settled: list[list[int]] = []
+
+        def note(progress: Progress) -> None:
+            if progress.phase is Phase.FILES:
+                settled.append([one.operation.seq for one in replica.pending()])
+
+        report = replica.synchronize_all(on_progress=note)
+
+        deletion = next(one.operation.seq for one in replica.log() if one.operation.kind is OperationKind.DELETE)
+        assert any(deletion in pending and deletion + 1 not in pending for pending in settled)
+        assert (report.rejected, replica.pending_count(), report.skipped) == (0, 0, [])
+        assert {one.id for one in replica.query("Task")} == {"new", "child"}
+
+
+def test_a_deletion_that_waits_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file cannot go up, the report names what stays behind, the deletion of what its object refers to too."""
+    monkeypatch.setattr(_file_exchange, "SMALL_UPLOADS_BYTES", 0)
+    monkeypatch.setattr(_transfer, "SILENCE_SECONDS_MAX", 0.3)
+    schema = Schema([Entity("Task", {"photo": File(), "parent": Reference("Task", on_delete="keep")})])
+    with quick_folder() as folder, World(folder, Application(schema=schema)) as world:
+        replica = world.replica()
+        replica.create("Task", {}, "old")
+        replica.synchronize_all()
+        replica.create("Task", {"photo": replica.add_file(PHOTO), "parent": "old"}, "child")
+        replica.delete("Task", "old")
+        upload = FileChannel.upload
+
+        def away(*_: object) -> None:
+            raise Transient("the path is too bad for that")
+
+        monkeypatch.setattr(FileChannel, "upload", away)
+
+        report = replica.synchronize_all()
+
+        assert [(one.id, one.reason) for one in report.skipped] == [
+            ("child", SkipReason.FILE_NOT_UPLOADED),
+            ("old", SkipReason.FILE_NOT_UPLOADED),
+        ]
+        assert report.skipped[1].message == "an operation that refers to the object waits for the content of a file"
+        monkeypatch.setattr(FileChannel, "upload", upload)
+        assert (replica.synchronize_all().applied, replica.pending_count()) == (2, 0)
 
 
 def test_a_selection_leaves_what_it_refers_to_the_room() -> None:
