@@ -40,12 +40,14 @@ class Commit(NamedTuple):
         eyes: What its author may do.
         life: Of which of the store's lives its base version is. None: it cannot be told.
         is_translated: Whether the server can be told that the base version is of an earlier life.
+        replica: The id of the replica then.
     """
 
     operation: Operation
     eyes: Eyes
     life: int | None = 0
     is_translated: bool = True
+    replica: bytes = b""
 
 
 class Applied(NamedTuple):
@@ -110,10 +112,14 @@ class Account:
             if change.by_hook or nonce not in self.commits:
                 continue
             commit = self.commits[nonce]
+            when = self.settlements[_place(change)]
+            if not when.before < change.version <= when.after:
+                # It was forgotten, and settled once more since.
+                when = when._replace(before=change.version - 1, after=change.version)
             yield Applied(
                 commit,
                 change,
-                self.settlements[_place(change)],
+                when,
                 self.history.at(change.key, change.version - 1),
                 self.history.at(change.key, change.version),
                 self._said(commit.operation, change),
@@ -158,8 +164,8 @@ class Account:
 
     def _is_of(self, one: Applied, change: Change) -> bool:
         """Tell whether a change is by the author of an operation too, under whichever id."""
-        if change.replica == one.change.replica:
-            return True
+        if change.replica in {one.change.replica, one.commit.replica}:
+            return True  # for all that the server knows: a copy of the directory may have gone on under that id
         nonces = {self.nonce_of(change), one.commit.operation.nonce}
         return any(nonces <= log for log in self.logs)
 

@@ -1506,7 +1506,8 @@ class World(FileHappenings):
         found = device.note_commits()
         self._ledger.update((one.nonce, device.committed.data[one.seq]) for one in found)
         life = self._life_of_bases(device) if found else None
-        self._commits.update((one.nonce, Committal(one, device.eyes, life)) for one in found)
+        replica = UUID(device.replica.replica_id).bytes
+        self._commits.update((one.nonce, Committal(one, device.eyes, life, replica=replica)) for one in found)
         if self.witness is not None:
             self.witness.note_commits(device.replica._storage.files.contents, found)
         return found
