@@ -112,14 +112,10 @@ class Account:
             if change.by_hook or nonce not in self.commits:
                 continue
             commit = self.commits[nonce]
-            when = self.settlements[_place(change)]
-            if not when.before < change.version <= when.after:
-                # It was forgotten, and settled once more since.
-                when = when._replace(before=change.version - 1, after=change.version)
             yield Applied(
                 commit,
                 change,
-                when,
+                self.settlements[_place(change)],
                 self.history.at(change.key, change.version - 1),
                 self.history.at(change.key, change.version),
                 self._said(commit.operation, change),

@@ -87,6 +87,7 @@ class Chronicle:
 
     Attributes:
         settlements: When each operation, (replica id, seq), was settled.
+        applications: When it was applied, if it was: it may have been forgotten, and settled once more, after that.
         marks: What became of it.
         forgotten: Those of which the store knows no more what became of them.
         doubted: Nonces of those that were sent again after that, and became failures since nobody knew.
@@ -94,6 +95,7 @@ class Chronicle:
     """
 
     settlements: dict[Place, Settlement] = field(default_factory=dict)
+    applications: dict[Place, Settlement] = field(default_factory=dict)
     marks: dict[Place, Settled] = field(default_factory=dict)
     forgotten: set[Place] = field(default_factory=set)
     doubted: set[int] = field(default_factory=set)
@@ -102,7 +104,12 @@ class Chronicle:
     def copy(self) -> Chronicle:
         """Return what is known by now."""
         return Chronicle(
-            dict(self.settlements), dict(self.marks), set(self.forgotten), set(self.doubted), self.transaction_count
+            dict(self.settlements),
+            dict(self.applications),
+            dict(self.marks),
+            set(self.forgotten),
+            set(self.doubted),
+            self.transaction_count,
         )
 
     def note(self, replica_id: str, settled: Iterable[tuple[int, Settled]], before: int, after: int) -> Iterator[str]:
@@ -114,7 +121,9 @@ class Chronicle:
                 self.doubted.add(one.nonce)
             if place in self.settlements and place not in self.forgotten:
                 yield f"seq {seq} of replica {replica_id} was settled a second time"
-            self.settlements[place] = Settlement(self.transaction_count, before, after)
+            now = self.settlements[place] = Settlement(self.transaction_count, before, after)
+            if before < one.version <= after:
+                self.applications[place] = now
             self.marks[place] = one
 
 

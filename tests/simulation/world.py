@@ -1534,7 +1534,7 @@ class World(FileHappenings):
             self._history,
             self.settings.business,
             chronicle.marks,
-            chronicle.settlements,
+            {**chronicle.settlements, **chronicle.applications},
             self._commits,
             logs,
             tuple(self._restored_at),
