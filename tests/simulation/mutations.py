@@ -776,7 +776,7 @@ MUTATIONS: Final = (
     Mutation("a log entry is trimmed that the view needs", _trim_what_is_needed),
     Mutation("two synchronizations run at once", _two_at_once),
     Mutation("nobody notices that the server's store was put back", _no_checkpoints),
-    Mutation("what is settled is not missed when its history is not", _no_runs),
+    Mutation("what is settled is not missed when its history is not", _no_runs, RESTORES),
     Mutation("a replica offers nothing again", _nothing_lost),
     Mutation("what had failed before a restore is executed", _execute_former_failures, ONLY_RESTORES),
     Mutation(
