@@ -136,12 +136,12 @@ class Entry:
             ServerOutdated: This server may not go on.
         """
         transaction = connection.begin(BEGIN_WRITING)
-        transaction.send(_LOCK_TENANT, tenant)
+        locked = transaction.send(_LOCK_TENANT, tenant)
         transaction.send(_LOCK_TIMELINE if locks_timeline else _KEEP_TIMELINE, TIMELINE_LOCK)
         try:
             state = self._entered(transaction, tenant)
-            if state.number == NO_TENANT:
-                # Or wait for who makes it just now.
+            if not transaction.rows_of(locked):
+                # Make it, or wait for who makes it just now. It may be there by now, but nobody has locked it here.
                 lock_tenant(transaction, tenant)
                 state = self._entered(transaction, tenant)._replace(is_new=True)
         except ServerOutdated:

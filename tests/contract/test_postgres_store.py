@@ -52,6 +52,8 @@ from tidelog_server import _postgres_connection as postgres_connection
 from tidelog_server import _postgres_store as postgres_store
 from tidelog_server._attempts import Attempt
 from tidelog_server._outcomes import Status
+from tidelog_server._postgres_connection import Transaction
+from tidelog_server._postgres_entry import Entry, TenantState
 from tidelog_server._postgres_writer import Writer
 from tidelog_server._records import Writes
 from tidelog_server._store import Reader
@@ -265,6 +267,33 @@ class TestManyServers:
             shared = [change for change in changes if change.key == task("shared")]
             assert [change.previous for change in shared] == [0, *(change.version for change in shared[:-1])]
             assert len(reader.latest_objects("Task", 0, 1_000, UNBOUNDED).objects) == 81
+
+    def test_a_tenant_that_another_server_makes_just_now(
+        self, store: PostgresStore, other: PostgresStore, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who found no tenant to be locked, and one when it looked, has locked that before its job sees it."""
+        entered, first = Entry._entered, itertools.count(1)
+
+        def late(entry: Entry, transaction: Transaction, tenant: str) -> TenantState:
+            if entry is store._entry and next(first) == 1:
+                transaction.rows("SELECT")  # by now it has locked what there was
+                other.submit(TENANT, writing(task("theirs"))).result(WAIT_SECONDS)
+            return entered(entry, transaction, tenant)
+
+        monkeypatch.setattr(Entry, "_entered", late)
+        unlocked: list[Any] = []
+
+        def work(reader: Reader) -> Any:
+            with psycopg.connect(postgres_database) as looking:
+                unlocked.extend(looking.execute("SELECT name FROM tidelog.tenants FOR UPDATE SKIP LOCKED"))
+            return writing(task("mine"))(reader)
+
+        store.submit(TENANT, work).result(WAIT_SECONDS)
+
+        assert unlocked == []
+        with store.read(TENANT) as reader:
+            keys = [(change.version, change.key) for change in reader.changes(0, 10, UNBOUNDED)]
+        assert keys == [(1, task("theirs")), (2, task("mine"))]
 
     def test_a_server_that_comes_to_a_halt(
         self, store: PostgresStore, postgres_database: str, monkeypatch: pytest.MonkeyPatch
