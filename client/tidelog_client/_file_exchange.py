@@ -280,6 +280,7 @@ class FileExchange:
         self._report.skipped += self._awaited.skipped(why_not_sent)
         try:
             self._clean_up()
+            self._lacking.take_back()
         except StorageError as error:
             # Housekeeping does not undo what was done.
             _log.warning("the contents of files cannot be cleaned up", detail=str(error))

@@ -82,6 +82,16 @@ class LackingContents:
             for entity, count in job.other_counts.items()
         ]
 
+    def take_back(self) -> None:
+        """Report nothing of objects that lack no content any more: they have changed since."""
+        self._report.skipped[:] = [
+            one
+            for one in self._report.skipped
+            if one.reason is not SkipReason.FILE_NOT_DOWNLOADED
+            or not one.id
+            or any(True for _ in self._files.missing_of((one.entity, one.id)))
+        ]
+
     def give_up(self, jobs: Iterable[Downloading]) -> None:
         """Report what was not even begun."""
         left: Counter[str] = Counter()

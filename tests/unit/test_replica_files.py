@@ -50,6 +50,7 @@ from tidelog_client import (
     Phase,
     Progress,
     Replica,
+    Skipped,
     SkipReason,
     _file_exchange,
     _files,
@@ -59,6 +60,7 @@ from tidelog_client._call_errors import Transient
 from tidelog_client._commit import Committer
 from tidelog_client._file_calls import FileRefused, Standings
 from tidelog_client._files import Needed
+from tidelog_client._lacking_contents import LackingContents
 from tidelog_client._transfer import ASKED_OBJECTS_MAX
 
 PHOTO = b"a photo" * 1000
@@ -685,6 +687,24 @@ class TestUploading:
         assert (report.applied, report.files_downloaded, server.uploads) == (1, 1, [])
         assert {one.reason for one in report.skipped} == {SkipReason.FILE_NOT_UPLOADED}
         assert read(replica, "t9") == LARGE
+
+    def test_what_an_object_does_not_lack_any_more_is_not_reported(self, replica: Replica) -> None:
+        """What could not be had for an object that has changed since, and lacks nothing now, is in no report."""
+        server = FileServer(pages=[page(task("t1", LARGE), task("t2", PHOTO))])
+        server.put(PHOTO)
+        connect(replica, server)
+        report = replica.synchronize_all()
+        assert [one.id for one in report.skipped] == ["t1"]
+        others = [
+            Skipped("Task", "t2", SkipReason.FILE_NOT_UPLOADED, ""),
+            Skipped("Task", "", SkipReason.FILE_NOT_DOWNLOADED, "", count=3),
+        ]
+        report.skipped += [Skipped("Task", "t2", SkipReason.FILE_NOT_DOWNLOADED, "it was replaced"), *others]
+
+        LackingContents(replica._storage.files, replica._file_wishes, report).take_back()
+
+        assert report.skipped[1:] == others
+        assert report.skipped[0].id == "t1"
 
     @pytest.mark.parametrize("is_slow", [True, False])
     def test_a_question_that_is_too_much_is_asked_in_parts(
